@@ -1,0 +1,264 @@
+"""The on-disk format of a cascade: `cascade.json`, `tokenizer.json` and one ONNX file per member.
+
+Reading checks everything before a session is made: the manifest's shape, that every path stays inside the
+folder, and every file's sha256. Writing is atomic: the folder appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from .errors import BundleError
+from .records import write_json
+
+FORMAT_VERSION = 1
+MANIFEST = "cascade.json"
+_MANIFEST_BYTES = 16 * 2**20  # far above any real manifest; a bigger file is not one
+
+
+@dataclass(frozen=True)
+class MemberEntry:
+    """What the manifest says about one member."""
+
+    name: str
+    file: str
+    sha256: str
+    layers: int
+    hidden_size: int
+    parameters: int
+    precision: str
+    threshold: float | None  # None for the last member, which always emits
+    other: Mapping[str, Any] = field(default_factory=dict)  # keys unknown to this version, kept as they are
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A manifest: the labels (index = class id), the tokenizer's file, and the members from small to big."""
+
+    labels: tuple[str, ...]
+    pair: bool
+    max_length: int
+    tokenizer_file: str
+    tokenizer_sha256: str
+    members: tuple[MemberEntry, ...]
+    provenance: Mapping[str, Any]
+    other: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def thresholds(self) -> list[float]:
+        """The thresholds of all members but the last."""
+        return [member.threshold for member in self.members if member.threshold is not None]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the manifest as it stands in `cascade.json`."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "labels": list(self.labels),
+            "pair": self.pair,
+            "max_length": self.max_length,
+            "tokenizer": {"file": self.tokenizer_file, "sha256": self.tokenizer_sha256},
+            "members": [
+                {
+                    "name": member.name,
+                    "file": member.file,
+                    "sha256": member.sha256,
+                    "layers": member.layers,
+                    "hidden_size": member.hidden_size,
+                    "parameters": member.parameters,
+                    "precision": member.precision,
+                    "threshold": member.threshold,
+                    **member.other,
+                }
+                for member in self.members
+            ],
+            "provenance": dict(self.provenance),
+            **self.other,
+        }
+
+
+def read_bundle(folder: str | Path) -> Bundle:
+    """Read and verify the bundle in `folder`; raise BundleError, which names the file and the remedy."""
+    folder = Path(folder)
+    bundle = _parse(_load_manifest(folder))
+    files = [(bundle.tokenizer_file, bundle.tokenizer_sha256)]
+    files += [(member.file, member.sha256) for member in bundle.members]
+    for file, expected in files:
+        path = _inside(folder, file)
+        if not path.is_file():
+            raise BundleError(f"{path}: is missing from the bundle; export or copy the bundle again")
+        found = sha256_of(path)
+        if found != expected:
+            raise BundleError(
+                f"{path}: truncated or altered (found sha256 {found[:12]}..., expected {expected[:12]}...); "
+                "export or copy the bundle again"
+            )
+    return bundle
+
+
+@contextmanager
+def write_bundle(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty folder to fill; when the block ends well, it becomes `folder` in one rename.
+
+    An existing bundle is replaced only with `overwrite`, anything else never. If the block raises or the process
+    is killed, `folder` is as it was.
+    """
+    target = Path(folder).absolute()
+    replaces = target.exists() or target.is_symlink()
+    if replaces and not (target / MANIFEST).is_file():
+        raise BundleError(f"{target} exists and is not a bundle; choose another output folder")
+    if replaces and not overwrite:
+        raise BundleError(f"{target} exists; choose another output folder, or say --overwrite to replace that bundle")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    try:
+        fresh = work / "bundle"
+        fresh.mkdir()
+        yield fresh
+        for path in fresh.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as stream:
+                    os.fsync(stream.fileno())
+        if replaces:
+            target.rename(work / "replaced")
+        fresh.rename(target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def write_manifest(folder: Path, bundle: Bundle) -> None:
+    """Write `cascade.json` into `folder`, whole or not at all."""
+    write_json(folder / MANIFEST, bundle.to_json())
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _load_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise BundleError(
+            f"{folder}: no bundle there (found no {MANIFEST}); expected a folder that cascade-rt export wrote"
+        )
+    if path.stat().st_size > _MANIFEST_BYTES:
+        raise BundleError(f"{path}: over {_MANIFEST_BYTES // 2**20} MiB, which no manifest is; export the bundle again")
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path}: not valid JSON ({error}); export or copy the bundle again") from None
+    if not isinstance(manifest, dict):
+        raise BundleError(f"{path}: found a {type(manifest).__name__}, expected a JSON object; export the bundle again")
+    return manifest
+
+
+def _parse(manifest: dict[str, Any]) -> Bundle:
+    top = _Fields(dict(manifest), MANIFEST)
+    format_version = top.take("format_version", int)
+    if format_version != FORMAT_VERSION:
+        newer = "install a newer cascade-rt" if format_version > FORMAT_VERSION else "export the bundle again"
+        raise BundleError(
+            f"{MANIFEST}: found format_version {format_version}, this cascade-rt reads {FORMAT_VERSION}; {newer}"
+        )
+    labels = top.take("labels", list)
+    if len(labels) < 2 or not all(isinstance(label, str) for label in labels) or len(set(labels)) != len(labels):
+        raise BundleError(f"{MANIFEST}: labels: found {str(labels)[:80]}, expected at least two different texts")
+    tokenizer = _Fields(top.take("tokenizer", dict), f"{MANIFEST}: tokenizer")
+    entries = top.take("members", list)
+    if not entries:
+        raise BundleError(f"{MANIFEST}: members: found none, expected at least one")
+    members = tuple(_parse_member(entry, index, len(entries)) for index, entry in enumerate(entries))
+    if len({member.name for member in members}) != len(members):
+        raise BundleError(f"{MANIFEST}: members: two members share a name; expected different names")
+    if sorted(member.layers for member in members) != [member.layers for member in members]:
+        raise BundleError(f"{MANIFEST}: members: expected ascending numbers of layers, small to big")
+    return Bundle(
+        labels=tuple(labels),
+        pair=top.take("pair", bool),
+        max_length=top.take("max_length", int, at_least=3),
+        tokenizer_file=_relative(tokenizer.take("file", str)),
+        tokenizer_sha256=tokenizer.take("sha256", str),
+        members=members,
+        provenance=top.take("provenance", dict),
+        other=top.rest,
+    )
+
+
+def _parse_member(entry: Any, index: int, count: int) -> MemberEntry:
+    where = f"{MANIFEST}: members[{index}]"
+    if not isinstance(entry, dict):
+        raise BundleError(f"{where}: found a {type(entry).__name__}, expected an object; export the bundle again")
+    fields = _Fields(entry, where)
+    threshold = fields.take("threshold", float, type(None))
+    if (threshold is None) != (index == count - 1):
+        raise BundleError(
+            f"{where}: threshold: found {threshold}; expected a number, and null for the last member only"
+        )
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise BundleError(f"{where}: threshold: found {threshold}, expected a number from 0 to 1")
+    return MemberEntry(
+        name=fields.take("name", str),
+        file=_relative(fields.take("file", str)),
+        sha256=fields.take("sha256", str),
+        layers=fields.take("layers", int, at_least=1),
+        hidden_size=fields.take("hidden_size", int, at_least=1),
+        parameters=fields.take("parameters", int, at_least=1),
+        precision=fields.take("precision", str),
+        threshold=threshold,
+        other=fields.rest,
+    )
+
+
+class _Fields:
+    """Takes known fields out of a JSON object, each with its type; what stays is unknown and kept."""
+
+    def __init__(self, fields: dict[str, Any], where: str) -> None:
+        self.rest = dict(fields)
+        self._where = where
+
+    def take(self, key: str, *types: type, at_least: int | None = None) -> Any:
+        if key not in self.rest:
+            raise BundleError(f"{self._where}: has no {key!r}; export the bundle again")
+        value = self.rest.pop(key)
+        if float in types and type(value) is int and abs(value) <= 1:
+            value = float(value)
+        wanted = type(value) in types  # exact: a bool is no int here
+        if wanted and isinstance(value, float):
+            wanted = math.isfinite(value)
+        if wanted and isinstance(value, int) and not isinstance(value, bool):
+            wanted = (at_least or 0) <= value < 2**63
+        if not wanted:
+            names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)
+            bound = "" if at_least is None else f" of at least {at_least}"
+            raise BundleError(f"{self._where}: {key}: found {str(value)[:80]!r}, expected {names}{bound}")
+        return value
+
+
+def _relative(file: str) -> str:
+    path = PurePosixPath(file)
+    if not file or path.is_absolute() or ".." in path.parts or "\\" in file or ":" in file or "\0" in file:
+        raise BundleError(
+            f"{MANIFEST}: found the path {file[:80]!r}, expected one that stays inside the bundle's folder"
+        )
+    return file
+
+
+def _inside(folder: Path, file: str) -> Path:
+    path = folder / file
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise BundleError(f"{path}: leads out of the bundle's folder; expected files inside it, and links neither")
+    return path

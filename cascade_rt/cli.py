@@ -1,0 +1,241 @@
+"""The command `cascade-rt`: predict, info and evaluate here; train and export in the offline stage.
+
+Answers go to standard output, progress and errors to standard error. Exit status: 0 done, 2 something that the
+user can mend (one line says what), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from . import __version__
+from .bundle import read_bundle
+from .errors import CascadeError, InputError
+from .evaluation import evaluate, label_ids
+from .records import FORMATS, Example, Text, open_output, read_examples
+from .runtime import CascadeRuntime
+
+_OFFLINE = {
+    "train": ("cascade_train.cli", "fine-tune one member (extra: export)"),
+    "export": ("cascade_export.cli", "fine-tuned members -> ONNX -> bundle (extra: export)"),
+}
+_CHUNK = 1024  # texts in memory at a time
+_PREDICTED = ("label", "score", "exit", "layers", "truncated")
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line, as all others of this command."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise InputError in place of printing the usage."""
+        raise InputError(f"{message} (see: {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if argv and argv[0] in _OFFLINE:
+            importlib.import_module(_OFFLINE[argv[0]][0]).main(argv[1:])
+        else:
+            options = _parser().parse_args(argv)
+            options.command(options)
+    except CascadeError as error:
+        return _complain(str(error))
+    except BrokenPipeError:  # the reader of our output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        return _complain(f"{error.filename or 'input or output'}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _complain(message: str) -> int:
+    print("cascade-rt: error: " + " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def _predict(options: argparse.Namespace) -> None:
+    if bool(options.text) == bool(options.input):
+        raise InputError(
+            "found no text; name texts or --input" if not options.text else "name texts or --input, not both"
+        )
+    runtime = _runtime(options)
+    examples = (
+        iter(_from_arguments(options.text, runtime.bundle.pair))
+        if options.text
+        else _examples(options, runtime.bundle.pair)
+    )
+    with open_output(options.output) as out, _progress(shown=bool(options.input)) as progress:
+        while chunk := list(islice(examples, _CHUNK)):
+            for example, prediction in zip(chunk, runtime.predict(row.text for row in chunk), strict=True):
+                answer = {name: getattr(prediction, name) for name in _PREDICTED}
+                kept = {f"input_{name}" if name in answer else name: field for name, field in example.fields.items()}
+                out.write(json.dumps(kept | answer, ensure_ascii=False, default=str) + "\n")
+            progress.update(len(chunk))
+
+
+def _info(options: argparse.Namespace) -> None:
+    bundle = read_bundle(options.model_dir)
+    if options.json:
+        print(json.dumps(bundle.to_json(), ensure_ascii=False))
+        return
+    shown = ", ".join(bundle.labels[:12]) + (", ..." if len(bundle.labels) > 12 else "")
+    print(f"labels      {len(bundle.labels)}: {shown}")
+    print(f"texts       {'pairs' if bundle.pair else 'single'}, up to {bundle.max_length} tokens")
+    _table(
+        ["member", "layers", "hidden", "parameters", "precision", "size", "threshold"],
+        [
+            [
+                member.name,
+                str(member.layers),
+                str(member.hidden_size),
+                f"{member.parameters / 1e6:.1f}M",
+                member.precision,
+                f"{(Path(options.model_dir) / member.file).stat().st_size / 1e6:.1f} MB",
+                "-" if member.threshold is None else f"{member.threshold:.4f}",
+            ]
+            for member in bundle.members
+        ],
+    )
+    print("all files are as their sha256 says")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    runtime = _runtime(options)
+    members = runtime.bundle.members
+    parts, lengths, labels = [], [], []
+    examples = _examples(options, runtime.bundle.pair)
+    with _progress() as progress:
+        while chunk := list(islice(examples, _CHUNK)):
+            written = [example.field(options.label_column) for example in chunk]
+            labels.append(label_ids(written, runtime.bundle.labels))
+            logits, tokens = runtime.member_logits(example.text for example in chunk)
+            parts.append(logits)
+            lengths.append(tokens)
+            progress.update(len(chunk))
+    if not parts:
+        raise InputError(f"{options.input}: found no examples, expected at least one")
+    report = evaluate(
+        members,
+        runtime.thresholds,
+        np.concatenate(parts, axis=1),
+        np.concatenate(labels),
+        np.concatenate(lengths),
+    )
+    if options.json:
+        print(json.dumps(report))
+        return
+    cascade = report["cascade"]
+    rows = [("cascade", f"{cascade['mean_layers']:.2f}", sum(cascade["exits"]), cascade)]
+    rows[:0] = [
+        (member["name"], str(member["layers"]), count, member)
+        for member, count in zip(report["members"], cascade["exits"], strict=True)
+    ]
+    _table(
+        ["", "layers", "exits", "accuracy", "F1", "DIS", "ECE"],
+        [
+            [name, layers, str(count), *(_percent(quality[key]) for key in ("accuracy", "f1", "dis", "ece"))]
+            for name, layers, count, quality in rows
+        ],
+    )
+    taus = ", ".join(f"{tau:.4f}" for tau in cascade["thresholds"]) or "none"
+    print(
+        f"{report['texts']} texts, thresholds {taus}; layer speed-up {cascade['layer_speedup']:.2f}x, "
+        f"FLOPs speed-up {cascade['flops_speedup']:.2f}x; figures in %, F1 {report['f1']}"
+    )
+
+
+def _runtime(options: argparse.Namespace) -> CascadeRuntime:
+    return CascadeRuntime(
+        options.model_dir, provider=options.provider, threads=options.threads, thresholds=options.threshold
+    )
+
+
+def _examples(options: argparse.Namespace, pair: bool) -> Iterator[Example]:
+    columns = tuple(column for column in (options.text_column, options.pair_column) if column) or None
+    return read_examples(options.input, pair=pair, format=options.format, columns=columns)
+
+
+def _from_arguments(texts: list[str], pair: bool) -> list[Example]:
+    if not pair:
+        return [Example(text, {}, f"text {index}") for index, text in enumerate(texts)]
+    if len(texts) % 2:
+        raise InputError(f"found {len(texts)} text(s), expected pairs: this bundle's task is on pairs of texts")
+    pairs: list[Text] = list(zip(texts[::2], texts[1::2], strict=True))
+    return [Example(text, {}, f"pair {index}") for index, text in enumerate(pairs)]
+
+
+def _progress(shown: bool = True) -> Any:
+    from tqdm import tqdm  # noqa: PLC0415 - comes with tokenizers (through huggingface_hub)
+
+    return tqdm(unit=" texts", file=sys.stderr, disable=None if shown else True)  # None: shown on a terminal only
+
+
+def _table(header: list[str], rows: list[list[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in [header, *rows]:
+        first, *others = row
+        print(
+            "  ".join(
+                [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
+            )
+        )
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f}"
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        prog="cascade-rt", description="Text classification with a cascade of BERTs.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"cascade-rt {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    bundle = CommandParser(add_help=False)
+    bundle.add_argument("--model-dir", required=True, metavar="BUNDLE", help="the bundle's folder")
+    running = CommandParser(add_help=False)
+    running.add_argument(
+        "--threshold", type=float, metavar="TAU", help="one tau for all members; default: the bundle's"
+    )
+    running.add_argument("--provider", default="cpu", help="cpu, cuda or an ONNX Runtime provider; default: cpu")
+    running.add_argument("--threads", type=int, help="default: the CPUs that this process may use")
+    running.add_argument("--format", choices=FORMATS, help="default: by the file's ending; txt for standard input")
+    running.add_argument("--text-column", metavar="NAME", help="default: text, sentence, sentence1, premise, ...")
+    running.add_argument("--pair-column", metavar="NAME", help="the second text of a pair")
+
+    predict = commands.add_parser("predict", parents=[bundle, running], help="classify texts", allow_abbrev=False)
+    predict.add_argument("text", nargs="*", metavar="TEXT", help="for pairs: TEXT TEXT")
+    predict.add_argument("--input", metavar="FILE", help=f"{', '.join(FORMATS)}; - for standard input")
+    predict.add_argument("--output", metavar="FILE", default="-", help="JSON lines; default: standard output")
+    predict.set_defaults(command=_predict)
+
+    info = commands.add_parser("info", parents=[bundle], help="show and verify a bundle", allow_abbrev=False)
+    info.add_argument("--json", action="store_true", help="the manifest as JSON")
+    info.set_defaults(command=_info)
+
+    evaluation = commands.add_parser(
+        "evaluate", parents=[bundle, running], help="measure on a labelled file", allow_abbrev=False
+    )
+    evaluation.add_argument("--input", required=True, metavar="FILE", help="the labelled file; - for standard input")
+    evaluation.add_argument("--label-column", metavar="NAME", default="label", help="default: label")
+    evaluation.add_argument("--json", action="store_true", help="the whole report as JSON")
+    evaluation.set_defaults(command=_evaluate)
+
+    for name, (_, summary) in _OFFLINE.items():
+        commands.add_parser(name, help=summary, add_help=False)
+    return parser

@@ -1,0 +1,274 @@
+"""Read texts from jsonl, csv, tsv, txt and parquet one record at a time, and write JSON lines.
+
+Everything streams, so a file of any size passes in constant memory. TSV is taken as GLUE writes it: a header
+line and no quoting. CSV is quoted in the usual way. TXT holds one text a line, for pairs two texts with a tab
+between them.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from .errors import InputError, MissingExtraError
+
+Text = str | tuple[str, str]
+"""One instance: a single text, or a (text, text pair)."""
+
+FORMATS = ("jsonl", "csv", "tsv", "txt", "parquet")
+
+_USUAL_COLUMNS: dict[bool, tuple[tuple[str, ...], ...]] = {
+    False: (("text",), ("sentence",)),
+    True: (
+        ("text", "text_pair"),
+        ("sentence1", "sentence2"),
+        ("premise", "hypothesis"),
+        ("question", "sentence"),
+        ("question1", "question2"),
+        ("#1 String", "#2 String"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One record of a file: its text (or pair), its own fields, and where it stands ("file:line")."""
+
+    text: Text
+    fields: dict[str, Any]
+    where: str
+
+    def field(self, column: str) -> str:
+        """Return a field as text (a label, for instance), or say which fields there are."""
+        return _field(self.fields, column, self.where)
+
+
+def read_examples(
+    source: str | Path,
+    *,
+    pair: bool,
+    format: str | None = None,
+    columns: tuple[str, ...] | None = None,
+    skip_malformed: bool = False,
+) -> Iterator[Example]:
+    """Yield the examples of a file, or of standard input when `source` is "-".
+
+    `format` is one of FORMATS (None: from the file's ending; txt for standard input). `columns` names the
+    text's column, or the pair's two; None tries the usual names ("text", "sentence", "sentence1"/"sentence2",
+    "premise"/"hypothesis", ...). `skip_malformed` passes over table rows with a wrong number of fields (QQP's
+    official file has some). Raises InputError for a missing file, a missing column, a malformed line or bytes
+    that are not UTF-8.
+    """
+    expected = 2 if pair else 1
+    if columns is not None and len(columns) != expected:
+        raise InputError(
+            f"found {len(columns)} text column(s) ({', '.join(columns)}), expected {expected}: "
+            + ("name the text column and the pair column" if pair else "texts here are single, not pairs")
+        )
+    kind = format or _format_of(source)
+    if kind not in FORMATS:
+        raise InputError(f"unknown format {kind!r}; expected one of {', '.join(FORMATS)}")
+    name = "standard input" if str(source) == "-" else str(source)
+    if kind == "txt":
+        for number, line in _read_lines(source, name):
+            where = f"{name}:{number}"
+            yield Example(_text_line(line, pair, where), {}, where)
+        return
+    for number, fields in _read_fields(source, name, kind, skip_malformed):
+        where = f"{name}:{number}"
+        columns = columns or _find_columns(fields, pair, where)
+        texts = tuple(_text_field(fields, column, where) for column in columns)
+        yield Example((texts[0], texts[1]) if pair else texts[0], fields, where)
+
+
+@contextmanager
+def open_output(target: str | Path) -> Iterator[TextIO]:
+    """Open `target` for JSON ("-": standard output); a file appears under its name only once it is whole.
+
+    Half a surrogate pair, which UTF-8 cannot hold, comes out as the escape that JSON has for it.
+    """
+    if str(target) == "-":
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+        yield sys.stdout
+        sys.stdout.flush()
+        return
+    path = Path(target).resolve()
+    if path.is_dir():
+        raise InputError(f"cannot write {target}: it is a folder; name a file")
+    if not path.parent.is_dir():
+        raise InputError(f"cannot write {target}: the folder {path.parent} does not exist; create it first")
+    in_place = path.exists() and not path.is_file()  # a device or a pipe is written to, never replaced
+    partial = path if in_place else path.parent / f".{path.name}.partial-{os.getpid()}"
+    try:
+        with partial.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as stream:
+            yield stream
+        if not in_place:
+            partial.replace(path)
+    finally:
+        if not in_place:
+            partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as readable JSON, whole or not at all."""
+    with open_output(path) as stream:
+        stream.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _format_of(source: str | Path) -> str:
+    if str(source) == "-":
+        return "txt"
+    ending = Path(source).suffix.lower().lstrip(".")
+    if ending not in FORMATS:
+        raise InputError(
+            f"{source}: cannot tell the format from the ending {Path(source).suffix!r}; "
+            f"expected {', '.join('.' + known for known in FORMATS)}, or name the format"
+        )
+    return ending
+
+
+def _read_fields(
+    source: str | Path, name: str, kind: str, skip_malformed: bool
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number, fields) of every record of a jsonl, csv, tsv or parquet file."""
+    if kind == "parquet":
+        yield from _read_parquet(source, name)
+    elif kind == "jsonl":
+        for number, line in _read_lines(source, name):
+            if line.strip():
+                yield number, _json_object(line, f"{name}:{number}")
+    elif kind == "tsv":
+        rows = ((number, line.split("\t")) for number, line in _read_lines(source, name))
+        yield from _read_table(rows, name, skip_malformed)
+    else:
+        yield from _read_table(_csv_rows(source, name), name, skip_malformed)
+
+
+def _read_table(
+    rows: Iterator[tuple[int, list[str]]], name: str, skip_malformed: bool
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    _, header = next(rows, (0, []))
+    if len(set(header)) != len(header):
+        raise InputError(f"{name}:1: a column name occurs twice in {_listed(header)}; rename one")
+    for number, row in rows:
+        if len(row) == len(header):
+            yield number, dict(zip(header, row, strict=True))
+        elif not skip_malformed and row not in ([], [""]):
+            raise InputError(
+                f"{name}:{number}: found {len(row)} fields, expected {len(header)} as in the header; mend that line"
+            )
+
+
+def _csv_rows(source: str | Path, name: str) -> Iterator[tuple[int, list[str]]]:
+    csv.field_size_limit(2**31 - 1)  # the default refuses texts over 128 KiB
+    with _open_input(source, newline="") as stream:
+        reader = csv.reader(stream, strict=True)
+        try:
+            for row in reader:
+                yield reader.line_num, row
+        except UnicodeDecodeError as error:
+            raise _not_utf8(name, reader.line_num + 1, error) from None
+        except csv.Error as error:
+            raise InputError(f"{name}:{reader.line_num}: malformed CSV ({error}); quote the fields") from None
+
+
+def _read_lines(source: str | Path, name: str) -> Iterator[tuple[int, str]]:
+    """Yield (number from 1, line without its end); only LF and CRLF end a line, as other tools count them."""
+    number = 0
+    with _open_input(source, newline="\n") as stream:
+        try:
+            for number, line in enumerate(stream, 1):
+                yield number, line.removesuffix("\n").removesuffix("\r")
+        except UnicodeDecodeError as error:
+            raise _not_utf8(name, number + 1, error) from None
+
+
+def _open_input(source: str | Path, newline: str) -> TextIO:
+    if str(source) == "-":
+        return io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig", newline=newline)
+    try:
+        return Path(source).open(encoding="utf-8-sig", newline=newline)
+    except FileNotFoundError:
+        raise InputError(f"{source}: no such file; check the path") from None
+    except OSError as error:
+        raise InputError(f"{source}: cannot be read ({error.strerror})") from None
+
+
+def _read_parquet(source: str | Path, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        import pyarrow as arrow  # noqa: PLC0415 - an optional part
+        from pyarrow import parquet  # noqa: PLC0415
+    except ImportError as error:
+        raise MissingExtraError("reading parquet", "parquet", error) from None
+    if not Path(source).is_file():
+        raise InputError(f"{name}: no such file; parquet is read from a file, not from standard input")
+    try:
+        with parquet.ParquetFile(source) as file:
+            number = 0
+            for batch in file.iter_batches(batch_size=1024):
+                for fields in batch.to_pylist():
+                    number += 1
+                    yield number, fields
+    except arrow.ArrowException as error:
+        raise InputError(f"{name}: not a readable parquet file ({error})") from None
+
+
+def _json_object(line: str, where: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON ({error}); expected one JSON object a line") from None
+    if not isinstance(fields, dict):
+        raise InputError(f"{where}: found JSON of type {type(fields).__name__}, expected an object with named fields")
+    return fields
+
+
+def _text_line(line: str, pair: bool, where: str) -> Text:
+    if not pair:
+        return line
+    texts = line.split("\t")
+    if len(texts) != 2:
+        raise InputError(f"{where}: found {len(texts)} text(s), expected a pair: two texts with a tab between them")
+    return texts[0], texts[1]
+
+
+def _find_columns(fields: dict[str, Any], pair: bool, where: str) -> tuple[str, ...]:
+    for columns in _USUAL_COLUMNS[pair]:
+        if all(column in fields for column in columns):
+            return columns
+    wanted = ", ".join("+".join(columns) for columns in _USUAL_COLUMNS[pair])
+    raise InputError(
+        f"{where}: found the columns {_listed(fields)}, expected {'a pair' if pair else 'a text'} in {wanted}; "
+        f"name the text column{'s' if pair else ''}"
+    )
+
+
+def _field(fields: dict[str, Any], column: str, where: str) -> str:
+    if column not in fields:
+        raise InputError(f"{where}: no column {column!r}; found {_listed(fields)}; name one of these")
+    return str(fields[column])
+
+
+def _text_field(fields: dict[str, Any], column: str, where: str) -> str:
+    if isinstance(text := fields.get(column), str):
+        return text
+    found = _field(fields, column, where)
+    raise InputError(f"{where}: column {column!r} holds {found} ({type(text).__name__}), expected a text")
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(map(repr, names)) or "none"
+
+
+def _not_utf8(name: str, line: int, error: UnicodeDecodeError) -> InputError:
+    byte = error.object[error.start]
+    return InputError(f"{name}: found byte 0x{byte:02x} at or after line {line}, expected UTF-8; convert the file")

@@ -1,0 +1,1 @@
+"""The offline stage that makes bundles: checkpoint -> ONNX -> fuse -> verify -> bundle (extra: cascade-rt[export])."""

@@ -1,0 +1,260 @@
+"""What to learn from: the paper's six GLUE tasks by name, the built-in demo task, or any labelled file.
+
+Every loader answers the same thing, a `TaskData`: training and validation examples with class ids, the label
+names (index = class id), pair or single, and the metric. The task's official dev set is never used for
+training or for choosing thresholds: validation is held out from the training file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cascade_rt.errors import InputError
+from cascade_rt.records import Text, read_examples
+from cascade_train import smart_home
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Texts (or pairs) with their class ids, index by index."""
+
+    texts: Sequence[Text]
+    labels: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: Iterable[int]) -> Examples:
+        """Return the examples at these indices, in this order."""
+        rows = list(rows)
+        return Examples([self.texts[row] for row in rows], [self.labels[row] for row in rows])
+
+    def digest(self) -> str:
+        """Return a sha256 over texts and labels, which tells two data sets apart."""
+        return hashlib.sha256(repr((list(self.texts), list(self.labels))).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """One task, ready to learn."""
+
+    name: str
+    labels: tuple[str, ...]
+    pair: bool
+    metric: str
+    train: Examples
+    validation: Examples
+
+
+@dataclass(frozen=True)
+class GlueTask:
+    """A GLUE task as its official files lay it out."""
+
+    columns: tuple[str, ...]
+    label_column: str
+    labels: Mapping[str, str]  # as the file writes a label -> label name, in the order of the class ids
+    train: tuple[str, ...]  # file names to try, official one first
+    dev: Mapping[str, tuple[str, ...]]  # split name -> file names to try
+    metric: str = "accuracy"
+    nested: bool = False  # training rows are phrases of one another
+    skip_malformed: bool = False
+
+    @property
+    def pair(self) -> bool:
+        """Whether an instance is a pair of texts."""
+        return len(self.columns) == 2
+
+
+_ENTAILMENT = {"entailment": "entailment", "not_entailment": "not_entailment"}
+_DEV = {"dev": ("dev.tsv",)}
+
+GLUE: dict[str, GlueTask] = {
+    "mnli": GlueTask(
+        ("sentence1", "sentence2"),
+        "gold_label",
+        {label: label for label in ("entailment", "neutral", "contradiction")},
+        ("train.tsv",),
+        {"dev_matched": ("dev_matched.tsv",), "dev_mismatched": ("dev_mismatched.tsv",)},
+    ),
+    "mrpc": GlueTask(
+        ("#1 String", "#2 String"),
+        "Quality",
+        {"0": "not_equivalent", "1": "equivalent"},
+        ("train.tsv", "msr_paraphrase_train.txt"),
+        {"dev": ("dev.tsv", "msr_paraphrase_test.txt")},
+        metric="f1",
+    ),
+    "qnli": GlueTask(("question", "sentence"), "label", _ENTAILMENT, ("train.tsv",), _DEV),
+    "qqp": GlueTask(
+        ("question1", "question2"),
+        "is_duplicate",
+        {"0": "not_duplicate", "1": "duplicate"},
+        ("train.tsv",),
+        _DEV,
+        metric="f1",
+        skip_malformed=True,
+    ),
+    "rte": GlueTask(("sentence1", "sentence2"), "label", _ENTAILMENT, ("train.tsv",), _DEV),
+    "sst-2": GlueTask(("sentence",), "label", {"0": "negative", "1": "positive"}, ("train.tsv",), _DEV, nested=True),
+}
+
+SMART_HOME = "smart-home"
+TASKS = (*GLUE, SMART_HOME)
+
+
+def load_task(name: str, folder: Path | None, *, holdout: float = 0.1, seed: int = 0) -> TaskData:
+    """Load a task by name; `folder` holds its official files (the built-in task needs none).
+
+    A share `holdout` of the training examples becomes validation; the split depends on `seed` alone, so all
+    members of a cascade see the same one. Raises InputError for an unknown task or an incomplete folder.
+    """
+    if name == SMART_HOME:
+        train, labels = _indexed(smart_home.load("train"), smart_home.LABELS)
+        kept, held = hold_out(train, holdout, seed)
+        return TaskData(name, labels, False, "accuracy", kept, held)
+    task = _glue(name)
+    examples = _read_glue(task, folder, task.train)
+    kept, held = hold_out(examples, holdout, seed, nested=task.nested)
+    return TaskData(name, tuple(task.labels.values()), task.pair, task.metric, kept, held)
+
+
+def load_evaluation(name: str, folder: Path | None) -> dict[str, Examples]:
+    """Load what a task is reported on: its dev sets by name (MNLI has two), or the demo's held-out phrasings."""
+    if name == SMART_HOME:
+        return {"heldout": _indexed(smart_home.load("heldout"), smart_home.LABELS)[0]}
+    task = _glue(name)
+    return {split: _read_glue(task, folder, files) for split, files in task.dev.items()}
+
+
+def load_file(
+    path: Path,
+    *,
+    validation: Path | None = None,
+    columns: tuple[str, ...] | None = None,
+    pair: bool = False,
+    label_column: str = "label",
+    metric: str = "accuracy",
+    holdout: float = 0.1,
+    seed: int = 0,
+) -> TaskData:
+    """Load any labelled csv, tsv, jsonl or parquet file with named columns.
+
+    Class ids follow the label names in sorted order (numeric labels by value). Without a `validation` file a
+    share `holdout` of the rows is held out.
+    """
+    rows = _read_labelled(path, columns, pair, label_column)
+    names = tuple(sorted({label for _, label in rows}, key=_label_order))
+    if len(names) < 2:
+        raise InputError(
+            f"{path}: found the label(s) {', '.join(names) or 'none'}, expected at least two different ones"
+        )
+    train, _ = _indexed(rows, names)
+    if validation is None:
+        train, held = hold_out(train, holdout, seed)
+    else:
+        held, _ = _indexed(_read_labelled(validation, columns, pair, label_column), names)
+        if not held:
+            raise InputError(f"{validation}: no rows; validation needs some")
+    return TaskData(path.stem, names, pair, metric, train, held)
+
+
+def hold_out(examples: Examples, share: float, seed: int, *, nested: bool = False) -> tuple[Examples, Examples]:
+    """Split into (kept, held out), stratified by label.
+
+    With `nested` only whole texts are held out, those that are no phrase of another text, together with every
+    phrase of theirs: SST-2 trains on the phrases of its sentences, so a plain random split would validate on
+    fragments of sentences that were trained on, and they are shorter and easier than what dev holds.
+    """
+    from sklearn.model_selection import train_test_split  # noqa: PLC0415 - slow to import
+
+    if not 0 < share < 1:
+        raise InputError(f"found a held-out share of {share}, expected a number between 0 and 1 (0.1 is usual)")
+    candidates = _whole_texts(examples.texts) if nested else list(range(len(examples)))
+    try:
+        _, held = train_test_split(
+            candidates,
+            test_size=share,
+            random_state=seed,
+            stratify=[examples.labels[row] for row in candidates],
+        )
+    except ValueError as error:
+        raise InputError(
+            f"cannot hold out {share:.0%} of {len(candidates)} examples with every label in both parts ({error}); "
+            "add examples or give a validation file"
+        ) from None
+    gone = set(held)
+    if nested:
+        phrases = {phrase for row in held for phrase in _phrases(examples.texts[row])}
+        gone |= {row for row, text in enumerate(examples.texts) if _words(text) in phrases}
+    return examples.take(row for row in range(len(examples)) if row not in gone), examples.take(sorted(held))
+
+
+def _whole_texts(texts: Sequence[Text]) -> list[int]:
+    """Return the first row of every text that is no phrase of a longer one."""
+    seen: set[tuple[str, ...]] = set()
+    whole = []
+    for row in sorted(range(len(texts)), key=lambda row: -len(_words(texts[row]))):
+        if _words(texts[row]) not in seen:
+            whole.append(row)
+            seen |= _phrases(texts[row])
+    return sorted(whole)
+
+
+def _phrases(text: Text) -> set[tuple[str, ...]]:
+    words = _words(text)
+    return {words[start:end] for start in range(len(words)) for end in range(start + 1, len(words) + 1)}
+
+
+def _words(text: Text) -> tuple[str, ...]:
+    return tuple((text if isinstance(text, str) else " ".join(text)).split())
+
+
+def _glue(name: str) -> GlueTask:
+    if name not in GLUE:
+        raise InputError(f"unknown task {name!r}; expected one of {', '.join(TASKS)}, or name a training file instead")
+    return GLUE[name]
+
+
+def _read_glue(task: GlueTask, folder: Path | None, files: Sequence[str]) -> Examples:
+    if folder is None:
+        raise InputError("this task reads its official files: name the folder that holds them (--data)")
+    path = next((folder / file for file in files if (folder / file).is_file()), None)
+    if path is None:
+        raise InputError(f"{folder}: found no {' or '.join(files)}; expected the task's official files there")
+    ids = {written: index for index, written in enumerate(task.labels)}
+    texts, labels = [], []
+    for example in read_examples(
+        path, pair=task.pair, format="tsv", columns=task.columns, skip_malformed=task.skip_malformed
+    ):
+        written = example.field(task.label_column)
+        if written not in ids:
+            if written == "-":  # MNLI marks pairs without a gold label so
+                continue
+            raise InputError(f"{example.where}: found the label {written!r}, expected one of {', '.join(ids)}")
+        texts.append(example.text)
+        labels.append(ids[written])
+    return Examples(texts, labels)
+
+
+def _read_labelled(
+    path: Path, columns: tuple[str, ...] | None, pair: bool, label_column: str
+) -> list[tuple[Text, str]]:
+    return [(row.text, row.field(label_column)) for row in read_examples(path, pair=pair, columns=columns)]
+
+
+def _label_order(name: str) -> tuple[int, int, str]:
+    return (0, int(name), "") if name.isdecimal() else (1, 0, name)
+
+
+def _indexed(rows: Iterable[tuple[Text, str]], names: Sequence[str]) -> tuple[Examples, tuple[str, ...]]:
+    ids = {name: index for index, name in enumerate(names)}
+    texts, labels = [], []
+    for text, name in rows:
+        if name not in ids:
+            raise InputError(f"found the label {name!r}, expected one that training has: {', '.join(names)}")
+        texts.append(text)
+        labels.append(ids[name])
+    return Examples(texts, labels), tuple(names)

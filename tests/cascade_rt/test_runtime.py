@@ -1,0 +1,259 @@
+"""The contract of CascadeRuntime: who runs on what, and answers that do not depend on company."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cascade_rt
+from cascade_rt import CascadeRuntime, InputError, Prediction
+from cascade_rt.batching import by_length, micro_batches
+
+from ..conftest import WORDS
+
+texts = st.lists(st.sampled_from(WORDS), max_size=40).map(" ".join)
+
+
+@pytest.fixture(scope="module")
+def runtime(bundle: Path) -> CascadeRuntime:
+    return CascadeRuntime(bundle, thresholds=[0.6, 0.8])
+
+
+@pytest.fixture(scope="module")
+def corpus() -> list[str]:
+    draw = random.Random(0)
+    return [" ".join(draw.choices(WORDS, k=draw.randint(0, 40))) for _ in range(300)]
+
+
+class CountingSession:
+    """Stands before a member's session and counts the rows that reach it."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        self.rows = 0
+
+    def run(self, outputs: None, feeds: dict[str, np.ndarray]) -> Any:
+        self.rows += len(feeds["input_ids"])
+        return self._session.run(outputs, feeds)
+
+
+def test_a_text_that_left_never_reaches_a_bigger_member(bundle: Path, corpus: list[str]) -> None:
+    runtime = CascadeRuntime(bundle, thresholds=[0.6, 0.8])
+    for member in runtime._members:
+        member.session = CountingSession(member.session)
+    predictions = runtime.predict(corpus)
+    exits = [prediction.exit for prediction in predictions]
+    assert len(set(exits)) == 3, "the case needs texts that leave at every member"
+    seen = [member.session.rows for member in runtime._members]
+    assert seen == [300, sum(exit > 0 for exit in exits), sum(exit > 1 for exit in exits)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_a_prediction_is_the_same_alone_in_any_batch_and_in_any_order(
+    runtime: CascadeRuntime, data: st.DataObject
+) -> None:
+    some = data.draw(st.lists(texts, min_size=1, max_size=30))
+    order = data.draw(st.permutations(range(len(some))))
+    together = runtime.predict(some)
+    shuffled = runtime.predict([some[index] for index in order])
+    alone = [runtime.predict([text])[0] for text in some]
+    for index, other in [*zip(order, shuffled, strict=True), *enumerate(alone)]:
+        assert (other.label, other.exit, other.layers) == (
+            together[index].label,
+            together[index].exit,
+            together[index].layers,
+        )
+        np.testing.assert_allclose(other.probabilities, together[index].probabilities, atol=1e-5)
+
+
+def test_tau_zero_answers_at_member_1_and_tau_one_at_the_last(bundle: Path, corpus: list[str]) -> None:
+    assert {row.exit for row in CascadeRuntime(bundle, thresholds=0.0).predict(corpus)} == {0}
+    last = CascadeRuntime(bundle, thresholds=1.0).predict(corpus)
+    assert {(row.exit, row.layers) for row in last} == {(2, 1 + 2 + 4)}
+
+
+def test_tau_one_equals_the_last_member_alone(
+    bundle: Path, member_folders: list[Path], corpus: list[str], tmp_path: Path
+) -> None:
+    from cascade_export.export import export_bundle
+
+    export_bundle([str(member_folders[-1])], tmp_path / "alone", max_length=32)
+    alone = CascadeRuntime(tmp_path / "alone").predict(corpus)
+    cascade = CascadeRuntime(bundle, thresholds=1.0).predict(corpus)
+    assert [row.label for row in cascade] == [row.label for row in alone]
+    np.testing.assert_allclose([row.probabilities for row in cascade], [row.probabilities for row in alone], atol=1e-6)
+    assert {row.layers for row in alone} == {4}
+
+
+def test_predictions_agree_with_torch(bundle: Path, member_folders: list[Path], corpus: list[str]) -> None:
+    """An independent reference: transformers, one text at a time, Algorithm 1 as a plain loop."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    models = [AutoModelForSequenceClassification.from_pretrained(folder).eval() for folder in member_folders]
+    tokenizer = AutoTokenizer.from_pretrained(member_folders[0])
+    for text, answer in zip(corpus[:60], CascadeRuntime(bundle, thresholds=0.7).predict(corpus[:60]), strict=True):
+        batch = tokenizer(text, truncation=True, max_length=32, return_tensors="pt")
+        for exit, model in enumerate(models):
+            with torch.inference_mode():
+                probabilities = torch.softmax(model(**batch).logits[0].double(), -1)
+            if probabilities.max() > 0.7 or exit == 2:
+                break
+        assert answer.exit == exit
+        np.testing.assert_allclose(answer.probabilities, probabilities, atol=1e-5)
+        assert answer.label == model.config.id2label[int(probabilities.argmax())]
+        assert answer.score == max(answer.probabilities)
+
+
+def test_predict_iter_streams_and_keeps_the_order(runtime: CascadeRuntime, corpus: list[str]) -> None:
+    taken = 0
+
+    def source() -> Iterator[str]:
+        nonlocal taken
+        for text in corpus:
+            taken += 1
+            yield text
+
+    stream = runtime.predict_iter(source(), chunk_size=16)
+    first = next(stream)
+    assert taken == 16, "only the first chunk was read"
+    rest = [first, *stream]
+    for streamed, at_once in zip(rest, runtime.predict(corpus), strict=True):
+        assert (streamed.label, streamed.exit) == (at_once.label, at_once.exit)
+
+
+def test_called_it_answers_like_a_pipeline(runtime: CascadeRuntime, pair_bundle: Path) -> None:
+    answer = runtime("a good film")
+    assert answer == {"label": runtime.predict(["a good film"])[0].label, "score": answer["score"]}
+    assert runtime({"text": "a good film"}) == answer
+    assert [row["label"] for row in runtime(["a good film", "a bad film"])] == [
+        row.label for row in runtime.predict(["a good film", "a bad film"])
+    ]
+    pairs = CascadeRuntime(pair_bundle)
+    assert pairs(("a film", "a cat")) == pairs({"text": "a film", "text_pair": "a cat"})
+    with pytest.raises(InputError, match="'txt'"):
+        runtime({"txt": "a"})
+
+
+def test_odd_texts_get_an_answer(runtime: CascadeRuntime) -> None:
+    huge = "the film was good " * 60_000  # over 1 MB
+    odd = ["", "   ", "\t\r\n", "🙂🙃", "a\0b", "\u200b", "x" * 5000, huge]
+    answers = runtime.predict(odd)
+    assert [row.truncated for row in answers] == [False] * 7 + [True]
+    for text, answer in zip(odd, answers, strict=True):
+        assert answer.label in runtime.bundle.labels
+        assert sum(answer.probabilities) == pytest.approx(1)
+        assert runtime.predict([text])[0].label == answer.label
+
+
+def test_truncated_says_exactly_when_tokens_were_cut(runtime: CascadeRuntime, pair_bundle: Path) -> None:
+    words = ["good"] * 30  # with [CLS] and [SEP] exactly the 32 tokens of the bundle
+    fits, cut = runtime.predict([" ".join(words), " ".join([*words, "film"])])
+    assert (fits.truncated, cut.truncated) == (False, True)
+    np.testing.assert_allclose(fits.probabilities, cut.probabilities, atol=1e-5)
+    half = " ".join(["good"] * 14)
+    fits, cut = CascadeRuntime(pair_bundle).predict([(half, half + " a"), (half + " a", half + " a")])
+    assert (fits.truncated, cut.truncated) == (False, True)
+
+
+def test_no_texts_give_no_predictions(runtime: CascadeRuntime) -> None:
+    assert runtime.predict([]) == []
+    assert runtime([]) == []
+    logits, lengths = runtime.member_logits([])
+    assert logits.shape == (3, 0, 3)
+    assert lengths.shape == (0,)
+
+
+def test_member_logits_opens_every_gate(runtime: CascadeRuntime, bundle: Path, corpus: list[str]) -> None:
+    logits, lengths = runtime.member_logits(corpus)
+    assert logits.shape == (3, 300, 3)
+    assert lengths.max() == 32
+    answers = CascadeRuntime(bundle, thresholds=1.0).predict(corpus)
+    assert logits[-1].argmax(axis=1).tolist() == [runtime.bundle.labels.index(row.label) for row in answers]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (["fine", ("a", "pair")], "text 1: found a tuple of 2, expected a text"),
+        (["fine", None], "text 1: found a NoneType"),
+        (["fine", b"bytes"], "text 1: found a bytes"),
+        (["fine", "half \ud83d a pair"], "text 1: found half a surrogate pair at character 5"),
+        ("one text", r"found one str, expected a list.*\[text\]"),
+    ],
+)
+def test_what_is_no_text_is_refused(runtime: CascadeRuntime, wrong: Any, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        runtime.predict(wrong)
+
+
+@pytest.mark.parametrize("wrong", [["single"], [("a", "b", "c")], [("a", None)], [("a", "\udc00")]])
+def test_what_is_no_pair_is_refused(pair_bundle: Path, wrong: Any) -> None:
+    with pytest.raises(InputError, match="text 0: found"):
+        CascadeRuntime(pair_bundle).predict(wrong)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"threads": 0}, "0 threads, expected at least 1"),
+        ({"provider": "tpu"}, "'tpu' is not available; found .*CPUExecutionProvider"),
+        ({"provider": "cuda"}, "onnxruntime-gpu"),
+        ({"thresholds": 1.5}, "from 0 to 1"),
+        ({"thresholds": [0.5]}, "found 1 thresholds, expected 2"),
+    ],
+)
+def test_wrong_arguments_are_refused(bundle: Path, arguments: dict[str, Any], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        CascadeRuntime(bundle, **arguments)
+
+
+@given(
+    st.lists(st.integers(0, 60), min_size=1, max_size=50).map(lambda lengths: np.array(lengths, dtype=np.intp)),
+    st.integers(1, 200),
+)
+def test_micro_batches_hold_every_row_once_within_the_budget(lengths: np.ndarray, budget: int) -> None:
+    batches = list(micro_batches(by_length(lengths), lengths, budget))
+    assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
+    assert all(len(batch) == 1 or len(batch) * lengths[batch].max() <= budget for batch in batches)
+
+
+def test_importing_and_predicting_loads_nothing_of_the_offline_stage(bundle: Path) -> None:
+    code = (
+        "import sys\n"
+        "from cascade_rt import CascadeRuntime\n"
+        f"CascadeRuntime({str(bundle)!r}).predict(['a good film'])\n"
+        "from cascade_rt.cli import main\n"
+        f"main(['predict', '--model-dir', {str(bundle)!r}, 'a film'])\n"
+        "heavy = {'torch', 'transformers', 'onnx', 'optimum', 'sklearn', 'scipy', 'cascade_export', 'cascade_train'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_public_names_are_the_documented_ones() -> None:
+    assert set(cascade_rt.__all__) == {
+        "Bundle",
+        "BundleError",
+        "CascadeError",
+        "CascadeRuntime",
+        "InputError",
+        "MemberEntry",
+        "MissingExtraError",
+        "Prediction",
+        "__version__",
+        "read_bundle",
+    }
+    assert all(hasattr(cascade_rt, name) for name in cascade_rt.__all__)
+    assert Prediction._fields == ("label", "score", "probabilities", "exit", "layers", "truncated")

@@ -1,0 +1,165 @@
+"""Fine-tuning: what comes out, what resumes, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cascade_train import finetune as module
+from cascade_train.finetune import RECORD, VALIDATION, Recipe, finetune
+from cascade_train.tasks import Examples, TaskData
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainerCallback
+
+from cascade_rt.cli import main
+from cascade_rt.errors import CascadeError, InputError
+
+from ..conftest import WORDS, make_member
+
+RECIPE = Recipe(epochs=4, learning_rate=3e-3, batch_size=8, max_length=16, evaluations_per_epoch=2)
+
+
+@pytest.fixture(scope="module")
+def data() -> TaskData:
+    """Tell texts with "good" from texts with "bad": learnable by a tiny model."""
+    texts = [f"{WORDS[index % 20]} {'good' if index % 2 else 'bad'} {WORDS[(index * 7) % 30]}" for index in range(80)]
+    labels = [index % 2 for index in range(80)]
+    return TaskData(
+        "toy", ("bad", "good"), False, "accuracy", Examples(texts[:64], labels[:64]), Examples(texts[64:], labels[64:])
+    )
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    return dict(model.state_dict())
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A 4-layer encoder to start from."""
+    return str(make_member(tmp_path_factory.mktemp("base") / "4L", layers=4, spread=0.05))
+
+
+@pytest.fixture(scope="module")
+def trained(base: str, data: TaskData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("trained") / "2L"
+    finetune(base, data, output, layers=2, recipe=RECIPE)
+    return output
+
+
+def test_the_output_is_a_normal_hugging_face_folder(trained: Path, data: TaskData) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(trained).eval()
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    assert model.config.num_hidden_layers == len(model.bert.encoder.layer) == 2
+    assert model.config.id2label == {0: "bad", 1: "good"}
+    batch = tokenizer(data.validation.texts, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        predicted = model(**batch).logits.argmax(-1).tolist()
+    record = json.loads((trained / RECORD).read_text("utf-8"))
+    accuracy = sum(a == b for a, b in zip(predicted, data.validation.labels, strict=True)) / len(predicted)
+    assert record["validation"]["best"] == pytest.approx(accuracy), "the best checkpoint is the one that was kept"
+    assert accuracy == max(entry["eval_accuracy"] for entry in record["validation"]["history"]) > 0.8
+    assert (record["pair"], record["max_length"], record["layers"]) == (False, 16, 2)
+    held = [json.loads(line) for line in (trained / VALIDATION).read_text("utf-8").splitlines()]
+    assert held[0] == {"text": data.validation.texts[0], "label": data.labels[data.validation.labels[0]]}
+    assert not list(trained.parent.glob("*.training"))
+    assert not list(trained.glob("*.bin")), "no pickles"
+
+
+def test_the_first_k_layers_start_from_the_bases_weights(base: str, data: TaskData, tmp_path: Path) -> None:
+    still = Recipe(epochs=1, learning_rate=0.0, batch_size=64, max_length=16)
+    finetune(base, data, tmp_path / "k", layers=3, recipe=still)
+    whole, cut = weights(Path(base)), weights(tmp_path / "k")
+    encoder = [name for name in cut if "classifier" not in name]
+    assert not [name for name in cut if ".layer.3." in name]
+    assert all(torch.equal(whole[name], cut[name]) for name in encoder)
+    assert cut["classifier.weight"].shape == (2, 32)
+
+
+class _Killed(BaseException):
+    pass
+
+
+class _KillAt(TrainerCallback):  # type: ignore[misc]
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            raise _Killed
+
+
+def test_a_killed_run_resumes_and_ends_where_it_would_have_ended(
+    base: str, data: TaskData, tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+
+    class Watched(Trainer):  # type: ignore[misc]
+        def __init__(self, **arguments: Any) -> None:
+            super().__init__(**arguments, callbacks=[_KillAt(19)])
+
+        def training_step(self, *arguments: Any) -> Any:
+            steps.append(self.state.global_step)
+            return super().training_step(*arguments)
+
+    output, work = tmp_path / "2L", tmp_path / "2L.training"
+    monkeypatch.setattr(module, "Trainer", Watched)
+    with pytest.raises(_Killed):
+        finetune(base, data, output, layers=2, recipe=RECIPE)
+    assert not output.exists()
+    (work / "checkpoint-18").mkdir()  # what a kill leaves in the middle of writing one
+    steps.clear()
+    monkeypatch.setattr(_KillAt, "on_step_end", lambda *_, **__: None)
+    finetune(base, data, output, layers=2, recipe=RECIPE)
+    assert steps[0] == 16, "it goes on from the last whole checkpoint"
+    assert not work.exists()
+    resumed, straight = weights(output), weights(trained)
+    assert all(torch.allclose(resumed[name], straight[name], atol=1e-6) for name in straight)
+
+
+def test_another_runs_work_is_not_continued(base: str, data: TaskData, tmp_path: Path) -> None:
+    work = tmp_path / "out.training"
+    work.mkdir()
+    (work / "run.json").write_text('{"base": "another"}')
+    with pytest.raises(CascadeError, match=r"unfinished run with another base \(found another"):
+        finetune(base, data, tmp_path / "out", recipe=RECIPE)
+
+
+def test_a_run_that_cannot_be_is_refused(base: str, data: TaskData, trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="exists; choose another"):
+        finetune(base, data, trained, recipe=RECIPE)
+    with pytest.raises(InputError, match="found --layers 5, expected 1 to 4"):
+        finetune(base, data, tmp_path / "a", layers=5, recipe=RECIPE)
+    with pytest.raises(InputError, match="cannot load the base model 'no/such'"):
+        finetune("no/such", data, tmp_path / "b", recipe=RECIPE)
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_command_trains_on_a_pair_file(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [f"{WORDS[index % 20]},{WORDS[index % 7]},{'same' if index % 2 else 'other'}" for index in range(40)]
+    (tmp_path / "data.csv").write_text("\n".join(["q1,q2,y", *lines]))
+    arguments = f"--base {base} --train-file data.csv --text-column q1 --pair-column q2 --label-column y "
+    arguments += "--output out/member --epochs 1 --max-length 16"
+    assert main(["train", *arguments.split()]) == 0
+    assert "out/member: data, 36 training, 4 validation examples" in capsys.readouterr().out
+    record = json.loads(Path("out/member", RECORD).read_text("utf-8"))
+    assert (record["pair"], record["labels"], record["task"]) == (True, ["other", "same"], "data")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("--base x --output y", "either --task or --train-file"),
+        ("--base x --output y --task rte --train-file z.csv", "either --task or --train-file"),
+        ("--base x --output y --train-file z.csv --pair-column b", "--text-column with it"),
+        ("--base x --output y --task cola", "invalid choice: 'cola'"),
+        ("--task rte", "--base"),
+    ],
+)
+def test_the_command_refuses_in_one_line(arguments: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *arguments.split()]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1

