@@ -92,8 +92,16 @@ def _export_member(
 
 
 def _origin(checkpoint: Checkpoint) -> dict[str, Any]:
-    kept = ("base", "layers", "task", "recipe", "data", "metric", "validation")
-    training = {key: checkpoint.training[key] for key in kept if key in checkpoint.training}
-    return {"source": checkpoint.source, "model_type": checkpoint.config.model_type} | (
-        {"training": training} if training else {}
-    )
+    """Tell where a member comes from, without the paths of the machine that exported it."""
+    record = checkpoint.training
+    training = {key: record[key] for key in ("layers", "task", "recipe", "data", "metric") if key in record}
+    if "base" in record:
+        training["base"] = _public(record["base"])
+    if "validation" in record:
+        training["validation"] = record["validation"]["best"]
+    origin = {"source": _public(checkpoint.source), "model_type": checkpoint.config.model_type}
+    return origin | ({"training": training} if training else {})
+
+
+def _public(source: str) -> str:
+    return Path(source).name if Path(source).is_absolute() or Path(source).exists() else source
