@@ -94,7 +94,8 @@ def _export_member(
 def _origin(checkpoint: Checkpoint) -> dict[str, Any]:
     """Tell where a member comes from, without the paths of the machine that exported it."""
     record = checkpoint.training
-    training = {key: record[key] for key in ("layers", "task", "recipe", "data", "metric") if key in record}
+    kept = ("layers", "task", "recipe", "data", "metric")
+    training: dict[str, Any] = {key: record[key] for key in kept if key in record}
     if "base" in record:
         training["base"] = _public(record["base"])
     if "validation" in record:

@@ -31,7 +31,7 @@ LABELS = (
     "vacuum_start",
 )
 
-_GENERATED_PER_TEMPLATE = {"train": 8, "heldout": 4}
+_GENERATED_PER_TEMPLATE = {"train": 4, "heldout": 4}
 
 
 def load(split: str, kind: str | None = None) -> list[tuple[Text, str]]:
