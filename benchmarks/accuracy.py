@@ -2,24 +2,28 @@
 
     python benchmarks/accuracy.py --task sst-2 --data DIR --base MODEL --member 2:4:1e-4 --member 6:3:5e-5
 
-Every tau is chosen on examples held out from the training file; dev is only reported. Members and the bundle
-that a killed run left under --work are taken up again.
+Every tau is chosen on examples held out from the training file; dev is only reported. Members that an earlier run
+of the same request left under --work are taken up again.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import transformers
 from cascade_export.export import export_bundle
-from cascade_train.finetune import Recipe, finetune
+from cascade_train.finetune import RECORD, Recipe, finetune
 from cascade_train.tasks import TASKS, Examples, TaskData, load_evaluation, load_task
 from machine import describe
 
 from cascade_rt import CascadeRuntime
+from cascade_rt.errors import CascadeError, InputError
 from cascade_rt.evaluation import evaluate
 from cascade_rt.gate import confidence, softmax
 from cascade_rt.records import write_json
@@ -36,11 +40,12 @@ def main() -> None:
     work = options.work or Path("runs") / options.task
     bundle = work / "bundle"
     sources = [_trained(member, options.base, task, work) for member in options.member]
-    if not bundle.exists():
-        export_bundle([str(source) for source in sources], bundle)
-    report = {"machine": describe(), "task": options.task, "base": options.base_name} | _measured(
-        bundle, task, load_evaluation(options.task, options.data), options.speedup
-    )
+    export_bundle([str(source) for source in sources], bundle, overwrite=bundle.exists())
+    report = {
+        "machine": describe(),
+        "task": options.task,
+        "base": options.base_name or Path(options.base).name,
+    } | _measured(bundle, task, load_evaluation(options.task, options.data), options.speedup)
     output = options.output or RESULTS / f"accuracy-{options.task}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, report)
@@ -49,12 +54,18 @@ def main() -> None:
 
 
 def _trained(member: str, base: str, task: TaskData, work: Path) -> Path:
-    """Fine-tune one member, "LAYERS:EPOCHS:LEARNING_RATE", unless its folder stands already."""
-    layers, epochs, rate = member.split(":")
+    """Fine-tune one member, "LAYERS:EPOCHS:LEARNING_RATE", unless its folder stands from the same request."""
+    try:
+        layers, epochs, rate = member.split(":")
+        recipe = Recipe(epochs=float(epochs), learning_rate=float(rate), warmup_ratio=0.1, evaluations_per_epoch=2)
+    except ValueError:
+        raise InputError(f"found --member {member}, expected LAYERS:EPOCHS:RATE, as in 2:4:1e-4") from None
     folder = work / f"{layers}L"
     if not folder.exists():
-        recipe = Recipe(epochs=float(epochs), learning_rate=float(rate), warmup_ratio=0.1, evaluations_per_epoch=2)
         finetune(base, task, folder, layers=int(layers), recipe=recipe)
+    record = json.loads((folder / RECORD).read_text("utf-8"))
+    if (record["base"], record["recipe"]) != (base, asdict(recipe)):
+        raise InputError(f"{folder} was trained from another base or recipe; delete it, or choose another --work")
     return folder
 
 
@@ -102,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--task", required=True, choices=TASKS)
     add("--data", type=Path, help="folder with the task's official files")
     add("--base", required=True, help="encoder to start from: a Hugging Face folder or hub id")
-    add("--base-name", default="MiniLM (all-MiniLM-L6-v2)", help="what the report calls it")
+    add("--base-name", help="what the report calls it; default: its last name")
     add("--member", action="append", required=True, metavar="LAYERS:EPOCHS:RATE", help="give it per member")
     add("--speedup", type=float, nargs="+", default=[1.25, 1.5, 2.0, 2.5], help="layer speed-ups to aim at")
     add("--work", type=Path, help="members and bundle; default: runs/TASK")
@@ -111,4 +122,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except CascadeError as problem:
+        sys.exit(f"accuracy.py: error: {problem}")

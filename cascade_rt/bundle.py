@@ -12,13 +12,14 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .errors import BundleError
+from .errors import BundleError, InputError
 from .records import write_json
 
 FORMAT_VERSION = 1
@@ -38,6 +39,7 @@ class MemberEntry:
     parameters: int
     precision: str
     threshold: float | None  # None for the last member, which always emits
+    intermediate_size: int | None = None  # of the feed-forward blocks; None: four times the hidden size
     other: Mapping[str, Any] = field(default_factory=dict)  # keys unknown to this version, kept as they are
 
 
@@ -77,6 +79,7 @@ class Bundle:
                     "parameters": member.parameters,
                     "precision": member.precision,
                     "threshold": member.threshold,
+                    **({} if member.intermediate_size is None else {"intermediate_size": member.intermediate_size}),
                     **member.other,
                 }
                 for member in self.members
@@ -86,22 +89,22 @@ class Bundle:
         }
 
 
-def read_bundle(folder: str | Path) -> Bundle:
-    """Read and verify the bundle in `folder`; raise BundleError, which names the file and the remedy."""
+def read_bundle(folder: str | Path, members: Sequence[str] | None = None) -> Bundle:
+    """Read and verify the bundle in `folder`; raise BundleError, which names the file and the remedy.
+
+    `members` keeps only those members, by name (None: all); the files of the others are not looked at. Raises
+    InputError for a name that no member has.
+    """
     folder = Path(folder)
     bundle = _parse(_load_manifest(folder))
+    if members is not None:
+        bundle = _only(bundle, members)
     files = [(bundle.tokenizer_file, bundle.tokenizer_sha256)]
     files += [(member.file, member.sha256) for member in bundle.members]
-    for file, expected in files:
-        path = _inside(folder, file)
-        if not path.is_file():
-            raise BundleError(f"{path}: is missing from the bundle; export or copy the bundle again")
-        found = sha256_of(path)
-        if found != expected:
-            raise BundleError(
-                f"{path}: truncated or altered (found sha256 {found[:12]}..., expected {expected[:12]}...); "
-                "export or copy the bundle again"
-            )
+    with ThreadPoolExecutor() as pool:  # hashing leaves Python's lock, so big files are hashed side by side
+        for failed in pool.map(lambda file: _damage(folder, *file), files):
+            if failed:
+                raise BundleError(f"{failed}; export or copy the bundle again")
     return bundle
 
 
@@ -110,7 +113,8 @@ def write_bundle(folder: str | Path, *, overwrite: bool = False) -> Iterator[Pat
     """Yield an empty folder to fill; when the block ends well, it becomes `folder` in one rename.
 
     An existing bundle is replaced only with `overwrite`, anything else never. If the block raises or the process
-    is killed, `folder` is as it was.
+    is killed in it, `folder` is as it was; only between the two renames of a replacement is nothing there, and the
+    old bundle then lies whole in a hidden folder beside it.
     """
     target = Path(folder).absolute()
     replaces = target.exists() or target.is_symlink()
@@ -128,9 +132,16 @@ def write_bundle(folder: str | Path, *, overwrite: bool = False) -> Iterator[Pat
             if path.is_file():
                 with path.open("rb") as stream:
                     os.fsync(stream.fileno())
+        read_bundle(fresh)
+        old = work / "replaced"
         if replaces:
-            target.rename(work / "replaced")
-        fresh.rename(target)
+            target.rename(old)
+        try:
+            fresh.rename(target)
+        except OSError:
+            if replaces:
+                old.rename(target)
+            raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -147,6 +158,26 @@ def sha256_of(path: Path) -> str:
         while block := stream.read(2**20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _only(bundle: Bundle, names: Sequence[str]) -> Bundle:
+    unknown = [name for name in names if name not in {member.name for member in bundle.members}]
+    if unknown or not names:
+        found = ", ".join(member.name for member in bundle.members)
+        raise InputError(f"found the members {', '.join(names) or 'none'}, expected some of: {found}")
+    kept = [member for member in bundle.members if member.name in names]
+    return replace(bundle, members=(*kept[:-1], replace(kept[-1], threshold=None)))
+
+
+def _damage(folder: Path, file: str, expected: str) -> str | None:
+    """Say what is wrong with a file of the bundle, or nothing."""
+    path = _inside(folder, file)
+    if not path.is_file():
+        return f"{path}: is missing from the bundle"
+    found = sha256_of(path)
+    if found != expected:
+        return f"{path}: truncated or altered (found sha256 {found[:12]}..., expected {expected[:12]}...)"
+    return None
 
 
 def _load_manifest(folder: Path) -> dict[str, Any]:
@@ -219,6 +250,7 @@ def _parse_member(entry: Any, index: int, count: int) -> MemberEntry:
         parameters=fields.take("parameters", int, at_least=1),
         precision=fields.take("precision", str),
         threshold=threshold,
+        intermediate_size=fields.take("intermediate_size", int, at_least=1) if "intermediate_size" in entry else None,
         other=fields.rest,
     )
 
@@ -259,6 +291,10 @@ def _relative(file: str) -> str:
 
 def _inside(folder: Path, file: str) -> Path:
     path = folder / file
-    if not path.resolve().is_relative_to(folder.resolve()):
+    try:
+        inside = path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # a link that leads to itself
+        inside = False
+    if not inside:
         raise BundleError(f"{path}: leads out of the bundle's folder; expected files inside it, and links neither")
     return path

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import json
 import os
 import sys
@@ -20,7 +21,7 @@ import numpy as np
 
 from . import __version__
 from .bundle import read_bundle
-from .errors import CascadeError, InputError
+from .errors import CascadeError, InputError, TextError
 from .evaluation import evaluate, label_ids
 from .records import FORMATS, Example, Text, open_output, read_examples
 from .runtime import CascadeRuntime
@@ -44,6 +45,8 @@ class CommandParser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # labels and texts are Unicode, whatever the terminal says it takes
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         if argv and argv[0] in _OFFLINE:
             importlib.import_module(_OFFLINE[argv[0]][0]).main(argv[1:])
@@ -80,11 +83,28 @@ def _predict(options: argparse.Namespace) -> None:
     )
     with open_output(options.output) as out, _progress(shown=bool(options.input)) as progress:
         while chunk := list(islice(examples, _CHUNK)):
-            for example, prediction in zip(chunk, runtime.predict(row.text for row in chunk), strict=True):
-                answer = {name: getattr(prediction, name) for name in _PREDICTED}
-                kept = {f"input_{name}" if name in answer else name: field for name, field in example.fields.items()}
-                out.write(json.dumps(kept | answer, ensure_ascii=False, default=str) + "\n")
+            try:
+                predictions = runtime.predict(example.text for example in chunk)
+            except TextError as error:
+                raise TextError(error.index, error.reason, chunk[error.index].where) from None
+            for example, prediction in zip(chunk, predictions, strict=True):
+                out.write(_json_line(example.fields, {name: getattr(prediction, name) for name in _PREDICTED}))
             progress.update(len(chunk))
+
+
+def _json_line(fields: dict[str, Any], answer: dict[str, Any]) -> str:
+    """Join the input's fields and the answer, losing none: a field that is called like an answer's is renamed."""
+    line = {name: field for name, field in fields.items() if name not in answer}
+    for name in fields.keys() & answer.keys():
+        free = f"input_{name}"
+        while free in fields:
+            free = f"input_{free}"
+        line[free] = fields[name]
+    line |= answer
+    try:
+        return json.dumps(line, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+    except ValueError:  # the input held NaN or infinity, which JSON has no word for
+        return json.dumps(json.loads(json.dumps(line, default=str), parse_constant=lambda _: None)) + "\n"
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -120,9 +140,12 @@ def _evaluate(options: argparse.Namespace) -> None:
     examples = _examples(options, runtime.bundle.pair)
     with _progress() as progress:
         while chunk := list(islice(examples, _CHUNK)):
-            written = [example.field(options.label_column) for example in chunk]
+            written = [(example.field(options.label_column), example.where) for example in chunk]
             labels.append(label_ids(written, runtime.bundle.labels))
-            logits, tokens = runtime.member_logits(example.text for example in chunk)
+            try:
+                logits, tokens = runtime.member_logits(example.text for example in chunk)
+            except TextError as error:
+                raise TextError(error.index, error.reason, chunk[error.index].where) from None
             parts.append(logits)
             lengths.append(tokens)
             progress.update(len(chunk))
@@ -165,6 +188,8 @@ def _runtime(options: argparse.Namespace) -> CascadeRuntime:
 
 
 def _examples(options: argparse.Namespace, pair: bool) -> Iterator[Example]:
+    if options.pair_column and not options.text_column:
+        raise InputError(f"found --pair-column {options.pair_column} alone, expected --text-column with it")
     columns = tuple(column for column in (options.text_column, options.pair_column) if column) or None
     return read_examples(options.input, pair=pair, format=options.format, columns=columns)
 

@@ -31,7 +31,7 @@ def member_flops(member: MemberEntry, lengths: NDArray[np.intp]) -> NDArray[np.f
     1811.9M (the paper quotes 1809.9M a layer). Embeddings, pooler and classifier are left out, as in the paper.
     """
     hidden = float(member.hidden_size)
-    inner = float(member.other.get("intermediate_size", 4 * hidden))
+    inner = float(member.intermediate_size or 4 * hidden)
     tokens = lengths.astype(np.float64)
     flops: NDArray[np.float64] = (
         2 * member.layers * (tokens * (4 * hidden**2 + 2 * hidden * inner) + 2 * hidden * tokens**2)

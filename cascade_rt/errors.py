@@ -13,6 +13,16 @@ class InputError(CascadeError):
     """Texts, files, columns, labels or options that cannot be used as given."""
 
 
+class TextError(InputError):
+    """One text among many that cannot be used; `index` is its place, `reason` what is wrong with it."""
+
+    def __init__(self, index: int, reason: str, where: str | None = None) -> None:
+        """Say `reason` of the text at `index`, or at `where` when a file and line are known."""
+        super().__init__(f"{where or f'text {index}'}: {reason}")
+        self.index = index
+        self.reason = reason
+
+
 class MissingExtraError(CascadeError):
     """An optional part of the distribution is not installed."""
 

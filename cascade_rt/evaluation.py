@@ -15,19 +15,20 @@ from .gate import confidence, exits, softmax
 from .metrics import accuracy, dis, ece, f1
 
 
-def label_ids(written: Sequence[str], labels: Sequence[str]) -> NDArray[np.intp]:
-    """Class ids of labels as a file writes them: by name, or by number where no label's name is a number.
+def label_ids(written: Sequence[tuple[str, str]], labels: Sequence[str]) -> NDArray[np.intp]:
+    """Class ids, int of shape (texts,), of (label, where it stands) as a file writes them.
 
-    Raises InputError for a label that the bundle does not know.
+    A label stands there by name, or by number where no label's name is a number. Raises InputError for one that the
+    bundle does not know.
     """
     ids = {label: index for index, label in enumerate(labels)}
     if not any(label.strip().isdigit() for label in labels):
         ids |= {str(index): index for index in range(len(labels))}
-    for row, label in enumerate(written):
+    for label, where in written:
         if label not in ids:
             known = ", ".join(map(repr, labels[:20])) + (", ..." if len(labels) > 20 else "")
-            raise InputError(f"example {row}: found the label {label!r}, expected one that the bundle knows: {known}")
-    return np.fromiter((ids[label] for label in written), dtype=np.intp, count=len(written))
+            raise InputError(f"{where}: found the label {label!r}, expected one that the bundle knows: {known}")
+    return np.fromiter((ids[label] for label, _ in written), dtype=np.intp, count=len(written))
 
 
 def evaluate(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Real
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +18,14 @@ def softmax(logits: NDArray[np.floating]) -> NDArray[np.float64]:
     exponentials = np.exp(shifted)
     probabilities: NDArray[np.float64] = exponentials / exponentials.sum(axis=-1, keepdims=True)
     return probabilities
+
+
+def softmax_row(logits: list[float]) -> list[float]:
+    """`softmax` of one text's logits in plain Python: on so few numbers faster than five calls of numpy."""
+    largest = max(logits)
+    exponentials = [math.exp(logit - largest) for logit in logits]
+    total = math.fsum(exponentials)
+    return [exponential / total for exponential in exponentials]
 
 
 def confidence(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -51,10 +61,15 @@ def checked_thresholds(
     """
     if thresholds is None:
         return list(stored)
-    chosen = [thresholds] * (members - 1) if isinstance(thresholds, int | float) else list(thresholds)
+    if isinstance(thresholds, Real):
+        return [_checked(thresholds)] * (members - 1)
+    chosen = [_checked(threshold) for threshold in thresholds]  # type: ignore[union-attr]
     if len(chosen) != members - 1:
         raise InputError(f"found {len(chosen)} thresholds, expected {members - 1}: one per member but the last")
-    for threshold in chosen:
-        if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
-            raise InputError(f"found the threshold {threshold!r}, expected a number from 0 to 1")
-    return [float(threshold) for threshold in chosen]
+    return chosen
+
+
+def _checked(threshold: object) -> float:
+    if isinstance(threshold, bool) or not isinstance(threshold, Real) or not 0 <= float(threshold) <= 1:
+        raise InputError(f"found the threshold {threshold!r}, expected a number from 0 to 1")
+    return float(threshold)

@@ -96,8 +96,6 @@ def open_output(target: str | Path) -> Iterator[TextIO]:
     Half a surrogate pair, which UTF-8 cannot hold, comes out as the escape that JSON has for it.
     """
     if str(target) == "-":
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
         yield sys.stdout
         sys.stdout.flush()
         return
@@ -157,8 +155,7 @@ def _read_table(
     rows: Iterator[tuple[int, list[str]]], name: str, skip_malformed: bool
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     _, header = next(rows, (0, []))
-    if len(set(header)) != len(header):
-        raise InputError(f"{name}:1: a column name occurs twice in {_listed(header)}; rename one")
+    _check_header(header, name)
     for number, row in rows:
         if len(row) == len(header):
             yield number, dict(zip(header, row, strict=True))
@@ -166,6 +163,11 @@ def _read_table(
             raise InputError(
                 f"{name}:{number}: found {len(row)} fields, expected {len(header)} as in the header; mend that line"
             )
+
+
+def _check_header(header: list[str], name: str) -> None:
+    if len(set(header)) != len(header):
+        raise InputError(f"{name}: a column name occurs twice in {_listed(header)}; rename one")
 
 
 def _csv_rows(source: str | Path, name: str) -> Iterator[tuple[int, list[str]]]:
@@ -213,12 +215,13 @@ def _read_parquet(source: str | Path, name: str) -> Iterator[tuple[int, dict[str
         raise InputError(f"{name}: no such file; parquet is read from a file, not from standard input")
     try:
         with parquet.ParquetFile(source) as file:
+            _check_header(file.schema_arrow.names, name)
             number = 0
             for batch in file.iter_batches(batch_size=1024):
                 for fields in batch.to_pylist():
                     number += 1
                     yield number, fields
-    except arrow.ArrowException as error:
+    except (arrow.ArrowException, ValueError, OverflowError, OSError) as error:
         raise InputError(f"{name}: not a readable parquet file ({error})") from None
 
 
@@ -233,15 +236,28 @@ def _json_object(line: str, where: str) -> dict[str, Any]:
 
 
 def _text_line(line: str, pair: bool, where: str) -> Text:
-    if not pair:
-        return line
     texts = line.split("\t")
+    if not pair:
+        if len(texts) == 2 and all(text.strip() for text in texts):
+            raise InputError(
+                f"{where}: found a pair (two texts with a tab between them), expected single texts; "
+                "for texts with tabs use jsonl"
+            )
+        return line
     if len(texts) != 2:
         raise InputError(f"{where}: found {len(texts)} text(s), expected a pair: two texts with a tab between them")
     return texts[0], texts[1]
 
 
 def _find_columns(fields: dict[str, Any], pair: bool, where: str) -> tuple[str, ...]:
+    for columns in _USUAL_COLUMNS[True]:
+        if all(column in fields for column in columns):
+            if pair:
+                return columns
+            raise InputError(
+                f"{where}: found pairs ({' and '.join(map(repr, columns))}), expected single texts; "
+                "name the text column if one of them is meant"
+            )
     for columns in _USUAL_COLUMNS[pair]:
         if all(column in fields for column in columns):
             return columns

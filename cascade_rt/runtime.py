@@ -17,13 +17,15 @@ from numpy.typing import NDArray
 from .batching import by_length, micro_batches
 from .bundle import Bundle, read_bundle
 from .cost import cumulative_layers
-from .errors import InputError
-from .gate import checked_thresholds, confidence, leaves, softmax
-from .member import Member, usable_threads
+from .cpus import usable_threads
+from .errors import InputError, TextError
+from .gate import checked_thresholds, confidence, leaves, softmax, softmax_row
+from .member import Member, provider_name
 from .records import Text
 from .tokenization import Encoded, TextTokenizer
 
 _EVERYONE = float("-inf")  # the last member's gate
+_FIRST = np.zeros(1, dtype=np.intp)
 
 
 class Prediction(NamedTuple):
@@ -56,23 +58,29 @@ class CascadeRuntime:
         provider: str = "cpu",
         threads: int | None = None,
         thresholds: float | Sequence[float] | None = None,
+        members: Sequence[str] | None = None,
+        preload: bool = False,
     ) -> None:
-        """Read, verify and load the bundle in `model_dir`.
+        """Read and verify the bundle in `model_dir`; each member is loaded when a text first needs it.
 
         `provider`: "cpu", "cuda", or any provider name of the installed ONNX Runtime. `threads`: for each
         member's computation, None for all CPUs that this process may use. `thresholds`: None for the bundle's, a
-        float for one tau at every member, or a list, one per member but the last; each in [0, 1].
+        float for one tau at every member, or a list, one per member but the last; each in [0, 1]. `members`: the
+        names of those to use, None for all. `preload` loads them all now.
         Raises BundleError for a bundle that cannot be used and InputError for an argument that cannot.
         """
-        self.bundle: Bundle = read_bundle(model_dir)
+        self.bundle: Bundle = read_bundle(model_dir, members)
         folder, entries = Path(model_dir), self.bundle.members
         self.thresholds: list[float] = checked_thresholds(thresholds, self.bundle.thresholds, len(entries))
         self._tokenizer = TextTokenizer(folder / self.bundle.tokenizer_file, self.bundle.max_length, self.bundle.pair)
-        count = usable_threads(threads)
+        count, wanted = usable_threads(threads), provider_name(provider)
         self._members = [
-            Member(entry, folder / entry.file, len(self.bundle.labels), provider, count) for entry in entries
+            Member(entry, folder / entry.file, len(self.bundle.labels), wanted, count) for entry in entries
         ]
-        self._layers = cumulative_layers(entries).tolist()
+        self._layers: list[int] = cumulative_layers(entries).tolist()
+        if preload:
+            for member in self._members:
+                member.load()
 
     def predict(self, texts: Iterable[Text]) -> list[Prediction]:
         """Classify texts, or (text, text pair) tuples for a bundle on pairs; answers in input order.
@@ -80,8 +88,10 @@ class CascadeRuntime:
         Implements the paper's Algorithm 1: a text that left never reaches a bigger member. Raises InputError for
         anything that is not a text (or pair).
         """
-        texts = _listed(texts)
+        texts = list(_iterated(texts))
         encoded = self._tokenizer.encode(texts)
+        if len(texts) == 1:
+            return [self._predict_one(encoded)]
         probabilities = np.empty((len(texts), len(self.bundle.labels)))
         exits = np.empty(len(texts), dtype=np.intp)
         waiting = by_length(encoded.lengths)
@@ -92,15 +102,38 @@ class CascadeRuntime:
             gone = leaves(confidence(probabilities[waiting]), threshold)
             exits[waiting[gone]] = index
             waiting = waiting[~gone]
-        return self._predictions(probabilities, exits, encoded)
+        winners = probabilities.argmax(axis=1).tolist()
+        return [
+            self._prediction(row, winner, exit, encoded.truncated(index))
+            for index, (row, winner, exit) in enumerate(
+                zip(probabilities.tolist(), winners, exits.tolist(), strict=True)
+            )
+        ]
+
+    def _predict_one(self, encoded: Encoded) -> Prediction:
+        """The same journey for one text: nothing to order, and all members read the same arrays."""
+        batch = encoded.batch(_FIRST)
+        for index, member in enumerate(self._members):
+            probabilities = softmax_row(member.run(batch)[0].tolist())
+            score = max(probabilities)
+            if index == len(self.thresholds) or score > self.thresholds[index]:
+                break
+        return self._prediction(probabilities, probabilities.index(score), index, encoded.truncated(0))
 
     def predict_iter(self, texts: Iterable[Text], chunk_size: int = 1024) -> Iterator[Prediction]:
         """Classify a stream in constant memory; answers in input order, a chunk of `chunk_size` texts at a time."""
         if chunk_size < 1:
             raise InputError(f"found a chunk size of {chunk_size}, expected at least 1")
-        stream = iter(texts)
-        while chunk := list(islice(stream, chunk_size)):
-            yield from self.predict(chunk)
+        return self._stream(_iterated(texts), chunk_size)
+
+    def _stream(self, texts: Iterator[Text], chunk_size: int) -> Iterator[Prediction]:
+        done = 0
+        while chunk := list(islice(texts, chunk_size)):
+            try:
+                yield from self.predict(chunk)
+            except TextError as error:
+                raise TextError(done + error.index, error.reason) from None
+            done += len(chunk)
 
     def __call__(self, inputs: Any) -> Any:
         """Answer as a transformers text-classification pipeline does.
@@ -118,7 +151,7 @@ class CascadeRuntime:
 
         Returns the logits, float32 of shape (members, texts, labels), and each text's length in tokens, (texts,).
         """
-        encoded = self._tokenizer.encode(_listed(texts))
+        encoded = self._tokenizer.encode(list(_iterated(texts)))
         rows = by_length(encoded.lengths)
         logits = np.empty((len(self._members), len(rows), len(self.bundle.labels)), dtype=np.float32)
         for index, member in enumerate(self._members):
@@ -134,23 +167,15 @@ class CascadeRuntime:
             done += len(batch)
         return logits
 
-    def _predictions(
-        self, probabilities: NDArray[np.float64], exits: NDArray[np.intp], encoded: Encoded
-    ) -> list[Prediction]:
-        labels = self.bundle.labels
-        winners = probabilities.argmax(axis=1).tolist()
-        return [
-            Prediction(labels[winner], row[winner], tuple(row), exit, self._layers[exit], encoded.truncated(index))
-            for index, (row, winner, exit) in enumerate(
-                zip(probabilities.tolist(), winners, exits.tolist(), strict=True)
-            )
-        ]
+    def _prediction(self, probabilities: list[float], winner: int, exit: int, truncated: bool) -> Prediction:
+        label, score = self.bundle.labels[winner], probabilities[winner]
+        return Prediction(label, score, tuple(probabilities), exit, self._layers[exit], truncated)
 
 
-def _listed(texts: Iterable[Text]) -> list[Text]:
+def _iterated(texts: Iterable[Text]) -> Iterator[Text]:
     if isinstance(texts, str | bytes | Mapping):
         raise InputError(f"found one {type(texts).__name__}, expected a list of texts; wrap it: [text]")
-    return list(texts)
+    return iter(texts)
 
 
 def _from_pipeline(item: Any) -> Any:

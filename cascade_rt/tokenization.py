@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +12,45 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
-from .errors import BundleError, InputError
+from .errors import BundleError, TextError
 from .records import Text
+
+_CHARACTERS_AT_ONCE = 2**22  # bounds what the library holds before long texts are cut
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """What is left of a text that was too long."""
+
+    ids: list[int]
+    type_ids: list[int]
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 class Encoded:
     """The token ids of some texts, unpadded, in input order."""
 
-    def __init__(self, encodings: list[Encoding], padding: dict[str, Any]) -> None:
+    def __init__(self, encodings: list[Encoding | _Cut], padding: dict[str, Any]) -> None:
         self._encodings = encodings
         self._padding = padding
-        self.lengths: NDArray[np.intp] = np.fromiter(map(len, encodings), dtype=np.intp, count=len(encodings))
+
+    @cached_property
+    def lengths(self) -> NDArray[np.intp]:
         """Tokens per text, special tokens included, shape (texts,)."""
+        return np.fromiter(map(len, self._encodings), dtype=np.intp, count=len(self._encodings))
 
     def truncated(self, row: int) -> bool:
         """Whether tokens of this text were cut off at the maximum length."""
-        return bool(self._encodings[row].overflowing)
+        return isinstance(self._encodings[row], _Cut)
 
     def batch(self, rows: NDArray[np.intp]) -> dict[str, NDArray[np.int64]]:
         """Pad some texts to the longest of them: three int64 arrays of shape (rows, tokens), by input name."""
+        if len(rows) == 1 and len(encoding := self._encodings[rows[0]]):  # nothing to pad
+            ids = np.array([encoding.ids], dtype=np.int64)
+            types = np.array([encoding.type_ids], dtype=np.int64)
+            return {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": types}
         lengths = self.lengths[rows]
         shape = (len(rows), max(1, int(lengths.max())))
         ids = np.full(shape, self._padding["pad_id"], dtype=np.int64)
@@ -45,59 +67,104 @@ class Encoded:
 
 
 class TextTokenizer:
-    """The bundle's tokenizer; truncation and padding are as `tokenizer.json` says, at the bundle's length."""
+    """The bundle's tokenizer; sides of padding and truncation are as `tokenizer.json` says, the length the bundle's.
+
+    Texts are cut here and not by the library, which keeps what it cuts off, for a pair every combination of what it
+    cuts off: gigabytes for two texts of 50 kB.
+    """
 
     def __init__(self, file: Path, max_length: int, pair: bool) -> None:
         """Load `file`; raise BundleError where the tokenizers library cannot."""
         try:
             self._tokenizer = Tokenizer.from_file(str(file))
-            self._padding: dict[str, Any] = self._tokenizer.padding or {
-                "pad_id": 0,
-                "pad_type_id": 0,
-                "direction": "right",
-            }
-            self._tokenizer.no_padding()
-            truncation = self._tokenizer.truncation or {}
-            self._tokenizer.enable_truncation(
-                max_length, strategy="longest_first", direction=truncation.get("direction", "right")
-            )
         except Exception as error:  # the library raises bare Exceptions
             raise BundleError(f"{file}: not a tokenizer that can be used ({error}); export the bundle again") from None
+        self._padding: dict[str, Any] = self._tokenizer.padding or {
+            "pad_id": 0,
+            "pad_type_id": 0,
+            "direction": "right",
+        }
+        self._cuts_left = (self._tokenizer.truncation or {}).get("direction") == "left"
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
         self.max_length = max_length
         self._pair = pair
 
     def encode(self, texts: Sequence[Text]) -> Encoded:
-        """Encode texts (or pairs); raise InputError for what is neither, and for pairs where single texts belong."""
+        """Encode texts (or pairs); raise TextError for what is neither, and for pairs where single texts belong."""
         for index, text in enumerate(texts):
             self._check(text, index)
         try:
-            encodings = self._tokenizer.encode_batch_fast(list(texts))
+            if len(texts) == 1:  # one text is not worth waking the library's threads
+                first, second = (texts[0], None) if isinstance(texts[0], str) else texts[0]
+                encodings = [self._cut(self._tokenizer.encode(first, second))]
+            else:
+                encodings = [
+                    self._cut(encoding)
+                    for part in _parts(texts)
+                    for encoding in self._tokenizer.encode_batch_fast(part)
+                ]
         except (TypeError, UnicodeEncodeError):
-            raise self._not_unicode(texts) from None
+            raise _not_unicode(texts) from None
         return Encoded(encodings, self._padding)
+
+    def _cut(self, encoding: Encoding) -> Encoding | _Cut:
+        """Cut a text to the maximum length, a pair on its longer side first; special tokens stay."""
+        excess = len(encoding) - self.max_length
+        if excess <= 0:
+            return encoding
+        sides = np.array([-1 if side is None else side for side in encoding.sequence_ids])
+        kept = sides < 0
+        for side, room in enumerate(_room(int(np.sum(sides == 0)), int(np.sum(sides == 1)), excess)):
+            tokens = np.flatnonzero(sides == side)
+            kept[tokens[len(tokens) - room :] if self._cuts_left else tokens[:room]] = True
+        ids, types = np.array(encoding.ids)[kept], np.array(encoding.type_ids)[kept]
+        return _Cut(ids.tolist(), types.tolist())
 
     def _check(self, text: object, index: int) -> None:
         if self._pair:
             if isinstance(text, tuple | list) and len(text) == 2 and all(isinstance(part, str) for part in text):
                 return
-            raise InputError(
-                f"text {index}: found {_kind(text)}, expected a pair of texts: this bundle's task is on pairs"
-            )
+            raise TextError(index, f"found {_kind(text)}, expected a pair of texts: this bundle's task is on pairs")
         if not isinstance(text, str):
-            raise InputError(
-                f"text {index}: found {_kind(text)}, expected a text: this bundle's task is on single texts"
-            )
+            raise TextError(index, f"found {_kind(text)}, expected a text: this bundle's task is on single texts")
 
-    def _not_unicode(self, texts: Sequence[Text]) -> InputError:
-        for index, text in enumerate(texts):
-            try:
-                ("".join(text)).encode()
-            except UnicodeEncodeError as error:
-                return InputError(
-                    f"text {index}: found half a surrogate pair at character {error.start}, expected Unicode text; "
-                    "replace it"
-                )
-        return InputError("the tokenizer refused the texts; expected Unicode text")
+
+def _room(first: int, second: int, excess: int) -> tuple[int, int]:
+    """How many tokens of each side stay when `excess` must go, from the longer side first (then evenly)."""
+    total = max(0, first + second - excess)
+    if second == 0:
+        return total, 0
+    shorter, longer = sorted((first, second))
+    if shorter > total - shorter:
+        shorter, longer = total // 2, total - total // 2
+    else:
+        longer = total - shorter
+    return (shorter, longer) if first <= second else (longer, shorter)
+
+
+def _parts(texts: Sequence[Text]) -> Iterator[list[Text]]:
+    part: list[Text] = []
+    characters = 0
+    for text in texts:
+        part.append(text)
+        characters += len(text) if isinstance(text, str) else len(text[0]) + len(text[1])
+        if characters > _CHARACTERS_AT_ONCE:
+            yield part
+            part, characters = [], 0
+    if part:
+        yield part
+
+
+def _not_unicode(texts: Sequence[Text]) -> TextError:
+    for index, text in enumerate(texts):
+        try:
+            "".join(text).encode()
+        except UnicodeEncodeError as error:
+            return TextError(
+                index, f"found half a surrogate pair at character {error.start}, expected Unicode text; replace it"
+            )
+    return TextError(0, "the tokenizer refused these texts; expected Unicode text")
 
 
 def _kind(text: object) -> str:

@@ -15,6 +15,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from cascade_rt.errors import CascadeError, InputError
 
+_SHORTEST = 3  # a token between [CLS] and [SEP]
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -59,30 +61,38 @@ def open_checkpoint(source: str, *, pair: bool | None = None, max_length: int | 
     `pair` and `max_length` override what training recorded; for a checkpoint without a record the defaults are
     single texts, and as many tokens as the model takes. Raises InputError where it cannot be opened.
     """
+    record = Path(source) / RECORD
     try:
         config = AutoConfig.from_pretrained(source)
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForSequenceClassification.from_pretrained(source, dtype="float32").eval()
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            source, dtype="float32", output_loading_info=True
+        )
+        training = dict(json.loads(record.read_text("utf-8"))) if record.is_file() else {}
+    except Exception as error:  # a folder can be broken in any way, and each library has errors of its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"cannot open the member {source!r} ({reason}); expected the Hugging Face folder of a fine-tuned classifier"
         ) from None
+    if loading["missing_keys"]:
+        missing = ", ".join(sorted(loading["missing_keys"])[:3])
+        raise InputError(f"{source}: holds no trained classifier (has no weights for {missing}); fine-tune it first")
+    if config.num_labels < 2 or len(set(config.id2label.values())) < config.num_labels:
+        found = _shown(list(config.id2label.values()))
+        raise InputError(f"{source}: found the labels {found}; expected at least two, with different names")
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InputError(f"{source}: has no fast tokenizer (tokenizer.json); cascade-rt needs one")
-    record = Path(source) / RECORD
-    training = json.loads(record.read_text("utf-8")) if record.is_file() else {}
     longest = int(min(config.max_position_embeddings, tokenizer.model_max_length))
-    length = max_length or training.get("max_length") or longest
-    if length > longest:
+    length = training.get("max_length", longest) if max_length is None else max_length
+    if not _SHORTEST <= length <= longest:
         raise InputError(
-            f"{source}: found a maximum length of {length}, expected at most {longest} tokens for this model"
+            f"{source}: found a maximum length of {length}, expected {_SHORTEST} to {longest} tokens for this model"
         )
     return Checkpoint(
         source=source,
         name=re.sub(r"[^\w.-]", "-", Path(source).resolve().name if Path(source).is_dir() else source),
         config=config,
-        model=model,
+        model=model.eval(),
         tokenizer=tokenizer,
         labels=tuple(config.id2label[index] for index in range(config.num_labels)),
         pair=bool(training.get("pair", False)) if pair is None else pair,
@@ -93,11 +103,15 @@ def open_checkpoint(source: str, *, pair: bool | None = None, max_length: int | 
 
 def check_fit(checkpoints: Sequence[Checkpoint]) -> None:
     """Raise CascadeError unless all members share labels, pair-ness, length and tokenizer; say what differs."""
+    sources: dict[str, str] = {}
+    for checkpoint in checkpoints:
+        if checkpoint.name in sources:
+            found = f"{sources[checkpoint.name]}, {checkpoint.source}"
+            raise CascadeError(f"two members are called {checkpoint.name!r} ({found}); rename one folder")
+        sources[checkpoint.name] = checkpoint.source
     first = checkpoints[0]
     for other in checkpoints[1:]:
         where = f"members {first.name!r} and {other.name!r} do not fit together:"
-        if first.name == other.name:
-            raise CascadeError(f"two members are called {first.name!r} ({first.source}, {other.source}); rename one")
         if first.labels != other.labels:
             raise CascadeError(f"{where} labels {_shown(first.labels)} against {_shown(other.labels)}")
         if first.pair != other.pair:

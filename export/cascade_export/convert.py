@@ -22,6 +22,7 @@ def convert(checkpoint: Checkpoint, path: Path) -> dict[str, int]:
             task="text-classification",
             device="cpu",
             dtype="fp32",
+            library_name="transformers",
             do_validation=False,  # the finished, fused graph is verified, not this one
             no_post_process=True,
         )

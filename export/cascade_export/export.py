@@ -14,8 +14,9 @@ from cascade_export.checkpoint import Checkpoint, check_fit, open_checkpoint
 from cascade_export.convert import convert
 from cascade_export.verify import check_texts, verify
 from cascade_rt.bundle import Bundle, MemberEntry, sha256_of, write_bundle, write_manifest
+from cascade_rt.cpus import usable_threads
 from cascade_rt.errors import InputError
-from cascade_rt.member import Member, usable_threads
+from cascade_rt.member import Member, provider_name
 from cascade_rt.tokenization import TextTokenizer
 
 DEFAULT_THRESHOLD = 0.9
@@ -82,13 +83,12 @@ def _export_member(
         parameters=checkpoint.parameters,
         precision="fp32",
         threshold=threshold,
+        intermediate_size=getattr(checkpoint.config, "intermediate_size", None)
+        or getattr(checkpoint.config, "hidden_dim", None),  # DistilBERT's name for it
     )
-    member = Member(entry, path, len(checkpoint.labels), "cpu", usable_threads(None))
+    member = Member(entry, path, len(checkpoint.labels), provider_name("cpu"), usable_threads(None))
     difference = verify(checkpoint, member, tokenizer, check_texts(checkpoint))
-    other: dict[str, Any] = {"fused": fused, "max_probability_difference": difference}
-    if inner := getattr(checkpoint.config, "intermediate_size", None) or getattr(checkpoint.config, "hidden_dim", None):
-        other["intermediate_size"] = int(inner)
-    return replace(entry, other=other)
+    return replace(entry, other={"fused": fused, "max_probability_difference": difference})
 
 
 def _origin(checkpoint: Checkpoint) -> dict[str, Any]:

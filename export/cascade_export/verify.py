@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -77,6 +78,8 @@ def _torch_logits(checkpoint: Checkpoint, texts: Sequence[Text], max_length: int
     batch = checkpoint.tokenizer(
         first, second, padding=True, truncation=True, max_length=max_length, return_tensors="pt"
     )
+    taken = inspect.signature(checkpoint.model.forward).parameters  # DistilBERT, for one, takes no token types
     with torch.inference_mode():
-        logits: np.ndarray = checkpoint.model(**batch).logits.float().numpy()
+        output = checkpoint.model(**{name: array for name, array in batch.items() if name in taken})
+    logits: np.ndarray = output.logits.float().numpy()
     return logits

@@ -16,14 +16,16 @@ from cascade_train.tasks import TASKS, TaskData, load_file, load_task
 def main(argv: list[str]) -> None:
     """Parse `argv` (what follows `cascade-rt train`), fine-tune, and say where the member is."""
     options = _parser().parse_args(argv)
-    data = _load(options)
     try:
+        import sklearn  # noqa: F401, PLC0415 - splits the data
+        import torch  # noqa: F401, PLC0415 - transformers imports without it
         import transformers  # noqa: PLC0415 - slow to import
 
         from cascade_train.finetune import Recipe, finetune  # noqa: PLC0415 - loads torch
     except ImportError as error:
         raise MissingExtraError("cascade-rt train", "export", error) from None
     transformers.logging.set_verbosity_error()  # its notes on new classifier weights are no news here
+    data = _load(options)
     recipe = Recipe(
         epochs=options.epochs,
         learning_rate=options.learning_rate,

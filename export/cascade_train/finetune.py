@@ -51,6 +51,23 @@ class Recipe:
     seed: int = 0
     evaluations_per_epoch: int = 1  # validate, and leave a checkpoint to resume from, this often
 
+    def __post_init__(self) -> None:
+        """Raise InputError for a value that no training can have."""
+        for name, lowest, highest in (
+            ("epochs", 1e-3, 1e4),
+            ("learning_rate", 0, 1),
+            ("batch_size", 1, 1e5),
+            ("max_length", 3, 1e6),
+            ("warmup_ratio", 0, 1),
+            ("weight_decay", 0, 1),
+            ("seed", 0, 2**32 - 1),
+            ("evaluations_per_epoch", 1, 1e4),
+        ):
+            value = getattr(self, name)
+            if not lowest <= value <= highest:
+                option = name.replace("_", "-")
+                raise InputError(f"found --{option} {value}, expected a number from {lowest:g} to {highest:g}")
+
 
 def finetune(base: str, data: TaskData, output: Path, *, layers: int | None = None, recipe: Recipe) -> dict[str, Any]:
     """Fine-tune `base` (a hub id or a local folder) on `data` and write a Hugging Face folder to `output`.
@@ -73,9 +90,12 @@ def finetune(base: str, data: TaskData, output: Path, *, layers: int | None = No
         "recipe": asdict(recipe),
         "data": {"train": _described(data.train), "validation": _described(data.validation)},
     }
-    _claim(work, run)
     set_seed(recipe.seed)
     tokenizer, model = _load(base, data.labels, layers)
+    longest = int(min(model.config.max_position_embeddings, tokenizer.model_max_length))
+    if recipe.max_length > longest:
+        raise InputError(f"found --max-length {recipe.max_length}, expected at most {longest}, what {base} takes")
+    _claim(work, run)
     trainer = _trainer(model, tokenizer, data, recipe, work)
     resume = _last_whole_checkpoint(work)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -106,7 +126,7 @@ def _described(examples: Examples) -> dict[str, Any]:
 def _claim(work: Path, run: dict[str, Any]) -> None:
     """Make the working folder, or check that the one that stands is of this same run."""
     settings = work / "run.json"
-    if settings.is_file():
+    if any(work.glob("checkpoint-*")) and settings.is_file():
         other = json.loads(settings.read_text("utf-8"))
         differing = [key for key in run if run[key] != other.get(key)]
         if differing:
@@ -124,11 +144,8 @@ def _load(base: str, labels: tuple[str, ...], layers: int | None) -> tuple[PreTr
     try:
         config = AutoConfig.from_pretrained(base)
         tokenizer = AutoTokenizer.from_pretrained(base)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"cannot load the base model {base!r} ({reason}); expected a Hugging Face folder, or a hub id and a network"
-        ) from None
+    except Exception as error:  # a folder can be broken in any way, and each library has errors of its own
+        raise _no_base(base, error) from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InputError(f"{base}: has no fast tokenizer (tokenizer.json); cascade-rt needs one")
     if layers is not None:
@@ -140,8 +157,18 @@ def _load(base: str, labels: tuple[str, ...], layers: int | None) -> tuple[PreTr
     config.num_labels = len(labels)
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: index for index, label in enumerate(labels)}
-    model = AutoModelForSequenceClassification.from_pretrained(base, config=config, ignore_mismatched_sizes=True)
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(base, config=config, ignore_mismatched_sizes=True)
+    except Exception as error:
+        raise _no_base(base, error) from None
     return tokenizer, model
+
+
+def _no_base(base: str, error: Exception) -> InputError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return InputError(
+        f"cannot load the base model {base!r} ({reason}); expected a Hugging Face folder, or a hub id and a network"
+    )
 
 
 def _trainer(model: Any, tokenizer: PreTrainedTokenizerFast, data: TaskData, recipe: Recipe, work: Path) -> Trainer:

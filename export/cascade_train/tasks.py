@@ -172,6 +172,8 @@ def hold_out(examples: Examples, share: float, seed: int, *, nested: bool = Fals
 
     if not 0 < share < 1:
         raise InputError(f"found a held-out share of {share}, expected a number between 0 and 1 (0.1 is usual)")
+    if not 0 <= seed < 2**32:
+        raise InputError(f"found the split seed {seed}, expected a number from 0 to {2**32 - 1}")
     candidates = _whole_texts(examples.texts) if nested else list(range(len(examples)))
     try:
         _, held = train_test_split(

@@ -15,10 +15,11 @@ from cascade_export.checkpoint import open_checkpoint
 from cascade_export.convert import convert
 from cascade_export.export import export_bundle
 from cascade_export.verify import check_texts
+from transformers import BertModel
 
 from cascade_rt import CascadeRuntime, read_bundle
 from cascade_rt.cli import main
-from cascade_rt.errors import CascadeError
+from cascade_rt.errors import CascadeError, InputError
 
 from ..conftest import LABELS, make_member
 
@@ -33,7 +34,7 @@ def test_members_are_sorted_fused_and_described(bundle: Path) -> None:
     for member in members:
         assert member.other["fused"]["Attention"] == member.layers
         assert member.other["max_probability_difference"] <= 1e-4
-        assert member.other["intermediate_size"] == 3 * member.hidden_size
+        assert member.intermediate_size == 3 * member.hidden_size
         assert member.precision == "fp32"
 
 
@@ -117,10 +118,14 @@ def test_members_that_do_not_fit_are_refused_with_what_differs(member_folders: l
     ("arguments", "says"),
     [
         ("--member nowhere --output out", "cannot open the member 'nowhere'"),
-        ("--member MEMBER --output out --max-length 65", "expected at most 64 tokens"),
+        ("--member MEMBER --output out --max-length 65", "found a maximum length of 65, expected 3 to 64 tokens"),
+        ("--member MEMBER --output out --max-length 2", "found a maximum length of 2, expected 3 to 64 tokens"),
         ("--member MEMBER --output out --threshold 2", "found the threshold 2.0"),
+        ("--random 2x100 --output out", "found the shape '2x100', expected LAYERSxHIDDEN"),
+        ("--random 2 --output out", "found the shape '2'"),
+        ("--random 2x64 --member MEMBER --output out", "not allowed with argument"),
+        ("--output out", "one of the arguments --member --random is required"),
         ("--member MEMBER --output .", "exists and is not a bundle"),
-        ("--output out", "--member"),
     ],
 )
 def test_the_command_refuses_in_one_line(
@@ -144,3 +149,40 @@ def test_what_training_recorded_reaches_the_bundle(member_folders: list[Path], t
     assert bundle.provenance["checkpoints"]["trained"]["training"] == {"task": "toy"}
     assert {"torch", "onnxruntime", "optimum-onnx"} <= bundle.provenance["versions"].keys()
     assert CascadeRuntime(tmp_path / "bundle").predict([("a film", "a cat")])[0].exit == 0
+
+
+def test_what_cannot_be_a_member_is_refused(member_folders: list[Path], tmp_path: Path) -> None:
+    def refused(folder: Path, says: str) -> None:
+        with pytest.raises(InputError, match=says):
+            export_bundle([str(folder)], tmp_path / "bundle")
+        assert not (tmp_path / "bundle").exists()
+
+    refused(make_member(tmp_path / "one", layers=1, labels=("only",)), "expected at least two, with different names")
+    refused(make_member(tmp_path / "twins", layers=1, labels=("a", "a")), "expected at least two, with different names")
+    for name, file, content in (
+        ("weights", "model.safetensors", b"\x00" * 64),
+        ("tokens", "tokenizer.json", b"{}"),
+        ("record", "cascade_train.json", b"{"),
+    ):
+        folder = shutil.copytree(member_folders[0], tmp_path / name)
+        (folder / file).write_bytes(content)
+        refused(folder, f"cannot open the member '.*{name}'")
+    headless = tmp_path / "headless"
+    shutil.copytree(member_folders[0], headless)
+    BertModel.from_pretrained(member_folders[0]).save_pretrained(headless)
+    refused(headless, "holds no trained classifier .*classifier.bias")
+
+
+def test_three_members_with_two_names_are_refused(member_folders: list[Path], tmp_path: Path) -> None:
+    twin = shutil.copytree(member_folders[2], tmp_path / "elsewhere" / "big")
+    with pytest.raises(CascadeError, match="two members are called 'big'"):
+        export_bundle([str(member_folders[0]), str(member_folders[2]), str(twin)], tmp_path / "bundle")
+
+
+def test_random_members_have_the_asked_shapes_and_spread_confidences(tmp_path: Path) -> None:
+    assert main(["export", "--random", "1x64", "--random", "3x96", "--output", "bundle", "--max-length", "64"]) == 0
+    runtime = CascadeRuntime("bundle")
+    assert [(member.layers, member.hidden_size) for member in runtime.bundle.members] == [(1, 64), (3, 96)]
+    texts = [" ".join(["bakedi", "fogu", "lamo", "rita"][: 1 + index % 4]) + str(index) for index in range(60)]
+    scores = [answer.score for answer in CascadeRuntime("bundle", thresholds=0.0).predict(texts)]
+    assert len(set(scores)) > 50, "thresholds can split them"

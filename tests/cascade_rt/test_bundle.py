@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cascade_rt import BundleError, CascadeRuntime, read_bundle
+from cascade_rt import BundleError, CascadeRuntime, InputError, read_bundle
 from cascade_rt.bundle import write_bundle, write_manifest
 
 Manifest = dict[str, Any]
@@ -103,6 +103,8 @@ def _delete(*path: Any) -> Callable[[Manifest], None]:
         (_set("members", 0, "file", to="other.onnx"), "other.onnx: is missing"),
         (_set("members", 0, "sha256", to="0" * 64), "tiny.onnx: truncated or altered"),
         (_set("members", 0, "file", to="big.onnx"), "big.onnx: truncated or altered"),
+        (_set("members", 0, "intermediate_size", to="abc"), "intermediate_size: found 'abc', expected int"),
+        (_set("members", 0, "intermediate_size", to=-5), "expected int of at least 1"),
         (_set("tokenizer", to=[]), "tokenizer: found"),
         (_set("tokenizer", "file", to="../tokenizer.json"), "stays inside"),
         (_delete("provenance"), "has no 'provenance'"),
@@ -143,6 +145,24 @@ def test_a_link_out_of_the_folder_is_refused(copied: Path, tmp_path: Path) -> No
         read_bundle(copied)
 
 
+def test_a_link_to_itself_is_refused(copied: Path) -> None:
+    (copied / "tiny.onnx").unlink()
+    (copied / "tiny.onnx").symlink_to("tiny.onnx")
+    with pytest.raises(BundleError, match=r"tiny\.onnx"):
+        read_bundle(copied)
+
+
+def test_some_members_alone(bundle: Path) -> None:
+    runtime = CascadeRuntime(bundle, members=["big", "tiny"])
+    assert [member.name for member in runtime.bundle.members] == ["tiny", "big"]
+    assert [member.threshold for member in runtime.bundle.members] == [0.8, None]
+    alone = CascadeRuntime(bundle, members=["small"])
+    assert {(answer.exit, answer.layers) for answer in alone.predict(["a film", "so sad"])} == {(0, 2)}
+    for names in (["huge"], []):
+        with pytest.raises(InputError, match="expected some of: tiny, small, big"):
+            CascadeRuntime(bundle, members=names)
+
+
 def test_a_bundle_behind_a_link_is_read(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "current").symlink_to(bundle)
     assert read_bundle(tmp_path / "current") == read_bundle(bundle)
@@ -173,9 +193,13 @@ def test_an_existing_bundle_is_replaced_only_when_told(copied: Path, tmp_path: P
     with pytest.raises(ZeroDivisionError), write_bundle(copied, overwrite=True):
         _ = 1 / 0
     read_bundle(copied)  # still whole
+    with pytest.raises(BundleError, match="not valid JSON"), write_bundle(copied, overwrite=True) as folder:
+        (folder / "cascade.json").write_text("what cannot be read is not written")
+    read_bundle(copied)
     with write_bundle(copied, overwrite=True) as folder:
-        (folder / "cascade.json").write_text("new")
-    assert [path.name for path in copied.iterdir()] == ["cascade.json"]
+        shutil.copytree(copied, folder, dirs_exist_ok=True)
+        altered(folder, _set("note", to="new"))
+    assert read_bundle(copied).other == {"note": "new"}
     assert [path.name for path in tmp_path.iterdir()] == ["copied"]
 
 

@@ -8,10 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from sklearn.metrics import f1_score, roc_auc_score
 
 from cascade_rt import CascadeRuntime
 from cascade_rt.cli import main
+from cascade_rt.cost import flops_speedup
+
+from ..conftest import LABELS
 
 SENTENCES = ["a good film", "a bad , bad film", "the cat sat on the mat", "so sad", "not very witty but lovely"]
 
@@ -122,6 +127,24 @@ def test_evaluate_measures_members_and_cascade(
     assert cascade["exits"] == [sum(row.exit == index for row in answers) for index in range(3)]
     assert cascade["layer_speedup"] == pytest.approx(5 * 4 / sum(row.layers for row in answers))
     assert cascade["mean_layers"] == pytest.approx(sum(row.layers for row in answers) / 5)
+    ids = [LABELS.index(label) for label in truth]
+    left = np.array([row.exit for row in answers])
+    members = CascadeRuntime(bundle).bundle.members
+    lengths = np.array([len(text.split()) + 2 for text in SENTENCES])
+    assert cascade["flops_speedup"] == pytest.approx(flops_speedup(members, left, lengths))
+    logits = CascadeRuntime(bundle).member_logits(SENTENCES)[0].astype(float)
+    probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    chosen = probabilities[left, np.arange(5)]
+    for quality, row in [(cascade, chosen), *zip(report["members"], probabilities, strict=True)]:
+        hits = row.argmax(-1) == np.array(ids)
+        f1 = f1_score(ids, row.argmax(-1), average="macro", labels=range(3), zero_division=0)
+        assert quality["accuracy"] == pytest.approx(hits.mean())
+        assert quality["f1"] == pytest.approx(f1)
+        auc = roc_auc_score(hits, row.max(-1)) if 0 < hits.sum() < 5 else None
+        assert quality["dis"] == (None if auc is None else pytest.approx(auc))
+        bins = np.ceil(row.max(-1) * 15)
+        gaps = [abs(hits[bins == b].mean() - row.max(-1)[bins == b].mean()) * (bins == b).sum() for b in set(bins)]
+        assert quality["ece"] == pytest.approx(sum(gaps) / 5)
     alone = CascadeRuntime(bundle, thresholds=0.0).predict(SENTENCES)
     assert report["members"][0]["accuracy"] == pytest.approx(
         sum(row.label == label for row, label in zip(alone, truth, strict=True)) / 5
@@ -129,6 +152,20 @@ def test_evaluate_measures_members_and_cascade(
     assert main(["evaluate", "--model-dir", str(bundle), "--input", str(path)]) == 0
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("tiny", "cascade", "accuracy", "F1", "DIS", "ECE", "layer speed-up", "FLOPs"))
+
+
+def test_no_field_is_lost_and_every_line_is_strict_json(
+    capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "in.jsonl").write_text('{"text": "a", "label": "x", "input_label": "y", "n": NaN, "m": [Infinity]}\n')
+    assert main(["predict", "--model-dir", str(bundle), "--input", "in.jsonl"]) == 0
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    line = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert (line["input_label"], line["input_input_label"], line["n"], line["m"]) == ("y", "x", None, [None])
+    assert line["label"] in LABELS
 
 
 def test_evaluate_takes_class_ids_where_labels_are_names(
@@ -156,6 +193,15 @@ def test_evaluate_takes_class_ids_where_labels_are_names(
         ("predict --model-dir BUNDLE --input gone.csv", "gone.csv: no such file"),
         ("predict --model-dir BUNDLE --input pairs.csv --text-column a --pair-column b", "texts here are single"),
         ("predict --model-dir BUNDLE --input pairs.csv --text-column c", "no column 'c'; found 'a', 'b'"),
+        ("predict --model-dir BUNDLE --input pairs.csv --pair-column b", "--text-column with it"),
+        ("predict --model-dir BUNDLE --input two.jsonl", "found pairs ('text' and 'text_pair'), expected single texts"),
+        ("predict --model-dir BUNDLE --input two.txt", "two.txt:1: found a pair"),
+        (
+            "predict --model-dir BUNDLE --output o.jsonl --input half.jsonl",
+            "half.jsonl:1031: found half a surrogate pair",
+        ),
+        ("evaluate --model-dir BUNDLE --input many.csv", "many.csv:1032: found the label 'bogus'"),
+        ("predict --model-dir BUNDLE --threads 99999999999 text", "expected 1 to 1024"),
         ("predict --model-dir PAIRS --input single.txt", "expected a pair"),
         ("predict --model-dir PAIRS --input labelled.csv", "expected a pair"),
         ("predict --model-dir BUNDLE --input latin.txt", "expected UTF-8"),
@@ -181,6 +227,10 @@ def test_bad_input_is_one_clear_line_and_status_2(
     (tmp_path / "single.txt").write_text("one text\n")
     (tmp_path / "labelled.csv").write_text("text,label\nx,splendid\n")
     (tmp_path / "empty.csv").write_text("text,label\n")
+    (tmp_path / "two.jsonl").write_text('{"text": "a", "text_pair": "b"}\n')
+    (tmp_path / "two.txt").write_text("a\tb\n")
+    (tmp_path / "half.jsonl").write_text('{"text": "a"}\n' * 1030 + '{"text": "\\ud83d"}\n')
+    (tmp_path / "many.csv").write_text("text,label\n" + "x,good\n" * 1030 + "x,bogus\n")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
     places = {"BUNDLE": str(bundle), "PAIRS": str(pair_bundle)}
     before = sorted(path.name for path in tmp_path.iterdir())
@@ -212,13 +262,16 @@ def test_a_reader_that_goes_away_is_no_crash(bundle: Path, tmp_path: Path) -> No
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("package", ["transformers", "torch", "sklearn", "optimum"])
 @pytest.mark.parametrize("stage", ["train", "export"])
 def test_an_offline_stage_that_is_not_installed_names_its_extra(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stage: str
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, stage: str, package: str
 ) -> None:
-    for name in ("cascade_train.finetune", "cascade_export.export"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setitem(sys.modules, "transformers", None)
+    if (stage, package) in {("train", "optimum"), ("export", "sklearn")}:
+        pytest.skip("not used there")
+    for name in [name for name in sys.modules if name.startswith(("cascade_train.f", "cascade_export.", "optimum"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
     arguments = {
         "train": ["--base", "x", "--task", "smart-home", "--output", "out"],
         "export": ["--member", "x", "--output", "out"],

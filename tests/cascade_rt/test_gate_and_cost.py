@@ -96,4 +96,8 @@ def test_thresholds_out_of_range_or_number_are_refused(wrong: object) -> None:
 def test_thresholds_come_from_the_bundle_or_one_number_or_a_list() -> None:
     assert checked_thresholds(None, [0.7, 0.9], 3) == [0.7, 0.9]
     assert checked_thresholds(1, [0.7, 0.9], 3) == [1.0, 1.0]
+    assert checked_thresholds(np.float64(0.5), [0.7, 0.9], 3) == [0.5, 0.5]
+    assert checked_thresholds(0.5, [], 1) == []
+    with pytest.raises(InputError, match="found the threshold 1.5"):
+        checked_thresholds(1.5, [], 1)
     assert checked_thresholds((0.2, 0.3), [0.7, 0.9], 3) == [0.2, 0.3]

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cascade_rt
-from cascade_rt import CascadeRuntime, InputError, Prediction
+from cascade_rt import BundleError, CascadeError, CascadeRuntime, InputError, Prediction
 from cascade_rt.batching import by_length, micro_batches
 
 from ..conftest import WORDS
@@ -49,7 +49,7 @@ class CountingSession:
 def test_a_text_that_left_never_reaches_a_bigger_member(bundle: Path, corpus: list[str]) -> None:
     runtime = CascadeRuntime(bundle, thresholds=[0.6, 0.8])
     for member in runtime._members:
-        member.session = CountingSession(member.session)
+        member.session = CountingSession(member.load())
     predictions = runtime.predict(corpus)
     exits = [prediction.exit for prediction in predictions]
     assert len(set(exits)) == 3, "the case needs texts that leave at every member"
@@ -62,7 +62,7 @@ def test_a_text_that_left_never_reaches_a_bigger_member(bundle: Path, corpus: li
 def test_a_prediction_is_the_same_alone_in_any_batch_and_in_any_order(
     runtime: CascadeRuntime, data: st.DataObject
 ) -> None:
-    some = data.draw(st.lists(texts, min_size=1, max_size=30))
+    some = data.draw(st.lists(texts, min_size=1, max_size=90))  # several micro-batches
     order = data.draw(st.permutations(range(len(some))))
     together = runtime.predict(some)
     shuffled = runtime.predict([some[index] for index in order])
@@ -130,6 +130,54 @@ def test_predict_iter_streams_and_keeps_the_order(runtime: CascadeRuntime, corpu
     rest = [first, *stream]
     for streamed, at_once in zip(rest, runtime.predict(corpus), strict=True):
         assert (streamed.label, streamed.exit) == (at_once.label, at_once.exit)
+
+
+def test_predict_iter_refuses_one_text_and_names_the_place_of_a_bad_one(runtime: CascadeRuntime) -> None:
+    with pytest.raises(InputError, match="expected a list"):
+        runtime.predict_iter("lights")
+    with pytest.raises(InputError, match="chunk size of 0"):
+        runtime.predict_iter([], chunk_size=0)
+    with pytest.raises(InputError, match="text 5: found a int"):
+        list(runtime.predict_iter(["fine"] * 5 + [1], chunk_size=2))  # type: ignore[list-item]
+
+
+def test_members_are_loaded_when_a_text_first_needs_them(bundle: Path) -> None:
+    runtime = CascadeRuntime(bundle, thresholds=0.0)
+    runtime.predict(["a film", "a cat"])
+    assert [member.session is not None for member in runtime._members] == [True, False, False]
+    runtime.thresholds = [1.0, 0.0]
+    runtime.predict(["a film"])
+    assert [member.session is not None for member in runtime._members] == [True, True, False]
+    assert all(member.session is not None for member in CascadeRuntime(bundle, preload=True)._members)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_member_that_answers_nonsense_is_no_answer(bundle: Path, value: float) -> None:
+    class Broken:
+        def run(self, _: None, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+            logits = np.zeros((len(feeds["input_ids"]), 3), dtype=np.float32)
+            logits[-1, 1] = value
+            return [logits]
+
+    runtime = CascadeRuntime(bundle)
+    runtime._members[0].load()
+    runtime._members[0].session = Broken()
+    for texts in (["a film"], ["a film", "a cat"]):
+        with pytest.raises(BundleError, match="'tiny' answered NaN or infinity"):
+            runtime.predict(texts)
+
+
+def test_a_provider_that_falls_back_in_silence_is_an_error(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession
+    available = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: available)
+    monkeypatch.setattr(
+        onnxruntime, "InferenceSession", lambda path, options, providers: session(path, options, available[1:])
+    )
+    with pytest.raises(CascadeError, match="asked for the provider CUDA.*, but CPUExecutionProvider runs"):
+        CascadeRuntime(bundle, provider="cuda").predict(["a film"])
 
 
 def test_called_it_answers_like_a_pipeline(runtime: CascadeRuntime, pair_bundle: Path) -> None:
@@ -206,7 +254,8 @@ def test_what_is_no_pair_is_refused(pair_bundle: Path, wrong: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"threads": 0}, "0 threads, expected at least 1"),
+        ({"threads": 0}, "0 threads, expected 1 to 1024"),
+        ({"threads": 10**11}, "expected 1 to 1024"),
         ({"provider": "tpu"}, "'tpu' is not available; found .*CPUExecutionProvider"),
         ({"provider": "cuda"}, "onnxruntime-gpu"),
         ({"thresholds": 1.5}, "from 0 to 1"),

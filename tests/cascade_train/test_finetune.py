@@ -121,7 +121,7 @@ def test_a_killed_run_resumes_and_ends_where_it_would_have_ended(
 
 def test_another_runs_work_is_not_continued(base: str, data: TaskData, tmp_path: Path) -> None:
     work = tmp_path / "out.training"
-    work.mkdir()
+    (work / "checkpoint-4").mkdir(parents=True)
     (work / "run.json").write_text('{"base": "another"}')
     with pytest.raises(CascadeError, match=r"unfinished run with another base \(found another"):
         finetune(base, data, tmp_path / "out", recipe=RECIPE)
@@ -134,7 +134,68 @@ def test_a_run_that_cannot_be_is_refused(base: str, data: TaskData, trained: Pat
         finetune(base, data, tmp_path / "a", layers=5, recipe=RECIPE)
     with pytest.raises(InputError, match="cannot load the base model 'no/such'"):
         finetune("no/such", data, tmp_path / "b", recipe=RECIPE)
-    assert not (tmp_path / "a").exists()
+    with pytest.raises(InputError, match="found --max-length 65, expected at most 64"):
+        finetune(base, data, tmp_path / "c", recipe=Recipe(max_length=65))
+    assert list(tmp_path.iterdir()) == [], "a corrected command finds nothing in its way"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"epochs": 0},
+        {"epochs": float("nan")},
+        {"learning_rate": -1},
+        {"batch_size": 0},
+        {"max_length": 2},
+        {"warmup_ratio": 2},
+        {"weight_decay": -0.1},
+        {"seed": -1},
+        {"evaluations_per_epoch": 0},
+    ],
+)
+def test_a_senseless_recipe_is_refused(wrong: dict[str, Any]) -> None:
+    option = next(iter(wrong)).replace("_", "-")
+    with pytest.raises(InputError, match=f"found --{option} .*, expected a number from"):
+        Recipe(**wrong)
+
+
+def test_the_best_checkpoint_is_kept_and_not_the_last(
+    base: str, data: TaskData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accuracies = iter([0.1, 0.9, 0.2, 0.3])
+    monkeypatch.setattr(module, "_measured", lambda *_: {"accuracy": next(accuracies)})
+    seen: list[dict[str, torch.Tensor]] = []
+
+    class Watcher(TrainerCallback):  # type: ignore[misc]
+        def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            seen.append({name: weight.clone() for name, weight in model.state_dict().items()})
+
+    class Watched(Trainer):  # type: ignore[misc]
+        def __init__(self, **arguments: Any) -> None:
+            super().__init__(**arguments, callbacks=[Watcher()])
+
+    monkeypatch.setattr(module, "Trainer", Watched)
+    recipe = Recipe(epochs=4, learning_rate=3e-3, batch_size=8, max_length=16)
+    assert finetune(base, data, tmp_path / "m", layers=1, recipe=recipe)["validation"]["best"] == 0.9
+    kept = weights(tmp_path / "m")
+    assert all(torch.equal(kept[name], seen[1][name]) for name in kept)
+    assert not all(torch.equal(kept[name], seen[3][name]) for name in kept)
+
+
+def test_batches_hold_texts_of_like_length(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [" ".join(["good"] * (2 + 53 * index % 29)) for index in range(640)]
+    examples = Examples(texts, [index % 2 for index in range(640)])
+    filled: list[float] = []
+
+    class Watched(Trainer):  # type: ignore[misc]
+        def training_step(self, model: Any, inputs: Any, *rest: Any) -> Any:
+            filled.append(float(inputs["attention_mask"].float().mean()))
+            return super().training_step(model, inputs, *rest)
+
+    monkeypatch.setattr(module, "Trainer", Watched)
+    data = TaskData("lengths", ("a", "b"), False, "accuracy", examples, examples.take(range(8)))
+    finetune(base, data, tmp_path / "m", layers=1, recipe=Recipe(epochs=1, batch_size=16, max_length=32))
+    assert sum(filled) / len(filled) > 0.9, "at random about half would be padding"
 
 
 def test_the_command_trains_on_a_pair_file(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

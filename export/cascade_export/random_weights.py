@@ -1,0 +1,88 @@
+"""A cascade in the shape of a paper's, with random weights: to measure hardware before anything is trained."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import BertWordPieceTokenizer
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizerFast,
+    PreTrainedTokenizerFast,
+)
+
+from cascade_rt.errors import InputError
+
+VOCABULARY_SIZE = 30_522  # as BERT's
+
+
+def write_random_members(
+    shapes: Sequence[tuple[int, int]], folder: Path, *, tokenizer: str | None = None, labels: int = 2, seed: int = 0
+) -> list[str]:
+    """Write a random BERT classifier per shape (layers, hidden size) into `folder`; return the paths.
+
+    Each has BERT's proportions: 64 units per attention head (12 heads of 32 for MiniLM's 384), an inner size of four
+    times the hidden one, 512 positions. `tokenizer` names a Hugging Face folder or hub id to take the vocabulary
+    from; by default it is made up, so that texts in a real language are cut into more tokens than BERT's would.
+    """
+    words = AutoTokenizer.from_pretrained(tokenizer) if tokenizer else _made_up_tokenizer(seed)
+    if not isinstance(words, PreTrainedTokenizerFast):
+        raise InputError(f"{tokenizer}: has no fast tokenizer (tokenizer.json); cascade-rt needs one")
+    paths = []
+    for layers, hidden in shapes:
+        torch.manual_seed(seed + layers)
+        config = BertConfig(
+            vocab_size=len(words),
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=_heads(hidden),
+            intermediate_size=4 * hidden,
+            num_labels=labels,
+        )
+        model = BertForSequenceClassification(config).eval()
+        _spread_confidences(model)
+        path = folder / f"{layers}L-{hidden}"
+        model.save_pretrained(path)
+        words.save_pretrained(path)
+        paths.append(str(path))
+    return paths
+
+
+def _spread_confidences(model: BertForSequenceClassification) -> None:
+    """Scale and shift the classifier so that confidences differ from text to text and thresholds can split them."""
+    with torch.no_grad():
+        logits = torch.cat([model(torch.randint(1000, 20_000, (8, 4 * length))).logits for length in range(1, 9)])
+        scale = 2 / logits.std(dim=0).mean()
+        model.classifier.bias.copy_(-scale * logits.mean(dim=0))
+        model.classifier.weight.mul_(scale)
+
+
+def parse_shape(written: str) -> tuple[int, int]:
+    """Read "LAYERSxHIDDEN", for instance "2x768"; raise InputError for anything else."""
+    layers, _, hidden = written.partition("x")
+    if not (layers.isdecimal() and hidden.isdecimal() and 1 <= int(layers) <= 96 and _heads(int(hidden))):
+        raise InputError(f"found the shape {written!r}, expected LAYERSxHIDDEN as in 2x768, HIDDEN a multiple of 32")
+    return int(layers), int(hidden)
+
+
+def _heads(hidden: int) -> int:
+    """Attention heads of the usual models of this hidden size; 0 where there is none."""
+    return 12 if hidden == 384 else hidden // 64 if hidden % 64 == 0 else hidden // 32 if hidden % 32 == 0 else 0
+
+
+def _made_up_tokenizer(seed: int) -> PreTrainedTokenizerFast:
+    draw = random.Random(seed)
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'-"
+    pieces = dict.fromkeys(
+        ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    )
+    while len(pieces) < VOCABULARY_SIZE:
+        syllables = draw.randint(1, 4)
+        pieces["".join(draw.choice("bcdfghklmnprstvw") + draw.choice("aeiou") for _ in range(syllables))] = None
+    backend = BertWordPieceTokenizer({piece: index for index, piece in enumerate(pieces)})
+    return BertTokenizerFast(tokenizer_object=backend._tokenizer, model_max_length=512)
