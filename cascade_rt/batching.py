@@ -7,8 +7,17 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-TOKEN_BUDGET = 1024
-"""Padded tokens per micro-batch."""
+TOKEN_BUDGET = 512
+"""Padded tokens per micro-batch.
+
+Found by measurement on SST-2's dev sentences (2 threads, AVX-512): of 128 to 4096, 512 was the fastest for members of
+hidden size 384 and within 4% of the fastest, 256, for 768; 1024 lost 3-16%, 4096 23-55%, to caches and padding.
+"""
+
+# Texts shorter than this share of the longest go into another micro-batch, if there are so many tokens before them.
+# Against cutting by the budget alone: 15-17% faster for a few dozen survivors of mixed lengths, 3-6% for hundreds.
+_ALIKE = 0.9
+_WORTH_A_CALL = 128
 
 
 def by_length(lengths: NDArray[np.intp]) -> NDArray[np.intp]:
@@ -21,11 +30,15 @@ def micro_batches(
 ) -> Iterator[NDArray[np.intp]]:
     """Cut `rows`, ordered by `by_length`, into runs of at most `budget` padded tokens, at least one row each.
 
-    The survivors of a gate are still in that order, so regrouping them is to call this again.
+    A run ends early where the texts become clearly shorter than its longest, once it is worth a call. The survivors
+    of a gate are still in order, so regrouping them is to call this again.
     """
+    ordered = lengths[rows]
     start = 0
     while start < len(rows):
-        longest = max(1, int(lengths[rows[start]]))
-        end = start + max(1, budget // longest)
+        longest = max(1, int(ordered[start]))
+        full = ordered[start : start + max(1, budget // longest)]
+        alike = int(np.searchsorted(-full, -_ALIKE * longest, side="right"))
+        end = start + min(len(full), max(alike, -(-_WORTH_A_CALL // longest)))
         yield rows[start:end]
         start = end

@@ -1,0 +1,289 @@
+"""What would an engineer pick instead? The same texts and the same biggest model, everyone in one run.
+
+    python benchmarks/peers.py --random 2x768 --random 12x768
+    python benchmarks/peers.py --member members/2L --member members/6L --data dev.tsv
+
+Contestants: the transformers pipeline (PyTorch), Optimum's ONNX Runtime pipeline, OpenVINO (fp32, bf16, int8 by
+NNCF), every member alone, and the cascade at 2x, 3x and 4x. They take turns block by block. Needs the extra bench.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from cascade_export.export import export_bundle
+from cascade_export.random_weights import parse_shape, write_random_members
+from machine import describe
+from tqdm import tqdm
+from workload import reachable, taus_for, texts_for
+
+from cascade_rt import CascadeRuntime
+from cascade_rt.batching import by_length, micro_batches
+from cascade_rt.cpus import usable_threads
+from cascade_rt.errors import CascadeError
+from cascade_rt.evaluation import label_ids
+from cascade_rt.records import Text, read_examples, write_json
+from cascade_rt.tokenization import TextTokenizer
+
+RESULTS = Path(__file__).parent / "results"
+BLOCK = 16  # single calls in a row by the same contestant
+BULK_BATCH = 32
+
+Answer = Callable[[list[Text]], list[str]]
+"""Labels of texts: one text is a single call, many are bulk work."""
+
+
+def main() -> None:
+    """Set everyone up, let them take turns, print and write what was measured."""
+    options = _parser().parse_args()
+    transformers.logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(usable_threads(options.threads))
+    work: Path = options.work
+    bundle = work / "bundle"
+    sources = options.member or write_random_members(
+        [parse_shape(shape) for shape in options.random], work / "members", tokenizer=options.tokenizer
+    )
+    export_bundle(sources, bundle, overwrite=bundle.exists(), max_length=options.max_length)
+    cascade = CascadeRuntime(bundle, threads=options.threads, preload=True)
+    members = cascade.bundle.members
+    texts = texts_for(bundle, cascade.bundle, options.data, options.words, options.texts)
+    taus = taus_for(cascade, texts, reachable(cascade.bundle, options.speedup))
+    biggest = next(source for source in sources if Path(source).name == members[-1].name)
+    contestants = dict(_peers(Path(biggest), bundle, work, texts, options.threads))
+    for member in members:
+        contestants[f"cascade-rt, {member.name} alone"] = _ours(
+            CascadeRuntime(bundle, threads=options.threads, members=[member.name], preload=True), []
+        )
+    for speedup, tau in taus.items():
+        contestants[f"cascade-rt, cascade {speedup:g}x"] = _ours(cascade, [tau] * len(cascade.thresholds))
+    report = {
+        "machine": describe(),
+        "members": [f"{member.layers}L-{member.hidden_size} {member.precision}" for member in members],
+        "threads": usable_threads(options.threads),
+        "texts": {"count": len(texts), "from": options.data.name if options.data else f"made up, {options.words}"},
+        "rounds": options.rounds,
+        "taus": {str(speedup): tau for speedup, tau in taus.items()},
+        "contestants": _measured(contestants, texts, options.rounds),
+    }
+    if options.data:
+        _add_accuracy(report["contestants"], contestants, options, cascade)
+    output = options.output or RESULTS / f"peers-{'-'.join(f'{member.layers}' for member in members)}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(output, report)
+    _show(report)
+    print(f"written: {output}")
+
+
+def _ours(runtime: CascadeRuntime, thresholds: list[float]) -> Answer:
+    def answer(texts: list[Text]) -> list[str]:
+        runtime.thresholds = thresholds
+        return [prediction.label for prediction in runtime.predict(texts)]
+
+    return answer
+
+
+def _peers(
+    checkpoint: Path, bundle: Path, work: Path, texts: list[Text], threads: int | None
+) -> Iterator[tuple[str, Answer]]:
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(checkpoint).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    yield (
+        "transformers pipeline, PyTorch fp32",
+        _pipeline(transformers.pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu")),
+    )
+    yield "Optimum pipeline, ONNX Runtime fp32 (O2)", _pipeline(_optimum_pipeline(checkpoint, work / "optimum"))
+    reader = TextTokenizer(
+        bundle / "tokenizer.json", CascadeRuntime(bundle).bundle.max_length, isinstance(texts[0], tuple)
+    )
+    labels = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    import openvino  # noqa: PLC0415 - its telemetry starts a thread, so as late as possible
+
+    graph = openvino.Core().read_model(work / "optimum" / "plain" / "model.onnx")
+    for name, precision in (("fp32", "f32"), ("bf16", "bf16")):
+        yield f"OpenVINO {name}", _openvino(graph, precision, reader, labels, threads)
+    try:
+        import nncf  # noqa: PLC0415 - optional
+
+        calibration = [reader.encode([text]).batch(np.zeros(1, dtype=np.intp)) for text in texts[:128]]
+        with redirect_stdout(sys.stderr):
+            small = nncf.quantize(graph, nncf.Dataset(calibration), model_type=nncf.ModelType.TRANSFORMER)
+        yield "OpenVINO int8 (NNCF)", _openvino(small, "f32", reader, labels, threads)
+    except Exception as error:  # whatever stops it, the others still compare
+        print(f"OpenVINO int8 left out: {type(error).__name__}: {error}", file=sys.stderr)
+
+
+def _pipeline(pipe: Any) -> Answer:
+    """Single calls as they come; bulk in batches of texts of like length, the pipeline's documented way to speed."""
+
+    def answer(texts: list[Text]) -> list[str]:
+        inputs = [text if isinstance(text, str) else {"text": text[0], "text_pair": text[1]} for text in texts]
+        with torch.inference_mode():
+            if len(texts) == 1:
+                got = pipe(inputs[0], truncation=True)
+                return [(got[0] if isinstance(got, list) else got)["label"]]
+            order = sorted(range(len(inputs)), key=lambda row: len(str(inputs[row])))
+            outcome = [""] * len(inputs)
+            for row, got in zip(
+                order, pipe([inputs[row] for row in order], batch_size=BULK_BATCH, truncation=True), strict=True
+            ):
+                outcome[row] = got["label"]
+        return outcome
+
+    return answer
+
+
+def _optimum_pipeline(checkpoint: Path, work: Path) -> Any:
+    from optimum.onnxruntime import (  # noqa: PLC0415
+        AutoOptimizationConfig,
+        ORTModelForSequenceClassification,
+        ORTOptimizer,
+    )
+    from optimum.pipelines import pipeline  # noqa: PLC0415
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    plain = ORTModelForSequenceClassification.from_pretrained(checkpoint, export=True)
+    plain.save_pretrained(work / "plain")
+    ORTOptimizer.from_pretrained(plain).optimize(AutoOptimizationConfig.O2(), save_dir=work / "o2")
+    model = ORTModelForSequenceClassification.from_pretrained(work / "o2")
+    return pipeline("text-classification", model=model, tokenizer=tokenizer, accelerator="ort")
+
+
+def _openvino(graph: Any, precision: str, reader: TextTokenizer, labels: list[str], threads: int | None) -> Answer:
+    """OpenVINO with the hints of its documentation: latency for single calls, throughput and a queue for bulk.
+
+    It gets cascade-rt's tokenization and micro-batches, the strongest form in which one would use it.
+    """
+    import openvino  # noqa: PLC0415
+
+    core = openvino.Core()
+    settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": usable_threads(threads)}
+    single = core.compile_model(graph, "CPU", settings | {"PERFORMANCE_HINT": "LATENCY"})
+    queue = openvino.AsyncInferQueue(core.compile_model(graph, "CPU", settings | {"PERFORMANCE_HINT": "THROUGHPUT"}))
+    names = [node.get_any_name() for node in single.inputs]
+    winners: dict[int, int] = {}
+
+    def collect(request: Any, rows: np.ndarray) -> None:
+        winners.update(zip(rows.tolist(), request.get_output_tensor(0).data.argmax(-1).tolist(), strict=True))
+
+    queue.set_callback(collect)
+
+    def answer(texts: list[Text]) -> list[str]:
+        encoded = reader.encode(texts)
+        if len(texts) == 1:
+            batch = encoded.batch(np.zeros(1, dtype=np.intp))
+            return [labels[int(single({name: batch[name] for name in names})[0].argmax())]]
+        for rows in micro_batches(by_length(encoded.lengths), encoded.lengths):
+            batch = encoded.batch(rows)
+            queue.start_async({name: batch[name] for name in names}, rows)
+        queue.wait_all()
+        return [labels[winners[row]] for row in range(len(texts))]
+
+    return answer
+
+
+def _measured(contestants: dict[str, Answer], texts: list[Text], rounds: int) -> dict[str, Any]:
+    """Everyone in turn, block by block; the first call of a block wakes the contestant's threads and is dropped."""
+    single: dict[str, list[float]] = defaultdict(list)
+    bulk: dict[str, list[float]] = defaultdict(list)
+    blocks = [texts[start : start + BLOCK] for start in range(0, len(texts), BLOCK)]
+    names = list(contestants)
+    with tqdm(total=(rounds + 1) * (len(blocks) + 1), unit=" blocks", file=sys.stderr) as progress:
+        for round_ in range(rounds + 1):
+            totals: dict[str, float] = defaultdict(float)
+            for number, block in enumerate(blocks):
+                turn = (number + round_) % len(names)
+                for name in names[turn:] + names[:turn]:
+                    answer = contestants[name]
+                    answer(block[:1])
+                    start = time.perf_counter()
+                    for text in block:
+                        answer([text])
+                    totals[name] += time.perf_counter() - start
+                progress.update()
+            for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
+                contestants[name](texts[:BULK_BATCH])
+                start = time.perf_counter()
+                contestants[name](texts)
+                if round_:
+                    bulk[name].append(time.perf_counter() - start)
+            progress.update()
+            if round_:  # the first round warms up
+                for name in names:
+                    single[name].append(totals[name])
+    fastest = names[0]
+    return {
+        name: {
+            kind: {
+                "ms_per_text": _spread(1e3 * np.array(seconds[name]) / len(texts)),
+                "times_faster_than_transformers": _spread(np.array(seconds[fastest]) / np.array(seconds[name])),
+            }
+            for kind, seconds in (("single", single), ("bulk", bulk))
+        }
+        for name in names
+    }
+
+
+def _add_accuracy(
+    rows: dict[str, Any], contestants: dict[str, Answer], options: argparse.Namespace, cascade: CascadeRuntime
+) -> None:
+    examples = list(read_examples(options.data, pair=cascade.bundle.pair))
+    labels = cascade.bundle.labels
+    truth = label_ids([(row.field(options.label_column), row.where) for row in examples], labels)
+    for name, answer in contestants.items():
+        predicted = [labels.index(label) for label in answer([row.text for row in examples])]
+        rows[name]["accuracy"] = float(np.mean(truth == np.array(predicted)))
+
+
+def _spread(values: np.ndarray) -> dict[str, float]:
+    return {"median": float(np.median(values)), "min": float(values.min()), "max": float(values.max())}
+
+
+def _show(report: dict[str, Any]) -> None:
+    print(f"{report['members']}, {report['threads']} threads, {report['texts']['count']} texts; ms per text, median")
+    print(f"{'':42} {'single':>8} {'':>8} {'bulk':>8} {'':>8}  accuracy")
+    for name, row in report["contestants"].items():
+        cells = " ".join(
+            f"{row[kind]['ms_per_text']['median']:8.2f} {row[kind]['times_faster_than_transformers']['median']:7.1f}x"
+            for kind in ("single", "bulk")
+        )
+        accuracy = f"{100 * row['accuracy']:.2f} %" if "accuracy" in row else ""
+        print(f"{name:42} {cells}  {accuracy}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    models = parser.add_mutually_exclusive_group(required=True)
+    models.add_argument("--member", action="append", metavar="DIR", help="a fine-tuned member's folder; one per member")
+    models.add_argument("--random", action="append", metavar="LAYERSxHIDDEN", help="random members instead")
+    add = parser.add_argument
+    add("--tokenizer", help="with --random: whose vocabulary to use; default: a made-up one")
+    add("--data", type=Path, metavar="FILE", help="labelled texts; default: made up from the vocabulary")
+    add("--label-column", default="label")
+    add("--words", default="16:8", metavar="MEAN:SD", help="words per made-up text; default: 16:8")
+    add("--texts", type=int, default=128, help="how many; default: 128")
+    add("--max-length", type=int, default=128, help="tokens; default: 128")
+    add("--speedup", type=float, nargs="+", default=[2, 3, 4], help="of the cascade; default: 2 3 4")
+    add("--rounds", type=int, default=5, help="after one that warms up; default: 5")
+    add("--threads", type=int, help="default: all usable CPUs")
+    add("--work", type=Path, default=Path("runs/peers"), help="models and bundle; default: runs/peers")
+    add("--output", type=Path, help="default: results/peers-LAYERS.json beside this script")
+    return parser
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except CascadeError as problem:
+        sys.exit(f"peers.py: error: {problem}")
