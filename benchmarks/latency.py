@@ -10,9 +10,6 @@ alone; with matplotlib installed it draws a picture too.
 from __future__ import annotations
 
 import argparse
-import os
-import resource
-import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -23,7 +20,7 @@ from typing import Any
 import numpy as np
 from machine import describe
 from tqdm import tqdm
-from workload import reachable, taus_for, texts_for
+from workload import peak_memory_mb, predict_command, reachable, seconds_of, spread, taus_for, texts_for
 
 from cascade_rt import CascadeRuntime
 from cascade_rt.cost import flops_speedup
@@ -72,7 +69,6 @@ def main() -> None:
             for size in sizes
         }
     report["overhead"] = _overhead(CascadeRuntime(folder, threads=options.threads, thresholds=0.0), texts)
-    report["peak_memory_mb"] = _megabytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     report["cold_start"] = _cold_start(folder, texts[0])
     output = options.output or RESULTS / f"latency-{folder.resolve().name}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -126,8 +122,8 @@ def _compared(
             "exits": np.bincount(left, minlength=len(members)).tolist(),
             "layer_speedup": float(layers),
             "flops_speedup": flops_speedup(members, left, lengths),
-            "wall_speedup": _spread(ratios),
-            "realised": _spread(ratios / layers),
+            "wall_speedup": spread(ratios),
+            "realised": spread(ratios / layers),
         }
     return outcome
 
@@ -137,12 +133,8 @@ def _latency(rounds: list[list[float]], totals: np.ndarray, texts: int) -> dict[
     waits = 1e3 * np.array(rounds).ravel()
     return {
         "ms_per_call": {f"p{q}": float(np.percentile(waits, q)) for q in (50, 95, 99)},
-        "texts_per_second": _spread(texts / totals),
+        "texts_per_second": spread(texts / totals),
     }
-
-
-def _spread(values: np.ndarray) -> dict[str, float]:
-    return {"median": float(np.median(values)), "min": float(values.min()), "max": float(values.max())}
 
 
 class _Clock:
@@ -177,30 +169,18 @@ def _overhead(runtime: CascadeRuntime, texts: list[Text]) -> dict[str, Any]:
             start = time.perf_counter()
             runtime.predict(call)
             ratios.append((time.perf_counter() - start) / spent[0])
-        outcome[name] = _spread(np.array(ratios))
+        outcome[name] = spread(np.array(ratios))
     return outcome
 
 
 def _cold_start(folder: Path, text: Text, runs: int = 5) -> dict[str, Any]:
     """Seconds from process start to the answer of `cascade-rt predict`, and peak memory: small member, and all."""
-    words = [text] if isinstance(text, str) else list(text)
     outcome = {}
-    for name, tau in (("first member answers", "0"), ("all members run", "1")):
-        command = [sys.executable, "-m", "cascade_rt", "predict", "--model-dir", str(folder), "--threshold", tau]
-        seconds, peaks = [], []
-        for _ in range(runs + 1):
-            start = time.perf_counter()
-            process = subprocess.Popen([*command, *words], stdout=subprocess.DEVNULL)
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-            seconds.append(time.perf_counter() - start)
-            peaks.append(_megabytes(usage.ru_maxrss))
-        outcome[name] = {"seconds": _spread(np.array(seconds[1:])), "peak_memory_mb": max(peaks)}
+    for name, tau in (("first member answers", 0), ("all members run", 1)):
+        command = predict_command(folder, tau, text)
+        seconds = [seconds_of(command) for _ in range(runs + 1)][1:]
+        outcome[name] = {"seconds": spread(np.array(seconds)), "peak_memory_mb": peak_memory_mb(command)}
     return outcome
-
-
-def _megabytes(maxrss: int) -> float:
-    return round(maxrss / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
 def _show(report: dict[str, Any]) -> None:
@@ -222,7 +202,7 @@ def _show(report: dict[str, Any]) -> None:
     for size, ratio in report["overhead"].items():
         print(f"predict over its tokenizer call and session.runs, batch {size}: {ratio['median']:.3f}")
     for name, row in report["cold_start"].items():
-        print(f"cold start, {name}: {row['seconds']['median']:.2f} s, peak {row['peak_memory_mb']:.0f} MB")
+        print(f"cold start, {name}: {row['seconds']['median']:.2f} s, peak {row['peak_memory_mb']} MB")
 
 
 def _draw(report: dict[str, Any], path: Path) -> bool:

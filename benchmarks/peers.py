@@ -26,7 +26,7 @@ from cascade_export.export import export_bundle
 from cascade_export.random_weights import parse_shape, write_random_members
 from machine import describe
 from tqdm import tqdm
-from workload import reachable, taus_for, texts_for
+from workload import peak_memory_mb, predict_command, reachable, seconds_of, spread, taus_for, texts_for
 
 from cascade_rt import CascadeRuntime
 from cascade_rt.batching import by_length, micro_batches
@@ -68,7 +68,7 @@ def main() -> None:
         )
     for speedup, tau in taus.items():
         contestants[f"cascade-rt, cascade {speedup:g}x"] = _ours(cascade, [tau] * len(cascade.thresholds))
-    report = {
+    report: dict[str, Any] = {
         "machine": describe(),
         "members": [f"{member.layers}L-{member.hidden_size} {member.precision}" for member in members],
         "threads": usable_threads(options.threads),
@@ -77,6 +77,7 @@ def main() -> None:
         "taus": {str(speedup): tau for speedup, tau in taus.items()},
         "contestants": _measured(contestants, texts, options.rounds),
     }
+    report["cold_start"] = _cold_starts(str(biggest), bundle, texts[0])
     if options.data:
         _add_accuracy(report["contestants"], contestants, options, cascade)
     output = options.output or RESULTS / f"peers-{'-'.join(f'{member.layers}' for member in members)}.json"
@@ -226,8 +227,8 @@ def _measured(contestants: dict[str, Answer], texts: list[Text], rounds: int) ->
     return {
         name: {
             kind: {
-                "ms_per_text": _spread(1e3 * np.array(seconds[name]) / len(texts)),
-                "times_faster_than_transformers": _spread(np.array(seconds[fastest]) / np.array(seconds[name])),
+                "ms_per_text": spread(1e3 * np.array(seconds[name]) / len(texts)),
+                "times_faster_than_transformers": spread(np.array(seconds[fastest]) / np.array(seconds[name])),
             }
             for kind, seconds in (("single", single), ("bulk", bulk))
         }
@@ -246,8 +247,23 @@ def _add_accuracy(
         rows[name]["accuracy"] = float(np.mean(truth == np.array(predicted)))
 
 
-def _spread(values: np.ndarray) -> dict[str, float]:
-    return {"median": float(np.median(values)), "min": float(values.min()), "max": float(values.max())}
+def _cold_starts(checkpoint: str, bundle: Path, text: Text, runs: int = 5) -> dict[str, Any]:
+    """Seconds from process start to the answer for one text that needs the first member only, in turn."""
+    asked = text if isinstance(text, str) else {"text": text[0], "text_pair": text[1]}
+    script = (
+        f"from transformers import pipeline; print(pipeline('text-classification', model={checkpoint!r})({asked!r}))"
+    )
+    commands = {
+        "transformers pipeline": [sys.executable, "-c", script],
+        "cascade-rt predict": predict_command(bundle, 0, text),
+    }
+    turns = [{name: seconds_of(command) for name, command in commands.items()} for _ in range(runs + 1)][1:]
+    seconds = {name: np.array([turn[name] for turn in turns]) for name in commands}
+    theirs, ours = seconds.values()
+    return {
+        name: {"seconds": spread(seconds[name]), "peak_memory_mb": peak_memory_mb(command)}
+        for name, command in commands.items()
+    } | {"times_faster": spread(theirs / ours)}
 
 
 def _show(report: dict[str, Any]) -> None:
@@ -260,6 +276,9 @@ def _show(report: dict[str, Any]) -> None:
         )
         accuracy = f"{100 * row['accuracy']:.2f} %" if "accuracy" in row else ""
         print(f"{name:42} {cells}  {accuracy}")
+    cold = report["cold_start"]
+    seconds = {name: cold[name]["seconds"]["median"] for name in ("transformers pipeline", "cascade-rt predict")}
+    print(f"process start to answer, s: {seconds}, {cold['times_faster']['median']:.1f}x faster")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,10 +1,14 @@
-"""What the benchmarks run on: texts from a file or made up, and operating points for wanted speed-ups."""
+"""What the benchmarks run on: texts, operating points for wanted speed-ups, whole processes; and how spread is told."""
 
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from cascade_rt import Bundle, CascadeRuntime
@@ -45,3 +49,41 @@ def taus_for(runtime: CascadeRuntime, texts: list[Text], speedups: list[float]) 
     logits, _ = runtime.member_logits(texts)
     confidences = confidence(softmax(logits))
     return {speedup: threshold_for_speedup(runtime.bundle.members, confidences, speedup) for speedup in speedups}
+
+
+def spread(values: np.ndarray) -> dict[str, float]:
+    """Return median, minimum and maximum of what was measured."""
+    return {"median": float(np.median(values)), "min": float(values.min()), "max": float(values.max())}
+
+
+def seconds_of(command: list[str]) -> float:
+    """Run a command to its end and return its seconds on the clock."""
+    start = time.perf_counter()
+    subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+    return time.perf_counter() - start
+
+
+def peak_memory_mb(command: list[str]) -> float | None:
+    """Run a command to its end and return its peak resident memory in MB; None where there is no /proc.
+
+    Looked up while it runs: what the system tells of an ended child includes the parent that it was forked from.
+    """
+    peak = None
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        status = Path(f"/proc/{process.pid}/status")
+        while process.poll() is None:
+            try:
+                lines = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+            except OSError:
+                break
+            if lines:
+                peak = int(lines[0].split()[1]) / 1024
+            time.sleep(0.002)
+    return peak and round(peak, 1)
+
+
+def predict_command(bundle: Path, tau: float, text: Text) -> list[str]:
+    """Return the command line that answers one text."""
+    words = [text] if isinstance(text, str) else list(text)
+    command = [sys.executable, "-m", "cascade_rt", "predict", "--model-dir", str(bundle), "--threshold", str(tau)]
+    return [*command, "--", *words]
