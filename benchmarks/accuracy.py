@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,10 @@ from cascade_export.export import export_bundle
 from cascade_train.finetune import RECORD, Recipe, finetune
 from cascade_train.tasks import TASKS, Examples, TaskData, load_evaluation, load_task
 from machine import describe
+from workload import run_command
 
 from cascade_rt import CascadeRuntime
-from cascade_rt.errors import CascadeError, InputError
+from cascade_rt.errors import InputError
 from cascade_rt.evaluation import evaluate
 from cascade_rt.gate import confidence, softmax
 from cascade_rt.records import write_json
@@ -122,7 +122,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except CascadeError as problem:
-        sys.exit(f"accuracy.py: error: {problem}")
+    run_command(main)

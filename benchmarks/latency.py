@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from machine import describe
 from tqdm import tqdm
-from workload import peak_memory_mb, predict_command, reachable, seconds_of, spread, taus_for, texts_for
+from workload import peak_memory_mb, predict_command, reachable, run_command, seconds_of, spread, taus_for, texts_for
 
 from cascade_rt import CascadeRuntime
 from cascade_rt.cost import flops_speedup
@@ -42,8 +42,8 @@ def main() -> None:
         folder, threads=options.threads, provider=options.provider, members=[members[-1].name], preload=True
     )
     texts = texts_for(folder, cascade.bundle, options.data, options.words, options.texts)
-    _, lengths = cascade.member_logits(texts)
-    taus = taus_for(cascade, texts, reachable(cascade.bundle, options.speedup))
+    logits, lengths = cascade.member_logits(texts)
+    taus = taus_for(cascade.bundle, logits, reachable(cascade.bundle, options.speedup))
     report: dict[str, Any] = {
         "machine": describe(),
         "bundle": {
@@ -252,4 +252,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -16,7 +16,7 @@ from typing import Any
 
 from machine import describe
 from tqdm import tqdm
-from workload import texts_for
+from workload import run_command, texts_for
 
 from cascade_rt import CascadeRuntime
 from cascade_rt.records import Text, write_json
@@ -84,4 +84,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -26,12 +26,11 @@ from cascade_export.export import export_bundle
 from cascade_export.random_weights import parse_shape, write_random_members
 from machine import describe
 from tqdm import tqdm
-from workload import peak_memory_mb, predict_command, reachable, seconds_of, spread, taus_for, texts_for
+from workload import peak_memory_mb, predict_command, reachable, run_command, seconds_of, spread, taus_for, texts_for
 
 from cascade_rt import CascadeRuntime
 from cascade_rt.batching import by_length, micro_batches
 from cascade_rt.cpus import usable_threads
-from cascade_rt.errors import CascadeError
 from cascade_rt.evaluation import label_ids
 from cascade_rt.records import Text, read_examples, write_json
 from cascade_rt.tokenization import TextTokenizer
@@ -59,7 +58,8 @@ def main() -> None:
     cascade = CascadeRuntime(bundle, threads=options.threads, preload=True)
     members = cascade.bundle.members
     texts = texts_for(bundle, cascade.bundle, options.data, options.words, options.texts)
-    taus = taus_for(cascade, texts, reachable(cascade.bundle, options.speedup))
+    logits, _ = cascade.member_logits(texts)
+    taus = taus_for(cascade.bundle, logits, reachable(cascade.bundle, options.speedup))
     biggest = next(source for source in sources if Path(source).name == members[-1].name)
     contestants = dict(_peers(Path(biggest), bundle, work, texts, options.threads))
     for member in members:
@@ -302,7 +302,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except CascadeError as problem:
-        sys.exit(f"peers.py: error: {problem}")
+    run_command(main)

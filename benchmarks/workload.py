@@ -6,12 +6,13 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from cascade_rt import Bundle, CascadeRuntime
+from cascade_rt import Bundle, CascadeError
 from cascade_rt.gate import confidence, softmax
 from cascade_rt.records import Text, read_examples
 from cascade_rt.thresholds import threshold_for_speedup
@@ -44,11 +45,10 @@ def reachable(bundle: Bundle, wanted: list[float]) -> list[float]:
     return [speedup for speedup in wanted if speedup < fastest]
 
 
-def taus_for(runtime: CascadeRuntime, texts: list[Text], speedups: list[float]) -> dict[float, float]:
-    """Choose the tau that reaches each layer speed-up on these texts."""
-    logits, _ = runtime.member_logits(texts)
+def taus_for(bundle: Bundle, logits: np.ndarray, speedups: list[float]) -> dict[float, float]:
+    """Choose the tau that reaches each layer speed-up on the texts of `CascadeRuntime.member_logits`."""
     confidences = confidence(softmax(logits))
-    return {speedup: threshold_for_speedup(runtime.bundle.members, confidences, speedup) for speedup in speedups}
+    return {speedup: threshold_for_speedup(bundle.members, confidences, speedup) for speedup in speedups}
 
 
 def spread(values: np.ndarray) -> dict[str, float]:
@@ -87,3 +87,11 @@ def predict_command(bundle: Path, tau: float, text: Text) -> list[str]:
     words = [text] if isinstance(text, str) else list(text)
     command = [sys.executable, "-m", "cascade_rt", "predict", "--model-dir", str(bundle), "--threshold", str(tau)]
     return [*command, "--", *words]
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a benchmark; what its user can mend ends it with one line."""
+    try:
+        main()
+    except CascadeError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -83,13 +84,20 @@ def _predict(options: argparse.Namespace) -> None:
     )
     with open_output(options.output) as out, _progress(shown=bool(options.input)) as progress:
         while chunk := list(islice(examples, _CHUNK)):
-            try:
+            with _placed(chunk):
                 predictions = runtime.predict(example.text for example in chunk)
-            except TextError as error:
-                raise TextError(error.index, error.reason, chunk[error.index].where) from None
             for example, prediction in zip(chunk, predictions, strict=True):
                 out.write(_json_line(example.fields, {name: getattr(prediction, name) for name in _PREDICTED}))
             progress.update(len(chunk))
+
+
+@contextmanager
+def _placed(chunk: list[Example]) -> Iterator[None]:
+    """Name the file and line of a text that cannot be used."""
+    try:
+        yield
+    except TextError as error:
+        raise TextError(error.index, error.reason, chunk[error.index].where) from None
 
 
 def _json_line(fields: dict[str, Any], answer: dict[str, Any]) -> str:
@@ -142,10 +150,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         while chunk := list(islice(examples, _CHUNK)):
             written = [(example.field(options.label_column), example.where) for example in chunk]
             labels.append(label_ids(written, runtime.bundle.labels))
-            try:
+            with _placed(chunk):
                 logits, tokens = runtime.member_logits(example.text for example in chunk)
-            except TextError as error:
-                raise TextError(error.index, error.reason, chunk[error.index].where) from None
             parts.append(logits)
             lengths.append(tokens)
             progress.update(len(chunk))
