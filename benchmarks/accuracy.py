@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import transformers
 from cascade_export.export import export_bundle
-from cascade_train.finetune import RECORD, Recipe, finetune
+from cascade_train import RECORD
+from cascade_train.finetune import Recipe, finetune
 from cascade_train.tasks import TASKS, Examples, TaskData, load_evaluation, load_task
 from machine import describe
 from workload import run_command

@@ -4,7 +4,8 @@
     python benchmarks/peers.py --member members/2L --member members/6L --data dev.tsv
 
 Contestants: the transformers pipeline (PyTorch), Optimum's ONNX Runtime pipeline, OpenVINO (fp32, bf16, int8 by
-NNCF), every member alone, and the cascade at 2x, 3x and 4x. They take turns block by block. Needs the extra bench.
+NNCF), every member alone, and the cascade at 2x, 3x and 4x, in fp32 and in int8. They take turns block by block.
+Needs the extra bench.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from tqdm import tqdm
 from workload import peak_memory_mb, predict_command, reachable, run_command, seconds_of, spread, taus_for, texts_for
 
 from cascade_rt import CascadeRuntime
-from cascade_rt.batching import by_length, micro_batches
+from cascade_rt.batching import TOKEN_BUDGET, by_length, micro_batches
 from cascade_rt.cpus import usable_threads
 from cascade_rt.evaluation import label_ids
 from cascade_rt.records import Text, read_examples, write_json
@@ -54,27 +55,32 @@ def main() -> None:
     sources = options.member or write_random_members(
         [parse_shape(shape) for shape in options.random], work / "members", tokenizer=options.tokenizer
     )
-    export_bundle(sources, bundle, overwrite=bundle.exists(), max_length=options.max_length)
+    in_int8 = work / "bundle-int8"
+    for folder, precision in ((bundle, "fp32"), (in_int8, "int8")):
+        export_bundle(sources, folder, overwrite=folder.exists(), max_length=options.max_length, precision=precision)
     cascade = CascadeRuntime(bundle, threads=options.threads, preload=True)
     members = cascade.bundle.members
     texts = texts_for(bundle, cascade.bundle, options.data, options.words, options.texts)
-    logits, _ = cascade.member_logits(texts)
-    taus = taus_for(cascade.bundle, logits, reachable(cascade.bundle, options.speedup))
     biggest = next(source for source in sources if Path(source).name == members[-1].name)
     contestants = dict(_peers(Path(biggest), bundle, work, texts, options.threads))
-    for member in members:
-        contestants[f"cascade-rt, {member.name} alone"] = _ours(
-            CascadeRuntime(bundle, threads=options.threads, members=[member.name], preload=True), []
-        )
-    for speedup, tau in taus.items():
-        contestants[f"cascade-rt, cascade {speedup:g}x"] = _ours(cascade, [tau] * len(cascade.thresholds))
+    taus = {}
+    for folder, suffix in ((bundle, ""), (in_int8, " int8")):
+        runtime = CascadeRuntime(folder, threads=options.threads, preload=True)
+        for member in members:
+            contestants[f"cascade-rt{suffix}, {member.name} alone"] = _ours(
+                CascadeRuntime(folder, threads=options.threads, members=[member.name], preload=True), []
+            )
+        logits, _ = runtime.member_logits(texts)
+        taus[folder.name] = taus_for(runtime.bundle, logits, reachable(runtime.bundle, options.speedup))
+        for speedup, tau in taus[folder.name].items():
+            contestants[f"cascade-rt{suffix}, cascade {speedup:g}x"] = _ours(runtime, [tau] * len(runtime.thresholds))
     report: dict[str, Any] = {
         "machine": describe(),
         "members": [f"{member.layers}L-{member.hidden_size} {member.precision}" for member in members],
         "threads": usable_threads(options.threads),
         "texts": {"count": len(texts), "from": options.data.name if options.data else f"made up, {options.words}"},
         "rounds": options.rounds,
-        "taus": {str(speedup): tau for speedup, tau in taus.items()},
+        "taus": {name: {str(speedup): tau for speedup, tau in chosen.items()} for name, chosen in taus.items()},
         "contestants": _measured(contestants, texts, options.rounds),
     }
     report["cold_start"] = _cold_starts(str(biggest), bundle, texts[0])
@@ -185,7 +191,7 @@ def _openvino(graph: Any, precision: str, reader: TextTokenizer, labels: list[st
         if len(texts) == 1:
             batch = encoded.batch(np.zeros(1, dtype=np.intp))
             return [labels[int(single({name: batch[name] for name in names})[0].argmax())]]
-        for rows in micro_batches(by_length(encoded.lengths), encoded.lengths):
+        for rows in micro_batches(by_length(encoded.lengths), encoded.lengths, TOKEN_BUDGET):
             batch = encoded.batch(rows)
             queue.start_async({name: batch[name] for name in names}, rows)
         queue.wait_all()

@@ -1,11 +1,13 @@
 """The on-disk format of a cascade: `cascade.json`, `tokenizer.json` and one ONNX file per member.
 
-Reading checks everything before a session is made: the manifest's shape, that every path stays inside the
-folder, and every file's sha256. Writing is atomic: the folder appears whole or not at all.
+Reading checks everything before a session is made: the manifest's shape and seal, that every path stays inside the
+folder, those that ONNX files name too, and every file's sha256. Writing is atomic: the folder appears whole or not
+at all.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import math
@@ -20,11 +22,25 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .errors import BundleError, InputError
+from .hub import locate
+from .onnx_file import scan
 from .records import write_json
 
 FORMAT_VERSION = 1
+BATCH_TOLERANCE = 1e-4
+"""Largest |difference of a class probability| between one batching and another that counts as none."""
+
 MANIFEST = "cascade.json"
+_SEAL = "sha256"  # of the manifest without this key; manifests of other writers may have none
 _MANIFEST_BYTES = 16 * 2**20  # far above any real manifest; a bigger file is not one
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """A file in which an ONNX file keeps weights; its path is as the bundle's, relative to the bundle's folder."""
+
+    file: str
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -40,12 +56,15 @@ class MemberEntry:
     precision: str
     threshold: float | None  # None for the last member, which always emits
     intermediate_size: int | None = None  # of the feed-forward blocks; None: four times the hidden size
+    data: tuple[WeightFile, ...] = ()  # the ONNX file's external data
     other: Mapping[str, Any] = field(default_factory=dict)  # keys unknown to this version, kept as they are
 
 
 @dataclass(frozen=True)
 class Bundle:
     """A manifest: the labels (index = class id), the tokenizer's file, and the members from small to big."""
+
+    folder: Path | None = field(default=None, compare=False, kw_only=True)  # where it was read
 
     labels: tuple[str, ...]
     pair: bool
@@ -62,8 +81,8 @@ class Bundle:
         return [member.threshold for member in self.members if member.threshold is not None]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the manifest as it stands in `cascade.json`."""
-        return {
+        """Return the manifest as it stands in `cascade.json`, sealed."""
+        manifest = {
             "format_version": FORMAT_VERSION,
             "labels": list(self.labels),
             "pair": self.pair,
@@ -80,6 +99,7 @@ class Bundle:
                     "precision": member.precision,
                     "threshold": member.threshold,
                     **({} if member.intermediate_size is None else {"intermediate_size": member.intermediate_size}),
+                    **({"data": [vars(file) for file in member.data]} if member.data else {}),
                     **member.other,
                 }
                 for member in self.members
@@ -87,24 +107,30 @@ class Bundle:
             "provenance": dict(self.provenance),
             **self.other,
         }
+        return manifest | {_SEAL: _seal(manifest)}
 
 
-def read_bundle(folder: str | Path, members: Sequence[str] | None = None) -> Bundle:
-    """Read and verify the bundle in `folder`; raise BundleError, which names the file and the remedy.
+def read_bundle(model_dir: str | Path, members: Sequence[str] | None = None, *, verify: bool = True) -> Bundle:
+    """Read and verify a bundle; raise BundleError, which names the file and the remedy.
 
-    `members` keeps only those members, by name (None: all); the files of the others are not looked at. Raises
-    InputError for a name that no member has.
+    `model_dir`: its folder, or "org/name" (or "org/name@revision") of one on the Hugging Face hub. `members` keeps only
+    those members, by name (None: all); the files of the others are not looked at. `verify=False` leaves out what
+    reads whole files, their sha256: for huge models on a disk that is trusted. Raises InputError for a name that
+    no member has.
     """
-    folder = Path(folder)
-    bundle = _parse(_load_manifest(folder))
+    folder, root = locate(model_dir)
+    bundle = replace(_parse(_load_manifest(folder)), folder=folder)
     if members is not None:
         bundle = _only(bundle, members)
-    files = [(bundle.tokenizer_file, bundle.tokenizer_sha256)]
-    files += [(member.file, member.sha256) for member in bundle.members]
     with ThreadPoolExecutor() as pool:  # hashing leaves Python's lock, so big files are hashed side by side
-        for failed in pool.map(lambda file: _damage(folder, *file), files):
+        files = [WeightFile(bundle.tokenizer_file, bundle.tokenizer_sha256)]
+        for member in bundle.members:
+            files += [WeightFile(member.file, member.sha256), *member.data]
+        for failed in pool.map(lambda file: _damage(folder, root, file, verify), files):
             if failed:
                 raise BundleError(f"{failed}; export or copy the bundle again")
+    for member in bundle.members:
+        _check_external(folder, member)
     return bundle
 
 
@@ -113,8 +139,8 @@ def write_bundle(folder: str | Path, *, overwrite: bool = False) -> Iterator[Pat
     """Yield an empty folder to fill; when the block ends well, it becomes `folder` in one rename.
 
     An existing bundle is replaced only with `overwrite`, anything else never. If the block raises or the process
-    is killed in it, `folder` is as it was; only between the two renames of a replacement is nothing there, and the
-    old bundle then lies whole in a hidden folder beside it.
+    is killed, `folder` is as it was. A replacement is one exchange of names where the system has that (Linux);
+    elsewhere it is two renames, and in between the old bundle lies whole in a hidden folder beside it.
     """
     target = Path(folder).absolute()
     replaces = target.exists() or target.is_symlink()
@@ -133,15 +159,16 @@ def write_bundle(folder: str | Path, *, overwrite: bool = False) -> Iterator[Pat
                 with path.open("rb") as stream:
                     os.fsync(stream.fileno())
         read_bundle(fresh)
-        old = work / "replaced"
-        if replaces:
-            target.rename(old)
-        try:
+        if not replaces:
             fresh.rename(target)
-        except OSError:
-            if replaces:
+        elif not _exchange(fresh, target):
+            old = work / "replaced"
+            target.rename(old)
+            try:
+                fresh.rename(target)
+            except OSError:
                 old.rename(target)
-            raise
+                raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -169,15 +196,45 @@ def _only(bundle: Bundle, names: Sequence[str]) -> Bundle:
     return replace(bundle, members=(*kept[:-1], replace(kept[-1], threshold=None)))
 
 
-def _damage(folder: Path, file: str, expected: str) -> str | None:
+def _damage(folder: Path, root: Path, file: WeightFile, verify: bool) -> str | None:
     """Say what is wrong with a file of the bundle, or nothing."""
-    path = _inside(folder, file)
-    if not path.is_file():
-        return f"{path}: is missing from the bundle"
-    found = sha256_of(path)
-    if found != expected:
-        return f"{path}: truncated or altered (found sha256 {found[:12]}..., expected {expected[:12]}...)"
+    path = _inside(folder, root, file.file)
+    try:
+        if not path.is_file():
+            return f"{path}: is missing from the bundle"
+        found = sha256_of(path) if verify else file.sha256
+    except OSError as error:
+        return f"{str(path)[:200]}: cannot be read ({error.strerror})"
+    if found != file.sha256:
+        return f"{path}: truncated or altered (found sha256 {found[:12]}..., expected {file.sha256[:12]}...)"
     return None
+
+
+def _check_external(folder: Path, member: MemberEntry) -> None:
+    """Refuse an ONNX file that reads other files than the manifest lists for it."""
+    listed = {file.file for file in member.data}
+    for written in scan(folder / member.file).external:
+        if (PurePosixPath(member.file).parent / _relative(written)).as_posix() not in listed:
+            raise BundleError(
+                f"{folder / member.file}: keeps weights in {written[:80]!r}, which {MANIFEST} does not list; "
+                "export again"
+            )
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    """Return the sha256 of a manifest's content, however it is laid out in the file."""
+    plain = {key: value for key, value in manifest.items() if key != _SEAL}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders change places in one step; return whether this system and file system can."""
+    try:
+        rename = ctypes.CDLL(None).renameat2  # Linux, through its C library
+    except (AttributeError, OSError, TypeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
 
 
 def _load_manifest(folder: Path) -> dict[str, Any]:
@@ -194,11 +251,17 @@ def _load_manifest(folder: Path) -> dict[str, Any]:
         raise BundleError(f"{path}: not valid JSON ({error}); export or copy the bundle again") from None
     if not isinstance(manifest, dict):
         raise BundleError(f"{path}: found a {type(manifest).__name__}, expected a JSON object; export the bundle again")
+    if manifest.get(_SEAL, found := _seal(manifest)) != found:
+        raise BundleError(
+            f"{path}: altered (found sha256 {found[:12]}..., expected {str(manifest[_SEAL])[:12]}...); export or copy "
+            f"the bundle again, or delete its last key, {_SEAL!r}, if you meant the change"
+        )
     return manifest
 
 
 def _parse(manifest: dict[str, Any]) -> Bundle:
-    top = _Fields(dict(manifest), MANIFEST)
+    top = _Fields(manifest, MANIFEST)
+    top.rest.pop(_SEAL, None)
     format_version = top.take("format_version", int)
     if format_version != FORMAT_VERSION:
         newer = "install a newer cascade-rt" if format_version > FORMAT_VERSION else "export the bundle again"
@@ -251,8 +314,16 @@ def _parse_member(entry: Any, index: int, count: int) -> MemberEntry:
         precision=fields.take("precision", str),
         threshold=threshold,
         intermediate_size=fields.take("intermediate_size", int, at_least=1) if "intermediate_size" in entry else None,
+        data=tuple(_parse_data(file, where) for file in fields.take("data", list)) if "data" in entry else (),
         other=fields.rest,
     )
+
+
+def _parse_data(entry: Any, where: str) -> WeightFile:
+    if not isinstance(entry, dict):
+        raise BundleError(f"{where}: data: found a {type(entry).__name__}, expected an object; export the bundle again")
+    fields = _Fields(entry, f"{where}: data")
+    return WeightFile(_relative(fields.take("file", str)), fields.take("sha256", str))
 
 
 class _Fields:
@@ -289,10 +360,10 @@ def _relative(file: str) -> str:
     return file
 
 
-def _inside(folder: Path, file: str) -> Path:
+def _inside(folder: Path, root: Path, file: str) -> Path:
     path = folder / file
     try:
-        inside = path.resolve().is_relative_to(folder.resolve())
+        inside = path.resolve().is_relative_to(root.resolve())
     except (OSError, RuntimeError):  # a link that leads to itself
         inside = False
     if not inside:

@@ -21,9 +21,11 @@ from typing import Any, NoReturn
 import numpy as np
 
 from . import __version__
-from .bundle import read_bundle
+from .bundle import BATCH_TOLERANCE, MANIFEST, Bundle, MemberEntry, read_bundle
+from .card import model_card
 from .errors import CascadeError, InputError, TextError
 from .evaluation import evaluate, label_ids
+from .hub import push
 from .records import FORMATS, Example, Text, open_output, read_examples
 from .runtime import CascadeRuntime
 
@@ -116,7 +118,7 @@ def _json_line(fields: dict[str, Any], answer: dict[str, Any]) -> str:
 
 
 def _info(options: argparse.Namespace) -> None:
-    bundle = read_bundle(options.model_dir)
+    bundle = read_bundle(options.model_dir, verify=options.verify)
     if options.json:
         print(json.dumps(bundle.to_json(), ensure_ascii=False))
         return
@@ -124,7 +126,7 @@ def _info(options: argparse.Namespace) -> None:
     print(f"labels      {len(bundle.labels)}: {shown}")
     print(f"texts       {'pairs' if bundle.pair else 'single'}, up to {bundle.max_length} tokens")
     _table(
-        ["member", "layers", "hidden", "parameters", "precision", "size", "threshold"],
+        ["member", "layers", "hidden", "parameters", "precision", "batch-invariant", "size", "threshold"],
         [
             [
                 member.name,
@@ -132,13 +134,45 @@ def _info(options: argparse.Namespace) -> None:
                 str(member.hidden_size),
                 f"{member.parameters / 1e6:.1f}M",
                 member.precision,
-                f"{(Path(options.model_dir) / member.file).stat().st_size / 1e6:.1f} MB",
+                _batch_invariant(member),
+                f"{_size(bundle, member) / 1e6:.1f} MB",
                 "-" if member.threshold is None else f"{member.threshold:.4f}",
             ]
             for member in bundle.members
         ],
     )
-    print("all files are as their sha256 says")
+    for member in bundle.members:
+        if _batch_invariant(member) == "no":
+            print(
+                f"{member.name}: a text's score, and so its exit, depends on its batch-mates (by up to "
+                f"{member.other['batch_difference']:.1e} where it was measured); --precision int8 does not"
+            )
+    print("all files are as their sha256 says" if options.verify else "sha256 not checked")
+
+
+def _push(options: argparse.Namespace) -> None:
+    bundle = read_bundle(options.model_dir)
+    card = model_card(bundle, options.repository)
+    if options.dry_run:
+        print(card)
+        return
+    files = [MANIFEST, bundle.tokenizer_file]
+    for member in bundle.members:
+        files += [member.file, *(data.file for data in member.data)]
+    print(push(Path(options.model_dir), files, card, options.repository, private=options.private))
+
+
+def _batch_invariant(member: MemberEntry) -> str:
+    """Say what the export measured: yes, no, or ? where it did not."""
+    difference = member.other.get("batch_difference")
+    if not isinstance(difference, int | float):
+        return "?"
+    return "yes" if difference <= BATCH_TOLERANCE else "no"
+
+
+def _size(bundle: Bundle, member: MemberEntry) -> int:
+    folder = bundle.folder or Path()
+    return sum((folder / file).stat().st_size for file in (member.file, *(data.file for data in member.data)))
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -188,8 +222,16 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _runtime(options: argparse.Namespace) -> CascadeRuntime:
+    given = [option.partition("=") for option in options.provider_option]
+    if wrong := [key for key, equals, _ in given if not (key and equals)]:
+        raise InputError(f"found --provider-option {wrong[0]!r}, expected KEY=VALUE")
     return CascadeRuntime(
-        options.model_dir, provider=options.provider, threads=options.threads, thresholds=options.threshold
+        options.model_dir,
+        provider=options.provider,
+        threads=options.threads,
+        thresholds=options.threshold,
+        provider_options={key: value for key, _, value in given},
+        verify=options.verify,
     )
 
 
@@ -238,12 +280,20 @@ def _parser() -> CommandParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     bundle = CommandParser(add_help=False)
-    bundle.add_argument("--model-dir", required=True, metavar="BUNDLE", help="the bundle's folder")
+    bundle.add_argument(
+        "--model-dir", required=True, metavar="BUNDLE", help="the bundle's folder, or org/name[@revision] on the hub"
+    )
+    bundle.add_argument(
+        "--no-verify", dest="verify", action="store_false", help="trust the files: leave out their sha256"
+    )
     running = CommandParser(add_help=False)
     running.add_argument(
         "--threshold", type=float, metavar="TAU", help="one tau for all members; default: the bundle's"
     )
     running.add_argument("--provider", default="cpu", help="cpu, cuda or an ONNX Runtime provider; default: cpu")
+    running.add_argument(
+        "--provider-option", action="append", default=[], metavar="KEY=VALUE", help="handed to it, as device_id=1"
+    )
     running.add_argument("--threads", type=int, help="default: the CPUs that this process may use")
     running.add_argument("--format", choices=FORMATS, help="default: by the file's ending; txt for standard input")
     running.add_argument("--text-column", metavar="NAME", help="default: text, sentence, sentence1, premise, ...")
@@ -258,6 +308,13 @@ def _parser() -> CommandParser:
     info = commands.add_parser("info", parents=[bundle], help="show and verify a bundle", allow_abbrev=False)
     info.add_argument("--json", action="store_true", help="the manifest as JSON")
     info.set_defaults(command=_info)
+
+    sharing = commands.add_parser("push", help="upload a bundle to the Hugging Face hub", allow_abbrev=False)
+    sharing.add_argument("--model-dir", required=True, metavar="BUNDLE", help="the bundle's folder")
+    sharing.add_argument("--private", action="store_true", help="make the repository private, if it is new")
+    sharing.add_argument("--dry-run", action="store_true", help="print the model card, upload nothing")
+    sharing.add_argument("repository", metavar="ORG/NAME", help="made if there is none")
+    sharing.set_defaults(command=_push)
 
     evaluation = commands.add_parser(
         "evaluate", parents=[bundle, running], help="measure on a labelled file", allow_abbrev=False

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -15,18 +17,40 @@ from .bundle import MemberEntry
 from .errors import BundleError, CascadeError, InputError
 
 _SPIN_MICROSECONDS = "500"
-_SHORT_NAMES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_CPU = "CPUExecutionProvider"
+_CUDA = "CUDAExecutionProvider"
+_SHORT_NAMES = {"cpu": _CPU, "cuda": _CUDA}
+_FIXED_OPTIONS = {_CUDA: {"arena_extend_strategy": "kSameAsRequested"}}  # the default doubles the arena as it grows
+_NO_KERNELS = {_CUDA: {"int8", "int8-tensor", "int8-static"}}  # their matrix products would run on the CPU, in silence
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 class Member:
     """A complete classifier; its session is made when a text first needs it."""
 
-    def __init__(self, entry: MemberEntry, path: Path, labels: int, provider: str, threads: int) -> None:
-        """Prepare to run the ONNX file at `path` by `provider`, one of ONNX Runtime's names, with `threads`."""
+    def __init__(
+        self,
+        entry: MemberEntry,
+        path: Path,
+        labels: int,
+        provider: str,
+        threads: int,
+        provider_options: Mapping[str, str] | None = None,
+    ) -> None:
+        """Prepare to run the ONNX file at `path` by `provider`, one of ONNX Runtime's names, with `threads`.
+
+        Raises InputError for a precision that the provider has no kernels for.
+        """
+        if entry.precision in _NO_KERNELS.get(provider, ()):
+            raise InputError(
+                f"member {entry.name!r} is in {entry.precision}, whose products {provider} cannot run; use the "
+                "provider cpu, or export it again with --precision fp16"
+            )
         self.entry = entry
         self._path = path
         self._labels = labels
         self._provider = provider
+        self._provider_options = _FIXED_OPTIONS.get(provider, {}) | dict(provider_options or {})
         self._threads = threads
         self.session: Any = None
         self._loading = Lock()
@@ -44,7 +68,10 @@ class Member:
         session = self.load()
         logits: NDArray[np.float32]
         try:
-            logits = session.run(None, {name: batch[name] for name in self._inputs})[0]
+            if self._provider == _CPU:
+                logits = session.run(self._outputs, {name: batch[name] for name in self._inputs})[0]
+            else:
+                logits = self._run_bound(session, batch)
         except Exception as error:
             raise BundleError(
                 f"member {self.entry.name!r} failed to run ({_first_line(error)}); export again"
@@ -58,6 +85,16 @@ class Member:
             raise BundleError(
                 f"member {self.entry.name!r} answered NaN or infinity; check the model, then export again"
             )
+        return logits if logits.dtype == np.float32 else logits.astype(np.float32)
+
+    def _run_bound(self, session: Any, batch: dict[str, NDArray[np.int64]]) -> NDArray[Any]:
+        """Run with inputs and output bound, so that the logits are all that comes back from the device."""
+        binding = session.io_binding()
+        for name in self._inputs:
+            binding.bind_cpu_input(name, batch[name])
+        binding.bind_output(self._outputs[0])
+        session.run_with_iobinding(binding)
+        logits: NDArray[Any] = binding.copy_outputs_to_cpu()[0]
         return logits
 
     def _make_session(self) -> Any:
@@ -68,19 +105,55 @@ class Member:
         # Threads wait actively for the next operator (sleeping between operators costs up to a third), but not for
         # the default tens of milliseconds: an idle member would spin on the cores that the next member needs.
         options.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN_MICROSECONDS)
+        # On CPUs, ONNX Runtime's kernel for a fused addition and normalization is slower than those for its parts.
+        disabled = ["SkipLayerNormFusion"] if self._provider == _CPU else []
+        exact = self._provider == _CPU and self.entry.precision.startswith("int8") and int8_saturates()
+        if exact:  # slower kernels, which do not
+            options.add_session_config_entry("session.x64quantprecision", "1")
         try:
-            session = onnxruntime.InferenceSession(str(self._path), options, providers=[self._provider])
+            session = onnxruntime.InferenceSession(
+                str(self._path),
+                options,
+                providers=[(self._provider, self._provider_options)],
+                disabled_optimizers=disabled,
+            )
         except Exception as error:  # ONNX Runtime's own classes share no public base
-            raise BundleError(
-                f"{self._path}: ONNX Runtime cannot load it ({_first_line(error)}); export again"
-            ) from None
+            remedy = "int8 saturates on this CPU, which has no VNNI; export it in fp32" if exact else "export again"
+            raise BundleError(f"{self._path}: ONNX Runtime cannot load it ({_first_line(error)}); {remedy}") from None
         running = session.get_providers()[0]
         if running != self._provider:
             raise CascadeError(
                 f"asked for the provider {self._provider}, but {running} runs; check its drivers and libraries"
             )
         self._inputs = [node.name for node in session.get_inputs()]
+        if not {"input_ids"} <= set(self._inputs) <= set(_INPUTS):
+            raise BundleError(
+                f"{self._path}: takes the inputs {', '.join(self._inputs)}; expected input_ids and, of the others, "
+                f"{' and '.join(_INPUTS[1:])} only"
+            )
+        outputs = [node.name for node in session.get_outputs()]
+        self._outputs = ["logits"] if "logits" in outputs else outputs[:1]
         return session
+
+
+# One MatMulInteger of unsigned by signed bytes, as an ONNX file.
+_PRODUCT = (
+    b'\x08\x07\x12\x00:G\n\x18\n\x01a\n\x01b\x12\x01c"\rMatMulInteger\x12\nsaturation'
+    b"Z\t\n\x01a\x12\x04\n\x02\x08\x02Z\t\n\x01b\x12\x04\n\x02\x08\x03b\t\n\x01c\x12\x04\n\x02\x08\x06B\x04\n\x00\x10\r"
+)
+
+
+@cache
+def int8_saturates() -> bool:
+    """Whether products of bytes come out wrong on this CPU: those without VNNI add pairs of them in 16 bits.
+
+    Found by multiplying the largest bytes, not by the CPU's name.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(_PRODUCT, options, providers=[_CPU])
+    rows, columns = np.full((4, 64), 255, dtype=np.uint8), np.full((64, 16), 127, dtype=np.int8)
+    return bool(np.any(session.run(None, {"a": rows, "b": columns})[0] != 64 * 255 * 127))
 
 
 def provider_name(provider: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .batching import by_length, micro_batches
+from .batching import DEVICE_TOKEN_BUDGET, TOKEN_BUDGET, by_length, micro_batches
 from .bundle import Bundle, read_bundle
 from .cost import cumulative_layers
 from .cpus import usable_threads
@@ -60,23 +60,30 @@ class CascadeRuntime:
         thresholds: float | Sequence[float] | None = None,
         members: Sequence[str] | None = None,
         preload: bool = False,
+        provider_options: Mapping[str, str] | None = None,
+        verify: bool = True,
     ) -> None:
         """Read and verify the bundle in `model_dir`; each member is loaded when a text first needs it.
 
-        `provider`: "cpu", "cuda", or any provider name of the installed ONNX Runtime. `threads`: for each
+        `model_dir`: a folder, or "org/name" or "org/name@revision" on the Hugging Face hub. `provider`: "cpu", "cuda",
+        or any provider name of the installed ONNX Runtime; `provider_options` are handed to it, for instance
+        {"device_id": "1"}. `threads`: for each
         member's computation, None for all CPUs that this process may use. `thresholds`: None for the bundle's, a
         float for one tau at every member, or a list, one per member but the last; each in [0, 1]. `members`: the
-        names of those to use, None for all. `preload` loads them all now.
+        names of those to use, None for all. `preload` loads them all now. `verify=False` leaves out the sha256 of
+        the files, for huge models on a disk that is trusted.
         Raises BundleError for a bundle that cannot be used and InputError for an argument that cannot.
         """
-        self.bundle: Bundle = read_bundle(model_dir, members)
-        folder, entries = Path(model_dir), self.bundle.members
+        self.bundle: Bundle = read_bundle(model_dir, members, verify=verify)
+        folder, entries = self.bundle.folder or Path(model_dir), self.bundle.members
         self.thresholds: list[float] = checked_thresholds(thresholds, self.bundle.thresholds, len(entries))
         self._tokenizer = TextTokenizer(folder / self.bundle.tokenizer_file, self.bundle.max_length, self.bundle.pair)
         count, wanted = usable_threads(threads), provider_name(provider)
         self._members = [
-            Member(entry, folder / entry.file, len(self.bundle.labels), wanted, count) for entry in entries
+            Member(entry, folder / entry.file, len(self.bundle.labels), wanted, count, provider_options)
+            for entry in entries
         ]
+        self._budget = TOKEN_BUDGET if wanted == "CPUExecutionProvider" else DEVICE_TOKEN_BUDGET
         self._layers: list[int] = cumulative_layers(entries).tolist()
         if preload:
             for member in self._members:
@@ -162,7 +169,7 @@ class CascadeRuntime:
         """Run one member on `rows`, in micro-batches; logits in the order of `rows`."""
         logits = np.empty((len(rows), len(self.bundle.labels)), dtype=np.float32)
         done = 0
-        for batch in micro_batches(rows, encoded.lengths):
+        for batch in micro_batches(rows, encoded.lengths, self._budget):
             logits[done : done + len(batch)] = member.run(encoded.batch(batch))
             done += len(batch)
         return logits

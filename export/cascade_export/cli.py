@@ -4,34 +4,34 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from cascade_rt.cli import CommandParser
-from cascade_rt.errors import MissingExtraError
+from cascade_rt.errors import InputError, MissingExtraError
 
 
 def main(argv: list[str]) -> None:
     """Parse `argv` (what follows `cascade-rt export`), export, and say what was measured."""
     options = _parser().parse_args(argv)
     try:
-        import transformers  # noqa: PLC0415 - slow to import
-
-        from cascade_export.export import export_bundle  # noqa: PLC0415 - loads torch
-        from cascade_export.random_weights import parse_shape, write_random_members  # noqa: PLC0415
+        from cascade_export.export import export_bundle  # noqa: PLC0415 - slow to import
     except ImportError as error:
         raise MissingExtraError("cascade-rt export", "export", error) from None
-    transformers.logging.set_verbosity_error()  # its notes on new classifier weights are no news here
     with TemporaryDirectory(prefix="cascade-export-") as folder:
-        members = options.member or write_random_members(
-            [parse_shape(shape) for shape in options.random], Path(folder), tokenizer=options.tokenizer
-        )
+        members = options.member or _random_members(options, Path(folder))
         bundle = export_bundle(
             members,
             options.output,
             threshold=options.threshold,
             pair=options.pair,
             max_length=options.max_length,
+            precision=_precisions(options.precision),
+            check_data=options.check_data,
+            max_accuracy_drop=options.max_accuracy_drop,
+            provider=options.provider,
             overwrite=options.overwrite,
         )
     if options.json:
@@ -39,12 +39,52 @@ def main(argv: list[str]) -> None:
         return
     for member in bundle.members:
         gate = "always emits" if member.threshold is None else f"threshold {member.threshold}"
-        difference = member.other["max_probability_difference"]
         print(
-            f"{member.name}: {member.layers} layers, {member.parameters / 1e6:.1f}M weights, {member.precision}, "
-            f"{gate}, probabilities within {difference:.1e} of torch"
+            f"{member.name}: {member.layers} layers, {member.parameters / 1e6:.1f}M weights, {member.precision}, {gate}"
+            + _compared(member.other)
         )
     print(f"{options.output}: {len(bundle.members)} members, {len(bundle.labels)} labels")
+
+
+def _compared(found: Mapping[str, Any]) -> str:
+    text = ""
+    if "max_probability_difference" in found:
+        text += f"; as a graph in fp32, probabilities within {found['max_probability_difference']:.1e} of torch"
+    if "check" in found:
+        check = found["check"]
+        text += (
+            f"; on {check['texts']} texts {100 * check['labels_agree']:.2f}% of labels as the original, probabilities "
+            f"differ by up to {check['max_probability_difference']:.4f}, in the mean "
+            f"{check['mean_probability_difference']:.5f}"
+        )
+        for name in ("accuracy", "dis", "ece"):
+            before, after = check.get(name, {}).get("original"), check.get(name, {}).get("exported")
+            if before is not None and after is not None:
+                text += f", {name} {100 * before:.2f} -> {100 * after:.2f}"
+    if "batch_difference" in found:
+        text += f"; batch-mates change a probability by up to {found['batch_difference']:.1e}"
+    return text
+
+
+def _random_members(options: argparse.Namespace, folder: Path) -> list[str]:
+    try:
+        import transformers  # noqa: PLC0415 - slow to import
+
+        from cascade_export.random_weights import parse_shape, write_random_members  # noqa: PLC0415 - loads torch
+    except ImportError as error:
+        raise MissingExtraError("cascade-rt export --random", "export", error) from None
+    transformers.logging.set_verbosity_error()  # its notes on new classifier weights are no news here
+    return write_random_members([parse_shape(shape) for shape in options.random], folder, tokenizer=options.tokenizer)
+
+
+def _precisions(written: Sequence[str]) -> dict[str, str]:
+    """Read PRECISION or MEMBER=PRECISION, as often as given."""
+    pairs = [(member, precision) for member, _, precision in (item.rpartition("=") for item in written)]
+    if len({member for member, _ in pairs}) < len(pairs):
+        raise InputError(
+            f"found --precision {', '.join(written)}; expected one for each member, and one for the others"
+        )
+    return dict(pairs)
 
 
 def _parser() -> CommandParser:
@@ -57,7 +97,10 @@ def _parser() -> CommandParser:
     add = parser.add_argument
     members = parser.add_mutually_exclusive_group(required=True)
     members.add_argument(
-        "--member", action="append", metavar="DIR", help="a Hugging Face folder or hub id; one per member"
+        "--member",
+        action="append",
+        metavar="DIR",
+        help="a Hugging Face folder or hub id, or an ONNX file or folder; one per member",
     )
     members.add_argument(
         "--random",
@@ -70,6 +113,29 @@ def _parser() -> CommandParser:
     add("--threshold", type=float, default=0.9, metavar="TAU", help="of every gate, until tuned; default: 0.9")
     add("--max-length", type=int, help="tokens; default: as trained, else what the model takes")
     add("--pair", action=argparse.BooleanOptionalAction, help="on pairs of texts; default: as trained, else single")
+    add(
+        "--precision",
+        action="append",
+        default=[],
+        metavar="[MEMBER=]PRECISION",
+        help="fp32 (default), fp16, int8, auto (the fastest that passes the check), or another of the README's table; "
+        "for all members, or for the one of that name",
+    )
+    add(
+        "--check-data",
+        type=Path,
+        metavar="FILE",
+        help="compare finished members with their originals on these texts, labelled or not; default: what training "
+        "kept for validation",
+    )
+    add(
+        "--max-accuracy-drop",
+        type=float,
+        default=0.5,
+        metavar="POINTS",
+        help="percentage points that a member may lose in the check; default: 0.5",
+    )
+    add("--provider", default="cpu", help="where finished members are checked and timed; default: cpu")
     add("--overwrite", action="store_true", help="replace an existing bundle")
     add("--json", action="store_true", help="print the manifest")
     return parser

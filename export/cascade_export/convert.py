@@ -6,13 +6,16 @@ import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import onnx
+from onnx import helper
+from onnxruntime.transformers.fusion_options import FusionOptions
 from onnxruntime.transformers.optimizer import optimize_model
 from optimum.exporters.onnx import main_export
 
-from cascade_export.checkpoint import Checkpoint
+from cascade_export.torch_checkpoint import TorchCheckpoint
 
 
-def convert(checkpoint: Checkpoint, path: Path) -> dict[str, int]:
+def convert(checkpoint: TorchCheckpoint, path: Path) -> dict[str, int]:
     """Write the member's fused fp32 graph to `path`; return how often each fused operator occurs in it."""
     with TemporaryDirectory(prefix="cascade-export-") as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporters' own, about their internals
@@ -26,12 +29,39 @@ def convert(checkpoint: Checkpoint, path: Path) -> dict[str, int]:
             do_validation=False,  # the finished, fused graph is verified, not this one
             no_post_process=True,
         )
+        fusions = FusionOptions("bert")  # of all BERT-like encoders
+        fusions.enable_embed_layer_norm = False  # it hides the tables, and takes more inputs than some models have
         optimized = optimize_model(
             str(Path(folder) / "model.onnx"),
-            model_type="bert",  # the fusions of all BERT-like encoders
+            model_type="bert",
+            optimization_options=fusions,
             num_heads=checkpoint.config.num_attention_heads,
             hidden_size=checkpoint.config.hidden_size,
             opt_level=0,
         )
+        _take_layer_norms_apart(optimized.model)
         optimized.save_model_to_file(str(path))
     return {name: count for name, count in optimized.get_fused_operator_statistics().items() if count}
+
+
+def _take_layer_norms_apart(model: onnx.ModelProto) -> None:
+    """Write the fused addition, bias and normalization as the operators that they are.
+
+    The normalizations are found by what they were fused to, but ONNX Runtime's CPU kernel for it takes five times as
+    long as those for its parts: against it, a member of hidden size 384 gains 4-16%, in int8 20-30%.
+    """
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    for node in nodes:
+        if node.op_type != "SkipLayerNormalization" or len(node.output) > 1:
+            model.graph.node.append(node)
+            continue
+        tokens, skip, weight, shift, *bias = node.input
+        name = node.output[0]
+        for index, term in enumerate([*bias, skip]):
+            model.graph.node.append(helper.make_node("Add", [tokens, term], [f"{name}_sum{index}"]))
+            tokens = f"{name}_sum{index}"
+        epsilon = next(helper.get_attribute_value(item) for item in node.attribute if item.name == "epsilon")
+        model.graph.node.append(
+            helper.make_node("LayerNormalization", [tokens, weight, shift], [name], axis=-1, epsilon=epsilon)
+        )

@@ -1,27 +1,64 @@
-"""Fine-tuned members -> one bundle, verified before it appears."""
+"""Fine-tuned members -> one bundle, checked before it appears."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from importlib.metadata import version
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from cascade_export.checkpoint import Checkpoint, check_fit, open_checkpoint
-from cascade_export.convert import convert
-from cascade_export.verify import check_texts, verify
-from cascade_rt.bundle import Bundle, MemberEntry, sha256_of, write_bundle, write_manifest
+from cascade_export.check import (
+    MAX_ACCURACY_DROP,
+    CheckData,
+    Probabilities,
+    batch_difference,
+    check_drop,
+    compare,
+    load_check_data,
+    probabilities,
+    speeds,
+)
+from cascade_export.checkpoint import Checkpoint, check_fit
+from cascade_export.onnx_checkpoint import OnnxCheckpoint, is_onnx, open_onnx
+from cascade_rt.bundle import BATCH_TOLERANCE, Bundle, MemberEntry, WeightFile, sha256_of, write_bundle, write_manifest
 from cascade_rt.cpus import usable_threads
-from cascade_rt.errors import InputError
+from cascade_rt.errors import CascadeError, InputError, MissingExtraError
 from cascade_rt.member import Member, provider_name
-from cascade_rt.tokenization import TextTokenizer
+from cascade_rt.tokenization import Encoded, TextTokenizer
+
+if TYPE_CHECKING:
+    pass
 
 DEFAULT_THRESHOLD = 0.9
 TOKENIZER_FILE = "tokenizer.json"
+AUTO = "auto"
+_TRIED_BY_AUTO = ("int8", "fp16", "fp32")
+_CALIBRATION_TEXTS = 48
 _TOOLS = ("cascade-rt", "torch", "transformers", "optimum-onnx", "onnx", "onnxruntime", "tokenizers")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """How finished members are checked."""
+
+    data: CheckData | None
+    max_accuracy_drop: float
+    provider: str  # ONNX Runtime's name
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """A member that can be written in some precisions, and the original that it is compared with."""
+
+    precisions: Sequence[str]
+    write: Callable[[str, Path], tuple[str, list[str]]]  # (precision, folder) -> file and external data, in the folder
+    original: Callable[[], Probabilities | None]  # of the check data
+    facts: Mapping[str, Any]
 
 
 def export_bundle(
@@ -31,28 +68,40 @@ def export_bundle(
     threshold: float = DEFAULT_THRESHOLD,
     pair: bool | None = None,
     max_length: int | None = None,
+    precision: str | Mapping[str, str] | None = None,
+    check_data: Path | None = None,
+    max_accuracy_drop: float = MAX_ACCURACY_DROP,
+    provider: str = "cpu",
     overwrite: bool = False,
 ) -> Bundle:
-    """Export fine-tuned classifiers (Hugging Face folders or hub ids) as the members of one bundle.
+    """Export fine-tuned classifiers (Hugging Face folders, hub ids, ONNX folders) as the members of one bundle.
 
     Members are sorted by their number of layers. `threshold` is every gate's tau until tuning finds better ones;
-    `pair` and `max_length` override what training recorded. Each finished graph is compared with torch on
-    built-in texts and on some of its own validation texts. Raises CascadeError where members do not fit together
-    or a graph differs; then nothing is written.
+    `pair` and `max_length` override what training recorded. Each fused graph is compared with torch on built-in
+    texts and on some of its own validation texts. `precision`: one for all, or by member's name ("" for the others),
+    None for fp32 or what an ONNX folder holds; "auto" takes the fastest, on `provider`, that is batch-invariant and
+    passes. The finished member is compared with
+    its original on `check_data` (default: what training kept for validation) and may lose `max_accuracy_drop`
+    percentage points. Raises CascadeError where members do not fit together or one fails; then nothing is written.
     """
     if not 0 <= threshold <= 1:
         raise InputError(f"found the threshold {threshold}, expected a number from 0 to 1")
-    checkpoints = [open_checkpoint(source, pair=pair, max_length=max_length) for source in sources]
+    if not 0 <= max_accuracy_drop <= 100:
+        raise InputError(f"found a largest accuracy drop of {max_accuracy_drop}, expected 0 to 100 points")
+    checkpoints = [_open(source, pair, max_length) for source in sources]
     checkpoints.sort(key=lambda checkpoint: (checkpoint.layers, checkpoint.parameters))
     check_fit(checkpoints)
+    wanted = _by_member(precision, [checkpoint.name for checkpoint in checkpoints])
+    running = provider_name(provider)
     first = checkpoints[0]
     with write_bundle(output, overwrite=overwrite) as folder:
-        first.write_tokenizer(folder / TOKENIZER_FILE, first.max_length)
+        first.write_tokenizer(folder / TOKENIZER_FILE)
         tokenizer = TextTokenizer(folder / TOKENIZER_FILE, first.max_length, first.pair)
-        members = [
-            _export_member(checkpoint, folder, tokenizer, None if checkpoint is checkpoints[-1] else threshold)
-            for checkpoint in tqdm(checkpoints, unit=" members", disable=None)
-        ]
+        members = []
+        for checkpoint in tqdm(checkpoints, unit=" members", disable=None):
+            gate = Gate(load_check_data(check_data, checkpoint), max_accuracy_drop, running)
+            tau = None if checkpoint is checkpoints[-1] else threshold
+            members.append(_export_member(checkpoint, folder, tokenizer, tau, wanted[checkpoint.name], gate))
         bundle = Bundle(
             labels=first.labels,
             pair=first.pair,
@@ -61,7 +110,7 @@ def export_bundle(
             tokenizer_sha256=sha256_of(folder / TOKENIZER_FILE),
             members=tuple(members),
             provenance={
-                "versions": {tool: version(tool) for tool in _TOOLS},
+                "versions": {tool: found for tool in _TOOLS if (found := _version(tool))},
                 "checkpoints": {checkpoint.name: _origin(checkpoint) for checkpoint in checkpoints},
             },
         )
@@ -69,26 +118,169 @@ def export_bundle(
     return bundle
 
 
+def _open(source: str, pair: bool | None, max_length: int | None) -> Checkpoint:
+    if is_onnx(source):
+        return open_onnx(source, pair=pair, max_length=max_length)
+    try:
+        import cascade_export.convert  # noqa: PLC0415 - they load torch and all else that is needed
+        import cascade_export.precision  # noqa: PLC0415
+        import cascade_export.verify  # noqa: F401, PLC0415
+        from cascade_export.torch_checkpoint import open_torch  # noqa: PLC0415
+    except ImportError as error:
+        raise MissingExtraError(f"exporting {source!r}, which is no ONNX file,", "export", error) from None
+    return open_torch(source, pair=pair, max_length=max_length)
+
+
+def _by_member(precision: str | Mapping[str, str] | None, names: Sequence[str]) -> dict[str, str | None]:
+    """Return each member's precision, None for its own; raise InputError for a name that no member has."""
+    by_name = {"": precision} if isinstance(precision, str) else dict(precision or {})
+    if unknown := by_name.keys() - {"", *names}:
+        raise InputError(
+            f"found a precision for the member {', '.join(sorted(unknown))}, expected one of: {', '.join(names)}"
+        )
+    return {name: by_name.get(name, by_name.get("")) for name in names}
+
+
 def _export_member(
-    checkpoint: Checkpoint, folder: Path, tokenizer: TextTokenizer, threshold: float | None
+    checkpoint: Checkpoint,
+    folder: Path,
+    tokenizer: TextTokenizer,
+    threshold: float | None,
+    wanted: str | None,
+    gate: Gate,
 ) -> MemberEntry:
-    path = folder / f"{checkpoint.name}.onnx"
-    fused = convert(checkpoint, path)
-    entry = MemberEntry(
-        name=checkpoint.name,
-        file=path.name,
-        sha256=sha256_of(path),
-        layers=checkpoint.layers,
-        hidden_size=int(checkpoint.config.hidden_size),
-        parameters=checkpoint.parameters,
-        precision="fp32",
-        threshold=threshold,
-        intermediate_size=getattr(checkpoint.config, "intermediate_size", None)
-        or getattr(checkpoint.config, "hidden_dim", None),  # DistilBERT's name for it
-    )
-    member = Member(entry, path, len(checkpoint.labels), provider_name("cpu"), usable_threads(None))
-    difference = verify(checkpoint, member, tokenizer, check_texts(checkpoint))
-    return replace(entry, other={"fused": fused, "max_probability_difference": difference})
+    encoded = tokenizer.encode(gate.data.texts) if gate.data else None
+    with _writer(checkpoint, tokenizer, gate) as writer:
+        precision = wanted or ("fp32" if "fp32" in writer.precisions else writer.precisions[0])
+        tried = [name for name in _TRIED_BY_AUTO if name in writer.precisions] if precision == AUTO else [precision]
+        if not tried or not set(tried) <= set(writer.precisions):
+            raise InputError(
+                f"member {checkpoint.name!r}: found the precision {precision!r}, expected one of: "
+                f"{', '.join(writer.precisions)}"
+            )
+        original = writer.original() if gate.data else None
+
+        def written(name: str) -> tuple[MemberEntry, Member]:
+            file, data = writer.write(name, folder)
+            entry = MemberEntry(
+                name=checkpoint.name,
+                file=file,
+                sha256=sha256_of(folder / file),
+                layers=checkpoint.layers,
+                hidden_size=checkpoint.hidden_size,
+                parameters=checkpoint.parameters,
+                precision=name,
+                threshold=threshold,
+                intermediate_size=checkpoint.intermediate_size,
+                data=tuple(WeightFile(file, sha256_of(folder / file)) for file in data),
+                other=writer.facts,
+            )
+            return entry, Member(entry, folder / file, len(checkpoint.labels), gate.provider, usable_threads(None))
+
+        if precision != AUTO:
+            entry, member = written(precision)
+            return _checked(entry, member, encoded, original, gate)
+        if encoded is None:
+            raise InputError(
+                f"member {checkpoint.name!r}: found --precision auto and no texts to judge by; say --check-data FILE"
+            )
+        return _fastest(tried, written, encoded, original, gate)
+
+
+def _fastest(
+    tried: Sequence[str],
+    written: Callable[[str], tuple[MemberEntry, Member]],
+    encoded: Encoded,
+    original: Probabilities | None,
+    gate: Gate,
+) -> MemberEntry:
+    """Measure each precision, alone and in bulk alike, and take the fastest that is batch-invariant and passes."""
+    members: dict[str, Member] = {}
+    refused: dict[str, str] = {}
+    for name in tried:
+        try:
+            member = written(name)[1]
+            member.load()  # now: the next precision takes its file's place
+            members[name] = member
+        except CascadeError as error:  # the provider has no kernels for it
+            refused[name] = str(error)
+    measured = speeds(members, encoded)
+    for name in sorted(measured, key=lambda name: measured[name].alone * measured[name].in_bulk):
+        try:
+            entry = _checked(*written(name), encoded, original, gate)
+        except CascadeError as error:
+            refused[name] = str(error)
+            continue
+        if entry.other["batch_difference"] > BATCH_TOLERANCE:
+            refused[name] = f"scores depend on batch-mates by {entry.other['batch_difference']:.1e}"
+            continue
+        found = {"seconds_per_text": {name: vars(speed) for name, speed in measured.items()}, "refused": refused}
+        return replace(entry, other={**entry.other, AUTO: found})
+    raise CascadeError("no precision passes: " + "; ".join(f"{name}: {why}" for name, why in refused.items()))
+
+
+def _checked(
+    entry: MemberEntry, member: Member, encoded: Encoded | None, original: Probabilities | None, gate: Gate
+) -> MemberEntry:
+    """Run the finished member; return its entry with what was found, or raise CascadeError where it lost too much."""
+    if encoded is None or gate.data is None:
+        member.load()
+        return entry
+    answers = probabilities(member, encoded)
+    found: dict[str, Any] = {"batch_difference": batch_difference(member, encoded, answers)}
+    report = compare(answers if original is None else original, answers, gate.data.labels)
+    if original is not None:
+        check_drop(entry.name, entry.precision, report, gate.max_accuracy_drop)
+    found["check"] = report
+    return replace(entry, other={**entry.other, **found})
+
+
+@contextmanager
+def _writer(checkpoint: Checkpoint, tokenizer: TextTokenizer, gate: Gate) -> Iterator[_Writer]:
+    if isinstance(checkpoint, OnnxCheckpoint):
+        yield _onnx_writer(checkpoint, tokenizer, gate)
+        return
+    from cascade_export.convert import convert  # noqa: PLC0415 - loads torch, which ONNX folders do not need
+    from cascade_export.precision import PRECISIONS, write_precision  # noqa: PLC0415
+    from cascade_export.torch_checkpoint import TorchCheckpoint  # noqa: PLC0415
+    from cascade_export.verify import check_texts, torch_probabilities, verify  # noqa: PLC0415
+
+    if not isinstance(checkpoint, TorchCheckpoint):
+        raise TypeError(f"no way to export a {type(checkpoint).__name__}")
+    with TemporaryDirectory(prefix="cascade-export-") as work:
+        source = Path(work) / f"{checkpoint.name}.onnx"
+        fused = convert(checkpoint, source)
+        difference = verify(checkpoint, _reference(checkpoint, source), tokenizer, check_texts(checkpoint))
+        few = tokenizer.encode(check_texts(checkpoint))
+        calibration = few.batch(few.lengths.argsort()[:_CALIBRATION_TEXTS])  # the longest would pad all others
+
+        def write(name: str, folder: Path) -> tuple[str, list[str]]:
+            write_precision(source, folder / source.name, name, calibration)
+            return source.name, []
+
+        yield _Writer(
+            tuple(PRECISIONS),
+            write,
+            lambda: torch_probabilities(checkpoint, gate.data.texts) if gate.data else None,
+            {"fused": fused, "max_probability_difference": difference},
+        )
+
+
+def _onnx_writer(checkpoint: OnnxCheckpoint, tokenizer: TextTokenizer, gate: Gate) -> _Writer:
+    """Take the file as it is; where the folder holds fp32 too, that is the original."""
+
+    def original() -> Probabilities | None:
+        if "fp32" not in checkpoint.files or not gate.data:
+            return None
+        return probabilities(_reference(checkpoint, checkpoint.files["fp32"]), tokenizer.encode(gate.data.texts))
+
+    return _Writer(tuple(checkpoint.files), checkpoint.copy, original, {})
+
+
+def _reference(checkpoint: Checkpoint, path: Path) -> Member:
+    """Return the member in fp32 on the CPU, which every provider and precision has to agree with."""
+    entry = MemberEntry(checkpoint.name, path.name, "", checkpoint.layers, checkpoint.hidden_size, 1, "fp32", None)
+    return Member(entry, path, len(checkpoint.labels), provider_name("cpu"), usable_threads(None))
 
 
 def _origin(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -100,9 +292,16 @@ def _origin(checkpoint: Checkpoint) -> dict[str, Any]:
         training["base"] = _public(record["base"])
     if "validation" in record:
         training["validation"] = record["validation"]["best"]
-    origin = {"source": _public(checkpoint.source), "model_type": checkpoint.config.model_type}
+    origin = {"source": _public(checkpoint.source), "model_type": checkpoint.model_type}
     return origin | ({"training": training} if training else {})
 
 
 def _public(source: str) -> str:
     return Path(source).name if Path(source).is_absolute() or Path(source).exists() else source
+
+
+def _version(tool: str) -> str | None:
+    try:
+        return version(tool)
+    except PackageNotFoundError:
+        return None

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
-from cascade_train.finetune import VALIDATION
+from numpy.typing import NDArray
 
-from cascade_export.checkpoint import Checkpoint
+from cascade_export.torch_checkpoint import TorchCheckpoint
 from cascade_rt.errors import CascadeError
 from cascade_rt.gate import softmax
 from cascade_rt.member import Member
-from cascade_rt.records import Text, read_examples
+from cascade_rt.records import Text
 from cascade_rt.tokenization import TextTokenizer
 
 TOLERANCE = 1e-4
 """Largest allowed |difference of a class probability| between torch and the exported fp32 graph."""
 
 _OWN_TEXTS = 48
+_TORCH_BATCH = 16
 
 SENTENCES = (
     "Fine.",
@@ -37,17 +36,14 @@ SENTENCES = (
 """Written for the check; together with their own repetition they span every length up to a model's maximum."""
 
 
-def check_texts(checkpoint: Checkpoint) -> list[Text]:
+def check_texts(checkpoint: TorchCheckpoint) -> list[Text]:
     """Return texts from empty to far beyond any maximum length, and texts of the member's own task if it kept some."""
     singles = [*SENTENCES, " ".join(SENTENCES), " ".join(SENTENCES * 12)]
     texts: list[Text] = list(zip(singles, reversed(singles), strict=True)) if checkpoint.pair else list(singles)
-    kept = Path(checkpoint.source) / VALIDATION
-    if kept.is_file():
-        texts += [example.text for example in islice(read_examples(kept, pair=checkpoint.pair), _OWN_TEXTS)]
-    return texts
+    return texts + [example.text for example in checkpoint.validation(_OWN_TEXTS)]
 
 
-def verify(checkpoint: Checkpoint, member: Member, tokenizer: TextTokenizer, texts: Sequence[Text]) -> float:
+def verify(checkpoint: TorchCheckpoint, member: Member, tokenizer: TextTokenizer, texts: Sequence[Text]) -> float:
     """Compare probabilities of torch and of the exported member; return the largest difference.
 
     Each text runs alone, then in batches of neighbours, so with and without padding. Both sides tokenize for
@@ -59,7 +55,7 @@ def verify(checkpoint: Checkpoint, member: Member, tokenizer: TextTokenizer, tex
     worst = 0.0
     for rows in [*alone, *batches]:
         exported = softmax(member.run(encoded.batch(rows)))
-        original = softmax(_torch_logits(checkpoint, [texts[row] for row in rows], tokenizer.max_length))
+        original = torch_probabilities(checkpoint, [texts[row] for row in rows])
         difference = np.abs(exported - original).max(axis=1)
         at = int(difference.argmax())
         if not difference[at] <= TOLERANCE:
@@ -72,14 +68,20 @@ def verify(checkpoint: Checkpoint, member: Member, tokenizer: TextTokenizer, tex
     return worst
 
 
-def _torch_logits(checkpoint: Checkpoint, texts: Sequence[Text], max_length: int) -> np.ndarray:
-    first = [text if isinstance(text, str) else text[0] for text in texts]
-    second = [text[1] for text in texts if not isinstance(text, str)] or None
-    batch = checkpoint.tokenizer(
-        first, second, padding=True, truncation=True, max_length=max_length, return_tensors="pt"
-    )
+def torch_probabilities(checkpoint: TorchCheckpoint, texts: Sequence[Text]) -> NDArray[np.float64]:
+    """Return the original's answers, float64 (texts, labels), from its own tokenizer and torch."""
     taken = inspect.signature(checkpoint.model.forward).parameters  # DistilBERT, for one, takes no token types
-    with torch.inference_mode():
-        output = checkpoint.model(**{name: array for name, array in batch.items() if name in taken})
-    logits: np.ndarray = output.logits.float().numpy()
-    return logits
+    answers = np.empty((len(texts), len(checkpoint.labels)))
+    order = sorted(range(len(texts)), key=lambda row: len("".join(texts[row])))
+    for start in range(0, len(order), _TORCH_BATCH):
+        rows = order[start : start + _TORCH_BATCH]
+        some = [texts[row] for row in rows]
+        first = [text if isinstance(text, str) else text[0] for text in some]
+        second = [text[1] for text in some if not isinstance(text, str)] or None
+        batch = checkpoint.tokenizer(
+            first, second, padding=True, truncation=True, max_length=checkpoint.max_length, return_tensors="pt"
+        )
+        with torch.inference_mode():
+            output = checkpoint.model(**{name: array for name, array in batch.items() if name in taken})
+        answers[rows] = softmax(output.logits.float().numpy())
+    return answers

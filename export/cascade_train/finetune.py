@@ -29,13 +29,8 @@ from transformers import (
 from cascade_rt.errors import CascadeError, InputError
 from cascade_rt.metrics import accuracy, f1
 from cascade_rt.records import write_json
+from cascade_train import RECORD, VALIDATION
 from cascade_train.tasks import Examples, TaskData
-
-RECORD = "cascade_train.json"
-"""The file in a member's folder that says how it was trained; the export reads `pair` and `max_length` there."""
-
-VALIDATION = "validation.jsonl"
-"""The held-out examples in a member's folder: thresholds are chosen on them, the export is checked on them."""
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from cascade_export import export as module
-from cascade_export.checkpoint import open_checkpoint
+from cascade_export import convert as convert_module
+from cascade_export import verify as verify_module
 from cascade_export.convert import convert
 from cascade_export.export import export_bundle
+from cascade_export.torch_checkpoint import open_torch
 from cascade_export.verify import check_texts
 from transformers import BertModel
 
@@ -53,7 +54,7 @@ def test_order_on_the_command_line_does_not_matter(
 
 
 def test_the_check_covers_empty_short_padded_and_cut_texts(member_folders: list[Path]) -> None:
-    checkpoint = open_checkpoint(str(member_folders[0]))
+    checkpoint = open_torch(str(member_folders[0]))
     lengths = [len(ids) for ids in checkpoint.tokenizer(check_texts(checkpoint))["input_ids"]]
     assert min(lengths) == 2
     assert max(lengths) > 512
@@ -72,7 +73,7 @@ def test_a_graph_that_differs_from_torch_is_refused_and_nothing_is_written(
         onnx.save(model, path)
         return fused
 
-    monkeypatch.setattr(module, "convert", spoiled)
+    monkeypatch.setattr(convert_module, "convert", spoiled)
     with pytest.raises(CascadeError, match=r"member 'tiny': the exported graph differs from torch.*check text \d+"):
         export_bundle([str(member_folders[0])], tmp_path / "out" / "bundle", max_length=32)
     assert list((tmp_path / "out").iterdir()) == []
@@ -84,7 +85,7 @@ def test_an_interrupted_export_keeps_the_bundle_that_was_there(
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "verify", interrupted)
+    monkeypatch.setattr(verify_module, "verify", interrupted)
     before = read_bundle(copied)
     with pytest.raises(KeyboardInterrupt):
         export_bundle([str(member_folders[0])], copied, overwrite=True)
@@ -143,7 +144,7 @@ def test_what_training_recorded_reaches_the_bundle(member_folders: list[Path], t
     (folder / "cascade_train.json").write_text(json.dumps({"pair": True, "max_length": 24, "task": "toy"}))
     rows = [{"text": "a film", "text_pair": "a cat", "label": "good"}] * 3
     (folder / "validation.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert check_texts(open_checkpoint(str(folder)))[-3:] == [("a film", "a cat")] * 3
+    assert check_texts(open_torch(str(folder)))[-3:] == [("a film", "a cat")] * 3
     bundle = export_bundle([str(folder)], tmp_path / "bundle")
     assert (bundle.pair, bundle.max_length, bundle.labels) == (True, 24, LABELS)
     assert bundle.provenance["checkpoints"]["trained"]["training"] == {"task": "toy"}

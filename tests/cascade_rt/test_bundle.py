@@ -20,6 +20,7 @@ def altered(folder: Path, change: Callable[[Manifest], object]) -> Path:
     path = folder / "cascade.json"
     manifest = json.loads(path.read_text("utf-8"))
     change(manifest)
+    manifest.pop("sha256", None)  # as a manifest that another program wrote, which knows of no seal
     path.write_text(json.dumps(manifest), "utf-8")
     return folder
 
@@ -209,3 +210,66 @@ def test_what_is_no_bundle_is_never_replaced(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="is not a bundle"), write_bundle(tmp_path / "thesis", overwrite=True):
         pass
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
+
+
+def test_a_replacement_is_one_step(copied: Path) -> None:
+    """Whoever reads meanwhile finds the old bundle or the new one, never none."""
+    import sys
+    import threading
+
+    if sys.platform != "linux":
+        pytest.skip("there is no exchange of names")
+    done = threading.Event()
+    seen: list[int] = []
+
+    def watch() -> None:
+        while not done.is_set():
+            seen.append(1 if (copied / "cascade.json").is_file() else 0)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        for _ in range(20):
+            with write_bundle(copied, overwrite=True) as folder:
+                shutil.copytree(copied, folder, dirs_exist_ok=True)
+    finally:
+        done.set()
+        watcher.join()
+    assert len(seen) > 20
+    assert all(seen)
+    assert [path.name for path in copied.parent.iterdir()] == ["copied"]
+
+
+def test_without_an_exchange_of_names_it_is_replaced_all_the_same(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cascade_rt import bundle as module
+
+    monkeypatch.setattr(module, "_exchange", lambda *_: False)
+    with write_bundle(copied, overwrite=True) as folder:
+        shutil.copytree(copied, folder, dirs_exist_ok=True)
+        altered(folder, _set("note", to="new"))
+    assert read_bundle(copied).other == {"note": "new"}
+    assert [path.name for path in copied.parent.iterdir()] == ["copied"]
+
+
+def test_a_change_that_breaks_the_seal_is_refused_with_the_remedy(copied: Path) -> None:
+    path = copied / "cascade.json"
+    path.write_text(path.read_text("utf-8").replace('"good"', '"gold"'), "utf-8")
+    with pytest.raises(BundleError, match=r"cascade.json: altered .* delete its last key, 'sha256', if you meant"):
+        read_bundle(copied)
+    manifest = json.loads(path.read_text("utf-8"))
+    assert list(manifest)[-1] == "sha256"
+    del manifest["sha256"]
+    path.write_text(json.dumps(manifest), "utf-8")
+    assert "gold" in read_bundle(copied).labels
+
+
+def test_unverified_files_are_not_hashed_but_must_be_there(copied: Path) -> None:
+    original = (copied / "big.onnx").read_bytes()
+    (copied / "big.onnx").write_bytes(original + b"\x00\x00")
+    with pytest.raises(BundleError, match="altered"):
+        CascadeRuntime(copied)
+    (copied / "tiny.onnx").unlink()
+    with pytest.raises(BundleError, match=r"tiny\.onnx: is missing"):
+        CascadeRuntime(copied, verify=False)

@@ -20,6 +20,8 @@ from cascade_rt.batching import by_length, micro_batches
 
 from ..conftest import WORDS
 
+TEXTS = ["a great film", "so sad", "the cat sat on the mat and that was not very witty", "", "dull " * 40]
+
 texts = st.lists(st.sampled_from(WORDS), max_size=40).map(" ".join)
 
 
@@ -170,14 +172,80 @@ def test_a_member_that_answers_nonsense_is_no_answer(bundle: Path, value: float)
 def test_a_provider_that_falls_back_in_silence_is_an_error(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession
-    available = ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: available)
-    monkeypatch.setattr(
-        onnxruntime, "InferenceSession", lambda path, options, providers: session(path, options, available[1:])
-    )
+    _without_cuda(monkeypatch, onnxruntime)
     with pytest.raises(CascadeError, match="asked for the provider CUDA.*, but CPUExecutionProvider runs"):
         CascadeRuntime(bundle, provider="cuda").predict(["a film"])
+
+
+def _without_cuda(monkeypatch: pytest.MonkeyPatch, onnxruntime: Any, says: str = "CPUExecutionProvider") -> list[Any]:
+    """Stand in for a machine where CUDA is installed and does not start; return what sessions were asked for."""
+    session, asked = onnxruntime.InferenceSession, []
+
+    class Session:
+        def __init__(self, path: str, options: Any, providers: Any, **_: Any) -> None:
+            asked.append(providers)
+            self._session = session(path, options, ["CPUExecutionProvider"])
+
+        def get_providers(self) -> list[str]:
+            return [says]
+
+        def run(self, *_: Any) -> None:
+            raise AssertionError("on a device, inputs and outputs are bound")
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._session, name)
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", says])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    return asked
+
+
+def test_on_a_device_inputs_and_logits_are_bound(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU stands in for the device: the answers are the same, and its options reach the provider."""
+    import onnxruntime
+
+    right = CascadeRuntime(bundle).predict(TEXTS)
+    asked = _without_cuda(monkeypatch, onnxruntime, "CUDAExecutionProvider")
+    runtime = CascadeRuntime(bundle, provider="cuda", provider_options={"device_id": "1"})
+    for answer, expected in zip(runtime.predict(TEXTS), right, strict=True):
+        assert answer.exit == expected.exit
+        assert answer.probabilities == pytest.approx(expected.probabilities, abs=1e-5)
+    assert asked[0] == [("CUDAExecutionProvider", {"arena_extend_strategy": "kSameAsRequested", "device_id": "1"})]
+
+
+def test_int8_is_not_sent_to_a_device_that_cannot_run_it(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    from cascade_rt.bundle import MemberEntry
+    from cascade_rt.member import Member
+
+    _without_cuda(monkeypatch, onnxruntime)
+    entry = MemberEntry("small", "small.onnx", "", 2, 32, 1, "int8", None)
+    with pytest.raises(InputError, match="int8, whose products CUDA.* cannot run; .* --precision fp16"):
+        Member(entry, bundle / "small.onnx", 3, "CUDAExecutionProvider", 1)
+
+
+def test_int8_is_exact_where_the_cpu_would_saturate(
+    member_folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cascade_export.export import export_bundle
+
+    from cascade_rt import member as module
+
+    export_bundle([str(member_folders[1])], tmp_path / "int8", precision="int8", max_length=32)
+    usual = CascadeRuntime(tmp_path / "int8").member_logits(TEXTS)[0]
+    monkeypatch.setattr(module, "int8_saturates", lambda: True)
+    np.testing.assert_allclose(CascadeRuntime(tmp_path / "int8").member_logits(TEXTS)[0], usual, atol=1e-5)
+
+
+def test_the_probe_for_saturation_is_the_model_that_it_says() -> None:
+    import onnx
+
+    from cascade_rt.member import _PRODUCT, int8_saturates
+
+    (node,) = onnx.load_from_string(_PRODUCT).graph.node
+    assert (node.op_type, list(node.input)) == ("MatMulInteger", ["a", "b"])
+    assert isinstance(int8_saturates(), bool)
 
 
 def test_called_it_answers_like_a_pipeline(runtime: CascadeRuntime, pair_bundle: Path) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from cascade_train import RECORD, VALIDATION
 from cascade_train import finetune as module
-from cascade_train.finetune import RECORD, VALIDATION, Recipe, finetune
+from cascade_train.finetune import Recipe, finetune
 from cascade_train.tasks import Examples, TaskData
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainerCallback
 

@@ -1,0 +1,175 @@
+"""Every precision of a member: speed against fp32, size, accuracy on labelled data, and what batch-mates change.
+
+All precisions of a member take turns on the same batches in one process. A text's answer may not depend on its company:
+each text is answered in random batchings of the whole data, and labels, exits and scores compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from cascade_export.export import export_bundle
+from cascade_export.precision import PRECISIONS
+from cascade_export.random_weights import parse_shape, write_random_members
+from machine import describe
+from numpy.typing import NDArray
+from workload import run_command
+
+from cascade_rt import read_bundle
+from cascade_rt.batching import TOKEN_BUDGET, by_length, micro_batches
+from cascade_rt.gate import confidence, leaves, softmax
+from cascade_rt.member import Member
+from cascade_rt.records import read_examples, write_json
+from cascade_rt.tokenization import Encoded, TextTokenizer
+
+SHAPES = ((1, 8), (1, 32), (32, 32))  # (texts, tokens) of the timed batches
+TAUS = (0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+
+
+def main() -> None:
+    """Export, measure, print and write the report."""
+    options = _parser().parse_args()
+    report: dict[str, Any] = {"machine": describe(), "threads": options.threads, "members": {}}
+    with TemporaryDirectory(prefix="cascade-precision-") as work:
+        sources = [*options.member, *_random(options, Path(work))]
+        exported = {
+            Path(source).name: _exported(source, Path(work), options.data if source in options.member else None)
+            for source in sources
+        }
+        found = report["members"] = {name: _timings(folders, options) for name, folders in exported.items()}
+        for name, folders in exported.items():
+            if found[name]["fp32"]["check"]:
+                _add_company(found[name], folders, options)
+            _show(name, found[name])
+    write_json(options.output, report)
+
+
+def _random(options: argparse.Namespace, work: Path) -> list[str]:
+    return write_random_members([parse_shape(shape) for shape in options.random], work, tokenizer=options.tokenizer)
+
+
+def _exported(source: str, work: Path, data: Path | None) -> dict[str, Path]:
+    folders = {precision: work / f"{Path(source).name}-{precision}" for precision in PRECISIONS}
+    for precision, folder in folders.items():
+        export_bundle([source], folder, precision=precision, check_data=data, max_accuracy_drop=100)
+    return folders
+
+
+def _member(folder: Path, threads: int) -> Member:
+    bundle = read_bundle(folder)
+    (entry,) = bundle.members
+    return Member(entry, folder / entry.file, len(bundle.labels), "CPUExecutionProvider", threads)
+
+
+def _timings(folders: dict[str, Path], options: argparse.Namespace) -> dict[str, Any]:
+    members = {precision: _member(folder, options.threads) for precision, folder in folders.items()}
+    found: dict[str, Any] = {
+        precision: {
+            "bytes": (folders[precision] / member.entry.file).stat().st_size,
+            "check": member.entry.other.get("check"),
+        }
+        for precision, member in members.items()
+    }
+    for texts, tokens in SHAPES:
+        for precision, times in _timed(members, texts, tokens, options.rounds).items():
+            found[precision][f"seconds_{texts}x{tokens}"] = times
+    return found
+
+
+def _add_company(found: dict[str, Any], folders: dict[str, Path], options: argparse.Namespace) -> None:
+    bundle = read_bundle(folders["fp32"])
+    tokenizer = TextTokenizer(folders["fp32"] / bundle.tokenizer_file, bundle.max_length, bundle.pair)
+    encoded = tokenizer.encode([example.text for example in read_examples(options.data, pair=bundle.pair)])
+    for precision, folder in folders.items():
+        found[precision]["company"] = _company(_member(folder, options.threads), encoded, options.batchings)
+
+
+def _timed(members: dict[str, Member], texts: int, tokens: int, rounds: int) -> dict[str, list[float]]:
+    ids = np.random.default_rng(0).integers(1000, 30_000, (texts, tokens))
+    batch = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    times: dict[str, list[float]] = {precision: [] for precision in members}
+    for _ in range(rounds + 1):  # the first warms up
+        for precision, member in members.items():
+            start = time.perf_counter()
+            member.run(batch)
+            times[precision].append(time.perf_counter() - start)
+    return {precision: spent[1:] for precision, spent in times.items()}
+
+
+def _company(member: Member, encoded: Encoded, batchings: int) -> dict[str, Any]:
+    """Answer all texts as the runtime batches them, then in random batches; count what changes."""
+    usual = _answers(member, encoded, list(micro_batches(by_length(encoded.lengths), encoded.lengths, TOKEN_BUDGET)))
+    draw = np.random.default_rng(0)
+    largest, labels, exits = 0.0, 0, 0
+    for _ in range(batchings):
+        rows = draw.permutation(len(usual))
+        cuts = np.sort(draw.choice(len(rows) - 1, size=len(rows) // 12, replace=False)) + 1
+        other = _answers(member, encoded, np.split(rows, cuts))
+        largest = max(largest, float(np.abs(other - usual).max()))
+        labels += int(np.sum(other.argmax(axis=1) != usual.argmax(axis=1)))
+        for tau in TAUS:
+            exits += int(np.sum(leaves(confidence(other), tau) != leaves(confidence(usual), tau)))
+    return {
+        "batchings": batchings,
+        "texts": len(usual),
+        "max_probability_difference": largest,
+        "changed_labels": labels,
+        "changed_exits": exits,
+        "exits_at": TAUS,
+    }
+
+
+def _answers(member: Member, encoded: Encoded, batches: list[NDArray[np.intp]]) -> NDArray[np.float64]:
+    answers = softmax(np.concatenate([member.run(encoded.batch(rows)) for rows in batches]))
+    return answers[np.argsort(np.concatenate(batches))]
+
+
+def _show(name: str, found: dict[str, Any]) -> None:
+    print(f"\n{name}: speed against fp32 at (texts x tokens), medians")
+    base = found["fp32"]
+    for precision, row in found.items():
+        cells = []
+        for texts, tokens in SHAPES:
+            key = f"seconds_{texts}x{tokens}"
+            ratios = np.array(base[key]) / np.array(row[key])
+            cells.append(f"{texts}x{tokens} {np.median(ratios):.2f}x ({ratios.min():.2f}-{ratios.max():.2f})")
+        cells.append(f"size {row['bytes'] / base['bytes']:.3f}")
+        if row["check"]:
+            check, company = row["check"], row["company"]
+            accuracy = check["accuracy"]
+            cells += [
+                f"accuracy {100 * accuracy['exported']:.2f} (torch {100 * accuracy['original']:.2f})",
+                f"labels agree {100 * check['labels_agree']:.2f}",
+                f"company: {company['max_probability_difference']:.1e}, {company['changed_labels']} labels, "
+                f"{company['changed_exits']} exits",
+            ]
+        print(f"  {precision:13} " + ", ".join(cells))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--member", action="append", default=[], metavar="DIR", help="a fine-tuned member; give it per member")
+    add(
+        "--random",
+        action="append",
+        default=[],
+        metavar="LAYERSxHIDDEN",
+        help="a member with random weights: speed only",
+    )
+    add("--tokenizer", help="whose vocabulary the random members use")
+    add("--data", type=Path, help="labelled file for the members' accuracy")
+    add("--threads", type=int, default=1)
+    add("--rounds", type=int, default=15)
+    add("--batchings", type=int, default=20)
+    add("--output", type=Path, default=Path(__file__).parent / "results" / "precision.json")
+    return parser
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,66 @@
+"""Bundles on the Hugging Face hub, through `huggingface_hub`, which `tokenizers` brings along."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .errors import BundleError, CascadeError
+
+_REPOSITORY = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+_NEVER_NEEDED = ["*.bin", "*.ckpt", "*.h5", "*.msgpack", "*.pickle", "*.pkl", "*.pt", "*.pth", "*.safetensors"]
+
+
+def locate(model_dir: str | Path) -> tuple[Path, Path]:
+    """Return a bundle's folder, and the folder that its files may not lead out of.
+
+    The two differ for what comes from the hub ("org/name" or "org/name@revision"): its cache keeps the files of all
+    revisions of a repository side by side and links to them. Raises BundleError where the hub does not give it; a
+    repository that was fetched before is found without a network too.
+    """
+    folder = Path(model_dir)
+    asked = _REPOSITORY.fullmatch(str(model_dir))
+    if asked is None or isinstance(model_dir, Path) or folder.exists() or folder.parent.is_dir():
+        return folder, folder
+    import huggingface_hub  # noqa: PLC0415 - slow to import, and needed for the hub alone
+
+    try:
+        snapshot = Path(
+            huggingface_hub.snapshot_download(asked["name"], revision=asked["revision"], ignore_patterns=_NEVER_NEEDED)
+        )
+    except Exception as error:  # its own errors, those of the HTTP library and of the disk
+        raise BundleError(
+            f"{model_dir}: no such folder, and the Hugging Face hub did not give it ({_reason(error)}); check the "
+            "name, the network and, for a private one, HF_TOKEN"
+        ) from None
+    return snapshot, snapshot.parent.parent
+
+
+def push(folder: Path, files: Iterable[str], card: str, repository: str, *, private: bool) -> str:
+    """Upload a bundle's files and its model card in one commit; return the repository's address.
+
+    Makes the repository if there is none. Raises CascadeError where the hub refuses.
+    """
+    import huggingface_hub  # noqa: PLC0415
+
+    if not _REPOSITORY.fullmatch(repository) or "@" in repository:
+        raise CascadeError(f"found the repository {repository!r}, expected org/name")
+    additions: list[Any] = [
+        huggingface_hub.CommitOperationAdd(path_in_repo=file, path_or_fileobj=str(folder / file)) for file in files
+    ]
+    additions.append(huggingface_hub.CommitOperationAdd(path_in_repo="README.md", path_or_fileobj=card.encode()))
+    hub = huggingface_hub.HfApi()
+    try:
+        address = str(hub.create_repo(repository, private=private, exist_ok=True))
+        hub.create_commit(repository, additions, commit_message="Add a cascade-rt bundle")
+    except Exception as error:
+        raise CascadeError(
+            f"{repository}: the Hugging Face hub did not take it ({_reason(error)}); check the network and HF_TOKEN"
+        ) from None
+    return address
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,149 @@
+"""The gate before a bundle appears: what a finished member answers on real texts, against its original."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cascade_export.checkpoint import Checkpoint
+from cascade_rt.batching import TOKEN_BUDGET, by_length, micro_batches
+from cascade_rt.errors import CascadeError, InputError
+from cascade_rt.evaluation import label_ids
+from cascade_rt.gate import confidence, softmax
+from cascade_rt.member import Member
+from cascade_rt.metrics import accuracy, dis, ece
+from cascade_rt.records import Example, Text, read_examples
+from cascade_rt.tokenization import Encoded
+
+MAX_ACCURACY_DROP = 0.5
+"""Percentage points of accuracy that a precision may cost, by default."""
+
+_KEPT_TEXTS = 1000  # of a member's own validation texts, where no other data are named
+_BATCHINGS = 20
+_TIMED_TEXTS = 64
+
+Probabilities = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class CheckData:
+    """Texts to check on; `labels`: class ids, int (texts,), or None where they are not known."""
+
+    texts: list[Text]
+    labels: NDArray[np.intp] | None
+
+
+def load_check_data(file: Path | None, checkpoint: Checkpoint) -> CheckData | None:
+    """Read a labelled or unlabelled file, or else what training kept for validation; None where neither is there."""
+    examples = list(read_examples(file, pair=checkpoint.pair)) if file else checkpoint.validation(_KEPT_TEXTS)
+    if not examples:
+        if file:
+            raise InputError(f"{file}: found no texts to check on, expected at least one")
+        return None
+    labels = None
+    if all("label" in example.fields for example in examples):
+        labels = label_ids(_written(examples), checkpoint.labels)
+    return CheckData([example.text for example in examples], labels)
+
+
+def _written(examples: Sequence[Example]) -> list[tuple[str, str]]:
+    return [(example.field("label"), example.where) for example in examples]
+
+
+def probabilities(member: Member, encoded: Encoded) -> Probabilities:
+    """Return a member's answers as the runtime gives them, float64 (texts, labels)."""
+    rows = by_length(encoded.lengths)
+    batches = list(micro_batches(rows, encoded.lengths, TOKEN_BUDGET))
+    answers = softmax(np.concatenate([member.run(encoded.batch(batch)) for batch in batches]))
+    return answers[np.argsort(rows)]
+
+
+def batch_difference(member: Member, encoded: Encoded, answers: Probabilities, seed: int = 0) -> float:
+    """Return the largest change of a probability over 20 random batchings of some texts: company and padding differ."""
+    draw = np.random.default_rng(seed)
+    worst = 0.0
+    for _ in range(_BATCHINGS):
+        rows = draw.permutation(len(answers))[:_TIMED_TEXTS]
+        for batch in np.array_split(rows, int(draw.integers(1, len(rows) + 1))):
+            worst = max(worst, float(np.abs(softmax(member.run(encoded.batch(batch))) - answers[batch]).max()))
+    return worst
+
+
+def compare(original: Probabilities, exported: Probabilities, labels: NDArray[np.intp] | None) -> dict[str, Any]:
+    """Compare two answers to the same texts, float64 (texts, labels); accuracy, DIS and ECE where labels are known."""
+    difference = np.abs(exported - original)
+    report: dict[str, Any] = {
+        "texts": len(exported),
+        "labels_agree": float(np.mean(original.argmax(axis=1) == exported.argmax(axis=1))),
+        "max_probability_difference": float(difference.max()),
+        "mean_probability_difference": float(difference.mean()),
+    }
+    if labels is not None:
+        before, after = _quality(original, labels), _quality(exported, labels)
+        report |= {name: {"original": before[name], "exported": after[name]} for name in before}
+    return report
+
+
+def _quality(answers: Probabilities, labels: NDArray[np.intp]) -> dict[str, float | None]:
+    predictions, sure = answers.argmax(axis=1), confidence(answers)
+    order = dis(predictions == labels, sure)
+    return {
+        "accuracy": accuracy(labels, predictions),
+        "dis": None if np.isnan(order) else order,
+        "ece": ece(predictions == labels, sure),
+    }
+
+
+def check_drop(name: str, precision: str, report: dict[str, Any], allowed: float) -> None:
+    """Raise CascadeError, with the numbers, where a precision costs more than `allowed` points of accuracy.
+
+    Without labels, every changed answer counts as one lost: the drop can be no larger.
+    """
+    if "accuracy" in report:
+        before, after = (100 * report["accuracy"][when] for when in ("original", "exported"))
+        lost, found = before - after, f"accuracy {before:.2f} -> {after:.2f}"
+    else:
+        lost, found = 100 * (1 - report["labels_agree"]), "no labels known"
+    if lost > allowed + 1e-9:
+        raise CascadeError(
+            f"member {name!r} in {precision} may lose {lost:.2f} points of accuracy, allowed are {allowed:g} ({found}; "
+            f"{100 * report['labels_agree']:.2f}% of labels agree on {report['texts']} texts, probabilities differ by "
+            f"up to {report['max_probability_difference']:.3f}, {report['mean_probability_difference']:.4f} in the "
+            "mean); choose another --precision, or auto, or allow more by --max-accuracy-drop"
+        )
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Wall-clock seconds per text: the median of texts alone, and the mean in micro-batches."""
+
+    alone: float
+    in_bulk: float
+
+
+def speeds(members: Mapping[str, Member], encoded: Encoded) -> dict[str, Speed]:
+    """Measure members against each other: they take turns on every text and micro-batch, once to warm up."""
+    rows = by_length(encoded.lengths)
+    rows = rows[:: -(-len(rows) // _TIMED_TEXTS)]
+    alone = _turns(members, encoded, [rows[at : at + 1] for at in range(len(rows))])
+    in_bulk = _turns(members, encoded, list(micro_batches(rows, encoded.lengths, TOKEN_BUDGET)))
+    return {name: Speed(float(np.median(alone[name])), float(sum(in_bulk[name]) / len(rows))) for name in members}
+
+
+def _turns(
+    members: Mapping[str, Member], encoded: Encoded, batches: Sequence[NDArray[np.intp]]
+) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in members}
+    for rows in [*batches, *batches]:
+        batch = encoded.batch(rows)
+        for name, member in members.items():
+            start = time.perf_counter()
+            member.run(batch)
+            times[name].append(time.perf_counter() - start)
+    return {name: spent[len(batches) :] for name, spent in times.items()}

@@ -1,0 +1,41 @@
+"""Every supported family: the exported member answers as torch does, in fp32 and in int8, whatever the company."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cascade_export.check import batch_difference, probabilities
+from cascade_export.export import export_bundle
+from cascade_export.torch_checkpoint import open_torch
+from cascade_export.verify import check_texts, torch_probabilities
+
+from cascade_rt import CascadeRuntime
+from cascade_rt.bundle import BATCH_TOLERANCE
+from cascade_rt.tokenization import TextTokenizer
+
+from .families import FAMILIES, POSITIONS
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_answers_as_torch_does(family: str, tmp_path: Path) -> None:
+    folder = FAMILIES[family](tmp_path / "member")
+    checkpoint = open_torch(str(folder), pair=True)
+    assert checkpoint.max_length == POSITIONS, "as many tokens as it has positions"
+    texts = check_texts(checkpoint)
+    original = torch_probabilities(checkpoint, texts)
+    for precision, tolerance, in_the_mean in (("fp32", 1e-4, 1e-5), ("int8", 0.5, 0.06)):
+        bundle = export_bundle([str(folder)], tmp_path / precision, pair=True, precision=precision)
+        runtime = CascadeRuntime(tmp_path / precision)
+        answers = np.array([answer.probabilities for answer in runtime.predict(texts)])
+        difference = np.abs(answers - original)
+        assert difference.max() <= tolerance
+        assert difference.mean() <= in_the_mean
+        assert np.ptp(original, axis=0).max() > 0.1, "the texts are told apart"
+        member = runtime._members[0]
+        encoded = TextTokenizer(tmp_path / precision / "tokenizer.json", POSITIONS, pair=True).encode(texts)
+        assert batch_difference(member, encoded, probabilities(member, encoded)) <= BATCH_TOLERANCE
+        (entry,) = bundle.members
+        assert (entry.layers, entry.hidden_size) == (2, checkpoint.hidden_size)
+        assert entry.parameters == sum(weight.numel() for weight in checkpoint.model.parameters())
