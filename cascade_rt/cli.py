@@ -1,4 +1,4 @@
-"""The command `cascade-rt`: predict, info and evaluate here; train and export in the offline stage.
+"""The command `cascade-rt`: predict, info and evaluate here; the others in the offline stage.
 
 Answers go to standard output, progress and errors to standard error. Exit status: 0 done, 2 something that the
 user can mend (one line says what), 130 interrupted.
@@ -30,8 +30,10 @@ from .records import FORMATS, Example, Text, open_output, read_examples
 from .runtime import CascadeRuntime
 
 _OFFLINE = {
-    "train": ("cascade_train.cli", "fine-tune one member (extra: export)"),
-    "export": ("cascade_export.cli", "fine-tuned members -> ONNX -> bundle (extra: export)"),
+    "difficulty": ("cascade_train.cli", "label", "which training instances are difficult, for DAR (extra: export)"),
+    "train": ("cascade_train.cli", "main", "fine-tune one member (extra: export)"),
+    "analyse": ("cascade_train.cli", "analyse", "pictures of a cascade: calibration, speed-up (extra: analysis)"),
+    "export": ("cascade_export.cli", "main", "fine-tuned members -> ONNX -> bundle (extra: export)"),
 }
 _CHUNK = 1024  # texts in memory at a time
 _PREDICTED = ("label", "score", "exit", "layers", "truncated")
@@ -52,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         if argv and argv[0] in _OFFLINE:
-            importlib.import_module(_OFFLINE[argv[0]][0]).main(argv[1:])
+            module, function, _ = _OFFLINE[argv[0]]
+            getattr(importlib.import_module(module), function)(argv[1:])
         else:
             options = _parser().parse_args(argv)
             options.command(options)
@@ -324,6 +327,6 @@ def _parser() -> CommandParser:
     evaluation.add_argument("--json", action="store_true", help="the whole report as JSON")
     evaluation.set_defaults(command=_evaluate)
 
-    for name, (_, summary) in _OFFLINE.items():
+    for name, (_, _, summary) in _OFFLINE.items():
         commands.add_parser(name, help=summary, add_help=False)
     return parser

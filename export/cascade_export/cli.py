@@ -32,6 +32,7 @@ def main(argv: list[str]) -> None:
             check_data=options.check_data,
             max_accuracy_drop=options.max_accuracy_drop,
             provider=options.provider,
+            calibrate=options.calibrate,
             overwrite=options.overwrite,
         )
     if options.json:
@@ -50,6 +51,12 @@ def _compared(found: Mapping[str, Any]) -> str:
     text = ""
     if "max_probability_difference" in found:
         text += f"; as a graph in fp32, probabilities within {found['max_probability_difference']:.1e} of torch"
+    if "temperature" in found:
+        scaled = found["temperature"]
+        text += (
+            f"; temperature {scaled['value']:.3f} (ECE {100 * scaled['ece']['before']:.2f} -> "
+            f"{100 * scaled['ece']['after']:.2f} on the {scaled['texts']} texts that it was fitted to)"
+        )
     if "check" in found:
         check = found["check"]
         text += (
@@ -134,6 +141,11 @@ def _parser() -> CommandParser:
         default=0.5,
         metavar="POINTS",
         help="percentage points that a member may lose in the check; default: 0.5",
+    )
+    add(
+        "--calibrate",
+        action="store_true",
+        help="scale each member's logits by the temperature that fits the check data's labels best",
     )
     add("--provider", default="cpu", help="where finished members are checked and timed; default: cpu")
     add("--overwrite", action="store_true", help="replace an existing bundle")

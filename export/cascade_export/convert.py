@@ -16,11 +16,16 @@ from cascade_export.torch_checkpoint import TorchCheckpoint
 
 
 def convert(checkpoint: TorchCheckpoint, path: Path) -> dict[str, int]:
-    """Write the member's fused fp32 graph to `path`; return how often each fused operator occurs in it."""
+    """Write the member's fused fp32 graph, with the weights as they are now, to `path`.
+
+    Returns how often each fused operator occurs in it.
+    """
     with TemporaryDirectory(prefix="cascade-export-") as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporters' own, about their internals
+        checkpoint.model.save_pretrained(Path(folder) / "torch")
+        checkpoint.tokenizer.save_pretrained(Path(folder) / "torch")
         main_export(
-            checkpoint.source,
+            str(Path(folder) / "torch"),
             output=folder,
             task="text-classification",
             device="cpu",

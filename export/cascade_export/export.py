@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from tqdm import tqdm
 
 from cascade_export.check import (
@@ -28,11 +29,16 @@ from cascade_export.onnx_checkpoint import OnnxCheckpoint, is_onnx, open_onnx
 from cascade_rt.bundle import BATCH_TOLERANCE, Bundle, MemberEntry, WeightFile, sha256_of, write_bundle, write_manifest
 from cascade_rt.cpus import usable_threads
 from cascade_rt.errors import CascadeError, InputError, MissingExtraError
+from cascade_rt.gate import confidence
 from cascade_rt.member import Member, provider_name
+from cascade_rt.metrics import ece
 from cascade_rt.tokenization import Encoded, TextTokenizer
 
 if TYPE_CHECKING:
     pass
+
+if TYPE_CHECKING:
+    from cascade_export.torch_checkpoint import TorchCheckpoint
 
 DEFAULT_THRESHOLD = 0.9
 TOKENIZER_FILE = "tokenizer.json"
@@ -49,6 +55,7 @@ class Gate:
     data: CheckData | None
     max_accuracy_drop: float
     provider: str  # ONNX Runtime's name
+    calibrate: bool
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,7 @@ def export_bundle(
     check_data: Path | None = None,
     max_accuracy_drop: float = MAX_ACCURACY_DROP,
     provider: str = "cpu",
+    calibrate: bool = False,
     overwrite: bool = False,
 ) -> Bundle:
     """Export fine-tuned classifiers (Hugging Face folders, hub ids, ONNX folders) as the members of one bundle.
@@ -82,7 +90,8 @@ def export_bundle(
     None for fp32 or what an ONNX folder holds; "auto" takes the fastest, on `provider`, that is batch-invariant and
     passes. The finished member is compared with
     its original on `check_data` (default: what training kept for validation) and may lose `max_accuracy_drop`
-    percentage points. Raises CascadeError where members do not fit together or one fails; then nothing is written.
+    percentage points. `calibrate` divides each member's logits by the temperature that suits those data best, which
+    then need labels. Raises CascadeError where members do not fit together or one fails; then nothing is written.
     """
     if not 0 <= threshold <= 1:
         raise InputError(f"found the threshold {threshold}, expected a number from 0 to 1")
@@ -99,7 +108,7 @@ def export_bundle(
         tokenizer = TextTokenizer(folder / TOKENIZER_FILE, first.max_length, first.pair)
         members = []
         for checkpoint in tqdm(checkpoints, unit=" members", disable=None):
-            gate = Gate(load_check_data(check_data, checkpoint), max_accuracy_drop, running)
+            gate = Gate(load_check_data(check_data, checkpoint), max_accuracy_drop, running, calibrate)
             tau = None if checkpoint is checkpoints[-1] else threshold
             members.append(_export_member(checkpoint, folder, tokenizer, tau, wanted[checkpoint.name], gate))
         bundle = Bundle(
@@ -238,6 +247,8 @@ def _checked(
 @contextmanager
 def _writer(checkpoint: Checkpoint, tokenizer: TextTokenizer, gate: Gate) -> Iterator[_Writer]:
     if isinstance(checkpoint, OnnxCheckpoint):
+        if gate.calibrate:
+            raise InputError(f"member {checkpoint.name!r} is an ONNX file; --calibrate needs torch weights to divide")
         yield _onnx_writer(checkpoint, tokenizer, gate)
         return
     from cascade_export.convert import convert  # noqa: PLC0415 - loads torch, which ONNX folders do not need
@@ -247,6 +258,7 @@ def _writer(checkpoint: Checkpoint, tokenizer: TextTokenizer, gate: Gate) -> Ite
 
     if not isinstance(checkpoint, TorchCheckpoint):
         raise TypeError(f"no way to export a {type(checkpoint).__name__}")
+    scaled = _calibrate(checkpoint, gate) if gate.calibrate else {}
     with TemporaryDirectory(prefix="cascade-export-") as work:
         source = Path(work) / f"{checkpoint.name}.onnx"
         fused = convert(checkpoint, source)
@@ -262,8 +274,29 @@ def _writer(checkpoint: Checkpoint, tokenizer: TextTokenizer, gate: Gate) -> Ite
             tuple(PRECISIONS),
             write,
             lambda: torch_probabilities(checkpoint, gate.data.texts) if gate.data else None,
-            {"fused": fused, "max_probability_difference": difference},
+            {"fused": fused, "max_probability_difference": difference, **scaled},
         )
+
+
+def _calibrate(checkpoint: TorchCheckpoint, gate: Gate) -> dict[str, Any]:
+    """Scale the checkpoint's logits by the temperature that fits the check data; return what a manifest tells of it."""
+    from cascade_export.temperature import divide_logits, fit_temperature  # noqa: PLC0415 - loads torch
+    from cascade_export.verify import torch_probabilities  # noqa: PLC0415
+
+    if gate.data is None or gate.data.labels is None:
+        raise InputError(f"member {checkpoint.name!r}: found no labelled data to calibrate on; say --check-data FILE")
+    before = torch_probabilities(checkpoint, gate.data.texts)
+    temperature = fit_temperature(np.log(np.maximum(before, 1e-30)), gate.data.labels)
+    divide_logits(checkpoint.model, temperature)
+    after = torch_probabilities(checkpoint, gate.data.texts)
+    correct = before.argmax(axis=1) == gate.data.labels
+    return {
+        "temperature": {
+            "value": temperature,
+            "texts": len(correct),
+            "ece": {"before": ece(correct, confidence(before)), "after": ece(correct, confidence(after))},
+        }
+    }
 
 
 def _onnx_writer(checkpoint: OnnxCheckpoint, tokenizer: TextTokenizer, gate: Gate) -> _Writer:

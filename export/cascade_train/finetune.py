@@ -1,19 +1,24 @@
 """Fine-tune one member: any Hugging Face encoder, whole or its first k layers, with the paper's recipe.
 
-The training loop is transformers' `Trainer`. This module gives it the recipe and makes two promises of ours: a
-killed run resumes where it was, and the member's folder appears only once it is whole.
+The training loop is transformers' `Trainer`. This module gives it the recipe and the objective (labels, and what
+`losses.py` adds to them) and makes two promises of ours: a killed run resumes where it was, and the member's folder
+appears only once it is whole.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -30,6 +35,7 @@ from cascade_rt.errors import CascadeError, InputError
 from cascade_rt.metrics import accuracy, f1
 from cascade_rt.records import write_json
 from cascade_train import RECORD, VALIDATION
+from cascade_train.losses import difficulty_aware_regularization, distillation
 from cascade_train.tasks import Examples, TaskData
 
 
@@ -45,6 +51,7 @@ class Recipe:
     weight_decay: float = 0.0
     seed: int = 0
     evaluations_per_epoch: int = 1  # validate, and leave a checkpoint to resume from, this often
+    bf16: bool = False  # compute in bfloat16 where that is safe: faster on CPUs with AMX, and on GPUs
 
     def __post_init__(self) -> None:
         """Raise InputError for a value that no training can have."""
@@ -64,7 +71,58 @@ class Recipe:
                 raise InputError(f"found --{option} {value}, expected a number from {lowest:g} to {highest:g}")
 
 
-def finetune(base: str, data: TaskData, output: Path, *, layers: int | None = None, recipe: Recipe) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Objective:
+    """What a member learns beside its labels; the defaults are labels alone.
+
+    The loss is (1 - distill_weight) * cross entropy + distill_weight * distillation + dar_weight * DAR, the terms
+    that are not asked for left out.
+    """
+
+    difficulty: Sequence[int] | None = None  # of each training example, 0 (easy) or 1
+    dar_margin: float = 0.5
+    dar_weight: float = 0.5
+    teacher: NDArray[np.float32] | None = None  # the teacher's logits for each training example, (examples, labels)
+    temperature: float = 2.0
+    distill_weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Raise InputError for a value that no objective can have."""
+        for name, lowest, highest in (
+            ("dar_margin", 0, 1),
+            ("dar_weight", 0, 1e3),
+            ("temperature", 1e-2, 1e3),
+            ("distill_weight", 0, 1),
+        ):
+            value = getattr(self, name)
+            if not lowest <= value <= highest:
+                option = name.replace("_", "-")
+                raise InputError(f"found --{option} {value}, expected a number from {lowest:g} to {highest:g}")
+
+    def described(self) -> dict[str, Any]:
+        """Return what a record tells of it."""
+        told: dict[str, Any] = {}
+        if self.difficulty is not None:
+            difficult = float(np.mean(self.difficulty))
+            told["dar"] = {"margin": self.dar_margin, "weight": self.dar_weight, "difficult": difficult}
+        if self.teacher is not None:
+            told["distillation"] = {"temperature": self.temperature, "weight": self.distill_weight}
+        return told
+
+
+LABELS_ALONE = Objective()
+_TEACHER_BATCH = 64
+
+
+def finetune(
+    base: str,
+    data: TaskData,
+    output: Path,
+    *,
+    layers: int | None = None,
+    recipe: Recipe,
+    objective: Objective = LABELS_ALONE,
+) -> dict[str, Any]:
     """Fine-tune `base` (a hub id or a local folder) on `data` and write a Hugging Face folder to `output`.
 
     `layers` keeps only the first k encoder layers (the paper's BERT-kL, section 2.1). The folder holds the
@@ -83,15 +141,16 @@ def finetune(base: str, data: TaskData, output: Path, *, layers: int | None = No
         "pair": data.pair,
         "max_length": recipe.max_length,
         "recipe": asdict(recipe),
+        "objective": objective.described(),
         "data": {"train": _described(data.train), "validation": _described(data.validation)},
     }
     set_seed(recipe.seed)
-    tokenizer, model = _load(base, data.labels, layers)
+    tokenizer, model = load_base(base, data.labels, layers)
     longest = int(min(model.config.max_position_embeddings, tokenizer.model_max_length))
     if recipe.max_length > longest:
         raise InputError(f"found --max-length {recipe.max_length}, expected at most {longest}, what {base} takes")
-    _claim(work, run)
-    trainer = _trainer(model, tokenizer, data, recipe, work)
+    claim(work, run)
+    trainer = _trainer(model, tokenizer, data, recipe, objective, work)
     resume = _last_whole_checkpoint(work)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
 
@@ -114,14 +173,84 @@ def finetune(base: str, data: TaskData, output: Path, *, layers: int | None = No
     return record
 
 
+def last_linear(model: Any) -> torch.nn.Linear:
+    """Return the layer that a classifier's logits come from; raise CascadeError where it is no linear one."""
+    heads = [
+        module
+        for module in model.modules()
+        if isinstance(module, torch.nn.Linear) and module.out_features == model.config.num_labels
+    ]
+    if not heads:
+        raise CascadeError(f"found no linear last layer in a {type(model).__name__}; this model is not supported here")
+    return heads[-1]
+
+
+def search_margin(
+    base: str, data: TaskData, output: Path, margins: Sequence[float], *, objective: Objective, **settings: Any
+) -> dict[str, Any]:
+    """Fine-tune one member per DAR margin, and keep the one that is best on validation (of equals, the first).
+
+    Takes what `finetune` takes. The members lie beside `output` until all are trained, so a killed search goes on.
+    The record says how good each margin was.
+    """
+    if output.exists():
+        raise InputError(f"{output} exists; choose another output folder, or delete it to train anew")
+    folders = {margin: output.with_name(f"{output.name}.margin-{margin:g}") for margin in margins}
+    for margin, folder in folders.items():
+        if not folder.exists():
+            finetune(base, data, folder, objective=replace(objective, dar_margin=margin), **settings)
+    records = {margin: json.loads((folder / RECORD).read_text("utf-8")) for margin, folder in folders.items()}
+    best = max(margins, key=lambda margin: float(records[margin]["validation"]["best"]))
+    record: dict[str, Any] = records[best]
+    record["objective"]["dar"]["grid"] = {str(margin): found["validation"]["best"] for margin, found in records.items()}
+    write_json(folders[best] / RECORD, record)
+    folders.pop(best).rename(output)
+    for folder in folders.values():
+        shutil.rmtree(folder)
+    return record
+
+
+def teacher_logits(source: str, data: TaskData, recipe: Recipe) -> NDArray[np.float32]:
+    """Return a fine-tuned member's logits for the training examples, float32 (examples, labels).
+
+    Raises InputError where it cannot be opened or has other labels.
+    """
+    return logits_of(source, data, data.train, recipe.max_length)
+
+
+def logits_of(source: str, data: TaskData, examples: Examples, max_length: int) -> NDArray[np.float32]:
+    """Return the logits of a member of this task for any examples of it, as `teacher_logits` does."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForSequenceClassification.from_pretrained(source).eval()
+    except Exception as error:
+        raise _no_base(source, error) from None
+    found = tuple(model.config.id2label[index] for index in range(model.config.num_labels))
+    if found != data.labels:
+        raise InputError(
+            f"teacher {source}: found the labels {', '.join(found[:6])}, expected {', '.join(data.labels[:6])}"
+        )
+    rows = features(tokenizer, model, examples, max_length)
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]))
+    logits = np.empty((len(rows), len(found)), dtype=np.float32)
+    collate = collator(tokenizer)
+    for start in range(0, len(order), _TEACHER_BATCH):
+        some = order[start : start + _TEACHER_BATCH]
+        batch = collate([rows[row] for row in some])
+        batch.pop("labels")
+        with torch.inference_mode():
+            logits[some] = model(**batch).logits.float().numpy()
+    return logits
+
+
 def _described(examples: Examples) -> dict[str, Any]:
     return {"rows": len(examples), "sha256": examples.digest()}
 
 
-def _claim(work: Path, run: dict[str, Any]) -> None:
-    """Make the working folder, or check that the one that stands is of this same run."""
+def claim(work: Path, run: dict[str, Any], begun: str = "checkpoint-*") -> None:
+    """Make the working folder, or check that one that stands, with files like `begun` in it, is of this same run."""
     settings = work / "run.json"
-    if any(work.glob("checkpoint-*")) and settings.is_file():
+    if any(work.glob(begun)) and settings.is_file():
         other = json.loads(settings.read_text("utf-8"))
         differing = [key for key in run if run[key] != other.get(key)]
         if differing:
@@ -135,7 +264,8 @@ def _claim(work: Path, run: dict[str, Any]) -> None:
     write_json(settings, run)
 
 
-def _load(base: str, labels: tuple[str, ...], layers: int | None) -> tuple[PreTrainedTokenizerFast, Any]:
+def load_base(base: str, labels: tuple[str, ...], layers: int | None) -> tuple[PreTrainedTokenizerFast, Any]:
+    """Load an encoder, whole or its first k layers, with a new classifier; raise InputError where that fails."""
     try:
         config = AutoConfig.from_pretrained(base)
         tokenizer = AutoTokenizer.from_pretrained(base)
@@ -166,10 +296,70 @@ def _no_base(base: str, error: Exception) -> InputError:
     )
 
 
-def _trainer(model: Any, tokenizer: PreTrainedTokenizerFast, data: TaskData, recipe: Recipe, work: Path) -> Trainer:
+class ObjectiveTrainer(Trainer):  # type: ignore[misc]  # the library has no types
+    """A Trainer whose loss is an `Objective`'s; what it needs of each example travels in the batches."""
+
+    def __init__(self, objective: Objective, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._objective = objective
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the loss of a batch; of validation batches, which carry no more than labels, the cross entropy."""
+        difficulty, teacher = inputs.pop("difficulty", None), inputs.pop("teacher", None)
+        outputs = model(**inputs)
+        loss, objective = outputs.loss, self._objective
+        if teacher is not None:
+            soft = distillation(outputs.logits, teacher, objective.temperature)
+            loss = (1 - objective.distill_weight) * loss + objective.distill_weight * soft
+        if difficulty is not None:
+            regularization = difficulty_aware_regularization(outputs.logits, difficulty, objective.dar_margin)
+            loss = loss + objective.dar_weight * regularization
+        return (loss, outputs) if return_outputs else loss
+
+
+def _trainer(
+    model: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    data: TaskData,
+    recipe: Recipe,
+    objective: Objective,
+    work: Path,
+) -> Trainer:
     steps_per_epoch = -(-len(data.train) // recipe.batch_size)
     interval = max(1, min(steps_per_epoch, int(steps_per_epoch * recipe.epochs)) // recipe.evaluations_per_epoch)
-    arguments = TrainingArguments(
+    train = features(tokenizer, model, data.train, recipe.max_length)
+    for name, values in (("difficulty", objective.difficulty), ("teacher", objective.teacher)):
+        for example, value in zip(train, [] if values is None else values, strict=values is not None):
+            example[name] = torch.as_tensor(value)
+    return ObjectiveTrainer(
+        objective,
+        model=model,
+        args=arguments(
+            recipe,
+            work,
+            eval_strategy="steps",
+            eval_steps=interval,
+            save_strategy="steps",
+            save_steps=interval,
+            save_total_limit=2,  # the best so far and the last
+            logging_steps=interval,
+            load_best_model_at_end=True,
+            metric_for_best_model=data.metric,
+            greater_is_better=True,
+        ),
+        train_dataset=train,
+        eval_dataset=features(tokenizer, model, data.validation, recipe.max_length),
+        data_collator=collator(tokenizer),
+        processing_class=tokenizer,
+        compute_metrics=lambda outcome: _measured(outcome, len(data.labels)),
+    )
+
+
+def arguments(recipe: Recipe, work: Path, **more: Any) -> TrainingArguments:
+    """Return the Trainer's arguments for a recipe."""
+    return TrainingArguments(
         output_dir=str(work),
         num_train_epochs=recipe.epochs,
         learning_rate=recipe.learning_rate,
@@ -179,38 +369,41 @@ def _trainer(model: Any, tokenizer: PreTrainedTokenizerFast, data: TaskData, rec
         per_device_eval_batch_size=4 * recipe.batch_size,
         group_by_length=True,
         seed=recipe.seed,
-        eval_strategy="steps",
-        eval_steps=interval,
-        save_strategy="steps",
-        save_steps=interval,
-        save_total_limit=2,  # the best so far and the last
-        logging_steps=interval,
-        load_best_model_at_end=True,
-        metric_for_best_model=data.metric,
-        greater_is_better=True,
+        bf16=recipe.bf16,
+        use_cpu=not torch.cuda.is_available(),
         report_to="none",
         dataloader_pin_memory=False,
-    )
-    return Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=_features(tokenizer, data.train, recipe.max_length),
-        eval_dataset=_features(tokenizer, data.validation, recipe.max_length),
-        data_collator=DataCollatorWithPadding(tokenizer),
-        processing_class=tokenizer,
-        compute_metrics=lambda outcome: _measured(outcome, len(data.labels)),
+        remove_unused_columns=False,  # the objective's are not the model's; `features` makes no others
+        **more,
     )
 
 
-def _features(tokenizer: PreTrainedTokenizerFast, examples: Examples, max_length: int) -> list[dict[str, Any]]:
+def features(
+    tokenizer: PreTrainedTokenizerFast, model: Any, examples: Examples, max_length: int
+) -> list[dict[str, Any]]:
     """Tokenize each example once, unpadded: the collator pads to the longest of a batch."""
     single = [text if isinstance(text, str) else text[0] for text in examples.texts]
     second = [text[1] for text in examples.texts if not isinstance(text, str)] or None
     encoded = tokenizer(single, second, truncation=True, max_length=max_length)
+    taken = inspect.signature(model.forward).parameters  # DistilBERT, for one, takes no token types
     return [
-        {name: values[row] for name, values in encoded.items()} | {"label": label}
+        {name: values[row] for name, values in encoded.items() if name in taken} | {"label": label}
         for row, label in enumerate(examples.labels)
     ]
+
+
+def collator(tokenizer: PreTrainedTokenizerFast) -> Any:
+    """Return what makes a batch of features: padded tokens, and the objective's values as they are."""
+    pad = DataCollatorWithPadding(tokenizer)
+
+    def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
+        extras = {
+            name: torch.stack([row[name] for row in batch]) for name in ("difficulty", "teacher") if name in batch[0]
+        }
+        padded = pad([{name: value for name, value in row.items() if name not in extras} for row in batch])
+        return dict(padded) | extras
+
+    return collate
 
 
 def _measured(outcome: EvalPrediction, classes: int) -> dict[str, float]:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from cascade_train import RECORD, VALIDATION
 from cascade_train import finetune as module
-from cascade_train.finetune import Recipe, finetune
+from cascade_train.finetune import Objective, ObjectiveTrainer, Recipe, finetune
 from cascade_train.tasks import Examples, TaskData
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainerCallback
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
 from cascade_rt.cli import main
 from cascade_rt.errors import CascadeError, InputError
@@ -97,16 +97,16 @@ def test_a_killed_run_resumes_and_ends_where_it_would_have_ended(
 ) -> None:
     steps: list[int] = []
 
-    class Watched(Trainer):  # type: ignore[misc]
-        def __init__(self, **arguments: Any) -> None:
-            super().__init__(**arguments, callbacks=[_KillAt(19)])
+    class Watched(ObjectiveTrainer):
+        def __init__(self, objective: Objective, **arguments: Any) -> None:
+            super().__init__(objective, **arguments, callbacks=[_KillAt(19)])
 
         def training_step(self, *arguments: Any) -> Any:
             steps.append(self.state.global_step)
             return super().training_step(*arguments)
 
     output, work = tmp_path / "2L", tmp_path / "2L.training"
-    monkeypatch.setattr(module, "Trainer", Watched)
+    monkeypatch.setattr(module, "ObjectiveTrainer", Watched)
     with pytest.raises(_Killed):
         finetune(base, data, output, layers=2, recipe=RECIPE)
     assert not output.exists()
@@ -171,11 +171,11 @@ def test_the_best_checkpoint_is_kept_and_not_the_last(
         def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
             seen.append({name: weight.clone() for name, weight in model.state_dict().items()})
 
-    class Watched(Trainer):  # type: ignore[misc]
-        def __init__(self, **arguments: Any) -> None:
-            super().__init__(**arguments, callbacks=[Watcher()])
+    class Watched(ObjectiveTrainer):
+        def __init__(self, objective: Objective, **arguments: Any) -> None:
+            super().__init__(objective, **arguments, callbacks=[Watcher()])
 
-    monkeypatch.setattr(module, "Trainer", Watched)
+    monkeypatch.setattr(module, "ObjectiveTrainer", Watched)
     recipe = Recipe(epochs=4, learning_rate=3e-3, batch_size=8, max_length=16)
     assert finetune(base, data, tmp_path / "m", layers=1, recipe=recipe)["validation"]["best"] == 0.9
     kept = weights(tmp_path / "m")
@@ -188,12 +188,12 @@ def test_batches_hold_texts_of_like_length(base: str, tmp_path: Path, monkeypatc
     examples = Examples(texts, [index % 2 for index in range(640)])
     filled: list[float] = []
 
-    class Watched(Trainer):  # type: ignore[misc]
+    class Watched(ObjectiveTrainer):
         def training_step(self, model: Any, inputs: Any, *rest: Any) -> Any:
             filled.append(float(inputs["attention_mask"].float().mean()))
             return super().training_step(model, inputs, *rest)
 
-    monkeypatch.setattr(module, "Trainer", Watched)
+    monkeypatch.setattr(module, "ObjectiveTrainer", Watched)
     data = TaskData("lengths", ("a", "b"), False, "accuracy", examples, examples.take(range(8)))
     finetune(base, data, tmp_path / "m", layers=1, recipe=Recipe(epochs=1, batch_size=16, max_length=32))
     assert sum(filled) / len(filled) > 0.9, "at random about half would be padding"

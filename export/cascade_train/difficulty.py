@@ -1,0 +1,204 @@
+"""Which training instances are difficult for a member's architecture (paper, section 3.3): labels for DAR.
+
+The training set is cut into K folds; for each, a member learns the other K - 1 and predicts it; and all that again
+for S seeds. An instance is easy only if every seed answered it rightly. Each fold's predictions are stored as they
+come, so a killed run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, replace
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.model_selection import StratifiedKFold
+from tqdm import tqdm
+from transformers import set_seed
+from transformers.utils import logging
+
+from cascade_rt.cpus import usable_cpus
+from cascade_rt.errors import CascadeError, InputError
+from cascade_rt.records import write_json
+from cascade_train.finetune import (
+    LABELS_ALONE,
+    ObjectiveTrainer,
+    Recipe,
+    arguments,
+    claim,
+    collator,
+    features,
+    load_base,
+)
+from cascade_train.tasks import Examples, TaskData
+
+LABELS_FILE = "difficulty.jsonl"
+SUMMARY_FILE = "summary.json"
+FOLDS = 8
+SEEDS = 5
+
+
+def label_difficulty(
+    base: str,
+    data: TaskData,
+    output: Path,
+    *,
+    layers: int | None = None,
+    recipe: Recipe,
+    folds: int = FOLDS,
+    seeds: int = SEEDS,
+    jobs: int = 1,
+) -> dict[str, Any]:
+    """Label every training instance of `data` as easy or difficult for `base`'s first `layers` layers.
+
+    Writes a folder: `difficulty.jsonl`, per instance its row number `id`, `label`, the `predictions` of every seed and
+    `difficulty` 0 or 1, and `summary.json`, which is returned: the share of difficult instances, in all and per
+    class, and what was trained. `jobs` folds are trained side by side, each with its share of the CPUs. Raises
+    InputError where `output` exists or a class has fewer instances than there are folds.
+    """
+    if output.exists():
+        raise InputError(f"{output} exists; choose another output folder, or delete it to label anew")
+    if folds < 2 or seeds < 1 or jobs < 1:
+        raise InputError(f"found {folds} folds, {seeds} seeds, {jobs} jobs; expected at least 2, 1 and 1")
+    rarest = int(np.bincount(data.train.labels, minlength=len(data.labels)).min())
+    if rarest < folds:
+        raise InputError(
+            f"found a class with {rarest} training instances, expected at least {folds}, one for each fold"
+        )
+    work = output.with_name(output.name + ".labelling")
+    run = {
+        "base": str(base),
+        "layers": layers,
+        "task": data.name,
+        "labels": list(data.labels),
+        "recipe": asdict(recipe),
+        "folds": folds,
+        "seeds": seeds,
+        "train": {"rows": len(data.train), "sha256": data.train.digest()},
+    }
+    claim(work, run, "seed-*.json")
+    missing = [(seed, fold) for seed in range(seeds) for fold in range(folds) if not _part(work, seed, fold).is_file()]
+    with tqdm(total=folds * seeds, initial=folds * seeds - len(missing), unit=" folds", disable=None) as progress:
+        for _ in _trained(missing, jobs, (base, data, layers, recipe, folds, work)):
+            progress.update()
+    finished = work / "finished"
+    finished.mkdir(exist_ok=True)
+    summary = run | _collected(work, data, folds, seeds, finished / LABELS_FILE)
+    write_json(finished / SUMMARY_FILE, summary)
+    finished.rename(output)
+    shutil.rmtree(work)
+    return summary
+
+
+def read_difficulty(folder: Path, train: Examples) -> list[int]:
+    """Return the difficulty, 0 or 1, of each training example; raise InputError for labels of other examples."""
+    try:
+        summary = json.loads((folder / SUMMARY_FILE).read_text("utf-8"))
+        rows = [json.loads(line) for line in (folder / LABELS_FILE).read_text("utf-8").splitlines()]
+        found = {row["id"]: row["difficulty"] for row in rows}
+        of = summary["train"]["sha256"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder}: no difficulty labels ({error}); make them with cascade-rt difficulty") from None
+    if of != train.digest() or set(found) != set(range(len(train))) or not set(found.values()) <= {0, 1}:
+        raise InputError(
+            f"{folder}: labels of {len(found)} other training examples than these {len(train)}; name the same task, "
+            "--holdout and --split-seed as in cascade-rt difficulty"
+        )
+    return [found[row] for row in range(len(train))]
+
+
+def _part(work: Path, seed: int, fold: int) -> Path:
+    return work / f"seed-{seed}-fold-{fold}.json"
+
+
+def _trained(missing: list[tuple[int, int]], jobs: int, shared: tuple[Any, ...]) -> Iterator[None]:
+    """Train these folds, in this process or in others; yield as each one ends."""
+    if jobs == 1:
+        for seed, fold in missing:
+            _train_fold(seed, fold, None, *shared)
+            yield
+        return
+    threads = max(1, usable_cpus() // jobs)
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        running = [pool.submit(_train_fold, seed, fold, threads, *shared) for seed, fold in missing]
+        try:
+            for done in as_completed(running):
+                yield done.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _train_fold(
+    seed: int,
+    fold: int,
+    threads: int | None,
+    base: str,
+    data: TaskData,
+    layers: int | None,
+    recipe: Recipe,
+    folds: int,
+    work: Path,
+) -> None:
+    """Train on all folds but one, and store the predictions of that one: [row, class id] pairs."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if threads:
+        torch.set_num_threads(threads)
+    split = StratifiedKFold(folds, shuffle=True, random_state=seed)
+    kept, held = list(split.split(np.zeros(len(data.train)), data.train.labels))[fold]
+    recipe = replace(recipe, seed=recipe.seed + 1000 * seed + fold)
+    set_seed(recipe.seed)
+    tokenizer, model = load_base(base, data.labels, layers)
+    with TemporaryDirectory(prefix="cascade-fold-") as folder:
+        trainer = ObjectiveTrainer(
+            LABELS_ALONE,
+            model=model,
+            args=arguments(
+                recipe, Path(folder), eval_strategy="no", save_strategy="no", logging_strategy="no", disable_tqdm=True
+            ),
+            train_dataset=features(tokenizer, model, data.train.take(kept), recipe.max_length),
+            data_collator=collator(tokenizer),
+            processing_class=tokenizer,
+        )
+        trainer.train()
+        outcome = trainer.predict(features(tokenizer, model, data.train.take(held), recipe.max_length))
+    predictions: NDArray[np.intp] = outcome.predictions.argmax(axis=-1)
+    write_json(_part(work, seed, fold), np.column_stack([held, predictions]).tolist())
+
+
+def _collected(work: Path, data: TaskData, folds: int, seeds: int, target: Path) -> dict[str, Any]:
+    """Write the labels of all instances; return their shares."""
+    predictions = np.full((len(data.train), seeds), -1)
+    for seed in range(seeds):
+        for fold in range(folds):
+            rows, answers = np.array(json.loads(_part(work, seed, fold).read_text("utf-8"))).T
+            predictions[rows, seed] = answers
+    if (predictions < 0).any():
+        raise CascadeError(f"{work}: some folds lack predictions; delete the folder and label anew")
+    labels = np.array(data.train.labels)
+    difficult = (predictions != labels[:, None]).any(axis=1)
+    with target.open("w", encoding="utf-8", newline="\n") as stream:
+        for row in range(len(labels)):
+            fields = {
+                "id": row,
+                "label": data.labels[labels[row]],
+                "predictions": [data.labels[answer] for answer in predictions[row]],
+                "difficulty": int(difficult[row]),
+            }
+            stream.write(json.dumps(fields, ensure_ascii=False) + "\n")
+    return {
+        "difficult": float(difficult.mean()),
+        "difficult_by_class": {
+            name: float(difficult[labels == index].mean()) for index, name in enumerate(data.labels)
+        },
+        "accuracy_by_seed": [float(np.mean(predictions[:, seed] == labels)) for seed in range(seeds)],
+    }
