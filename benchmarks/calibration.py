@@ -10,6 +10,7 @@ given layer speed-ups. Thresholds and temperatures come from the validation part
 from __future__ import annotations
 
 import argparse
+import json
 from collections import defaultdict
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import transformers
 from cascade_export.temperature import fit_temperature
+from cascade_train import RECORD
 from cascade_train.difficulty import label_difficulty, read_difficulty
 from cascade_train.finetune import Objective, Recipe, finetune, logits_of, teacher_logits
 from cascade_train.tasks import GLUE, Examples, TaskData, hold_out, load_evaluation, load_task
@@ -66,7 +68,7 @@ def main() -> None:
         "rows": {"train": len(data.train), "validation": len(data.validation), "reported": len(reported)},
         "reported_on": options.reported_on,
         "layers": options.layers,
-        "recipes": {"small": asdict(small), "big": asdict(big)},
+        "recipes": {"small": asdict(small), "big": _recipe_of(options.big) if options.big else asdict(big)},
         "folds": options.folds,
         "label_seeds": options.label_seeds,
         "label_epochs": options.label_epochs or small.epochs,
@@ -80,6 +82,10 @@ def main() -> None:
         report["mean"], report["spread"] = _over_seeds(report["seeds"])
         write_json(options.output or RESULTS / f"calibration-{options.task}.json", report)
     _show(report)
+
+
+def _recipe_of(member: Path) -> Any:
+    return json.loads((member / RECORD).read_text("utf-8"))["recipe"]
 
 
 def _split(options: argparse.Namespace) -> tuple[TaskData, Examples]:
@@ -99,7 +105,7 @@ def _members(
     options: argparse.Namespace, data: TaskData, difficulty: list[int], work: Path, small: Recipe, big: Recipe
 ) -> dict[str, Path]:
     """Train what is not there yet; return the folders by variant, the biggest member as "big"."""
-    folders = {"big": work / f"big-{big.seed}"}
+    folders = {"big": options.big or work / f"big-{big.seed}"}
     if not folders["big"].exists():
         finetune(options.base, data, folders["big"], layers=options.layers[1], recipe=big)
     for variant in VARIANTS:
@@ -204,6 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--learning-rate", type=float, default=1e-4)
     add("--big-epochs", type=float, default=4)
     add("--big-learning-rate", type=float, default=5e-5)
+    add("--big", type=Path, metavar="DIR", help="a biggest member that is trained already, for all seeds")
     add("--bf16", action="store_true", help="train in bfloat16 where that is safe")
     add("--label-epochs", type=float, help="of the folds; default: --epochs")
     add("--max-length", type=int, default=128)

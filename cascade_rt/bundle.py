@@ -33,6 +33,11 @@ BATCH_TOLERANCE = 1e-4
 MANIFEST = "cascade.json"
 _SEAL = "sha256"  # of the manifest without this key; manifests of other writers may have none
 _MANIFEST_BYTES = 16 * 2**20  # far above any real manifest; a bigger file is not one
+_TOKENIZER_BYTES = 256 * 2**20  # the biggest multilingual ones have a tenth of it
+
+
+FileVersion = tuple[int, int, int, int]
+"""What tells one file from another that took its place: device, inode, size, time of change."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ class Bundle:
     """A manifest: the labels (index = class id), the tokenizer's file, and the members from small to big."""
 
     folder: Path | None = field(default=None, compare=False, kw_only=True)  # where it was read
+    version: FileVersion | None = field(default=None, compare=False, kw_only=True)  # of the manifest that was read
 
     labels: tuple[str, ...]
     pair: bool
@@ -119,7 +125,8 @@ def read_bundle(model_dir: str | Path, members: Sequence[str] | None = None, *, 
     no member has.
     """
     folder, root = locate(model_dir)
-    bundle = replace(_parse(_load_manifest(folder)), folder=folder)
+    version = file_version(folder / MANIFEST)
+    bundle = replace(_parse(_load_manifest(folder)), folder=folder, version=version)
     if members is not None:
         bundle = _only(bundle, members)
     with ThreadPoolExecutor() as pool:  # hashing leaves Python's lock, so big files are hashed side by side
@@ -178,6 +185,15 @@ def write_manifest(folder: Path, bundle: Bundle) -> None:
     write_json(folder / MANIFEST, bundle.to_json())
 
 
+def file_version(path: Path) -> FileVersion | None:
+    """Return what tells this file from another of its name; None where there is none."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def sha256_of(path: Path) -> str:
     """Return the sha256 of a file as 64 hexadecimal digits."""
     digest = hashlib.sha256()
@@ -202,6 +218,8 @@ def _damage(folder: Path, root: Path, file: WeightFile, verify: bool) -> str | N
     try:
         if not path.is_file():
             return f"{path}: is missing from the bundle"
+        if path.suffix == ".json" and path.stat().st_size > _TOKENIZER_BYTES:
+            return f"{path}: over {_TOKENIZER_BYTES // 2**20} MiB, which no tokenizer is"
         found = sha256_of(path) if verify else file.sha256
     except OSError as error:
         return f"{str(path)[:200]}: cannot be read ({error.strerror})"
@@ -353,7 +371,8 @@ class _Fields:
 
 def _relative(file: str) -> str:
     path = PurePosixPath(file)
-    if not file or path.is_absolute() or ".." in path.parts or "\\" in file or ":" in file or "\0" in file:
+    odd = not file.isprintable() or "\\" in file or ":" in file  # half a surrogate pair is not printable either
+    if not file or odd or path.is_absolute() or ".." in path.parts:
         raise BundleError(
             f"{MANIFEST}: found the path {file[:80]!r}, expected one that stays inside the bundle's folder"
         )

@@ -64,7 +64,7 @@ def _checked(member: MemberEntry) -> list[str] | None:
     def percent(key: str) -> str:
         value = check.get(key)
         value = value.get("exported") if isinstance(value, dict) else value
-        return f"{100 * value:.2f}%" if isinstance(value, int | float) else "-"
+        return f"{100 * value:.2f}%" if isinstance(value, int | float) and 0 <= value <= 1 else "-"
 
     return [member.name, str(check.get("texts", "-")), percent("accuracy"), percent("ece"), percent("labels_agree")]
 

@@ -146,9 +146,11 @@ def _info(options: argparse.Namespace) -> None:
     )
     for member in bundle.members:
         if _batch_invariant(member) == "no":
+            difference = _share(member.other.get("batch_difference"))
             print(
-                f"{member.name}: a text's score, and so its exit, depends on its batch-mates (by up to "
-                f"{member.other['batch_difference']:.1e} where it was measured); --precision int8 does not"
+                f"{member.name}: a text's score, and so its exit, depends on its batch-mates"
+                + ("" if difference is None else f" (by up to {difference:.1e} where it was measured)")
+                + "; in --precision int8 it would not"
             )
     print("all files are as their sha256 says" if options.verify else "sha256 not checked")
 
@@ -162,15 +164,20 @@ def _push(options: argparse.Namespace) -> None:
     files = [MANIFEST, bundle.tokenizer_file]
     for member in bundle.members:
         files += [member.file, *(data.file for data in member.data)]
-    print(push(Path(options.model_dir), files, card, options.repository, private=options.private))
+    print(push(bundle.folder or Path(options.model_dir), files, card, options.repository, private=options.private))
 
 
 def _batch_invariant(member: MemberEntry) -> str:
     """Say what the export measured: yes, no, or ? where it did not."""
-    difference = member.other.get("batch_difference")
-    if not isinstance(difference, int | float):
-        return "?"
-    return "yes" if difference <= BATCH_TOLERANCE else "no"
+    difference = _share(member.other.get("batch_difference"))
+    if member.precision == "int8-tensor" or (difference is not None and difference > BATCH_TOLERANCE):
+        return "no"
+    return "?" if difference is None else "yes"
+
+
+def _share(value: object) -> float | None:
+    """Return a number from 0 to 1 that a manifest tells, None for anything else that may stand there."""
+    return float(value) if isinstance(value, int | float) and 0 <= value <= 1 else None
 
 
 def _size(bundle: Bundle, member: MemberEntry) -> int:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import glob
+import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from .errors import BundleError, CascadeError
 
 _REPOSITORY = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
-_NEVER_NEEDED = ["*.bin", "*.ckpt", "*.h5", "*.msgpack", "*.pickle", "*.pkl", "*.pt", "*.pth", "*.safetensors"]
 
 
 def locate(model_dir: str | Path) -> tuple[Path, Path]:
@@ -27,8 +28,11 @@ def locate(model_dir: str | Path) -> tuple[Path, Path]:
     import huggingface_hub  # noqa: PLC0415 - slow to import, and needed for the hub alone
 
     try:
+        manifest = huggingface_hub.hf_hub_download(asked["name"], "cascade.json", revision=asked["revision"])
         snapshot = Path(
-            huggingface_hub.snapshot_download(asked["name"], revision=asked["revision"], ignore_patterns=_NEVER_NEEDED)
+            huggingface_hub.snapshot_download(
+                asked["name"], revision=asked["revision"], allow_patterns=["cascade.json", *_named_in(Path(manifest))]
+            )
         )
     except Exception as error:  # its own errors, those of the HTTP library and of the disk
         raise BundleError(
@@ -36,6 +40,17 @@ def locate(model_dir: str | Path) -> tuple[Path, Path]:
             "name, the network and, for a private one, HF_TOKEN"
         ) from None
     return snapshot, snapshot.parent.parent
+
+
+def _named_in(manifest: Path) -> Iterator[str]:
+    """Yield whatever a manifest calls a file, to fetch no others; whether it is a good one is found out later."""
+    waiting = [json.loads(manifest.read_text("utf-8"))]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict) and isinstance(value.get("file"), str):
+            yield glob.escape(value["file"])
+        if isinstance(value, dict | list):
+            waiting += value.values() if isinstance(value, dict) else value
 
 
 def push(folder: Path, files: Iterable[str], card: str, repository: str, *, private: bool) -> str:
@@ -47,12 +62,12 @@ def push(folder: Path, files: Iterable[str], card: str, repository: str, *, priv
 
     if not _REPOSITORY.fullmatch(repository) or "@" in repository:
         raise CascadeError(f"found the repository {repository!r}, expected org/name")
-    additions: list[Any] = [
-        huggingface_hub.CommitOperationAdd(path_in_repo=file, path_or_fileobj=str(folder / file)) for file in files
-    ]
-    additions.append(huggingface_hub.CommitOperationAdd(path_in_repo="README.md", path_or_fileobj=card.encode()))
     hub = huggingface_hub.HfApi()
     try:
+        additions: list[Any] = [
+            huggingface_hub.CommitOperationAdd(path_in_repo=file, path_or_fileobj=str(folder / file)) for file in files
+        ]
+        additions.append(huggingface_hub.CommitOperationAdd(path_in_repo="README.md", path_or_fileobj=card.encode()))
         address = str(hub.create_repo(repository, private=private, exist_ok=True))
         hub.create_commit(repository, additions, commit_message="Add a cascade-rt bundle")
     except Exception as error:

@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from .bundle import MemberEntry
+from .bundle import MemberEntry, file_version
 from .errors import BundleError, CascadeError, InputError
 
 _SPIN_MICROSECONDS = "500"
@@ -22,6 +22,7 @@ _CUDA = "CUDAExecutionProvider"
 _SHORT_NAMES = {"cpu": _CPU, "cuda": _CUDA}
 _FIXED_OPTIONS = {_CUDA: {"arena_extend_strategy": "kSameAsRequested"}}  # the default doubles the arena as it grows
 _NO_KERNELS = {_CUDA: {"int8", "int8-tensor", "int8-static"}}  # their matrix products would run on the CPU, in silence
+_PRODUCTS = {"Attention", "FusedGemm", "FusedMatMul", "Gemm", "MatMul", "MultiHeadAttention", "QAttention"}
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -50,6 +51,7 @@ class Member:
         self._path = path
         self._labels = labels
         self._provider = provider
+        self._version = file_version(path)
         self._provider_options = _FIXED_OPTIONS.get(provider, {}) | dict(provider_options or {})
         self._threads = threads
         self.session: Any = None
@@ -98,6 +100,10 @@ class Member:
         return logits
 
     def _make_session(self) -> Any:
+        if file_version(self._path) != self._version:
+            raise BundleError(
+                f"{self._path}: replaced since the bundle was opened; open it again (preload=True loads at once)"
+            )
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
@@ -110,6 +116,8 @@ class Member:
         exact = self._provider == _CPU and self.entry.precision.startswith("int8") and int8_saturates()
         if exact:  # slower kernels, which do not
             options.add_session_config_entry("session.x64quantprecision", "1")
+        if self._provider != _CPU:
+            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         try:
             session = onnxruntime.InferenceSession(
                 str(self._path),
@@ -118,12 +126,17 @@ class Member:
                 disabled_optimizers=disabled,
             )
         except Exception as error:  # ONNX Runtime's own classes share no public base
-            remedy = "int8 saturates on this CPU, which has no VNNI; export it in fp32" if exact else "export again"
+            remedy = "export again" + (" (this CPU has no VNNI: best in fp32)" if exact else "")
             raise BundleError(f"{self._path}: ONNX Runtime cannot load it ({_first_line(error)}); {remedy}") from None
         running = session.get_providers()[0]
         if running != self._provider:
             raise CascadeError(
                 f"asked for the provider {self._provider}, but {running} runs; check its drivers and libraries"
+            )
+        if on_cpu := self._products_on_cpu(session):
+            raise CascadeError(
+                f"asked for the provider {self._provider}, but of member {self.entry.name!r} it runs no "
+                f"{', '.join(sorted(on_cpu))}: they would fall to the CPU; use the provider cpu, or another precision"
             )
         self._inputs = [node.name for node in session.get_inputs()]
         if not {"input_ids"} <= set(self._inputs) <= set(_INPUTS):
@@ -134,6 +147,17 @@ class Member:
         outputs = [node.name for node in session.get_outputs()]
         self._outputs = ["logits"] if "logits" in outputs else outputs[:1]
         return session
+
+    def _products_on_cpu(self, session: Any) -> set[str]:
+        """Return the kinds of matrix products that another provider left to the CPU; small operators may be there.
+
+        ONNX Runtime tells since 1.24; of older ones only what `get_providers` says is known.
+        """
+        if self._provider == _CPU or not hasattr(session, "get_provider_graph_assignment_info"):
+            return set()
+        parts = [part for part in session.get_provider_graph_assignment_info() if part.ep_name == _CPU]
+        operators = {node.op_type for part in parts for node in part.get_nodes()}
+        return {name for name in operators if name in _PRODUCTS or name.startswith(("MatMul", "DynamicQuantizeMatMul"))}
 
 
 # One MatMulInteger of unsigned by signed bytes, as an ONNX file.

@@ -27,6 +27,7 @@ _FOLLOWED = {
     "external": {1: "key", 2: "value"},
 }
 _DEEPEST = 64  # messages within messages; real graphs have a handful
+_MOST_DIMENSIONS = 16
 _VARINT, _EIGHT_BYTES, _BYTES, _FOUR_BYTES = 0, 1, 2, 5
 
 
@@ -69,6 +70,8 @@ def _message(content: mmap.mmap, start: int, end: int, kind: str, found: OnnxFil
             found.operators[content[slice(*value)].decode()] += 1
         else:
             _message(content, *value, child, found, depth + 1)
+        if len(dimensions) > _MOST_DIMENSIONS:
+            raise ValueError(f"a tensor of more than {_MOST_DIMENSIONS} dimensions")
     if kind == "tensor":
         found.weights += prod(dimensions)
     if entry["key"] == b"location":
@@ -80,6 +83,8 @@ def _fields(content: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int | 
     while at < end:
         tag, at = _varint(content, at)
         number, wire = tag >> 3, tag & 7
+        if not 0 < number < 2**29:  # other readers drop the bits beyond, and would see another field than we
+            raise ValueError(f"field number {number}")
         if wire == _VARINT:
             value, at = _varint(content, at)
             yield number, value
@@ -97,8 +102,8 @@ def _fields(content: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int | 
 
 
 def _packed(content: mmap.mmap, at: int, end: int) -> list[int]:
-    numbers = []
-    while at < end:
+    numbers: list[int] = []
+    while at < end and len(numbers) <= _MOST_DIMENSIONS:
         number, at = _varint(content, at)
         numbers.append(number)
     return numbers

@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .batching import DEVICE_TOKEN_BUDGET, TOKEN_BUDGET, by_length, micro_batches
-from .bundle import Bundle, read_bundle
+from .bundle import MANIFEST, Bundle, file_version, read_bundle
 from .cost import cumulative_layers
 from .cpus import usable_threads
-from .errors import InputError, TextError
+from .errors import BundleError, InputError, TextError
 from .gate import checked_thresholds, confidence, leaves, softmax, softmax_row
 from .member import Member, provider_name
 from .records import Text
@@ -83,6 +83,8 @@ class CascadeRuntime:
             Member(entry, folder / entry.file, len(self.bundle.labels), wanted, count, provider_options)
             for entry in entries
         ]
+        if file_version(folder / MANIFEST) != self.bundle.version:  # what was read is no longer what members load
+            raise BundleError(f"{folder}: replaced while it was opened; open it again")
         self._budget = TOKEN_BUDGET if wanted == "CPUExecutionProvider" else DEVICE_TOKEN_BUDGET
         self._layers: list[int] = cumulative_layers(entries).tolist()
         if preload:

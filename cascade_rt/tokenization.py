@@ -106,6 +106,8 @@ class TextTokenizer:
                 ]
         except (TypeError, UnicodeEncodeError):
             raise _not_unicode(texts) from None
+        except Exception as error:  # the library raises bare Exceptions
+            raise BundleError(f"the bundle's tokenizer cannot encode these texts ({error}); export it again") from None
         return Encoded(encodings, self._padding)
 
     def _cut(self, encoding: Encoding) -> Encoding | _Cut:

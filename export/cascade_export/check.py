@@ -27,6 +27,7 @@ MAX_ACCURACY_DROP = 0.5
 _KEPT_TEXTS = 1000  # of a member's own validation texts, where no other data are named
 _BATCHINGS = 20
 _TIMED_TEXTS = 64
+_ENOUGH_COMPANY = 8
 
 Probabilities = NDArray[np.float64]
 
@@ -47,7 +48,10 @@ def load_check_data(file: Path | None, checkpoint: Checkpoint) -> CheckData | No
             raise InputError(f"{file}: found no texts to check on, expected at least one")
         return None
     labels = None
-    if all("label" in example.fields for example in examples):
+    labelled = sum("label" in example.fields for example in examples)
+    if 0 < labelled < len(examples):
+        raise InputError(f"{file}: found labels for {labelled} of {len(examples)} texts, expected all or none")
+    if labelled:
         labels = label_ids(_written(examples), checkpoint.labels)
     return CheckData([example.text for example in examples], labels)
 
@@ -64,8 +68,13 @@ def probabilities(member: Member, encoded: Encoded) -> Probabilities:
     return answers[np.argsort(rows)]
 
 
-def batch_difference(member: Member, encoded: Encoded, answers: Probabilities, seed: int = 0) -> float:
-    """Return the largest change of a probability over 20 random batchings of some texts: company and padding differ."""
+def batch_difference(member: Member, encoded: Encoded, answers: Probabilities, seed: int = 0) -> float | None:
+    """Return the largest change of a probability over 20 random batchings of some texts: company and padding differ.
+
+    None where texts are too few, or all of one length, to tell.
+    """
+    if len(answers) < _ENOUGH_COMPANY or np.ptp(encoded.lengths) == 0:
+        return None
     draw = np.random.default_rng(seed)
     worst = 0.0
     for _ in range(_BATCHINGS):
@@ -75,18 +84,23 @@ def batch_difference(member: Member, encoded: Encoded, answers: Probabilities, s
     return worst
 
 
-def compare(original: Probabilities, exported: Probabilities, labels: NDArray[np.intp] | None) -> dict[str, Any]:
-    """Compare two answers to the same texts, float64 (texts, labels); accuracy, DIS and ECE where labels are known."""
-    difference = np.abs(exported - original)
-    report: dict[str, Any] = {
-        "texts": len(exported),
-        "labels_agree": float(np.mean(original.argmax(axis=1) == exported.argmax(axis=1))),
-        "max_probability_difference": float(difference.max()),
-        "mean_probability_difference": float(difference.mean()),
-    }
+def compare(original: Probabilities | None, exported: Probabilities, labels: NDArray[np.intp] | None) -> dict[str, Any]:
+    """Compare two answers to the same texts, float64 (texts, labels); accuracy, DIS and ECE where labels are known.
+
+    Without an original there is nothing to compare, and the exported member's own figures are all that is told.
+    """
+    report: dict[str, Any] = {"texts": len(exported)}
+    if original is not None:
+        difference = np.abs(exported - original)
+        report |= {
+            "labels_agree": float(np.mean(original.argmax(axis=1) == exported.argmax(axis=1))),
+            "max_probability_difference": float(difference.max()),
+            "mean_probability_difference": float(difference.mean()),
+        }
     if labels is not None:
-        before, after = _quality(original, labels), _quality(exported, labels)
-        report |= {name: {"original": before[name], "exported": after[name]} for name in before}
+        before = {} if original is None else _quality(original, labels)
+        after = _quality(exported, labels)
+        report |= {name: {"original": before.get(name), "exported": after[name]} for name in after}
     return report
 
 

@@ -18,6 +18,19 @@ from cascade_rt.records import Example, read_examples
 
 SHORTEST = 3  # a token between [CLS] and [SEP]
 
+SENTENCES = (
+    "Fine.",
+    "The kettle is on and nobody is home 🙂",
+    "What a curious little machine this has turned out to be!",
+    "Please move my Thursday appointment to the week after next, if that suits the doctor.",
+    "She read the letter twice, folded it along the old creases, and put it back where nobody would ever look for it.",
+    "Der Zug nach Zürich fährt um 8:05 Uhr; le café coûte 3,20 €.",
+    "",
+    "Although the forecast had promised sunshine, the hikers reached the hut soaked to the skin, laughed about it over "
+    "a bowl of soup, and agreed that they would not have missed the walk along the ridge for anything in the world.",
+)
+"""Written for the check; together with their own repetition they span every length up to a model's maximum."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:

@@ -59,15 +59,18 @@ def _compared(found: Mapping[str, Any]) -> str:
         )
     if "check" in found:
         check = found["check"]
-        text += (
-            f"; on {check['texts']} texts {100 * check['labels_agree']:.2f}% of labels as the original, probabilities "
-            f"differ by up to {check['max_probability_difference']:.4f}, in the mean "
-            f"{check['mean_probability_difference']:.5f}"
-        )
+        text += f"; on {check['texts']} texts "
+        if "labels_agree" in check:
+            text += (
+                f"{100 * check['labels_agree']:.2f}% of labels as the original, probabilities differ by up to "
+                f"{check['max_probability_difference']:.4f}, in the mean {check['mean_probability_difference']:.5f}"
+            )
+        else:
+            text += "no original to compare with"
         for name in ("accuracy", "dis", "ece"):
             before, after = check.get(name, {}).get("original"), check.get(name, {}).get("exported")
-            if before is not None and after is not None:
-                text += f", {name} {100 * before:.2f} -> {100 * after:.2f}"
+            if after is not None:
+                text += f", {name} " + ("" if before is None else f"{100 * before:.2f} -> ") + f"{100 * after:.2f}"
     if "batch_difference" in found:
         text += f"; batch-mates change a probability by up to {found['batch_difference']:.1e}"
     return text

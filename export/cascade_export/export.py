@@ -24,7 +24,7 @@ from cascade_export.check import (
     probabilities,
     speeds,
 )
-from cascade_export.checkpoint import Checkpoint, check_fit
+from cascade_export.checkpoint import SENTENCES, Checkpoint, check_fit
 from cascade_export.onnx_checkpoint import OnnxCheckpoint, is_onnx, open_onnx
 from cascade_rt.bundle import BATCH_TOLERANCE, Bundle, MemberEntry, WeightFile, sha256_of, write_bundle, write_manifest
 from cascade_rt.cpus import usable_threads
@@ -32,6 +32,7 @@ from cascade_rt.errors import CascadeError, InputError, MissingExtraError
 from cascade_rt.gate import confidence
 from cascade_rt.member import Member, provider_name
 from cascade_rt.metrics import ece
+from cascade_rt.records import Text
 from cascade_rt.tokenization import Encoded, TextTokenizer
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ TOKENIZER_FILE = "tokenizer.json"
 AUTO = "auto"
 _TRIED_BY_AUTO = ("int8", "fp16", "fp32")
 _CALIBRATION_TEXTS = 48
+_COMPANY = 64
 _TOOLS = ("cascade-rt", "torch", "transformers", "optimum-onnx", "onnx", "onnxruntime", "tokenizers")
 
 
@@ -56,6 +58,7 @@ class Gate:
     max_accuracy_drop: float
     provider: str  # ONNX Runtime's name
     calibrate: bool
+    company: Encoded  # the built-in texts and, of the data, as many again: to see what batch-mates change
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class _Writer:
     """A member that can be written in some precisions, and the original that it is compared with."""
 
     precisions: Sequence[str]
+    usual: str
     write: Callable[[str, Path], tuple[str, list[str]]]  # (precision, folder) -> file and external data, in the folder
     original: Callable[[], Probabilities | None]  # of the check data
     facts: Mapping[str, Any]
@@ -108,7 +112,9 @@ def export_bundle(
         tokenizer = TextTokenizer(folder / TOKENIZER_FILE, first.max_length, first.pair)
         members = []
         for checkpoint in tqdm(checkpoints, unit=" members", disable=None):
-            gate = Gate(load_check_data(check_data, checkpoint), max_accuracy_drop, running, calibrate)
+            data = load_check_data(check_data, checkpoint)
+            company = tokenizer.encode([*_built_in(first.pair), *(data.texts[:_COMPANY] if data else [])])
+            gate = Gate(data, max_accuracy_drop, running, calibrate, company)
             tau = None if checkpoint is checkpoints[-1] else threshold
             members.append(_export_member(checkpoint, folder, tokenizer, tau, wanted[checkpoint.name], gate))
         bundle = Bundle(
@@ -125,6 +131,10 @@ def export_bundle(
         )
         write_manifest(folder, bundle)
     return bundle
+
+
+def _built_in(pair: bool) -> list[Text]:
+    return [(one, other) for one in SENTENCES for other in SENTENCES[:2]] if pair else [*SENTENCES, *SENTENCES[::-1]]
 
 
 def _open(source: str, pair: bool | None, max_length: int | None) -> Checkpoint:
@@ -160,7 +170,7 @@ def _export_member(
 ) -> MemberEntry:
     encoded = tokenizer.encode(gate.data.texts) if gate.data else None
     with _writer(checkpoint, tokenizer, gate) as writer:
-        precision = wanted or ("fp32" if "fp32" in writer.precisions else writer.precisions[0])
+        precision = wanted or writer.usual
         tried = [name for name in _TRIED_BY_AUTO if name in writer.precisions] if precision == AUTO else [precision]
         if not tried or not set(tried) <= set(writer.precisions):
             raise InputError(
@@ -220,8 +230,9 @@ def _fastest(
         except CascadeError as error:
             refused[name] = str(error)
             continue
-        if entry.other["batch_difference"] > BATCH_TOLERANCE:
-            refused[name] = f"scores depend on batch-mates by {entry.other['batch_difference']:.1e}"
+        difference = entry.other.get("batch_difference")
+        if difference is None or difference > BATCH_TOLERANCE:
+            refused[name] = f"scores depend on batch-mates (by {difference})"
             continue
         found = {"seconds_per_text": {name: vars(speed) for name, speed in measured.items()}, "refused": refused}
         return replace(entry, other={**entry.other, AUTO: found})
@@ -232,15 +243,14 @@ def _checked(
     entry: MemberEntry, member: Member, encoded: Encoded | None, original: Probabilities | None, gate: Gate
 ) -> MemberEntry:
     """Run the finished member; return its entry with what was found, or raise CascadeError where it lost too much."""
-    if encoded is None or gate.data is None:
-        member.load()
-        return entry
-    answers = probabilities(member, encoded)
-    found: dict[str, Any] = {"batch_difference": batch_difference(member, encoded, answers)}
-    report = compare(answers if original is None else original, answers, gate.data.labels)
-    if original is not None:
-        check_drop(entry.name, entry.precision, report, gate.max_accuracy_drop)
-    found["check"] = report
+    found: dict[str, Any] = {}
+    company = probabilities(member, gate.company)
+    if (difference := batch_difference(member, gate.company, company)) is not None:
+        found["batch_difference"] = difference
+    if encoded is not None and gate.data is not None:
+        found["check"] = report = compare(original, probabilities(member, encoded), gate.data.labels)
+        if original is not None:
+            check_drop(entry.name, entry.precision, report, gate.max_accuracy_drop)
     return replace(entry, other={**entry.other, **found})
 
 
@@ -272,6 +282,7 @@ def _writer(checkpoint: Checkpoint, tokenizer: TextTokenizer, gate: Gate) -> Ite
 
         yield _Writer(
             tuple(PRECISIONS),
+            "fp32",
             write,
             lambda: torch_probabilities(checkpoint, gate.data.texts) if gate.data else None,
             {"fused": fused, "max_probability_difference": difference, **scaled},
@@ -307,7 +318,7 @@ def _onnx_writer(checkpoint: OnnxCheckpoint, tokenizer: TextTokenizer, gate: Gat
             return None
         return probabilities(_reference(checkpoint, checkpoint.files["fp32"]), tokenizer.encode(gate.data.texts))
 
-    return _Writer(tuple(checkpoint.files), checkpoint.copy, original, {})
+    return _Writer(tuple(checkpoint.files), checkpoint.usual, checkpoint.copy, original, {})
 
 
 def _reference(checkpoint: Checkpoint, path: Path) -> Member:

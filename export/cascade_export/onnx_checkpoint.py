@@ -24,6 +24,7 @@ FILES = {
 }
 _FOLDERS = ("", "onnx")
 _TORCH_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+_INTEGER = ("MatMulInteger", "QLinear", "QGemm", "QuantizeLinear")
 _DYNAMIC = {"DynamicQuantizeLinear", "DynamicQuantizeMatMul", "QAttention"}  # one scale for a whole batch
 
 
@@ -32,11 +33,13 @@ class OnnxCheckpoint(Checkpoint):
     """A checkpoint that is an ONNX file, by precision."""
 
     files: dict[str, Path]
+    usual: str  # the precision that is meant when none is named
 
     def copy(self, precision: str, folder: Path) -> tuple[str, list[str]]:
         """Copy the file of a precision into a bundle's folder; return the paths there: its own, its external data's."""
         path = self.files[precision]
         shutil.rmtree(folder / self.name, ignore_errors=True)  # of another precision that was tried
+        (folder / f"{self.name}.onnx").unlink(missing_ok=True)
         external = sorted(_scanned(path).external)
         place = PurePosixPath(self.name) / path.name if external else PurePosixPath(f"{self.name}.onnx")
         for written in external:
@@ -65,9 +68,14 @@ def open_onnx(source: str, *, pair: bool | None = None, max_length: int | None =
     path = Path(source)
     if path.is_file():
         folder = path.parent.parent if path.parent.name in _FOLDERS[1:] else path.parent
-        files = {_precision_of(path): path}
+        usual = _precision_of(path)
+        files = {usual: path}
+        beside = path.with_name("model.onnx")  # the original of a quantised one
+        if usual != "fp32" and beside.is_file() and _precision_of(beside) == "fp32":
+            files["fp32"] = beside
     else:
         folder, files = path, _files(path)
+        usual = "fp32" if "fp32" in files else next(iter(files))
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
         settings_file = folder / "tokenizer_config.json"
@@ -77,53 +85,65 @@ def open_onnx(source: str, *, pair: bool | None = None, max_length: int | None =
         layers = int(_first(config, "num_hidden_layers", "n_layers", "num_layers"))
         hidden = int(_first(config, "hidden_size", "dim", "d_model"))
         training = training_record(str(folder))
+        _enable_padding(backend, config, settings)
+        backend.enable_truncation(512, direction=settings.get("truncation_side", "right"))
+        says = int(config.get("max_position_embeddings", 0)) or 512
+        model_length = int(settings.get("model_max_length") or 2**31)
+        inner = config.get("intermediate_size") or config.get("hidden_dim")
+        inner = None if inner is None else int(inner)
+        reserved = int(config.get("pad_token_id") or 0) + 1
     except Exception as error:  # missing files, broken JSON, missing keys, and the tokenizers library's bare ones
         reason = f"has no {error}" if isinstance(error, KeyError) else str(error)
         raise InputError(
             f"cannot open the member {source!r} ({reason}); expected config.json (id2label, layers, hidden size) and "
             "tokenizer.json beside the ONNX file or in the folder above it"
         ) from None
-    _enable_padding(backend, config, settings)
+    if min(layers, hidden, says, reserved) < 1:
+        raise InputError(
+            f"{folder / 'config.json'}: found {layers} layers, hidden size {hidden}, {says} positions, padding id "
+            f"{reserved - 1}; expected positive numbers"
+        )
     graph = files.get("fp32", next(iter(files.values())))
-    longest = min(_positions(graph, config), int(settings.get("model_max_length") or 2**31))
-    length = checked_length(source, max_length, training, longest)
+    length = checked_length(source, max_length, training, min(_positions(graph, says, reserved), model_length))
     backend.enable_truncation(length, direction=settings.get("truncation_side", "right"))
     return OnnxCheckpoint(
         source=source,
-        name=member_name(source),
+        name=member_name(str(folder)),
         labels=checked_labels(source, names),
         pair=bool(training.get("pair", False)) if pair is None else pair,
         max_length=length,
         layers=layers,
         hidden_size=hidden,
-        intermediate_size=config.get("intermediate_size") or config.get("hidden_dim"),
+        intermediate_size=inner,
         parameters=max(1, _scanned(graph).weights),
         model_type=str(config.get("model_type", "unknown")),
         backend=backend,
         training=training,
         files=files,
+        usual=usual,
     )
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    found = {}
-    for precision, names in FILES.items():
-        places = [folder / below / name for name in names for below in _FOLDERS]
-        for place in places:
-            if place.is_file() and precision not in found:
-                found["int8-tensor" if precision == "int8" and _is_dynamic(place) else precision] = place
-                break
+    """Return the folder's files by what they are; of one precision the first in the order of `FILES`."""
+    found: dict[str, Path] = {}
+    for name in (name for names in FILES.values() for name in names):
+        for place in (folder / below / name for below in _FOLDERS):
+            if place.is_file():
+                found.setdefault(_precision_of(place), place)
     return found
 
 
 def _precision_of(path: Path) -> str:
-    if _is_dynamic(path):
+    """Tell a file's precision by its operators; only fp16 from fp32 by its name."""
+    operators = _scanned(path).operators.keys()
+    if _DYNAMIC & operators:
         return "int8-tensor"
-    return next((precision for precision, names in FILES.items() if path.name in names), path.stem)
-
-
-def _is_dynamic(path: Path) -> bool:
-    return bool(_DYNAMIC & _scanned(path).operators.keys())
+    if "MatMulNBits" in operators:
+        return "int8-blocks"
+    if any(name.startswith(_INTEGER) for name in operators):
+        return "int8"
+    return "fp16" if "fp16" in path.stem else "fp32"
 
 
 def _scanned(path: Path) -> OnnxFile:
@@ -145,16 +165,15 @@ def _enable_padding(backend: Tokenizer, config: dict[str, Any], settings: dict[s
     token = str(token["content"] if isinstance(token, dict) else token)
     found = backend.token_to_id(token)
     backend.enable_padding(
-        direction=settings.get("padding_side", "right"),
+        direction="right",
         pad_id=int(config.get("pad_token_id") or 0) if found is None else found,
         pad_type_id=int(settings.get("pad_token_type_id", 0)),
         pad_token=token,
     )
 
 
-def _positions(path: Path, config: dict[str, Any]) -> int:
+def _positions(path: Path, says: int, reserved: int) -> int:
     """How many tokens the graph takes, found by running it: RoBERTa's kin take fewer than config.json says."""
-    says = int(config.get("max_position_embeddings", 0)) or 512
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     try:
@@ -164,7 +183,6 @@ def _positions(path: Path, config: dict[str, Any]) -> int:
     types = {node.name: node.type for node in session.get_inputs()}
     if wrong := [f"{name} as {kind}" for name, kind in types.items() if kind != "tensor(int64)"]:
         raise InputError(f"{path}: takes {', '.join(wrong)}; expected token ids as tensor(int64) only")
-    reserved = int(config.get("pad_token_id") or 0) + 1
     for tokens in (says, says - reserved):
         ids = np.full((1, tokens), reserved, dtype=np.int64)  # any token but padding
         values = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}

@@ -78,7 +78,7 @@ def _positions(model: Any) -> int:
 def _backend(tokenizer: PreTrainedTokenizerFast, max_length: int) -> Tokenizer:
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.enable_padding(
-        direction=tokenizer.padding_side,
+        direction="right",  # always: on the left, the first token of a text would get another position than when alone
         pad_id=tokenizer.pad_token_id,
         pad_type_id=tokenizer.pad_token_type_id,
         pad_token=tokenizer.pad_token,

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cascade_export.checkpoint import SENTENCES
 from cascade_export.torch_checkpoint import TorchCheckpoint
 from cascade_rt.errors import CascadeError
 from cascade_rt.gate import softmax
@@ -20,26 +21,15 @@ TOLERANCE = 1e-4
 """Largest allowed |difference of a class probability| between torch and the exported fp32 graph."""
 
 _OWN_TEXTS = 48
+_SHORT = ("No", "Go on", "")  # pairs of them end well before any maximum, so that some are padded
 _TORCH_BATCH = 16
-
-SENTENCES = (
-    "Fine.",
-    "The kettle is on and nobody is home 🙂",
-    "What a curious little machine this has turned out to be!",
-    "Please move my Thursday appointment to the week after next, if that suits the doctor.",
-    "She read the letter twice, folded it along the old creases, and put it back where nobody would ever look for it.",
-    "Der Zug nach Zürich fährt um 8:05 Uhr; le café coûte 3,20 €.",
-    "",
-    "Although the forecast had promised sunshine, the hikers reached the hut soaked to the skin, laughed about it over "
-    "a bowl of soup, and agreed that they would not have missed the walk along the ridge for anything in the world.",
-)
-"""Written for the check; together with their own repetition they span every length up to a model's maximum."""
 
 
 def check_texts(checkpoint: TorchCheckpoint) -> list[Text]:
     """Return texts from empty to far beyond any maximum length, and texts of the member's own task if it kept some."""
     singles = [*SENTENCES, " ".join(SENTENCES), " ".join(SENTENCES * 12)]
-    texts: list[Text] = list(zip(singles, reversed(singles), strict=True)) if checkpoint.pair else list(singles)
+    shorts = [(one, other) for one in _SHORT for other in _SHORT]
+    texts: list[Text] = [*shorts, *zip(singles, reversed(singles), strict=True)] if checkpoint.pair else list(singles)
     return texts + [example.text for example in checkpoint.validation(_OWN_TEXTS)]
 
 
@@ -79,7 +69,13 @@ def torch_probabilities(checkpoint: TorchCheckpoint, texts: Sequence[Text]) -> N
         first = [text if isinstance(text, str) else text[0] for text in some]
         second = [text[1] for text in some if not isinstance(text, str)] or None
         batch = checkpoint.tokenizer(
-            first, second, padding=True, truncation=True, max_length=checkpoint.max_length, return_tensors="pt"
+            first,
+            second,
+            padding=True,
+            padding_side="right",
+            truncation=True,
+            max_length=checkpoint.max_length,
+            return_tensors="pt",
         )
         with torch.inference_mode():
             output = checkpoint.model(**{name: array for name, array in batch.items() if name in taken})

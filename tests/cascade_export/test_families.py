@@ -35,7 +35,10 @@ def test_a_family_answers_as_torch_does(family: str, tmp_path: Path) -> None:
         assert np.ptp(original, axis=0).max() > 0.1, "the texts are told apart"
         member = runtime._members[0]
         encoded = TextTokenizer(tmp_path / precision / "tokenizer.json", POSITIONS, pair=True).encode(texts)
-        assert batch_difference(member, encoded, probabilities(member, encoded)) <= BATCH_TOLERANCE
+        moved = batch_difference(member, encoded, probabilities(member, encoded))
+        assert moved is not None
+        assert moved <= BATCH_TOLERANCE
+        assert len(set(encoded.lengths.tolist())) > 3, "some are padded"
         (entry,) = bundle.members
         assert (entry.layers, entry.hidden_size) == (2, checkpoint.hidden_size)
         assert entry.parameters == sum(weight.numel() for weight in checkpoint.model.parameters())

@@ -82,9 +82,63 @@ def test_the_file_of_a_precision_is_taken_and_compared_with_fp32(laid_out: Path,
     assert member.precision == "int8-tensor"
     assert 0 < member.other["check"]["max_probability_difference"] < 1
     named = export_bundle([str(laid_out / "big" / "onnx" / "model_quantized.onnx")], tmp_path / "named")
-    assert named.members[0].sha256 == member.sha256
+    assert (named.members[0].sha256, named.members[0].name) == (member.sha256, "big")
     with pytest.raises(CascadeError, match="found the precision 'fp16', expected one of: fp32, int8-tensor"):
         export_bundle([str(laid_out / "big")], tmp_path / "none", precision="fp16")
+
+
+def test_without_an_original_nothing_is_said_to_agree(
+    laid_out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(laid_out / "big", tmp_path / "big")
+    shutil.copy(folder / "onnx" / "model_quantized.onnx", tmp_path / "kept.onnx")
+    shutil.rmtree(folder / "onnx")
+    shutil.move(tmp_path / "kept.onnx", folder / "model.onnx")
+    rows = [{"text": text, "label": "good"} for text in _TEXTS]
+    (tmp_path / "check.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert main(["export", "--member", str(folder), "--output", "out", "--check-data", "check.jsonl"]) == 0
+    told = capsys.readouterr().out
+    assert "int8-tensor" in told, "by its operators, whatever its name"
+    assert "no original to compare with, accuracy " in told
+    assert "labels_agree" not in read_bundle("out").members[0].other["check"]
+    assert main(["info", "--model-dir", "out"]) == 0
+    assert "depends on its batch-mates" in capsys.readouterr().out
+
+
+def test_a_graph_that_does_not_fit_its_config_is_refused(laid_out: Path, tmp_path: Path) -> None:
+    for change, says in (
+        ({"id2label": {"0": "a", "1": "b"}}, r"logits of shape \(\d+, 3\), expected \(\d+, 2\)"),
+        ({"max_position_embeddings": None}, "cannot open the member"),
+        ({"max_position_embeddings": -1}, "expected positive numbers"),
+        ({"num_hidden_layers": 0}, "expected positive numbers"),
+        ({"max_position_embeddings": 10**6}, "cannot run"),
+    ):
+        folder = shutil.copytree(laid_out / "small", tmp_path / "small", dirs_exist_ok=True)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(CascadeError, match=says):
+            export_bundle([str(folder)], tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_field_numbers_that_others_read_differently_are_refused(laid_out: Path, tmp_path: Path) -> None:
+    """A graph under field 7 + 2^29 would be skipped here and loaded by readers that drop the high bits."""
+    from cascade_rt.onnx_file import scan
+
+    content = bytearray((laid_out / "small" / "model.onnx").read_bytes())
+    model = onnx.load(laid_out / "small" / "model.onnx", load_external_data=False)
+    graph = model.graph.SerializeToString()
+    model.ClearField("graph")
+    length, size = b"", len(graph)
+    while size > 127:
+        length, size = length + bytes([size & 127 | 128]), size >> 7
+    hidden = model.SerializeToString() + b"\xba\x80\x80\x80\x10" + length + bytes([size]) + graph
+    (tmp_path / "hidden.onnx").write_bytes(hidden)
+    (tmp_path / "open.onnx").write_bytes(content)
+    assert scan(tmp_path / "open.onnx").external == {"model.onnx_data"}
+    with pytest.raises(BundleError, match="not an ONNX model .field number"):
+        scan(tmp_path / "hidden.onnx")
 
 
 def test_external_data_is_verified_and_confined(laid_out: Path, tmp_path: Path) -> None:

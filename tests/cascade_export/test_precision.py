@@ -107,6 +107,10 @@ def test_the_check_reports_and_refuses_with_its_numbers(wide: Path, capsys: pyte
     rows = [json.loads(line) for line in check.read_text().splitlines()]
     unlabelled = wide.parent / "unlabelled.jsonl"
     unlabelled.write_text("\n".join(json.dumps({"text": row["text"]}) for row in rows))
+    mixed = wide.parent / "mixed.jsonl"
+    mixed.write_text('{"text": "a film", "label": "good"}\n{"text": "a cat"}\n')
+    assert main(["export", "--member", str(wide), "--output", "out", "--check-data", str(mixed)]) == 2
+    assert "found labels for 1 of 2 texts, expected all or none" in capsys.readouterr().err
     arguments = ["export", "--member", str(wide), "--output", "out", "--max-length", "32", "--precision", "int8-tensor"]
     for file, found in ((check, "accuracy 100.00 -> "), (unlabelled, "no labels known")):
         assert main([*arguments, "--check-data", str(file), "--max-accuracy-drop", "0"]) == 2
@@ -147,7 +151,7 @@ def test_auto_takes_the_fastest_that_passes(wide: Path, tmp_path: Path, monkeypa
             overwrite=True,
         )
         (member,) = made.members
-        assert member.precision == expected
+        assert member.precision == expected, member.other["auto"]
         assert member.other["auto"]["seconds_per_text"].keys() == {"int8", "fp16", "fp32"}
         assert ("int8" in member.other["auto"]["refused"]) == (drop == 0)
     with pytest.raises(InputError, match="no texts to judge by; say --check-data FILE"):

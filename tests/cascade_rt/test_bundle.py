@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cascade_rt import BundleError, CascadeRuntime, InputError, read_bundle
-from cascade_rt.bundle import write_bundle, write_manifest
+from cascade_rt.bundle import sha256_of, write_bundle, write_manifest
 
 Manifest = dict[str, Any]
 
@@ -263,6 +263,30 @@ def test_a_change_that_breaks_the_seal_is_refused_with_the_remedy(copied: Path) 
     del manifest["sha256"]
     path.write_text(json.dumps(manifest), "utf-8")
     assert "gold" in read_bundle(copied).labels
+
+
+def test_a_runtime_never_mixes_two_bundles(copied: Path) -> None:
+    """Members are loaded when first needed; if the bundle was replaced meanwhile, that is an error."""
+    lazy, loaded = CascadeRuntime(copied), CascadeRuntime(copied, preload=True)
+    before = loaded.predict(["a film"])
+    with write_bundle(copied, overwrite=True) as folder:
+        shutil.copytree(copied, folder, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    assert loaded.predict(["a film"]) == before
+    with pytest.raises(BundleError, match="replaced since the bundle was opened; open it again"):
+        lazy.predict(["a film"])
+
+
+def test_a_tokenizer_that_fails_on_a_text_says_so(copied: Path) -> None:
+    path = copied / "tokenizer.json"
+    tokenizer = json.loads(path.read_text("utf-8"))
+    del tokenizer["model"]["vocab"]["[UNK]"]
+    path.write_text(json.dumps(tokenizer), "utf-8")
+
+    def change(manifest: Manifest) -> None:
+        manifest["tokenizer"]["sha256"] = sha256_of(path)
+
+    with pytest.raises(BundleError, match="tokenizer cannot"):
+        CascadeRuntime(altered(copied, change)).predict(["\u4e00"])
 
 
 def test_unverified_files_are_not_hashed_but_must_be_there(copied: Path) -> None:

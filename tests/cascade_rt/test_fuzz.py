@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from cascade_rt import CascadeError, CascadeRuntime
+from cascade_rt.cli import main
 
 _TEXTS = ["a great film", "so sad", "the cat sat on the mat and that was not very witty", ""]
 _ODD: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2**31, 2**63, 10**40, -(10**40), 1e308, 0.5, "", "x", "../x", "/", "\0", "é" * 999,
-    [], {}, [[]], [{}], {"a": None}, ["a", "b"], "cascade.json", "0" * 64,
+    [], {}, [[]], [{}], {"a": None}, ["a", "b"], "cascade.json", "0" * 64, "\ud800", -1e-9,
 )  # fmt: skip
 
 Alteration = Callable[[random.Random, Path], object]
@@ -162,5 +163,7 @@ def test_a_senseless_manifest_without_a_seal_never_crashes(small: Path, tmp_path
             _answers(folder)
         except CascadeError:
             refused += 1
+        for command in (["info"], ["push", "--dry-run", "a/b"]):  # 2 for a bundle that is refused; never a traceback
+            assert main([command[0], "--model-dir", str(folder), *command[1:]]) in {0, 2}
         shutil.rmtree(folder)
     assert refused > 100

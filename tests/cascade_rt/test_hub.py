@@ -61,7 +61,8 @@ class _Hub(BaseHTTPRequestHandler):
             names = [{"rfilename": name} for name in self.files]
             self._send({"id": "team/commands", "sha": _COMMIT, "private": False, "siblings": names, "tags": []})
             return
-        name = self.path.rpartition(f"/{_COMMIT}/")[2]
+        repository, _, rest = self.path.partition("/resolve/")
+        name = rest.partition("/")[2] if repository == "/team/commands" else ""
         content = self.files.get(name)
         if content is None:
             self.send_error(404)

@@ -189,6 +189,9 @@ def _without_cuda(monkeypatch: pytest.MonkeyPatch, onnxruntime: Any, says: str =
         def get_providers(self) -> list[str]:
             return [says]
 
+        def get_provider_graph_assignment_info(self) -> list[Any]:
+            return []
+
         def run(self, *_: Any) -> None:
             raise AssertionError("on a device, inputs and outputs are bound")
 
@@ -235,6 +238,9 @@ def test_int8_is_exact_where_the_cpu_would_saturate(
     export_bundle([str(member_folders[1])], tmp_path / "int8", precision="int8", max_length=32)
     usual = CascadeRuntime(tmp_path / "int8").member_logits(TEXTS)[0]
     monkeypatch.setattr(module, "int8_saturates", lambda: True)
+    runtime = CascadeRuntime(tmp_path / "int8", preload=True)
+    options = runtime._members[0].session.get_session_options()
+    assert options.get_session_config_entry("session.x64quantprecision") == "1"
     np.testing.assert_allclose(CascadeRuntime(tmp_path / "int8").member_logits(TEXTS)[0], usual, atol=1e-5)
 
 
@@ -245,7 +251,22 @@ def test_the_probe_for_saturation_is_the_model_that_it_says() -> None:
 
     (node,) = onnx.load_from_string(_PRODUCT).graph.node
     assert (node.op_type, list(node.input)) == ("MatMulInteger", ["a", "b"])
-    assert isinstance(int8_saturates(), bool)
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    if "vnni" in flags:
+        assert not int8_saturates()
+
+
+def test_a_provider_that_runs_nothing_is_an_error(bundle: Path) -> None:
+    """The wheel for CPUs lists a provider for a web service, which is there and runs no operator at all."""
+    import onnxruntime
+
+    name = "AzureExecutionProvider"
+    if name not in onnxruntime.get_available_providers():
+        pytest.skip(f"this ONNX Runtime has no {name}")
+    if not hasattr(onnxruntime.InferenceSession, "get_provider_graph_assignment_info"):
+        pytest.skip("this ONNX Runtime does not tell where operators run")
+    with pytest.raises(CascadeError, match=f"asked for the provider {name}.* it runs no .*MatMul"):
+        CascadeRuntime(bundle, provider=name).predict(["a film"])
 
 
 def test_called_it_answers_like_a_pipeline(runtime: CascadeRuntime, pair_bundle: Path) -> None:
