@@ -92,10 +92,10 @@ def export_bundle(
     `pair` and `max_length` override what training recorded. Each fused graph is compared with torch on built-in
     texts and on some of its own validation texts. `precision`: one for all, or by member's name ("" for the others),
     None for fp32 or what an ONNX folder holds; "auto" takes the fastest, on `provider`, that is batch-invariant and
-    passes. The finished member is compared with
-    its original on `check_data` (default: what training kept for validation) and may lose `max_accuracy_drop`
-    percentage points. `calibrate` divides each member's logits by the temperature that suits those data best, which
-    then need labels. Raises CascadeError where members do not fit together or one fails; then nothing is written.
+    passes. The finished member is compared with its original on `check_data` (default: what training kept for
+    validation) and may lose `max_accuracy_drop` percentage points. `calibrate` divides each member's logits by the
+    temperature that suits those data best, which then need labels. Raises CascadeError where members do not fit
+    together or one fails; then nothing is written.
     """
     if not 0 <= threshold <= 1:
         raise InputError(f"found the threshold {threshold}, expected a number from 0 to 1")
@@ -175,7 +175,7 @@ def _export_member(
         if not tried or not set(tried) <= set(writer.precisions):
             raise InputError(
                 f"member {checkpoint.name!r}: found the precision {precision!r}, expected one of: "
-                f"{', '.join(writer.precisions)}"
+                f"{', '.join([*writer.precisions, AUTO])}"
             )
         original = writer.original() if gate.data else None
 
@@ -199,10 +199,11 @@ def _export_member(
         if precision != AUTO:
             entry, member = written(precision)
             return _checked(entry, member, encoded, original, gate)
-        if encoded is None:
-            raise InputError(
-                f"member {checkpoint.name!r}: found --precision auto and no texts to judge by; say --check-data FILE"
+        if encoded is None or original is None:
+            missing = (
+                "no texts to judge by; say --check-data FILE" if encoded is None else "no fp32 file to compare with"
             )
+            raise InputError(f"member {checkpoint.name!r}: found --precision auto and {missing}")
         return _fastest(tried, written, encoded, original, gate)
 
 
@@ -210,7 +211,7 @@ def _fastest(
     tried: Sequence[str],
     written: Callable[[str], tuple[MemberEntry, Member]],
     encoded: Encoded,
-    original: Probabilities | None,
+    original: Probabilities,
     gate: Gate,
 ) -> MemberEntry:
     """Measure each precision, alone and in bulk alike, and take the fastest that is batch-invariant and passes."""

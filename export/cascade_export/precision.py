@@ -27,7 +27,6 @@ from onnxruntime.quantization import (
     quantize_dynamic,
     quantize_static,
 )
-from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from onnxruntime.transformers.onnx_model import OnnxModel
 
 Batch = dict[str, NDArray[np.int64]]
@@ -83,13 +82,24 @@ def _blocks(accuracy_level: int) -> Callable[[Path, Path, Batch], None]:
         graph.separate_attention()
         graph.quantize_embeddings()
         with _quiet():
-            quantizer = MatMulNBitsQuantizer(
+            quantizer = _nbits_quantizer()(
                 graph.finished(), bits=8, block_size=_BLOCK, is_symmetric=True, accuracy_level=accuracy_level
             )
             quantizer.process()
         onnx.save(quantizer.model.model, target)
 
     return write
+
+
+def _nbits_quantizer() -> Any:
+    """Return the library's quantiser, without the log that its import would turn on for the whole process."""
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer  # noqa: PLC0415
+
+    root.setLevel(level)
+    root.handlers[:] = handlers
+    return MatMulNBitsQuantizer
 
 
 def _int8_static(source: Path, target: Path, calibration: Batch) -> None:

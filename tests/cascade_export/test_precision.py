@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from cascade_export.check import compare
+from cascade_export.check import check_drop, compare
 from cascade_export.export import export_bundle
 from cascade_export.precision import PRECISIONS
 from hypothesis import given, settings
@@ -158,6 +158,23 @@ def test_auto_takes_the_fastest_that_passes(wide: Path, tmp_path: Path, monkeypa
         export_bundle([str(wide)], tmp_path / "none", precision="auto")
 
 
+def test_exporting_says_nothing_but_its_result(wide: Path, tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-m", "cascade_rt", "export", "--member", str(wide), "--output", "out"]
+    for precision in ("int8", "int8-blocks"):
+        done = subprocess.run(
+            [*command, "--overwrite", "--precision", precision],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert "INFO" not in done.stderr
+        assert "WARNING" not in done.stderr
+
+
 def test_each_member_can_have_its_own(member_folders: list[Path], tmp_path: Path) -> None:
     made = export_bundle(
         [str(folder) for folder in member_folders], tmp_path / "mixed", precision={"": "int8", "tiny": "fp32"}
@@ -170,6 +187,19 @@ def test_each_member_can_have_its_own(member_folders: list[Path], tmp_path: Path
         with pytest.raises(CascadeError, match=says):
             export_bundle([str(member_folders[0])], tmp_path / "no", precision=precision)
     assert main(["export", "--member", "x", "--output", "o", "--precision", "int8", "--precision", "fp32"]) == 2
+
+
+def test_one_of_few_texts_is_let_pass_unless_nothing_may_be_lost() -> None:
+    def report(texts: int, lost: int) -> dict[str, object]:
+        exported = np.tile([0.9, 0.1], (texts, 1))
+        exported[:lost] = [0.1, 0.9]
+        return compare(np.tile([0.9, 0.1], (texts, 1)), exported, np.zeros(texts, dtype=np.intp))
+
+    check_drop("m", "int8", report(100, 1), 0.5)
+    check_drop("m", "int8", report(1000, 5), 0.5)
+    for texts, lost, allowed in ((100, 2, 0.5), (1000, 6, 0.5), (100, 1, 0.0)):
+        with pytest.raises(CascadeError, match="may lose"):
+            check_drop("m", "int8", report(texts, lost), allowed)
 
 
 def test_comparing_agrees_with_plain_counting() -> None:
