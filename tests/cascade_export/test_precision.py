@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from cascade_export.check import check_drop, compare
+from cascade_export import export as module
+from cascade_export.check import Speed, check_drop, compare
 from cascade_export.export import export_bundle
 from cascade_export.precision import PRECISIONS
 from hypothesis import given, settings
@@ -129,9 +130,6 @@ def test_the_check_reports_and_refuses_with_its_numbers(wide: Path, capsys: pyte
 
 
 def test_auto_takes_the_fastest_that_passes(wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cascade_export import export as module
-    from cascade_export.check import Speed
-
     order: list[str] = []
     monkeypatch.setattr(
         module, "speeds", lambda members, _: {name: Speed(1.0, float(order.index(name))) for name in members}
