@@ -52,14 +52,14 @@ def evaluate(
     rows = np.arange(len(labels))
     alone = [
         {"name": member.name, "layers": member.layers}
-        | _quality(labels, predictions[index], confidences[index], classes)
+        | quality(labels, predictions[index], confidences[index], classes)
         for index, member in enumerate(members)
     ]
     return {
         "texts": len(labels),
         "f1": "of class 1" if classes == 2 else "mean over the classes",
         "members": alone,
-        "cascade": _quality(labels, predictions[left_at, rows], confidences[left_at, rows], classes)
+        "cascade": quality(labels, predictions[left_at, rows], confidences[left_at, rows], classes)
         | {
             "thresholds": list(thresholds),
             "exits": np.bincount(left_at, minlength=len(members)).tolist(),
@@ -70,9 +70,10 @@ def evaluate(
     }
 
 
-def _quality(
+def quality(
     labels: NDArray[np.intp], predictions: NDArray[np.intp], confidences: NDArray[np.float64], classes: int
 ) -> dict[str, float | None]:
+    """Accuracy, F1, DIS (None where it has no meaning) and ECE of answers, all arrays of shape (texts,)."""
     correct = labels == predictions
     inversion_score = dis(correct, confidences)
     return {

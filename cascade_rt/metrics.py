@@ -57,10 +57,15 @@ def ece(correct: ArrayLike, confidence: ArrayLike, bins: int = 15, equal_mass: b
     if equal_mass:
         groups = np.array_split(np.argsort(scores, kind="stable"), bins)
     else:
-        bin_of = np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], scores, side="left")
+        bin_of = equal_width_bins(scores, bins)
         groups = [np.flatnonzero(bin_of == index) for index in range(bins)]
     gaps = [len(group) * abs(right[group].mean() - scores[group].mean()) for group in groups if len(group)]
     return float(sum(gaps) / len(scores))
+
+
+def equal_width_bins(confidence: ArrayLike, bins: int) -> np.ndarray:
+    """Return the bin, 0 to `bins` - 1, of each confidence in [0, 1]: bin k holds (k/bins, (k+1)/bins], and 0 bin 0."""
+    return np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], confidence, side="left")
 
 
 def _aligned(first: ArrayLike, second: ArrayLike) -> tuple[np.ndarray, np.ndarray]:

@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 from cascade_export.checkpoint import Checkpoint
 from cascade_rt.batching import TOKEN_BUDGET, by_length, micro_batches
 from cascade_rt.errors import CascadeError, InputError
-from cascade_rt.evaluation import label_ids
+from cascade_rt.evaluation import label_ids, quality
 from cascade_rt.gate import confidence, softmax
 from cascade_rt.member import Member
-from cascade_rt.metrics import accuracy, dis, ece
 from cascade_rt.records import Example, Text, read_examples
 from cascade_rt.tokenization import Encoded
 
@@ -105,13 +104,8 @@ def compare(original: Probabilities | None, exported: Probabilities, labels: NDA
 
 
 def _quality(answers: Probabilities, labels: NDArray[np.intp]) -> dict[str, float | None]:
-    predictions, sure = answers.argmax(axis=1), confidence(answers)
-    order = dis(predictions == labels, sure)
-    return {
-        "accuracy": accuracy(labels, predictions),
-        "dis": None if np.isnan(order) else order,
-        "ece": ece(predictions == labels, sure),
-    }
+    found = quality(labels, answers.argmax(axis=1), confidence(answers), answers.shape[1])
+    return {name: found[name] for name in ("accuracy", "dis", "ece")}
 
 
 def check_drop(name: str, precision: str, report: dict[str, Any], allowed: float) -> None:

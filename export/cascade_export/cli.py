@@ -9,6 +9,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from cascade_export.check import MAX_ACCURACY_DROP
+from cascade_export.export import DEFAULT_THRESHOLD, export_bundle
 from cascade_rt.cli import CommandParser
 from cascade_rt.errors import InputError, MissingExtraError
 
@@ -16,10 +18,6 @@ from cascade_rt.errors import InputError, MissingExtraError
 def main(argv: list[str]) -> None:
     """Parse `argv` (what follows `cascade-rt export`), export, and say what was measured."""
     options = _parser().parse_args(argv)
-    try:
-        from cascade_export.export import export_bundle  # noqa: PLC0415 - slow to import
-    except ImportError as error:
-        raise MissingExtraError("cascade-rt export", "export", error) from None
     with TemporaryDirectory(prefix="cascade-export-") as folder:
         members = options.member or _random_members(options, Path(folder))
         bundle = export_bundle(
@@ -120,7 +118,13 @@ def _parser() -> CommandParser:
     )
     add("--tokenizer", metavar="DIR", help="with --random: whose vocabulary to use; default: a made-up one")
     add("--output", required=True, type=Path, metavar="BUNDLE", help="the bundle's folder")
-    add("--threshold", type=float, default=0.9, metavar="TAU", help="of every gate, until tuned; default: 0.9")
+    add(
+        "--threshold",
+        type=float,
+        default=DEFAULT_THRESHOLD,
+        metavar="TAU",
+        help=f"of every gate, until tuned; default: {DEFAULT_THRESHOLD}",
+    )
     add("--max-length", type=int, help="tokens; default: as trained, else what the model takes")
     add("--pair", action=argparse.BooleanOptionalAction, help="on pairs of texts; default: as trained, else single")
     add(
@@ -141,9 +145,9 @@ def _parser() -> CommandParser:
     add(
         "--max-accuracy-drop",
         type=float,
-        default=0.5,
+        default=MAX_ACCURACY_DROP,
         metavar="POINTS",
-        help="percentage points that a member may lose in the check; default: 0.5",
+        help=f"percentage points that a member may lose in the check; default: {MAX_ACCURACY_DROP}",
     )
     add(
         "--calibrate",

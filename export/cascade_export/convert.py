@@ -52,8 +52,8 @@ def convert(checkpoint: TorchCheckpoint, path: Path) -> dict[str, int]:
 def _take_layer_norms_apart(model: onnx.ModelProto) -> None:
     """Write the fused addition, bias and normalization as the operators that they are.
 
-    The normalizations are found by what they were fused to, but ONNX Runtime's CPU kernel for it takes five times as
-    long as those for its parts: against it, a member of hidden size 384 gains 4-16%, in int8 20-30%.
+    The normalizations are found by what they were fused to, but ONNX Runtime's CPU kernel for it takes longer than
+    those for its parts (benchmarks/README.md).
     """
     nodes = list(model.graph.node)
     del model.graph.node[:]

@@ -29,7 +29,7 @@ from cascade_export.onnx_checkpoint import OnnxCheckpoint, is_onnx, open_onnx
 from cascade_rt.bundle import BATCH_TOLERANCE, Bundle, MemberEntry, WeightFile, sha256_of, write_bundle, write_manifest
 from cascade_rt.cpus import usable_threads
 from cascade_rt.errors import CascadeError, InputError, MissingExtraError
-from cascade_rt.gate import confidence
+from cascade_rt.gate import confidence, softmax
 from cascade_rt.member import Member, provider_name
 from cascade_rt.metrics import ece
 from cascade_rt.records import Text
@@ -273,8 +273,9 @@ def _writer(checkpoint: Checkpoint, tokenizer: TextTokenizer, gate: Gate) -> Ite
     with TemporaryDirectory(prefix="cascade-export-") as work:
         source = Path(work) / f"{checkpoint.name}.onnx"
         fused = convert(checkpoint, source)
-        difference = verify(checkpoint, _reference(checkpoint, source), tokenizer, check_texts(checkpoint))
-        few = tokenizer.encode(check_texts(checkpoint))
+        texts = check_texts(checkpoint)
+        difference = verify(checkpoint, _reference(checkpoint, source), tokenizer, texts)
+        few = tokenizer.encode(texts)
         calibration = few.batch(few.lengths.argsort()[:_CALIBRATION_TEXTS])  # the longest would pad all others
 
         def write(name: str, folder: Path) -> tuple[str, list[str]]:
@@ -298,9 +299,10 @@ def _calibrate(checkpoint: TorchCheckpoint, gate: Gate) -> dict[str, Any]:
     if gate.data is None or gate.data.labels is None:
         raise InputError(f"member {checkpoint.name!r}: found no labelled data to calibrate on; say --check-data FILE")
     before = torch_probabilities(checkpoint, gate.data.texts)
-    temperature = fit_temperature(np.log(np.maximum(before, 1e-30)), gate.data.labels)
+    logits = np.log(np.maximum(before, 1e-30))
+    temperature = fit_temperature(logits, gate.data.labels)
     divide_logits(checkpoint.model, temperature)
-    after = torch_probabilities(checkpoint, gate.data.texts)
+    after = softmax(logits / temperature)
     correct = before.argmax(axis=1) == gate.data.labels
     return {
         "temperature": {

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from cascade_rt.bundle import MemberEntry
 from cascade_rt.cost import cumulative_layers, layer_speedup
 from cascade_rt.gate import confidence, exits, softmax
+from cascade_rt.metrics import equal_width_bins
 from cascade_rt.records import Text, write_json
 from cascade_train.finetune import last_linear
 
@@ -24,7 +25,7 @@ def reliability(confidences: NDArray[np.float64], correct: NDArray[np.bool_], bi
     `confidences`: float (texts,); `correct`: whether each answer is right, (texts,).
     """
     edges = np.linspace(0, 1, bins + 1)
-    place = np.clip(np.searchsorted(edges, confidences, side="left") - 1, 0, bins - 1)
+    place = equal_width_bins(confidences, bins)
     return [
         {
             "from": float(edges[index]),

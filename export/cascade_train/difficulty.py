@@ -35,6 +35,7 @@ from cascade_train.finetune import (
     arguments,
     claim,
     collator,
+    described_examples,
     features,
     load_base,
 )
@@ -82,7 +83,7 @@ def label_difficulty(
         "recipe": asdict(recipe),
         "folds": folds,
         "seeds": seeds,
-        "train": {"rows": len(data.train), "sha256": data.train.digest()},
+        "train": described_examples(data.train),
     }
     claim(work, run, "seed-*.json")
     missing = [(seed, fold) for seed in range(seeds) for fold in range(folds) if not _part(work, seed, fold).is_file()]

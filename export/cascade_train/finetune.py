@@ -142,7 +142,7 @@ def finetune(
         "max_length": recipe.max_length,
         "recipe": asdict(recipe),
         "objective": objective.described(),
-        "data": {"train": _described(data.train), "validation": _described(data.validation)},
+        "data": {"train": described_examples(data.train), "validation": described_examples(data.validation)},
     }
     set_seed(recipe.seed)
     tokenizer, model = load_base(base, data.labels, layers)
@@ -243,7 +243,8 @@ def logits_of(source: str, data: TaskData, examples: Examples, max_length: int) 
     return logits
 
 
-def _described(examples: Examples) -> dict[str, Any]:
+def described_examples(examples: Examples) -> dict[str, Any]:
+    """Return what a record tells of some examples: how many, and what tells them from others."""
     return {"rows": len(examples), "sha256": examples.digest()}
 
 
