@@ -4,7 +4,8 @@
 
 Labels difficulty for the smallest member (8 folds x 5 seeds), trains it with and without DAR, distillation and
 both, and the biggest one, for several seeds, and reports accuracy, F1, DIS and ECE of the smallest, and the cascade at
-given layer speed-ups. Thresholds and temperatures come from the validation part of the training file. It all resumes.
+given layer speed-ups; `--first` adds a still smaller member, for cascades of three. Thresholds and temperatures come
+from the validation part of the training file. It all resumes. Pictures of the first seed lie beside the report.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ import numpy as np
 import transformers
 from cascade_export.temperature import fit_temperature
 from cascade_train import RECORD
+from cascade_train.analysis import draw_curves, draw_reliability, expected_gain, reliability, speedup_curve
 from cascade_train.difficulty import label_difficulty, read_difficulty
 from cascade_train.finetune import Objective, Recipe, finetune, logits_of, teacher_logits
-from cascade_train.tasks import GLUE, Examples, TaskData, hold_out, load_evaluation, load_task
+from cascade_train.tasks import GLUE, Examples, TaskData
 from machine import describe
 from numpy.typing import NDArray
-from workload import run_command
+from workload import read_task, run_command
 
 from cascade_rt.bundle import MemberEntry
 from cascade_rt.evaluation import evaluate
@@ -36,17 +38,23 @@ from cascade_rt.thresholds import threshold_for_speedup
 RESULTS = Path(__file__).parent / "results"
 VARIANTS = ("plain", "DAR", "KD", "KD + DAR")
 SCALED = "plain, temperature"
+THREE = ("plain", "DAR")  # of these, cascades of three members too
 
 
 def main() -> None:
     """Label, train, measure, print and write the report."""
     options = _parser().parse_args()
     transformers.logging.set_verbosity_error()
-    data, reported = _split(options)
+    data, reported, reported_on = read_task(options.task, options.data)
     work: Path = options.work or Path("runs") / f"calibration-{options.task}"
+    output: Path = options.output or RESULTS / f"calibration-{options.task}.json"
     work.mkdir(parents=True, exist_ok=True)
     small = Recipe(
-        epochs=options.epochs, learning_rate=options.learning_rate, max_length=options.max_length, bf16=options.bf16
+        epochs=options.epochs,
+        learning_rate=options.learning_rate,
+        max_length=options.max_length,
+        warmup_ratio=options.warmup_ratio,
+        bf16=options.bf16,
     )
     big = replace(small, epochs=options.big_epochs, learning_rate=options.big_learning_rate)
     labels = work / "difficulty"
@@ -66,8 +74,9 @@ def main() -> None:
         "machine": describe(),
         "task": options.task,
         "rows": {"train": len(data.train), "validation": len(data.validation), "reported": len(reported)},
-        "reported_on": options.reported_on,
+        "reported_on": reported_on,
         "layers": options.layers,
+        "first": options.first,
         "recipes": {"small": asdict(small), "big": _recipe_of(options.big) if options.big else asdict(big)},
         "folds": options.folds,
         "label_seeds": options.label_seeds,
@@ -78,27 +87,18 @@ def main() -> None:
     }
     for seed in range(options.seeds):
         folders = _members(options, data, difficulty, work, replace(small, seed=seed), replace(big, seed=seed))
-        report["seeds"].append(_measured(folders, data, reported, options))
+        found, pictures = _measured(folders, data, reported, options)
+        report["seeds"].append(found)
+        report.setdefault("pictures", pictures)
         report["mean"], report["spread"] = _over_seeds(report["seeds"])
-        write_json(options.output or RESULTS / f"calibration-{options.task}.json", report)
+        write_json(output, report)
+    draw_reliability(report["pictures"]["reliability"], output.with_name(f"{output.stem}-reliability.png"))
+    draw_curves(report["pictures"]["speedup"], output.with_name(f"{output.stem}-speedup.png"))
     _show(report)
 
 
 def _recipe_of(member: Path) -> Any:
     return json.loads((member / RECORD).read_text("utf-8"))["recipe"]
-
-
-def _split(options: argparse.Namespace) -> tuple[TaskData, Examples]:
-    """Return what to learn and what to report on: the dev set, or a part of the training file where there is none."""
-    data = load_task(options.task, options.data)
-    try:
-        reported = next(iter(load_evaluation(options.task, options.data).values()))
-        options.reported_on = "dev"
-    except Exception:
-        kept, reported = hold_out(data.train, 0.15, 1, nested=GLUE[options.task].nested)
-        data = replace(data, train=kept)
-        options.reported_on = "15% of the training file, held out: there is no dev file"
-    return data, reported
 
 
 def _members(
@@ -117,40 +117,73 @@ def _members(
                 teacher=teacher_logits(str(folders["big"]), data, big) if "KD" in variant else None,
             )
             finetune(options.base, data, folder, layers=options.layers[0], recipe=small, objective=objective)
+    for variant in THREE if options.first else ():
+        folders[f"first {variant}"] = folder = work / f"first-{variant}-{small.seed}"
+        if not folder.exists():
+            objective = Objective(difficulty=difficulty if "DAR" in variant else None, dar_margin=options.margin)
+            finetune(options.base, data, folder, layers=options.first, recipe=small, objective=objective)
     return folders
 
 
 def _measured(
     folders: dict[str, Path], data: TaskData, reported: Examples, options: argparse.Namespace
-) -> dict[str, Any]:
-    """Evaluate every variant alone, and in a cascade with the biggest member, on the reported examples."""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Evaluate every variant alone and in its cascades on the reported examples; return figures, and pictures' data."""
     held = {name: logits_of(str(folder), data, data.validation, options.max_length) for name, folder in folders.items()}
     seen = {name: logits_of(str(folder), data, reported, options.max_length) for name, folder in folders.items()}
     temperature = fit_temperature(held["plain"].astype(np.float64), np.array(data.validation.labels))
     held[SCALED], seen[SCALED] = held["plain"] / temperature, seen["plain"] / temperature
-    members = [
-        MemberEntry(name, "", "", layers, 384, 1, "fp32", None)
-        for name, layers in zip(("small", "big"), options.layers, strict=True)
-    ]
     found: dict[str, Any] = {"temperature": temperature}
+    pictures: dict[str, Any] = {"reliability": {}, "speedup": {}}
+    labels = np.array(reported.labels)
     for variant in (*VARIANTS, SCALED):
-        pair_held = softmax(np.stack([held[variant], held["big"]]))
-        taus = {speedup: threshold_for_speedup(members, confidence(pair_held), speedup) for speedup in options.speedups}
-        rows = {
-            str(speedup): _evaluated(members, tau, np.stack([seen[variant], seen["big"]]), reported)
-            for speedup, tau in taus.items()
-        }
-        first = next(iter(rows.values()))
-        found[variant] = {"small": first["members"][0], "cascade": {key: row["cascade"] for key, row in rows.items()}}
-        found["big"] = first["members"][1]
-    return found
+        names, layers = [variant, "big"], options.layers
+        rows = _cascades(names, layers, held, seen, labels, options.speedups)
+        alone = next(iter(rows.values()))["members"]
+        found[variant] = {"small": alone[0], "cascade": {key: row["cascade"] for key, row in rows.items()}}
+        found["big"] = alone[1]
+        if options.first and variant in THREE:
+            names, layers = [f"first {variant}", *names], [options.first, *layers]
+            rows = _cascades(names, layers, held, seen, labels, options.speedups)
+            found[variant] |= {
+                "first": next(iter(rows.values()))["members"][0],
+                "cascade of three": {key: row["cascade"] | {"gain": row["gain"]} for key, row in rows.items()},
+            }
+            pictures["speedup"][f"{variant}, three"] = speedup_curve(
+                _entries(names, layers), softmax(np.stack([seen[name] for name in names])), labels
+            )
+        probabilities = softmax(np.stack([seen[variant], seen["big"]]))
+        pictures["speedup"][variant] = speedup_curve(_entries(["small", "big"], options.layers), probabilities, labels)
+        sure, right = confidence(probabilities[0]), probabilities[0].argmax(axis=-1) == labels
+        pictures["reliability"][variant] = reliability(sure, right)
+    return found, pictures
 
 
-def _evaluated(
-    members: list[MemberEntry], tau: float, logits: NDArray[np.float32], reported: Examples
-) -> dict[str, Any]:
-    lengths = np.ones(len(reported), dtype=np.intp)  # FLOPs are not reported here
-    return evaluate(members, [tau], logits, np.array(reported.labels), lengths)
+def _cascades(
+    names: list[str],
+    layers: list[int],
+    held: dict[str, NDArray[np.float32]],
+    seen: dict[str, NDArray[np.float32]],
+    labels: NDArray[np.intp],
+    speedups: list[float],
+) -> dict[str, dict[str, Any]]:
+    """Return the quality of a cascade at each speed-up, with the tau that reaches it on the held-out logits."""
+    members = _entries(names, layers)
+    logits, held_sure = (
+        np.stack([seen[name] for name in names]),
+        confidence(softmax(np.stack([held[n] for n in names]))),
+    )
+    lengths = np.ones(len(labels), dtype=np.intp)  # FLOPs are not reported here
+    rows = {}
+    for speedup in speedups:
+        taus = [threshold_for_speedup(members, held_sure, speedup)] * (len(members) - 1)
+        gain = expected_gain(members, softmax(logits), labels, taus)
+        rows[str(speedup)] = evaluate(members, taus, logits, labels, lengths) | {"gain": gain[0] if gain else None}
+    return rows
+
+
+def _entries(names: list[str], layers: list[int]) -> list[MemberEntry]:
+    return [MemberEntry(name, "", "", count, 384, 1, "fp32", None) for name, count in zip(names, layers, strict=True)]
 
 
 def _over_seeds(seeds: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str, float]]:
@@ -183,11 +216,13 @@ def _show(report: dict[str, Any]) -> None:
         f"{len(report['seeds'])} seeds, reported on {report['reported_on']}; in %"
     )
     print(f"biggest alone: accuracy {told('big/accuracy')}, F1 {told('big/f1')}")
-    for variant in (*VARIANTS, SCALED):
-        alone = ", ".join(f"{key} {told(f'{variant}/small/{key}')}" for key in ("accuracy", "f1", "dis", "ece"))
-        print(f"{variant:20} {alone}")
-        for speedup in next(iter(report["seeds"]))[variant]["cascade"]:
-            path = f"{variant}/cascade/{speedup}"
+    cascades = [(variant, "small", "cascade") for variant in (*VARIANTS, SCALED)]
+    cascades += [(variant, "first", "cascade of three") for variant in THREE if report["first"]]
+    for variant, smallest, cascade in cascades:
+        alone = ", ".join(f"{key} {told(f'{variant}/{smallest}/{key}')}" for key in ("accuracy", "f1", "dis", "ece"))
+        print(f"{variant if smallest == 'small' else f'{variant}, first':20} {alone}")
+        for speedup in report["seeds"][0][variant][cascade]:
+            path = f"{variant}/{cascade}/{speedup}"
             print(
                 f"{'':20}   aimed at {speedup}x: {mean[f'{path}/layer_speedup']:.2f}x, "
                 f"accuracy {told(f'{path}/accuracy')}, F1 {told(f'{path}/f1')}"
@@ -201,6 +236,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", type=Path, required=True, help="folder with the task's official files")
     add("--base", required=True, help="encoder to start from: a Hugging Face folder or hub id")
     add("--layers", type=int, nargs=2, default=[2, 6], metavar=("SMALL", "BIG"))
+    add("--first", type=int, metavar="LAYERS", help="of a still smaller member, for cascades of three")
     add("--folds", type=int, default=8)
     add("--label-seeds", type=int, default=5)
     add("--jobs", type=int, default=1, help="folds trained side by side")
@@ -211,6 +247,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--big-epochs", type=float, default=4)
     add("--big-learning-rate", type=float, default=5e-5)
     add("--big", type=Path, metavar="DIR", help="a biggest member that is trained already, for all seeds")
+    add("--warmup-ratio", type=float, default=0.1)
     add("--bf16", action="store_true", help="train in bfloat16 where that is safe")
     add("--label-epochs", type=float, help="of the folds; default: --epochs")
     add("--max-length", type=int, default=128)

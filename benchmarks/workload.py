@@ -7,7 +7,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -16,6 +18,24 @@ from cascade_rt import Bundle, CascadeError
 from cascade_rt.gate import confidence, softmax
 from cascade_rt.records import Text, read_examples
 from cascade_rt.thresholds import threshold_for_speedup
+
+if TYPE_CHECKING:  # an extra that latency.py does without
+    from cascade_train.tasks import Examples, TaskData
+
+
+def read_task(task: str, folder: Path) -> tuple[TaskData, Examples, str]:
+    """Return what to learn, what to report on, and what that is: the dev set, or a part of the training file."""
+    from cascade_train.tasks import GLUE, hold_out, load_evaluation, load_file, load_task  # noqa: PLC0415 - an extra
+
+    if task in GLUE:
+        data, share = load_task(task, folder), 0.15
+        if any((folder / file).is_file() for files in GLUE[task].dev.values() for file in files):
+            return data, next(iter(load_evaluation(task, folder).values())), "dev"
+    else:
+        data, share = load_file(folder / "train.csv", columns=("text",), label_column="category"), 0.3
+    kept, reported = hold_out(data.train, share, 1, nested=task in GLUE and GLUE[task].nested)
+    told = f"{share:.0%} of the training file, held out: there is no dev file"
+    return replace(data, train=kept), reported, told
 
 
 def texts_for(model_dir: Path, bundle: Bundle, data: Path | None, words: str, count: int, seed: int = 0) -> list[Text]:

@@ -284,7 +284,13 @@ def load_base(base: str, labels: tuple[str, ...], layers: int | None) -> tuple[P
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: index for index, label in enumerate(labels)}
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(base, config=config, ignore_mismatched_sizes=True)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            base,
+            config=config,
+            ignore_mismatched_sizes=True,
+            # On CPUs, torch's fused attention has a slow backward pass: in bfloat16, half of a step.
+            attn_implementation=None if torch.cuda.is_available() else "eager",
+        )
     except Exception as error:
         raise _no_base(base, error) from None
     return tokenizer, model
