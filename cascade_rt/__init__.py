@@ -8,6 +8,7 @@ rt.predict(["a text", "another"])
 from importlib.metadata import version
 
 from .bundle import Bundle, MemberEntry, read_bundle
+from .drift import Stats
 from .errors import BundleError, CascadeError, InputError, MissingExtraError
 from .runtime import CascadeRuntime, Prediction
 
@@ -22,6 +23,7 @@ __all__ = [
     "MemberEntry",
     "MissingExtraError",
     "Prediction",
+    "Stats",
     "__version__",
     "read_bundle",
 ]

@@ -31,6 +31,7 @@ BATCH_TOLERANCE = 1e-4
 """Largest |difference of a class probability| between one batching and another that counts as none."""
 
 MANIFEST = "cascade.json"
+TUNING = "tuning"  # the manifest's key of what cascade-rt tune found
 _SEAL = "sha256"  # of the manifest without this key; manifests of other writers may have none
 _MANIFEST_BYTES = 16 * 2**20  # far above any real manifest; a bigger file is not one
 _TOKENIZER_BYTES = 256 * 2**20  # the biggest multilingual ones have a tenth of it
@@ -66,6 +67,15 @@ class MemberEntry:
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """What the runtime needs of what `cascade-rt tune` found: it stands in the manifest's `tuning`, among more."""
+
+    members: list[str]  # the names of those to use, small to big
+    thresholds: list[float]  # of those but the last
+    exits: list[int]  # texts of tuning that each of them answered
+
+
+@dataclass(frozen=True)
 class Bundle:
     """A manifest: the labels (index = class id), the tokenizer's file, and the members from small to big."""
 
@@ -85,6 +95,16 @@ class Bundle:
     def thresholds(self) -> list[float]:
         """The thresholds of all members but the last."""
         return [member.threshold for member in self.members if member.threshold is not None]
+
+    @property
+    def tuning(self) -> Tuning | None:
+        """What tuning chose; None where nothing was tuned."""
+        found = self.other.get(TUNING)
+        return Tuning(found["members"], found["thresholds"], found["exits"]) if isinstance(found, dict) else None
+
+    def tuned(self) -> Bundle:
+        """Return it with the members that tuning chose, at its thresholds; as it is where nothing was tuned."""
+        return self if self.tuning is None else _only(self, self.tuning.members)
 
     def to_json(self) -> dict[str, Any]:
         """Return the manifest as it stands in `cascade.json`, sealed."""
@@ -298,6 +318,7 @@ def _parse(manifest: dict[str, Any]) -> Bundle:
         raise BundleError(f"{MANIFEST}: members: two members share a name; expected different names")
     if sorted(member.layers for member in members) != [member.layers for member in members]:
         raise BundleError(f"{MANIFEST}: members: expected ascending numbers of layers, small to big")
+    _check_tuning(top.rest.get(TUNING), members)
     return Bundle(
         labels=tuple(labels),
         pair=top.take("pair", bool),
@@ -335,6 +356,25 @@ def _parse_member(entry: Any, index: int, count: int) -> MemberEntry:
         data=tuple(_parse_data(file, where) for file in fields.take("data", list)) if "data" in entry else (),
         other=fields.rest,
     )
+
+
+def _check_tuning(tuning: Any, members: Sequence[MemberEntry]) -> None:
+    """Refuse a tuning that the runtime could not follow; what else it tells is nobody's condition."""
+    if tuning is None:
+        return
+    where = f"{MANIFEST}: {TUNING}"
+    if not isinstance(tuning, dict):
+        raise BundleError(f"{where}: found a {type(tuning).__name__}, expected an object; tune the bundle again")
+    fields = _Fields(tuning, where)
+    names, taus, counts = (fields.take(key, list) for key in ("members", "thresholds", "exits"))
+    chosen = [member for member in members if member.name in names]
+    if not names or names != [member.name for member in chosen]:
+        raise BundleError(f"{where}: found the members {str(names)[:80]}, expected some of the bundle's, in order")
+    if taus != [member.threshold for member in chosen[:-1]]:
+        raise BundleError(f"{where}: found thresholds {str(taus)[:80]} unlike the members' own; tune the bundle again")
+    whole = all(type(count) is int and 0 <= count < 2**31 for count in counts)
+    if len(counts) != len(names) or not whole or sum(counts) == 0:
+        raise BundleError(f"{where}: exits: found {str(counts)[:80]}, expected one count of texts per member")
 
 
 def _parse_data(entry: Any, where: str) -> WeightFile:

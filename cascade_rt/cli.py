@@ -1,4 +1,4 @@
-"""The command `cascade-rt`: predict, info and evaluate here; the others in the offline stage.
+"""The command `cascade-rt`: predict, info, evaluate, tune and push here; the others in the offline stage.
 
 Answers go to standard output, progress and errors to standard error. Exit status: 0 done, 2 something that the
 user can mend (one line says what), 130 interrupted.
@@ -21,13 +21,15 @@ from typing import Any, NoReturn
 import numpy as np
 
 from . import __version__
-from .bundle import BATCH_TOLERANCE, MANIFEST, Bundle, MemberEntry, read_bundle
+from .bundle import BATCH_TOLERANCE, MANIFEST, TUNING, Bundle, MemberEntry, read_bundle
 from .card import model_card
+from .drift import SIGNIFICANT, Stats
 from .errors import CascadeError, InputError, TextError
 from .evaluation import evaluate, label_ids
 from .hub import push
-from .records import FORMATS, Example, Text, open_output, read_examples
+from .records import FORMATS, Example, Text, open_output, read_examples, write_json
 from .runtime import CascadeRuntime
+from .tuning import COSTS, Question, cache_folder, collect, draw_front, local_folder, open_whole, tune, write_tuning
 
 _OFFLINE = {
     "difficulty": ("cascade_train.cli", "label", "which training instances are difficult, for DAR (extra: export)"),
@@ -35,7 +37,9 @@ _OFFLINE = {
     "analyse": ("cascade_train.cli", "analyse", "pictures of a cascade: calibration, speed-up (extra: analysis)"),
     "export": ("cascade_export.cli", "main", "fine-tuned members -> ONNX -> bundle (extra: export)"),
 }
+_FRONT_ROWS = 12  # of the table; the whole front is in the JSON
 _CHUNK = 1024  # texts in memory at a time
+_TUNED = ("accuracy", "drop", "layers_speedup", "latency_speedup")
 _PREDICTED = ("label", "score", "exit", "layers", "truncated")
 
 
@@ -94,6 +98,24 @@ def _predict(options: argparse.Namespace) -> None:
             for example, prediction in zip(chunk, predictions, strict=True):
                 out.write(_json_line(example.fields, {name: getattr(prediction, name) for name in _PREDICTED}))
             progress.update(len(chunk))
+    if options.input:
+        print(_closing(runtime.stats()), file=sys.stderr)
+
+
+def _closing(stats: Stats) -> str:
+    """Return the line that closes a run: exits, layers, and whether the texts are still of tuning's kind."""
+    if not stats.texts:
+        return "0 texts"
+    line = f"{stats.texts} text{'s' if stats.texts != 1 else ''}, exits {_rates([count / stats.texts for count in stats.exits])}, "
+    line += f"{stats.mean_layers:.2f} layers a text"
+    if stats.tuned_rates is None or stats.p_value is None or stats.distance is None:
+        return line
+    line += f"; when tuned {_rates(stats.tuned_rates)}: distance {stats.distance:.3f}, p = {stats.p_value:.4f}"
+    return line + (", the texts have changed: tune again" if stats.p_value < SIGNIFICANT else "")
+
+
+def _rates(rates: Sequence[float]) -> str:
+    return " / ".join(f"{100 * rate:.1f}%" for rate in rates)
 
 
 @contextmanager
@@ -152,7 +174,18 @@ def _info(options: argparse.Namespace) -> None:
                 + ("" if difference is None else f" (by up to {difference:.1e} where it was measured)")
                 + "; in --precision int8 it would not"
             )
+    if bundle.tuning is not None:
+        _show_tuning(bundle.other[TUNING])
     print("all files are as their sha256 says" if options.verify else "sha256 not checked")
+
+
+def _show_tuning(tuning: dict[str, Any]) -> None:
+    """Print what `tune` wrote; keys that another writer left out are left out."""
+    numbers = [f"{name} {tuning[name]:.4g}" for name in _TUNED if isinstance(tuning.get(name), int | float)]
+    exits = [count / sum(tuning["exits"]) for count in tuning["exits"]]
+    print("tuned       " + ", ".join([" + ".join(tuning["members"]), f"exits {_rates(exits)}", *numbers]))
+    if isinstance(tuning.get("guarantee"), dict):
+        print(f"guarantee   {json.dumps(tuning['guarantee'])}")
 
 
 def _push(options: argparse.Namespace) -> None:
@@ -231,18 +264,110 @@ def _evaluate(options: argparse.Namespace) -> None:
     )
 
 
+def _tune(options: argparse.Namespace) -> None:
+    question = Question(
+        max_drop=options.max_drop,
+        speedup=options.speedup,
+        budget_ms=options.budget_ms,
+        p95=options.p95,
+        confidence=options.confidence,
+        cost=options.cost,
+        shared=options.shared_threshold,
+        subsets=not options.all_members,
+        seed=options.seed,
+    )
+    writes = not options.dry_run and (question.max_drop, question.speedup, question.budget_ms) != (None, None, None)
+    folder = local_folder(options.model_dir) if writes else None
+    runtime = open_whole(options.model_dir, **_settings(options))
+    bundle = runtime.bundle
+    examples = list(_examples(options, bundle.pair))
+    labels = None
+    if not options.agreement:
+        labels = label_ids([(row.field(options.label_column), row.where) for row in examples], bundle.labels)
+    cache = None if options.no_cache else cache_folder()
+    with _progress() as progress, _placed(examples):
+        data = collect(runtime, [row.text for row in examples], labels, cache=cache, progress=progress.update)
+    report = tune(bundle, data, question)
+    if report["guarantee"] and report["chosen"] is None and options.fall_back:
+        report["chosen"] = report["alone"][-1]
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+        write_json(options.output / "tuning.json", report)
+        draw_front(report, options.output / "front.png")
+    if options.json:
+        print(json.dumps(report))
+    else:
+        _show_tuned(report)
+    if folder is not None and report["chosen"]:
+        write_tuning(folder, bundle, report)
+        print(f"{folder}: thresholds written", file=sys.stderr)
+    elif folder is not None:
+        raise InputError(
+            "nothing can be guaranteed on these texts; nothing was written (--fall-back writes the last member alone)"
+        )
+
+
+def _show_tuned(report: dict[str, Any]) -> None:
+    front = report["front"]
+    step = max(1, -(-len(front) // _FRONT_ROWS))
+    rows = [("", point) for point in front[::step]] + [("alone", point) for point in report["alone"]]
+    rows += [("chosen", report["chosen"])] if report["chosen"] else []
+    _table(
+        ["", "members", "thresholds", "accuracy", "drop", "risk", "layers", "FLOPs", "latency", "mean ms", "p95 ms"],
+        [
+            [
+                name,
+                "+".join(point["members"]),
+                " ".join(f"{tau:.4f}" for tau in point["thresholds"]) or "-",
+                *(_percent(point[key]) for key in ("accuracy", "drop", "risk")),
+                *(f"{point[f'{kind}_speedup']:.2f}x" for kind in COSTS),
+                f"{point['latency_ms']:.2f}",
+                f"{point['latency_p95_ms']:.2f}",
+            ]
+            for name, point in rows
+        ],
+    )
+    print(f"{report['data']['texts']} texts, compared with {report['compared_with']}; accuracy, drop and risk in %")
+    if guarantee := report["guarantee"]:
+        print(_promise(report["chosen"], guarantee))
+    print(f"verdict: {report['verdict']}")
+
+
+def _promise(chosen: dict[str, Any] | None, found: dict[str, Any]) -> str:
+    """Say what Learn then Test promises, and what it could with more texts."""
+    tested = (
+        f"{found['losses']} of {found['texts']} texts lost, p = {found['p_value']:.3g}; with confidence "
+        f"{found['confidence']:g} at most {100 * found['bound']:.2f}%"
+    )
+    held = chosen is not None and found["certified"]
+    line = (
+        f"guarantee: with confidence {found['confidence']:g}, the accuracy drop is at most {100 * found['max_risk']:g} "
+        f"points ({tested})"
+        if held
+        else f"no guarantee of {100 * found['max_risk']:g} points: the most careful cascade tried has {tested}"
+    )
+    for row in found["with_more_texts"]:
+        line += (
+            f"\n  {row['speedup']:.2f}x could be certified on about {row['texts']} texts, if its risk stays "
+            f"{100 * row['risk']:.2f}%"
+        )
+    return line
+
+
 def _runtime(options: argparse.Namespace) -> CascadeRuntime:
+    return CascadeRuntime(options.model_dir, thresholds=options.threshold, **_settings(options))
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
     given = [option.partition("=") for option in options.provider_option]
     if wrong := [key for key, equals, _ in given if not (key and equals)]:
         raise InputError(f"found --provider-option {wrong[0]!r}, expected KEY=VALUE")
-    return CascadeRuntime(
-        options.model_dir,
-        provider=options.provider,
-        threads=options.threads,
-        thresholds=options.threshold,
-        provider_options={key: value for key, _, value in given},
-        verify=options.verify,
-    )
+    return {
+        "provider": options.provider,
+        "threads": options.threads,
+        "provider_options": {key: value for key, _, value in given},
+        "verify": options.verify,
+    }
 
 
 def _examples(options: argparse.Namespace, pair: bool) -> Iterator[Example]:
@@ -297,9 +422,6 @@ def _parser() -> CommandParser:
         "--no-verify", dest="verify", action="store_false", help="trust the files: leave out their sha256"
     )
     running = CommandParser(add_help=False)
-    running.add_argument(
-        "--threshold", type=float, metavar="TAU", help="one tau for all members; default: the bundle's"
-    )
     running.add_argument("--provider", default="cpu", help="cpu, cuda or an ONNX Runtime provider; default: cpu")
     running.add_argument(
         "--provider-option", action="append", default=[], metavar="KEY=VALUE", help="handed to it, as device_id=1"
@@ -309,7 +431,12 @@ def _parser() -> CommandParser:
     running.add_argument("--text-column", metavar="NAME", help="default: text, sentence, sentence1, premise, ...")
     running.add_argument("--pair-column", metavar="NAME", help="the second text of a pair")
 
-    predict = commands.add_parser("predict", parents=[bundle, running], help="classify texts", allow_abbrev=False)
+    gating = CommandParser(add_help=False)
+    gating.add_argument("--threshold", type=float, metavar="TAU", help="one tau for all members; default: the bundle's")
+
+    predict = commands.add_parser(
+        "predict", parents=[bundle, gating, running], help="classify texts", allow_abbrev=False
+    )
     predict.add_argument("text", nargs="*", metavar="TEXT", help="for pairs: TEXT TEXT")
     predict.add_argument("--input", metavar="FILE", help=f"{', '.join(FORMATS)}; - for standard input")
     predict.add_argument("--output", metavar="FILE", default="-", help="JSON lines; default: standard output")
@@ -327,13 +454,38 @@ def _parser() -> CommandParser:
     sharing.set_defaults(command=_push)
 
     evaluation = commands.add_parser(
-        "evaluate", parents=[bundle, running], help="measure on a labelled file", allow_abbrev=False
+        "evaluate", parents=[bundle, gating, running], help="measure on a labelled file", allow_abbrev=False
     )
     evaluation.add_argument("--input", required=True, metavar="FILE", help="the labelled file; - for standard input")
     evaluation.add_argument("--label-column", metavar="NAME", default="label", help="default: label")
     evaluation.add_argument("--json", action="store_true", help="the whole report as JSON")
     evaluation.set_defaults(command=_evaluate)
 
+    _add_tune(commands, [bundle, running])
+
     for name, (_, _, summary) in _OFFLINE.items():
         commands.add_parser(name, help=summary, add_help=False)
     return parser
+
+
+def _add_tune(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
+    tuning = commands.add_parser("tune", parents=parents, help="choose members and thresholds", allow_abbrev=False)
+    tuning.add_argument("--input", required=True, metavar="FILE", help="texts that no member was trained on, labelled")
+    tuning.add_argument("--label-column", metavar="NAME", default="label", help="default: label")
+    tuning.add_argument("--agreement", action="store_true", help="no labels: agree with the last member instead")
+    asked = tuning.add_argument_group("the question; without one, the best trades are shown and nothing is written")
+    asked.add_argument("--max-drop", type=float, metavar="SHARE", help="fastest, losing at most this accuracy (0.005)")
+    asked.add_argument("--speedup", type=float, metavar="X", help="most accurate, at least X times as fast")
+    asked.add_argument("--budget-ms", type=float, metavar="MS", help="most accurate, at most so long a text, alone")
+    asked.add_argument("--p95", action="store_true", help="the budget is for 95 texts of 100, not for the mean")
+    asked.add_argument("--confidence", type=float, metavar="P", help="guarantee --max-drop with this confidence (0.95)")
+    asked.add_argument("--fall-back", action="store_true", help="nothing guaranteed: write the last member alone")
+    asked.add_argument("--cost", choices=COSTS, default="layers", help="what is fast; latency is measured here")
+    asked.add_argument("--shared-threshold", action="store_true", help="one tau for all members, as in the paper")
+    asked.add_argument("--all-members", action="store_true", help="leave no member out")
+    asked.add_argument("--seed", type=int, default=0, help="of the halves that propose and certify")
+    tuning.add_argument("--output", type=Path, metavar="FOLDER", help="for tuning.json and front.png (extra: analysis)")
+    tuning.add_argument("--dry-run", action="store_true", help="write nothing into the bundle")
+    tuning.add_argument("--no-cache", action="store_true", help="run the members anew, keep nothing")
+    tuning.add_argument("--json", action="store_true", help="the whole report as JSON")
+    tuning.set_defaults(command=_tune)

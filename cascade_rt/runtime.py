@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from threading import Lock
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +20,7 @@ from .batching import DEVICE_TOKEN_BUDGET, TOKEN_BUDGET, by_length, micro_batche
 from .bundle import MANIFEST, Bundle, file_version, read_bundle
 from .cost import cumulative_layers
 from .cpus import usable_threads
+from .drift import Stats, exit_shift
 from .errors import BundleError, InputError, TextError
 from .gate import checked_thresholds, confidence, leaves, softmax, softmax_row
 from .member import Member, provider_name
@@ -67,14 +70,15 @@ class CascadeRuntime:
 
         `model_dir`: a folder, or "org/name" or "org/name@revision" on the Hugging Face hub. `provider`: "cpu", "cuda",
         or any provider name of the installed ONNX Runtime; `provider_options` are handed to it, for instance
-        {"device_id": "1"}. `threads`: for each
-        member's computation, None for all CPUs that this process may use. `thresholds`: None for the bundle's, a
-        float for one tau at every member, or a list, one per member but the last; each in [0, 1]. `members`: the
-        names of those to use, None for all. `preload` loads them all now. `verify=False` leaves out the sha256 of
-        the files, for huge models on a disk that is trusted.
+        {"device_id": "1"}. `threads`: for each member's computation, None for all CPUs that this process may use.
+        `thresholds`: None for the bundle's, a float for one tau at every member, or a list, one per member but the
+        last; each in [0, 1]. `members`: the names of those to use, None for those that tuning chose (all, where
+        nothing was tuned). `preload` loads them all now. `verify=False` leaves out the sha256 of the files, for huge
+        models on a disk that is trusted.
         Raises BundleError for a bundle that cannot be used and InputError for an argument that cannot.
         """
-        self.bundle: Bundle = read_bundle(model_dir, members, verify=verify)
+        bundle = read_bundle(model_dir, members, verify=verify)
+        self.bundle: Bundle = bundle.tuned() if members is None else bundle
         folder, entries = self.bundle.folder or Path(model_dir), self.bundle.members
         self.thresholds: list[float] = checked_thresholds(thresholds, self.bundle.thresholds, len(entries))
         self._tokenizer = TextTokenizer(folder / self.bundle.tokenizer_file, self.bundle.max_length, self.bundle.pair)
@@ -87,6 +91,8 @@ class CascadeRuntime:
             raise BundleError(f"{folder}: replaced while it was opened; open it again")
         self._budget = TOKEN_BUDGET if wanted == "CPUExecutionProvider" else DEVICE_TOKEN_BUDGET
         self._layers: list[int] = cumulative_layers(entries).tolist()
+        self._exits = [0] * len(entries)
+        self._counting = Lock()
         if preload:
             for member in self._members:
                 member.load()
@@ -111,6 +117,7 @@ class CascadeRuntime:
             gone = leaves(confidence(probabilities[waiting]), threshold)
             exits[waiting[gone]] = index
             waiting = waiting[~gone]
+        self._count(np.bincount(exits, minlength=len(self._members)).tolist())
         winners = probabilities.argmax(axis=1).tolist()
         return [
             self._prediction(row, winner, exit, encoded.truncated(index))
@@ -127,6 +134,8 @@ class CascadeRuntime:
             score = max(probabilities)
             if index == len(self.thresholds) or score > self.thresholds[index]:
                 break
+        with self._counting:
+            self._exits[index] += 1
         return self._prediction(probabilities, probabilities.index(score), index, encoded.truncated(0))
 
     def predict_iter(self, texts: Iterable[Text], chunk_size: int = 1024) -> Iterator[Prediction]:
@@ -166,6 +175,44 @@ class CascadeRuntime:
         for index, member in enumerate(self._members):
             logits[index, rows] = self._logits(member, encoded, rows)
         return logits, encoded.lengths
+
+    def stats(self, *, reset: bool = False) -> Stats:
+        """Tell what was answered since the runtime was made, and whether the texts are still of tuning's kind.
+
+        `reset` starts to count anew, to watch one hour or one day at a time.
+        """
+        with self._counting:
+            seen = self._exits
+            if reset:
+                self._exits = [0] * len(seen)
+            else:
+                seen = list(seen)
+        texts = sum(seen)
+        executed = sum(count * layers for count, layers in zip(seen, self._layers, strict=True))
+        mean_layers = executed / texts if texts else float("nan")
+        tuning = self.bundle.tuning
+        names = [entry.name for entry in self.bundle.members]
+        if tuning is None or tuning.thresholds != self.thresholds or tuning.members != names:
+            return Stats(texts, seen, mean_layers, None, None, None)
+        rates = [count / sum(tuning.exits) for count in tuning.exits]
+        distance, p_value = exit_shift(tuning.exits, seen) if texts else (None, None)
+        return Stats(texts, seen, mean_layers, rates, distance, p_value)
+
+    def member_seconds(self, text: Text) -> tuple[float, list[float]]:
+        """Time one text, alone as `predict` would run it: its tokenization, and each member, in seconds."""
+        started = perf_counter()
+        batch = self._tokenizer.encode([text]).batch(_FIRST)
+        tokenized = perf_counter() - started
+        seconds = []
+        for member in self._members:
+            started = perf_counter()
+            member.run(batch)
+            seconds.append(perf_counter() - started)
+        return tokenized, seconds
+
+    def _count(self, exits: list[int]) -> None:
+        with self._counting:
+            self._exits = [one + other for one, other in zip(self._exits, exits, strict=True)]
 
     def _logits(self, member: Member, encoded: Encoded, rows: NDArray[np.intp]) -> NDArray[np.float32]:
         """Run one member on `rows`, in micro-batches; logits in the order of `rows`."""

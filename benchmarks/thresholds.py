@@ -1,0 +1,227 @@
+"""What `cascade-rt tune` promises and what comes of it on texts that it never saw.
+
+    python benchmarks/thresholds.py --task sst-2 --data DATA/sst2 --base MINILM
+
+Trains the members (or takes `--members`), exports them, and then, for several random halves of the reported texts:
+tunes on one half and on what training held out, with and without a guarantee, with a threshold per member and with one
+for all, and measures the drop of accuracy and the speed-up on the other half. Choices of the first split are also
+timed. Checkpoints were chosen on the held-out part of training, never on the reported texts.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import transformers
+from cascade_export.export import export_bundle
+from cascade_train.finetune import Recipe, finetune
+from cascade_train.tasks import GLUE
+from machine import describe
+from numpy.typing import NDArray
+from workload import read_task, run_command, spread
+
+from cascade_rt import CascadeRuntime
+from cascade_rt.bundle import MANIFEST, Bundle
+from cascade_rt.records import Text, write_json
+from cascade_rt.thresholds import measure
+from cascade_rt.tuning import COSTS, Collected, Question, cache_folder, collect, draw_front, tune
+
+RESULTS = Path(__file__).parent / "results"
+DROPS = (0.0, 0.005, 0.01)
+CONFIDENCE = 0.95
+
+
+def main() -> None:
+    """Train, export, tune and measure; print and write the report."""
+    options = _parser().parse_args()
+    transformers.logging.set_verbosity_error()
+    data, reported, reported_on = read_task(options.task, options.data)
+    work: Path = options.work or Path("runs") / f"thresholds-{options.task}"
+    folders = []
+    for layers, given in zip(options.layers, options.members or [None] * len(options.layers), strict=True):
+        folder = work / f"{layers}L"
+        if not folder.exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            if given:
+                folder.symlink_to(given.resolve())
+            else:
+                recipe = Recipe(
+                    epochs=options.epochs, learning_rate=options.learning_rate, warmup_ratio=0.1, bf16=options.bf16
+                )
+                finetune(options.base, data, folder, layers=layers, recipe=recipe)
+        folders.append(str(folder))
+    model_dir = work / "bundle"
+    if not (model_dir / MANIFEST).is_file():
+        export_bundle(folders, model_dir)
+    runtime = CascadeRuntime(model_dir, threads=options.threads, preload=True)
+    texts = [*data.validation.texts, *reported.texts]
+    labels = np.array([*data.validation.labels, *reported.labels], dtype=np.intp)
+    seen = collect(runtime, texts, labels, cache=cache_folder())
+    held = len(data.validation)
+    report: dict[str, Any] = {
+        "machine": describe(),
+        "task": options.task,
+        "rows": {"held out of training": held, "reported": len(reported)},
+        "reported_on": reported_on,
+        "splits": options.splits,
+        "threads": options.threads,
+        "confidence": CONFIDENCE,
+        "members": [
+            {"name": member.name, "layers": member.layers, "accuracy": float(right[held:].mean())}
+            for member, right in zip(runtime.bundle.members, seen.right, strict=True)
+        ],
+        "questions": [],
+    }
+    halves = []
+    for split in range(options.splits):
+        rows = held + np.random.default_rng(split).permutation(len(reported))
+        halves.append((np.append(np.arange(held), rows[: len(rows) // 2]), rows[len(rows) // 2 :]))
+    choices: list[tuple[tuple[str, ...], tuple[float, ...]]] = []
+    for question in _questions(options.cost):
+        splits = [_tuned(runtime.bundle, seen, question, tuned_on, test) for tuned_on, test in halves]
+        asked = {"max_drop": question.max_drop, "confidence": question.confidence, "shared": question.shared}
+        report["questions"].append(asked | _summary(splits, question) | {"splits": splits})
+        choices.append((tuple(splits[0]["members"]), tuple(splits[0]["thresholds"])))
+    front = tune(runtime.bundle, seen.take(halves[0][0]), Question(cost=options.cost))
+    report["tuned_on"], report["tested_on"] = (len(half) for half in halves[0])
+    report["timed"] = _timed(model_dir, choices, [texts[row] for row in halves[0][1]], options)
+    output: Path = options.output or RESULTS / f"thresholds-{options.task}.json"
+    write_json(output, report)
+    draw_front(front, output.with_suffix(".png"))
+    _show(report)
+
+
+def _questions(cost: str) -> list[Question]:
+    kinds = [(None, False), (None, True), (CONFIDENCE, False), (CONFIDENCE, True)]
+    return [
+        Question(max_drop=drop, confidence=confidence, cost=cost, shared=shared)
+        for confidence, shared in kinds
+        for drop in DROPS
+    ]
+
+
+def _tuned(
+    bundle: Bundle, seen: Collected, question: Question, tuned_on: NDArray[np.intp], test: NDArray[np.intp]
+) -> dict[str, Any]:
+    """Tune on some texts, measure on others; without a certificate, the last member alone is what runs."""
+    report = tune(bundle, seen.take(tuned_on), question)
+    chosen = report["chosen"] or report["alone"][-1]
+    names = [member.name for member in bundle.members]
+    members = [names.index(name) for name in chosen["members"]]
+    other = seen.take(test)
+    found = {kind: measure(other.answers(kind), members, chosen["thresholds"]) for kind in COSTS}
+    whole = {kind: measure(other.answers(kind), [len(names) - 1], []) for kind in COSTS}
+    return {
+        "members": chosen["members"],
+        "thresholds": chosen["thresholds"],
+        "certified": report["chosen"] is not None if question.confidence else None,
+        "tuned_drop": chosen["drop"],
+        "bound": report["guarantee"]["bound"] if report["guarantee"] else None,
+        "measured_drop": whole["layers"].accuracy - found["layers"].accuracy,
+        "measured_risk": found["layers"].risk,
+        **{f"{kind}_speedup": whole[kind].cost / found[kind].cost for kind in COSTS},
+        "verdict": report["verdict"],
+    }
+
+
+def _summary(splits: list[dict[str, Any]], question: Question) -> dict[str, Any]:
+    """Return means over the splits, and how often the promise was broken on the test half."""
+    keys = ("tuned_drop", "measured_drop", "measured_risk", *(f"{kind}_speedup" for kind in COSTS))
+    allowed = question.max_drop or 0.0
+    return {
+        "mean": {key: float(np.mean([split[key] for split in splits])) for key in keys},
+        "spread": {key: float(np.std([split[key] for split in splits])) for key in keys},
+        "drop_broken": sum(split["measured_drop"] > allowed + 1e-12 for split in splits),
+        "certified": sum(bool(split["certified"]) for split in splits) if question.confidence else None,
+        "chosen": Counter(" + ".join(split["members"]) for split in splits).most_common(),
+    }
+
+
+def _timed(
+    model_dir: Path,
+    choices: Sequence[tuple[tuple[str, ...], tuple[float, ...]]],
+    texts: list[Text],
+    options: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    """Time each choice against the last member alone, interleaved: texts one by one, and all in one call."""
+    whole = CascadeRuntime(model_dir, threads=options.threads).bundle.members
+    ways = dict.fromkeys([((whole[-1].name,), ()), *choices])
+    runtimes = {
+        way: CascadeRuntime(
+            model_dir, members=list(way[0]), thresholds=list(way[1]), threads=options.threads, preload=True
+        )
+        for way in ways
+    }
+    single = texts[: options.timed]
+    seconds: dict[Any, list[tuple[float, float]]] = {way: [] for way in ways}
+    for _ in range(1 + options.rounds):
+        for way, runtime in runtimes.items():
+            started = perf_counter()
+            for text in single:
+                runtime.predict([text])
+            alone = perf_counter() - started
+            started = perf_counter()
+            runtime.predict(texts)
+            seconds[way].append((alone / len(single), (perf_counter() - started) / len(texts)))
+    found = {way: 1000 * np.array(rounds[1:]) for way, rounds in seconds.items()}
+    base = next(iter(found.values()))
+    return [
+        {
+            "members": list(way[0]),
+            "thresholds": list(way[1]),
+            "single_ms": spread(times[:, 0]),
+            "bulk_ms": spread(times[:, 1]),
+            "single_speedup": spread(base[:, 0] / times[:, 0]),
+            "bulk_speedup": spread(base[:, 1] / times[:, 1]),
+        }
+        for way, times in found.items()
+    ]
+
+
+def _show(report: dict[str, Any]) -> None:
+    alone = ", ".join(f"{member['name']} {100 * member['accuracy']:.2f}" for member in report["members"])
+    print(f"\n{report['task']}: {report['rows']}, {report['splits']} splits; alone: {alone}")
+    for row in report["questions"]:
+        mean = row["mean"]
+        kind = ("one tau" if row["shared"] else "per member") + (", guaranteed" if row["confidence"] else "")
+        print(
+            f"{kind:24} max drop {100 * row['max_drop']:.1f}: tuned {100 * mean['tuned_drop']:+.2f}, measured "
+            f"{100 * mean['measured_drop']:+.2f} +- {100 * row['spread']['measured_drop']:.2f}, broken "
+            f"{row['drop_broken']}, {mean['layers_speedup']:.2f}x layers, {mean['latency_speedup']:.2f}x latency, "
+            f"certified {row['certified']}, {row['chosen']}"
+        )
+    for row in report["timed"]:
+        taus = " ".join(f"{tau:.4f}" for tau in row["thresholds"])
+        single, bulk = (row[f"{key}_speedup"]["median"] for key in ("single", "bulk"))
+        print(f"{' + '.join(row['members']):14} {taus:16} single {single:.2f}x, bulk {bulk:.2f}x")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--task", required=True, choices=[*GLUE, "banking77"])
+    add("--data", type=Path, required=True, help="folder with the task's official files")
+    add("--base", help="encoder to start from: a Hugging Face folder or hub id")
+    add("--layers", type=int, nargs="+", default=[1, 2, 6])
+    add("--members", type=Path, nargs="+", metavar="DIR", help="trained already, one per --layers")
+    add("--epochs", type=float, default=8)
+    add("--learning-rate", type=float, default=2e-4)
+    add("--bf16", action="store_true", help="train in bfloat16 where that is safe")
+    add("--cost", choices=COSTS, default="layers")
+    add("--splits", type=int, default=10)
+    add("--threads", type=int, default=1)
+    add("--rounds", type=int, default=5)
+    add("--timed", type=int, default=200, help="texts timed one by one")
+    add("--work", type=Path, help="members and bundle; default: runs/thresholds-TASK")
+    add("--output", type=Path, help="default: results/thresholds-TASK.json beside this script")
+    return parser
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,58 @@
+"""Exits of today against those of tuning: distance, significance, and who counts them."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chi2_contingency
+
+from cascade_rt import CascadeRuntime
+from cascade_rt.drift import exit_shift
+
+
+@settings(max_examples=30)
+@given(st.lists(st.integers(40, 400), min_size=2, max_size=4), st.lists(st.integers(40, 400), min_size=4, max_size=4))
+def test_the_p_value_is_the_chi_square_tests_where_that_holds(tuned: list[int], seen: list[int]) -> None:
+    seen = seen[: len(tuned)]
+    distance, p_value = exit_shift(tuned, seen)
+    expected = chi2_contingency([tuned, seen], correction=False).pvalue
+    assert p_value == pytest.approx(max(expected, 1e-4), abs=0.1)
+    shares = np.abs(np.array(tuned) / sum(tuned) - np.array(seen) / sum(seen))
+    assert distance == pytest.approx(shares.sum() / 2)
+
+
+def test_texts_of_the_same_kind_are_rarely_called_changed() -> None:
+    generator = np.random.default_rng(0)
+    draws = generator.multinomial(30, [0.9, 0.08, 0.02], size=(300, 2))  # few: no chi-square table would hold
+    low = np.mean([exit_shift(one.tolist(), other.tolist())[1] < 0.05 for one, other in draws])
+    assert low <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 300)
+
+
+def test_other_texts_are_called_changed() -> None:
+    distance, p_value = exit_shift([700, 300], [50, 50])
+    assert distance == pytest.approx(0.2)
+    assert p_value < 0.01
+    assert exit_shift([700, 300], [7, 3])[1] > 0.9
+    assert exit_shift([5, 0], [9, 0]) == (0.0, 1.0)
+
+
+def test_stats_count_what_was_answered(bundle: Path) -> None:
+    runtime = CascadeRuntime(bundle)
+    assert runtime.stats().texts == 0
+    assert np.isnan(runtime.stats().mean_layers)
+    texts = ["a good film", "so sad", "the cat sat", "witty"]
+    with ThreadPoolExecutor(4) as pool:
+        answers = [row for rows in pool.map(runtime.predict, [texts, texts[:1], texts[1:], texts] * 5) for row in rows]
+    found = runtime.stats()
+    assert found.texts == len(answers) == 60
+    assert found.exits == np.bincount([row.exit for row in answers], minlength=3).tolist()
+    assert found.mean_layers == pytest.approx(np.mean([row.layers for row in answers]))
+    assert (found.tuned_rates, found.distance, found.p_value) == (None, None, None)
+    runtime.member_logits(texts)  # every member: no exits
+    assert runtime.stats(reset=True).texts == 60
+    assert runtime.stats().texts == 0

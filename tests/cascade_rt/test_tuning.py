@@ -1,0 +1,270 @@
+"""`cascade-rt tune`, from a labelled file to a bundle that answers as promised."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cascade_rt import BundleError, CascadeRuntime, InputError, read_bundle
+from cascade_rt.bundle import MANIFEST, write_manifest
+from cascade_rt.cli import main
+from cascade_rt.tuning import Question
+
+from ..conftest import LABELS, WORDS
+
+TEXTS = [
+    " ".join(np.random.default_rng(seed).choice(WORDS, size=np.random.default_rng(seed).integers(1, 12)))
+    for seed in range(240)
+]
+Tune = Callable[..., tuple[int, dict[str, Any], str]]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def labelled(bundle: Path, tmp_path: Path) -> Path:
+    """Texts with the last member's answers as labels, but for every tenth."""
+    answers = CascadeRuntime(bundle, thresholds=1.0).predict(TEXTS)
+    rows = [
+        {"text": text, "label": answer.label if at % 10 else LABELS[at // 10 % 3]}
+        for at, (text, answer) in enumerate(zip(TEXTS, answers, strict=True))
+    ]
+    return written(tmp_path / "labelled.jsonl", rows)
+
+
+def written(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def tune(capsys: pytest.CaptureFixture[str], copied: Path, labelled: Path) -> Tune:
+    """Run the command on a copy of the bundle; return its status, its report and what it said."""
+
+    def run(*arguments: object, source: Path = labelled) -> tuple[int, dict[str, Any], str]:
+        status = main(["tune", "--model-dir", str(copied), "--input", str(source), "--json", *map(str, arguments)])
+        captured = capsys.readouterr()
+        return status, json.loads(captured.out) if captured.out else {}, captured.err
+
+    return run
+
+
+def test_the_chosen_thresholds_are_written_and_followed(
+    tune: Tune, copied: Path, labelled: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, report, _ = tune("--max-drop", 0.05)
+    chosen, last = report["chosen"], report["alone"][-1]
+    assert status == 0
+    assert chosen["drop"] <= 0.05
+    assert chosen["layers_speedup"] >= max(p["layers_speedup"] for p in report["front"] if p["drop"] <= 0.05)
+    runtime = CascadeRuntime(copied)
+    assert [member.name for member in runtime.bundle.members] == chosen["members"]
+    assert runtime.thresholds == chosen["thresholds"]
+    labels = [json.loads(line)["label"] for line in labelled.read_text().splitlines()]
+    answers = runtime.predict(TEXTS)
+    right = np.array([answer.label == label for answer, label in zip(answers, labels, strict=True)])
+    assert right.mean() == chosen["accuracy"]
+    assert last["layers_speedup"] == 1
+    assert 4 * len(TEXTS) / sum(answer.layers for answer in answers) == pytest.approx(chosen["layers_speedup"])
+    found = runtime.stats()
+    assert (found.exits, found.distance, found.p_value) == (chosen["exits"], 0.0, 1.0)
+    assert main(["info", "--model-dir", str(copied)]) == 0
+    assert "tuned       " + " + ".join(chosen["members"]) in capsys.readouterr().out
+    manifest = json.loads((copied / MANIFEST).read_text())["tuning"]
+    assert manifest["data"] == {"texts": 240, "sha256": report["data"]["sha256"]}
+
+
+def test_what_the_user_sets_comes_before_what_was_tuned(tune: Tune, copied: Path) -> None:
+    tune("--max-drop", 0.05)
+    every = [member.name for member in read_bundle(copied).members]
+    assert CascadeRuntime(copied, members=every, thresholds=[0.1, 0.2]).thresholds == [0.1, 0.2]
+    other = CascadeRuntime(copied, thresholds=1.0)
+    other.predict(TEXTS[:5])
+    assert set(other.thresholds) <= {1.0}
+    if other.thresholds:
+        assert other.stats().p_value is None  # exits at other thresholds say nothing about the texts
+
+
+def test_a_second_tuning_sees_all_members_again(tune: Tune, copied: Path) -> None:
+    tune("--speedup", 4)
+    assert CascadeRuntime(copied).bundle.members[-1].layers < 4
+    status, report, _ = tune("--max-drop", 0)
+    assert (status, len(report["alone"])) == (0, 3)
+    assert report["chosen"]["drop"] <= 0
+
+
+def test_speedups_and_budgets_are_kept(tune: Tune) -> None:
+    _, report, _ = tune("--speedup", 1.5, "--dry-run")
+    assert report["chosen"]["layers_speedup"] >= 1.5 - 1e-9
+    assert report["chosen"]["accuracy"] == max(
+        point["accuracy"] for point in report["front"] if point["layers_speedup"] >= 1.5 - 1e-9
+    )
+    _, report, _ = tune("--speedup", 1.5, "--cost", "flops", "--dry-run")
+    assert report["chosen"]["flops_speedup"] >= 1.5 - 1e-9
+    _, report, _ = tune("--budget-ms", 1000, "--dry-run")
+    assert report["chosen"]["latency_ms"] <= 1000
+    _, report, _ = tune("--budget-ms", 1000, "--p95", "--dry-run")
+    assert report["chosen"]["latency_p95_ms"] <= 1000
+    _, report, _ = tune("--max-drop", 0.02, "--shared-threshold", "--all-members", "--dry-run")
+    assert len(set(report["chosen"]["thresholds"])) <= 1
+    assert len(report["chosen"]["members"]) in (1, 3)
+
+
+def test_nothing_is_written_unless_asked(tune: Tune, copied: Path, tmp_path: Path) -> None:
+    before = (copied / MANIFEST).read_bytes()
+    for arguments in ((), ("--max-drop", 0.05, "--dry-run")):
+        status, report, _ = tune(*arguments, "--output", tmp_path / "seen")
+        assert status == 0
+        assert (copied / MANIFEST).read_bytes() == before
+        assert json.loads((tmp_path / "seen" / "tuning.json").read_text()) == report
+        assert (tmp_path / "seen" / "front.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_cannot_be_guaranteed_is_not_written_unless_told(tune: Tune, copied: Path) -> None:
+    before = (copied / MANIFEST).read_bytes()
+    status, report, error = tune("--max-drop", 0.001, "--confidence", 0.95)
+    assert (status, report["chosen"]) == (2, None)
+    assert "nothing was written" in error
+    assert "do not cascade" in report["verdict"]
+    assert (copied / MANIFEST).read_bytes() == before
+    status, report, _ = tune("--max-drop", 0.001, "--confidence", 0.95, "--fall-back")
+    assert (status, report["chosen"]["members"]) == (0, ["big"])
+    assert [member.name for member in CascadeRuntime(copied).bundle.members] == ["big"]
+
+
+def test_a_guarantee_tells_what_it_rests_on(tune: Tune, capsys: pytest.CaptureFixture[str], copied: Path) -> None:
+    status, report, _ = tune("--max-drop", 0.3, "--confidence", 0.9)
+    found = report["guarantee"]
+    assert status == 0
+    assert (found["texts"], found["searched_on"]) == (120, 120)
+    assert found["bound"] <= 0.3
+    assert found["p_value"] <= 0.1
+    assert 1 <= found["certified"] <= found["tested"]
+    main(["info", "--model-dir", str(copied)])
+    assert "guarantee" in capsys.readouterr().out
+
+
+def test_without_labels_the_last_member_is_the_measure(tune: Tune, tmp_path: Path) -> None:
+    plain = tmp_path / "plain.txt"
+    plain.write_text("\n".join(TEXTS))
+    status, report, _ = tune("--agreement", "--max-drop", 0.1, source=plain)
+    assert (status, report["compared_with"]) == (0, "the last member's answers")
+    assert report["alone"][-1]["accuracy"] == 1
+    assert report["chosen"]["accuracy"] >= 0.9
+    assert report["chosen"]["risk"] == pytest.approx(report["chosen"]["drop"])
+
+
+def test_logits_are_kept_and_a_broken_cache_is_made_anew(
+    tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, first, _ = tune()
+    (kept,) = (tmp_path / "cache" / "cascade-rt").iterdir()
+    with monkeypatch.context() as patched:
+        patched.setattr(CascadeRuntime, "member_logits", None)
+        _, second, _ = tune()
+    assert [point["accuracy"] for point in second["alone"]] == [point["accuracy"] for point in first["alone"]]
+    kept.write_bytes(kept.read_bytes()[:100])
+    _, third, _ = tune()
+    assert [point["accuracy"] for point in third["alone"]] == [point["accuracy"] for point in first["alone"]]
+
+
+def test_the_closing_line_says_when_the_texts_have_changed(
+    tune: Tune, copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, report, _ = tune("--max-drop", 0.05, "--all-members")
+    exits = report["chosen"]["exits"]
+    assert min(exits[0], exits[-1]) > 10  # there is something to shift
+    same = tmp_path / "same.txt"
+    same.write_text("\n".join(TEXTS))
+    main(["predict", "--model-dir", str(copied), "--input", str(same), "--output", "out.jsonl"])
+    error = capsys.readouterr().err
+    assert "240 texts, exits" in error
+    assert "p = 1.0000" in error
+    assert "changed" not in error
+    runtime = CascadeRuntime(copied)
+    late = [text for text, answer in zip(TEXTS, runtime.predict(TEXTS), strict=True) if answer.exit == 2]
+    other = tmp_path / "other.txt"
+    other.write_text("\n".join(late * 5))
+    main(["predict", "--model-dir", str(copied), "--input", str(other), "--output", "out2.jsonl"])
+    assert "the texts have changed: tune again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (30, "found 30 texts, expected at least 50"),
+        ("one class", "found no text of 2 of the 3 classes ('fine', 'good')"),
+        ("unknown", "found the label 'splendid'"),
+    ],
+)
+def test_data_that_cannot_tell_is_refused(tune: Tune, tmp_path: Path, rows: Any, message: str) -> None:
+    made = [{"text": text, "label": LABELS[at % 3]} for at, text in enumerate(TEXTS)]
+    if rows == "one class":
+        made = [row | {"label": "bad"} for row in made]
+    elif rows == "unknown":
+        made[7]["label"] = "splendid"
+    else:
+        made = made[:rows]
+    status, _, error = tune("--max-drop", 0.01, source=written(tmp_path / "wrong.jsonl", made))
+    assert (status, error.count("\n")) == (2, 1)
+    assert message in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--max-drop", 0.1, "--speedup", 2), "one question at a time"),
+        (("--max-drop", -0.1), "found --max-drop -0.1"),
+        (("--max-drop", "nan"), "found --max-drop nan"),
+        (("--speedup", 0), "found --speedup 0"),
+        (("--speedup", 9), "expected at most 4.00"),
+        (("--budget-ms", 1e-6), "expected at least"),
+        (("--confidence", 0.95), "expected --max-drop with it"),
+        (("--max-drop", 0.1, "--confidence", 1), "found --confidence 1"),
+        (("--max-drop", 0.1, "--p95"), "expected --budget-ms with it"),
+        (("--max-drop", 0.1, "--model-dir", "someone/bundle"), "not a folder of yours"),
+    ],
+)
+def test_questions_without_an_answer_are_refused(
+    tune: Tune, copied: Path, arguments: tuple[object, ...], message: str
+) -> None:
+    before = (copied / MANIFEST).read_bytes()
+    status, _, error = tune(*arguments)
+    assert (status, error.count("\n")) == (2, 1)
+    assert message in error
+    assert (copied / MANIFEST).read_bytes() == before
+
+
+def test_an_unknown_cost_is_refused() -> None:
+    with pytest.raises(InputError, match="expected one of layers, flops, latency"):
+        Question(cost="money")
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        7,
+        {"members": ["big"]},
+        {"members": [], "thresholds": [], "exits": []},
+        {"members": ["big", "tiny"], "thresholds": [0.8], "exits": [1, 1]},
+        {"members": ["tiny", 3], "thresholds": [0.8], "exits": [1, 1]},
+        {"members": ["tiny", "big"], "thresholds": [0.3], "exits": [1, 1]},
+        {"members": ["tiny", "big"], "thresholds": [0.8], "exits": [0, 0]},
+        {"members": ["tiny", "big"], "thresholds": [0.8], "exits": [1, True]},
+        {"members": ["tiny", "big"], "thresholds": [0.8], "exits": [5]},
+    ],
+)
+def test_a_tuning_that_cannot_be_followed_is_refused(copied: Path, broken: Any) -> None:
+    bundle = read_bundle(copied)
+    object.__setattr__(bundle, "other", {**bundle.other, "tuning": broken})
+    write_manifest(copied, bundle)
+    with pytest.raises(BundleError, match="tuning"):
+        read_bundle(copied)
