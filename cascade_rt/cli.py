@@ -29,7 +29,18 @@ from .evaluation import evaluate, label_ids
 from .hub import push
 from .records import FORMATS, Example, Text, open_output, read_examples, write_json
 from .runtime import CascadeRuntime
-from .tuning import COSTS, Question, cache_folder, collect, draw_front, local_folder, open_whole, tune, write_tuning
+from .tuning import (
+    COSTS,
+    Question,
+    cache_folder,
+    collect,
+    draw_front,
+    local_folder,
+    open_whole,
+    plotting,
+    tune,
+    write_tuning,
+)
 
 _OFFLINE = {
     "difficulty": ("cascade_train.cli", "label", "which training instances are difficult, for DAR (extra: export)"),
@@ -106,8 +117,8 @@ def _closing(stats: Stats) -> str:
     """Return the line that closes a run: exits, layers, and whether the texts are still of tuning's kind."""
     if not stats.texts:
         return "0 texts"
-    line = f"{stats.texts} text{'s' if stats.texts != 1 else ''}, exits {_rates([count / stats.texts for count in stats.exits])}, "
-    line += f"{stats.mean_layers:.2f} layers a text"
+    exits = _rates([count / stats.texts for count in stats.exits])
+    line = f"{stats.texts} text{'s' * (stats.texts != 1)}, exits {exits}, {stats.mean_layers:.2f} layers a text"
     if stats.tuned_rates is None or stats.p_value is None or stats.distance is None:
         return line
     line += f"; when tuned {_rates(stats.tuned_rates)}: distance {stats.distance:.3f}, p = {stats.p_value:.4f}"
@@ -278,6 +289,8 @@ def _tune(options: argparse.Namespace) -> None:
     )
     writes = not options.dry_run and (question.max_drop, question.speedup, question.budget_ms) != (None, None, None)
     folder = local_folder(options.model_dir) if writes else None
+    if options.output:
+        plotting()  # says what to install before the work, not after
     runtime = open_whole(options.model_dir, **_settings(options))
     bundle = runtime.bundle
     examples = list(_examples(options, bundle.pair))

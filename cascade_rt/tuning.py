@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from .bundle import MANIFEST, TUNING, Bundle, read_bundle, write_manifest
 from .cost import member_flops
-from .errors import BundleError, InputError, MissingExtraError
+from .errors import BundleError, InputError, MissingExtraError, TextError
 from .gate import confidence, softmax
 from .records import Text
 from .runtime import CascadeRuntime
@@ -146,7 +146,7 @@ def collect(
     members = runtime.bundle.members
     tokenization, seconds = _latencies(runtime, texts, lengths)
     nothing = np.zeros(len(texts))
-    digest = hashlib.sha256(repr((list(texts), None if labels is None else labels.tolist())).encode("utf-8"))
+    digest = _digest((list(texts), None if labels is None else labels.tolist()))
     return Collected(
         confidence(probabilities),
         predictions == (predictions[-1] if labels is None else labels),
@@ -156,7 +156,7 @@ def collect(
             "latency": 1000 * seconds,
         },
         {"layers": nothing, "flops": nothing, "latency": 1000 * tokenization},
-        digest.hexdigest(),
+        digest,
         labels is not None,
     )
 
@@ -274,8 +274,8 @@ def local_folder(model_dir: str) -> Path:
     return folder
 
 
-def draw_front(report: dict[str, Any], path: Path) -> None:
-    """Draw the front, each member alone, and the chosen point, as accuracy over speed-up."""
+def plotting() -> Any:
+    """Return matplotlib's pyplot, drawing into files; raise MissingExtraError where it is not installed."""
     try:
         import matplotlib  # noqa: PLC0415 - an extra
     except ImportError as error:
@@ -283,6 +283,12 @@ def draw_front(report: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot  # noqa: PLC0415
 
+    return pyplot
+
+
+def draw_front(report: dict[str, Any], path: Path) -> None:
+    """Draw the front, each member alone, and the chosen point, as accuracy over speed-up."""
+    pyplot = plotting()
     kind = "latency" if report["question"]["budget_ms"] is not None else report["question"]["cost"]
     figure, axis = pyplot.subplots(figsize=(6, 4), layout="constrained")
 
@@ -336,7 +342,7 @@ def _logits(
     bundle = runtime.bundle
     files = [bundle.tokenizer_sha256, *(member.sha256 for member in bundle.members)]
     files += [file.sha256 for member in bundle.members for file in member.data]
-    key = hashlib.sha256(repr((files, bundle.max_length, bundle.pair, list(texts))).encode("utf-8")).hexdigest()
+    key = _digest((files, bundle.max_length, bundle.pair, list(texts)))
     kept = None if cache is None else cache / f"logits-{key}.npz"
     if kept is not None and kept.is_file():
         try:
@@ -347,7 +353,10 @@ def _logits(
             pass  # cut short by a kill or a full disk: made anew
     parts, lengths = [], []
     for start in range(0, len(texts), _CHUNK):
-        logits, tokens = runtime.member_logits(texts[start : start + _CHUNK])
+        try:
+            logits, tokens = runtime.member_logits(texts[start : start + _CHUNK])
+        except TextError as error:
+            raise TextError(start + error.index, error.reason) from None
         parts.append(logits)
         lengths.append(tokens)
         progress(len(tokens))
@@ -355,6 +364,10 @@ def _logits(
     if kept is not None:
         _keep(kept, found_logits, found_lengths)
     return found_logits, found_lengths
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(repr(value).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _keep(path: Path, logits: NDArray[np.float32], lengths: NDArray[np.intp]) -> None:

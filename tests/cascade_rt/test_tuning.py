@@ -218,6 +218,17 @@ def test_data_that_cannot_tell_is_refused(tune: Tune, tmp_path: Path, rows: Any,
     assert message in error
 
 
+def test_a_text_that_cannot_be_used_is_named_by_its_line(
+    tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cascade_rt.tuning._CHUNK", 50)
+    rows: list[dict[str, Any]] = [{"text": text, "label": LABELS[at % 3]} for at, text in enumerate(TEXTS)]
+    rows[123]["text"] = "half a pair: \ud800"
+    status, _, error = tune(source=written(tmp_path / "odd.jsonl", rows))
+    assert (status, error.count("\n")) == (2, 1)
+    assert "odd.jsonl:124" in error
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
