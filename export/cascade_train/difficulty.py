@@ -32,6 +32,7 @@ from cascade_train.finetune import (
     LABELS_ALONE,
     ObjectiveTrainer,
     Recipe,
+    answers,
     arguments,
     claim,
     collator,
@@ -171,8 +172,8 @@ def _train_fold(
             processing_class=tokenizer,
         )
         trainer.train()
-        outcome = trainer.predict(features(tokenizer, model, data.train.take(held), recipe.max_length))
-    predictions: NDArray[np.intp] = outcome.predictions.argmax(axis=-1)
+    rows = features(tokenizer, model, data.train.take(held), recipe.max_length)
+    predictions: NDArray[np.intp] = answers(tokenizer, model, rows).argmax(axis=-1)
     write_json(_part(work, seed, fold), np.column_stack([held, predictions]).tolist())
 
 

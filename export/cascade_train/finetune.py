@@ -230,16 +230,24 @@ def logits_of(source: str, data: TaskData, examples: Examples, max_length: int) 
         raise InputError(
             f"teacher {source}: found the labels {', '.join(found[:6])}, expected {', '.join(data.labels[:6])}"
         )
-    rows = features(tokenizer, model, examples, max_length)
+    return answers(tokenizer, model, features(tokenizer, model, examples, max_length))
+
+
+def answers(tokenizer: PreTrainedTokenizerFast, model: Any, rows: list[dict[str, Any]]) -> NDArray[np.float32]:
+    """Return the logits of a model for what `features` made, float32 (rows, labels), in their order.
+
+    Not the Trainer's `predict`: with `group_by_length` that answers in the order of the lengths.
+    """
+    model.eval()
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]))
-    logits = np.empty((len(rows), len(found)), dtype=np.float32)
+    logits = np.empty((len(rows), model.config.num_labels), dtype=np.float32)
     collate = collator(tokenizer)
     for start in range(0, len(order), _TEACHER_BATCH):
         some = order[start : start + _TEACHER_BATCH]
-        batch = collate([rows[row] for row in some])
+        batch = {name: values.to(model.device) for name, values in collate([rows[row] for row in some]).items()}
         batch.pop("labels")
         with torch.inference_mode():
-            logits[some] = model(**batch).logits.float().numpy()
+            logits[some] = model(**batch).logits.float().cpu().numpy()
     return logits
 
 

@@ -67,6 +67,15 @@ def test_easy_is_what_every_seed_answers_rightly(labelled: Path, data: TaskData)
     assert [path.name for path in labelled.parent.iterdir()] == ["difficulty"]
 
 
+def test_answers_stay_with_their_texts_whatever_their_lengths(base: str, tmp_path: Path) -> None:
+    """Batches are made of like lengths; out of step, the answers would be right for half of the texts."""
+    texts = [" ".join([("bad", "good")[row % 2], *["film"] * (row * 7 % 11)]) for row in range(66)]
+    examples = Examples(texts, [row % 2 for row in range(66)])
+    toy = TaskData("toy", ("bad", "good"), False, "accuracy", examples, examples)
+    summary = label_difficulty(base, toy, tmp_path / "labels", layers=1, recipe=RECIPE, folds=2, seeds=2)
+    assert min(summary["accuracy_by_seed"]) > 0.9
+
+
 def test_a_killed_run_goes_on_and_two_at_a_time_answer_the_same(
     base: str, data: TaskData, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
