@@ -195,8 +195,9 @@ def _show_tuning(tuning: dict[str, Any]) -> None:
     numbers = [f"{name} {tuning[name]:.4g}" for name in _TUNED if isinstance(tuning.get(name), int | float)]
     exits = [count / sum(tuning["exits"]) for count in tuning["exits"]]
     print("tuned       " + ", ".join([" + ".join(tuning["members"]), f"exits {_rates(exits)}", *numbers]))
-    if isinstance(tuning.get("guarantee"), dict):
-        print(f"guarantee   {json.dumps(tuning['guarantee'])}")
+    guarantee = tuning.get("guarantee")
+    if isinstance(guarantee, dict) and guarantee.get("certified"):
+        print(f"guarantee   {_held(guarantee)}")
 
 
 def _push(options: argparse.Namespace) -> None:
@@ -251,6 +252,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         np.concatenate(parts, axis=1),
         np.concatenate(labels),
         np.concatenate(lengths),
+        runtime.original,
     )
     if options.json:
         print(json.dumps(report))
@@ -287,6 +289,8 @@ def _tune(options: argparse.Namespace) -> None:
         subsets=not options.all_members,
         seed=options.seed,
     )
+    if options.fall_back and question.confidence is None:
+        raise InputError("found --fall-back alone, expected --confidence with it")
     writes = not options.dry_run and (question.max_drop, question.speedup, question.budget_ms) != (None, None, None)
     folder = local_folder(options.model_dir) if writes else None
     if options.output:
@@ -342,27 +346,33 @@ def _show_tuned(report: dict[str, Any]) -> None:
     )
     print(f"{report['data']['texts']} texts, compared with {report['compared_with']}; accuracy, drop and risk in %")
     if guarantee := report["guarantee"]:
-        print(_promise(report["chosen"], guarantee))
+        print(_promise(guarantee))
     print(f"verdict: {report['verdict']}")
 
 
-def _promise(chosen: dict[str, Any] | None, found: dict[str, Any]) -> str:
+def _held(found: dict[str, Any]) -> str:
+    return (
+        f"with confidence {found.get('confidence')} at most a share of {found.get('max_risk')} of such texts is "
+        "answered wrongly here and rightly by the last member, so accuracy drops by no more"
+    )
+
+
+def _promise(found: dict[str, Any]) -> str:
     """Say what Learn then Test promises, and what it could with more texts."""
     tested = (
-        f"{found['losses']} of {found['texts']} texts lost, p = {found['p_value']:.3g}; with confidence "
-        f"{found['confidence']:g} at most {100 * found['bound']:.2f}%"
+        f"{found['losses']} of {found['texts']} texts lost, p = {found['p_value']:.3g}, upper bound "
+        f"{100 * found['bound']:.2f}%"
     )
-    held = chosen is not None and found["certified"]
-    line = (
-        f"guarantee: with confidence {found['confidence']:g}, the accuracy drop is at most {100 * found['max_risk']:g} "
-        f"points ({tested})"
-        if held
-        else f"no guarantee of {100 * found['max_risk']:g} points: the most careful cascade tried has {tested}"
-    )
+    if found["certified"]:
+        line = f"guarantee: {_held(found)} ({tested})"
+    elif found["tested"]:
+        line = f"no guarantee of {100 * found['max_risk']:g} points: the most careful cascade tried has {tested}"
+    else:
+        line = "no guarantee: nothing is faster than the last member alone"
     for row in found["with_more_texts"]:
         line += (
-            f"\n  {row['speedup']:.2f}x could be certified on about {row['texts']} texts, if its risk stays "
-            f"{100 * row['risk']:.2f}%"
+            f"\n  {row['speedup']:.2f}x could be certified with a file of about {row['texts']} texts, if its risk "
+            f"stays {100 * row['risk']:.2f}%"
         )
     return line
 
@@ -483,7 +493,12 @@ def _parser() -> CommandParser:
 
 def _add_tune(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     tuning = commands.add_parser("tune", parents=parents, help="choose members and thresholds", allow_abbrev=False)
-    tuning.add_argument("--input", required=True, metavar="FILE", help="texts that no member was trained on, labelled")
+    tuning.add_argument(
+        "--input",
+        required=True,
+        metavar="FILE",
+        help="labelled texts as they will come, that no training saw or chose by",
+    )
     tuning.add_argument("--label-column", metavar="NAME", default="label", help="default: label")
     tuning.add_argument("--agreement", action="store_true", help="no labels: agree with the last member instead")
     asked = tuning.add_argument_group("the question; without one, the best trades are shown and nothing is written")

@@ -15,12 +15,14 @@ def cumulative_layers(members: Sequence[MemberEntry]) -> NDArray[np.int64]:
     return np.cumsum([member.layers for member in members], dtype=np.int64)
 
 
-def layer_speedup(members: Sequence[MemberEntry], exits: NDArray[np.intp]) -> float:
+def layer_speedup(
+    members: Sequence[MemberEntry], exits: NDArray[np.intp], original: MemberEntry | None = None
+) -> float:
     """Speed-up ratio by layers (paper, section 4.1): N * L_n over the layers executed for the N texts.
 
-    `exits`: the exit of each text, int, shape (texts,).
+    `exits`: the exit of each text, int, shape (texts,). `original`: what is compared with, None for the last member.
     """
-    return float(len(exits) * members[-1].layers / cumulative_layers(members)[exits].sum())
+    return float(len(exits) * (original or members[-1]).layers / cumulative_layers(members)[exits].sum())
 
 
 def member_flops(member: MemberEntry, lengths: NDArray[np.intp]) -> NDArray[np.float64]:
@@ -39,8 +41,13 @@ def member_flops(member: MemberEntry, lengths: NDArray[np.intp]) -> NDArray[np.f
     return flops
 
 
-def flops_speedup(members: Sequence[MemberEntry], exits: NDArray[np.intp], lengths: NDArray[np.intp]) -> float:
-    """Speed-up ratio by FLOPs; `exits` and `lengths` (tokens) are ints of shape (texts,)."""
+def flops_speedup(
+    members: Sequence[MemberEntry],
+    exits: NDArray[np.intp],
+    lengths: NDArray[np.intp],
+    original: MemberEntry | None = None,
+) -> float:
+    """Speed-up ratio by FLOPs over `original` (None: the last member); `exits` and `lengths`: ints (texts,)."""
     path = np.cumsum([member_flops(member, lengths) for member in members], axis=0)
     executed = path[exits, np.arange(len(exits))].sum()
-    return float(member_flops(members[-1], lengths).sum() / executed)
+    return float(member_flops(original or members[-1], lengths).sum() / executed)

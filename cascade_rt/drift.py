@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 _DRAWS = 9_999
+_MOST = 10**8  # texts counted one by one; of more, every k-th
 SIGNIFICANT = 0.01
 
 
@@ -35,6 +36,7 @@ def exit_shift(tuned: Sequence[int], seen: Sequence[int]) -> tuple[float, float]
     number of texts. `tuned`, `seen`: texts per exit, equally long, each of at least one text in all.
     """
     counts = np.array([tuned, seen], dtype=np.int64)
+    counts //= np.maximum(1, counts.sum(axis=1, keepdims=True) // _MOST)
     totals = counts.sum(axis=0)
     rates = counts / counts.sum(axis=1, keepdims=True)
     expected = totals * counts[1].sum() / totals.sum()

@@ -37,12 +37,13 @@ def evaluate(
     logits: NDArray[np.float32],
     labels: NDArray[np.intp],
     lengths: NDArray[np.intp],
+    original: MemberEntry | None = None,
 ) -> dict[str, Any]:
     """Accuracy, F1, DIS and ECE of each member and of the cascade, with exits and speed-up ratios.
 
     `logits`: float32 (members, texts, labels) and `lengths`: tokens (texts,), both as
-    `CascadeRuntime.member_logits` answers; `labels`: class ids (texts,). Returns plain numbers for JSON; DIS is
-    None where no text, or every text, is answered rightly.
+    `CascadeRuntime.member_logits` answers; `labels`: class ids (texts,). Speed-ups are over `original`, None for the
+    last member. Returns plain numbers for JSON; DIS is None where no text, or every text, is answered rightly.
     """
     probabilities = softmax(logits)
     confidences = confidence(probabilities)
@@ -64,8 +65,8 @@ def evaluate(
             "thresholds": list(thresholds),
             "exits": np.bincount(left_at, minlength=len(members)).tolist(),
             "mean_layers": float(cumulative_layers(members)[left_at].mean()),
-            "layer_speedup": layer_speedup(members, left_at),
-            "flops_speedup": flops_speedup(members, left_at, lengths),
+            "layer_speedup": layer_speedup(members, left_at, original),
+            "flops_speedup": flops_speedup(members, left_at, lengths, original),
         },
     }
 

@@ -73,12 +73,13 @@ class CascadeRuntime:
         {"device_id": "1"}. `threads`: for each member's computation, None for all CPUs that this process may use.
         `thresholds`: None for the bundle's, a float for one tau at every member, or a list, one per member but the
         last; each in [0, 1]. `members`: the names of those to use, None for those that tuning chose (all, where
-        nothing was tuned). `preload` loads them all now. `verify=False` leaves out the sha256 of the files, for huge
-        models on a disk that is trusted.
+        nothing was tuned or `thresholds` are given). `preload` loads them all now. `verify=False` leaves out the
+        sha256 of the files, for huge models on a disk that is trusted.
         Raises BundleError for a bundle that cannot be used and InputError for an argument that cannot.
         """
         bundle = read_bundle(model_dir, members, verify=verify)
-        self.bundle: Bundle = bundle.tuned() if members is None else bundle
+        self.original = bundle.members[-1]
+        self.bundle: Bundle = bundle.tuned() if members is None and thresholds is None else bundle
         folder, entries = self.bundle.folder or Path(model_dir), self.bundle.members
         self.thresholds: list[float] = checked_thresholds(thresholds, self.bundle.thresholds, len(entries))
         self._tokenizer = TextTokenizer(folder / self.bundle.tokenizer_file, self.bundle.max_length, self.bundle.pair)

@@ -7,19 +7,19 @@ that answers the user's question -> a verdict against each member alone -> the b
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .bundle import MANIFEST, TUNING, Bundle, read_bundle, write_manifest
+from .bundle import MANIFEST, TUNING, Bundle, file_version, read_bundle, write_manifest
 from .cost import member_flops
 from .errors import BundleError, InputError, MissingExtraError, TextError
 from .gate import confidence, softmax
@@ -41,7 +41,7 @@ from .thresholds import (
 COSTS = ("layers", "flops", "latency")
 FEWEST_TEXTS = 50
 _CHUNK = 1024
-_TIMED = 200  # texts
+_TIMED = 100  # texts
 _ROUNDS = 3
 
 
@@ -69,16 +69,16 @@ class Question:
         asked = [name for name in ("max_drop", "speedup", "budget_ms") if getattr(self, name) is not None]
         if len(asked) > 1:
             raise InputError(f"found --{' and --'.join(asked).replace('_', '-')}, expected one question at a time")
-        for name, lowest, highest in (
-            ("max_drop", 0.0, 1.0),
-            ("speedup", 0.0, math.inf),
-            ("budget_ms", 0.0, math.inf),
-            ("confidence", 0.5, 1.0),
+        for name, lowest, highest, told in (
+            ("max_drop", 0.0, 1.0, "a share from 0 to below 1"),
+            ("speedup", 1e-9, math.inf, "a number above 0"),
+            ("budget_ms", 1e-9, math.inf, "a number above 0"),
+            ("confidence", 0.5, 1.0, "a number from 0.5 to below 1"),
+            ("seed", 0, 2**32, "a whole number from 0"),
         ):
             value = getattr(self, name)
-            if value is not None and (not lowest <= value < highest or (value == 0 and name != "max_drop")):
-                option = name.replace("_", "-")
-                raise InputError(f"found --{option} {value:g}, expected a number from {lowest:g} to {highest:g}")
+            if value is not None and not lowest <= value < highest:
+                raise InputError(f"found --{name.replace('_', '-')} {value:g}, expected {told}")
         if self.confidence is not None and self.max_drop is None:
             raise InputError("found --confidence alone, expected --max-drop with it: that is what can be guaranteed")
         if self.p95 and self.budget_ms is None:
@@ -95,6 +95,7 @@ class Collected:
     right: NDArray[np.bool_]
     costs: dict[str, NDArray[np.float64]]
     overhead: dict[str, NDArray[np.float64]]
+    noise: float
     digest: str
     labelled: bool
 
@@ -108,7 +109,8 @@ class Collected:
 
     def answers(self, cost: str) -> Answers:
         """Return them with one kind of cost: layers, FLOPs or milliseconds."""
-        return Answers(self.confidences, self.right, self.costs[cost], self.overhead[cost])
+        noise = self.noise if cost == "latency" else 1.0
+        return Answers(self.confidences, self.right, self.costs[cost], self.overhead[cost], noise)
 
 
 def open_whole(model_dir: str | Path, **settings: Any) -> CascadeRuntime:
@@ -144,9 +146,9 @@ def collect(
     probabilities = softmax(logits)
     predictions = probabilities.argmax(axis=-1)
     members = runtime.bundle.members
-    tokenization, seconds = _latencies(runtime, texts, lengths)
+    tokenization, seconds, noise = _latencies(runtime, texts, lengths)
     nothing = np.zeros(len(texts))
-    digest = _digest((list(texts), None if labels is None else labels.tolist()))
+    answers = [None] * len(texts) if labels is None else [names[label] for label in labels.tolist()]
     return Collected(
         confidence(probabilities),
         predictions == (predictions[-1] if labels is None else labels),
@@ -156,7 +158,8 @@ def collect(
             "latency": 1000 * seconds,
         },
         {"layers": nothing, "flops": nothing, "latency": 1000 * tokenization},
-        digest,
+        noise,
+        _digest(zip(texts, answers, strict=True)),
         labels is not None,
     )
 
@@ -185,12 +188,12 @@ def tune(bundle: Bundle, data: Collected, question: Question) -> dict[str, Any]:
             )
         chosen = most_accurate(points, whole.cost / question.speedup)
     elif question.budget_ms is not None:
-        cheapest = min(point.cost_p95 if question.p95 else point.cost for point in points)
-        if question.budget_ms < cheapest:
-            raise InputError(
-                f"found --budget-ms {question.budget_ms:g}, expected at least {cheapest:.3g}: the fastest member's here"
-            )
         chosen = most_accurate(points, question.budget_ms, p95=question.p95)
+        if chosen is None:
+            least = min(point.cost_p95 if question.p95 else point.cost for point in points)
+            raise InputError(
+                f"found --budget-ms {question.budget_ms:g}, expected at least {least:.3g}: the fastest member's here"
+            )
     report = {
         "question": asdict(question),
         "data": {"texts": len(answers.overhead), "sha256": data.digest},
@@ -230,16 +233,16 @@ def verdict(report: dict[str, Any]) -> str:
     """Say whether the chosen cascade is worth it, against each member alone at its measured latency."""
     chosen, alone = report["chosen"], report["alone"]
     last = alone[-1]
+    if chosen is None and report["guarantee"] is None:
+        return "nothing was asked, nothing chosen: these are the best trades"
     if chosen is None:
-        if report["guarantee"] is None:
-            return "nothing was asked, nothing chosen: these are the best trades"
         return f"do not cascade on this evidence: nothing faster than {last['members'][0]} alone can be guaranteed"
     if chosen["members"] == last["members"]:
         return f"do not cascade: use {last['members'][0]} alone"
     if len(chosen["members"]) == 1:
         return (
-            f"use {chosen['members'][0]} alone: {chosen['latency_speedup']:.2f}x as fast as {last['members'][0]} here, "
-            "and no cascade is better"
+            f"do not cascade: use {chosen['members'][0]} alone, {chosen['latency_speedup']:.2f}x as fast as "
+            f"{last['members'][0]} here, {_lost(chosen['drop'])}"
         )
     for rival in alone:
         if rival["accuracy"] >= chosen["accuracy"] and rival["latency_ms"] <= chosen["latency_ms"]:
@@ -247,20 +250,30 @@ def verdict(report: dict[str, Any]) -> str:
                 f"do not cascade: {rival['members'][0]} alone is as accurate ({100 * rival['accuracy']:.2f}%) and as "
                 f"fast here ({rival['latency_ms']:.2f} ms against {chosen['latency_ms']:.2f}); ask with --cost latency"
             )
+    slower = "do not cascade, ask with --cost latency" if chosen["latency_speedup"] <= 1 else "cascade"
     return (
-        f"cascade: {chosen['latency_speedup']:.2f}x as fast as {last['members'][0]} alone here, "
-        f"{100 * chosen['drop']:+.2f} points of accuracy lost on these texts"
+        f"{slower}: {chosen['latency_speedup']:.2f}x as fast as {last['members'][0]} alone here, "
+        f"{_lost(chosen['drop'])}"
     )
+
+
+def _lost(drop: float) -> str:
+    return f"{100 * abs(drop):.2f} points of accuracy {'lost' if drop >= 0 else 'won'} on these texts"
 
 
 def write_tuning(folder: Path, bundle: Bundle, report: dict[str, Any]) -> None:
-    """Write the chosen members and thresholds, and what is expected of them, into the bundle: whole or not at all."""
+    """Write the chosen members and thresholds, and what is expected of them, into the bundle: whole or not at all.
+
+    Members that are left out get a threshold that no text exceeds, and a chosen last one that is not the bundle's one
+    that every text does: whoever runs them all gets the same answers. Raises BundleError where another bundle has
+    taken this one's place since it was read.
+    """
+    if file_version(folder / MANIFEST) != bundle.version:
+        raise BundleError(f"{folder}: replaced while it was tuned; tune it again")
     chosen = report["chosen"]
-    taus = dict(zip(chosen["members"], chosen["thresholds"], strict=False))
-    members = tuple(
-        replace(member, threshold=None if place == len(bundle.members) - 1 else taus.get(member.name, member.threshold))
-        for place, member in enumerate(bundle.members)
-    )
+    taus = dict(zip(chosen["members"], [*chosen["thresholds"], 0.0], strict=True))
+    *others, last = bundle.members
+    members = (*(replace(member, threshold=taus.get(member.name, 1.0)) for member in others), last)
     kept = {key: report[key] for key in ("question", "data", "compared_with", "guarantee", "verdict")}
     tuning = chosen | {"last_alone": {"accuracy": report["alone"][-1]["accuracy"]}} | kept
     write_manifest(folder, replace(bundle, members=members, other={**bundle.other, TUNING: tuning}))
@@ -322,18 +335,16 @@ def _guaranteed(
     chosen, certificate, sequence = certify(
         answers.take(rows[:half]), answers.take(rows[half:]), max_risk, confidence, **options
     )
-    last = measure(answers, (len(answers.confidences) - 1,), ())
+    test = answers.take(rows[half:])  # the other half chose the points: there they look better than they are
+    last = measure(test, (len(answers.confidences) - 1,), ())
     promising = []
     for point in sequence:
-        seen = measure(answers, point.members, point.thresholds)
-        if chosen is None or seen.cost < chosen.cost:
-            needed = texts_needed(seen.risk, max_risk, confidence)
-            promising.append({"speedup": last.cost / seen.cost, "risk": seen.risk, "texts": needed})
-    reachable = [row for row in promising if row["texts"] is not None]
-    return chosen, asdict(certificate) | {
-        "searched_on": half,
-        "with_more_texts": reachable[:: max(1, len(reachable) // 5)],
-    }
+        seen = measure(test, point.members, point.thresholds)
+        needed = texts_needed(seen.risk, max_risk, confidence)
+        if needed is not None and needed > certificate.texts and (chosen is None or seen.cost < chosen.cost):
+            promising.append({"speedup": last.cost / seen.cost, "risk": seen.risk, "texts": 2 * needed})
+    told = promising[:: max(1, len(promising) // 4)]
+    return chosen, asdict(certificate) | {"searched_on": half, "with_more_texts": told}
 
 
 def _logits(
@@ -342,15 +353,15 @@ def _logits(
     bundle = runtime.bundle
     files = [bundle.tokenizer_sha256, *(member.sha256 for member in bundle.members)]
     files += [file.sha256 for member in bundle.members for file in member.data]
-    key = _digest((files, bundle.max_length, bundle.pair, list(texts)))
+    key = _digest([files, bundle.max_length, bundle.pair, *texts])
     kept = None if cache is None else cache / f"logits-{key}.npz"
     if kept is not None and kept.is_file():
         try:
             with kept.open("rb") as stream, np.load(stream) as found:
                 progress(len(texts))
                 return found["logits"], found["lengths"]
-        except (OSError, ValueError, KeyError, BadZipFile):
-            pass  # cut short by a kill or a full disk: made anew
+        except Exception:  # cut short by a kill or a full disk, which fails in many ways: made anew
+            kept.unlink(missing_ok=True)
     parts, lengths = [], []
     for start in range(0, len(texts), _CHUNK):
         try:
@@ -366,28 +377,34 @@ def _logits(
     return found_logits, found_lengths
 
 
-def _digest(value: object) -> str:
-    return hashlib.sha256(repr(value).encode("utf-8", "surrogatepass")).hexdigest()
+def _digest(rows: Iterable[object]) -> str:
+    """Return the sha256 of rows as lines of JSON, for data [text, label name] or [[text, text pair], label name]."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row).encode("ascii") + b"\n")
+    return digest.hexdigest()
 
 
 def _keep(path: Path, logits: NDArray[np.float32], lengths: NDArray[np.intp]) -> None:
     """Write the cache's file whole or not at all; a folder that cannot be written is no reason to fail."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(dir=path.parent, suffix=".npz")
-        with os.fdopen(handle, "wb") as stream:
+        with part.open("wb") as stream:
             np.savez(stream, logits=logits, lengths=lengths)
-        Path(part).replace(path)
+        part.replace(path)
     except OSError:
-        pass
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def _latencies(
     runtime: CascadeRuntime, texts: Sequence[Text], lengths: NDArray[np.intp]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
     """Return the seconds of tokenization, (texts,), and of each member, (members, texts), of a text that comes alone.
 
     Some texts of all lengths are timed, alone, the median of several rounds; a line over the length tells the rest.
+    Last, how many times the line's seconds the slowest 5% of all single timings took.
     """
     order = np.argsort(lengths, kind="stable")
     sample = order[np.unique(np.linspace(0, len(order) - 1, min(_TIMED, len(order))).astype(int))]
@@ -399,4 +416,5 @@ def _latencies(
     straight = 1 if len(np.unique(lengths[sample])) > 1 else 0
     lines = [np.polynomial.Polynomial.fit(lengths[sample], column, straight) for column in seconds.T]
     told = np.stack([np.maximum(line(lengths), column.min()) for line, column in zip(lines, seconds.T, strict=True)])
-    return told[0], told[1:]
+    ratios = np.sum(rounds[1:], axis=2) / told[:, sample].sum(axis=0)
+    return told[0], told[1:], max(1.0, float(np.quantile(ratios, 0.95)))

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from cascade_rt import CascadeRuntime
 from cascade_rt.cli import CommandParser
 from cascade_rt.errors import InputError, MissingExtraError
 from cascade_rt.evaluation import label_ids
 from cascade_rt.records import read_examples, write_json
+from cascade_rt.tuning import open_whole
 from cascade_train.tasks import TASKS, TaskData, load_file, load_task
 
 # Margins of the paper (section 4.1), found on each task's validation data.
@@ -92,7 +92,7 @@ def analyse(argv: list[str]) -> None:
         raise MissingExtraError("cascade-rt analyse", "analysis", error) from None
     from cascade_train.analysis import draw_projection, project, representations, write_analysis  # noqa: PLC0415
 
-    runtime = CascadeRuntime(options.model_dir, thresholds=options.threshold)
+    runtime = open_whole(options.model_dir, thresholds=options.threshold)
     bundle = runtime.bundle
     examples = list(read_examples(options.input, pair=bundle.pair))
     if not examples:

@@ -39,6 +39,8 @@ def test_other_texts_are_called_changed() -> None:
     assert p_value < 0.01
     assert exit_shift([700, 300], [7, 3])[1] > 0.9
     assert exit_shift([5, 0], [9, 0]) == (0.0, 1.0)
+    assert exit_shift([700, 300], [7 * 10**11, 3 * 10**11])[1] > 0.9
+    assert exit_shift([7 * 10**8, 3 * 10**8], [5 * 10**11, 5 * 10**11])[1] < 0.01
 
 
 def test_stats_count_what_was_answered(bundle: Path) -> None:
