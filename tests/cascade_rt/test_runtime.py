@@ -390,6 +390,7 @@ def test_the_public_names_are_the_documented_ones() -> None:
         "MemberEntry",
         "MissingExtraError",
         "Prediction",
+        "Stats",
         "__version__",
         "read_bundle",
     }
