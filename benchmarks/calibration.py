@@ -114,7 +114,7 @@ def _members(
             objective = Objective(
                 difficulty=difficulty if "DAR" in variant else None,
                 dar_margin=options.margin,
-                teacher=teacher_logits(str(folders["big"]), data, big) if "KD" in variant else None,
+                teacher=_teacher(folders["big"], data, big, work) if "KD" in variant else None,
             )
             finetune(options.base, data, folder, layers=options.layers[0], recipe=small, objective=objective)
     for variant in THREE if options.first else ():
@@ -123,6 +123,15 @@ def _members(
             objective = Objective(difficulty=difficulty if "DAR" in variant else None, dar_margin=options.margin)
             finetune(options.base, data, folder, layers=options.first, recipe=small, objective=objective)
     return folders
+
+
+def _teacher(folder: Path, data: TaskData, recipe: Recipe, work: Path) -> NDArray[np.float32]:
+    """Return the biggest member's logits for the training examples, kept beside the members that learn from them."""
+    kept = work / f"teacher-{folder.name}.npy"
+    if not kept.exists():
+        np.save(part := kept.with_suffix(".part.npy"), teacher_logits(str(folder), data, recipe))
+        part.rename(kept)
+    return np.asarray(np.load(kept))
 
 
 def _measured(
