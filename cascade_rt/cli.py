@@ -512,7 +512,7 @@ def _add_tune(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     asked.add_argument("--shared-threshold", action="store_true", help="one tau for all members, as in the paper")
     asked.add_argument("--all-members", action="store_true", help="leave no member out")
     asked.add_argument("--seed", type=int, default=0, help="of the halves that propose and certify")
-    tuning.add_argument("--output", type=Path, metavar="FOLDER", help="for tuning.json and front.png (extra: analysis)")
+    tuning.add_argument("--output", type=Path, metavar="FOLDER", help="for tuning.json and front.png (extra: plot)")
     tuning.add_argument("--dry-run", action="store_true", help="write nothing into the bundle")
     tuning.add_argument("--no-cache", action="store_true", help="run the members anew, keep nothing")
     tuning.add_argument("--json", action="store_true", help="the whole report as JSON")

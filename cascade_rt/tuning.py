@@ -292,7 +292,7 @@ def plotting() -> Any:
     try:
         import matplotlib  # noqa: PLC0415 - an extra
     except ImportError as error:
-        raise MissingExtraError("cascade-rt tune --output", "analysis", error) from None
+        raise MissingExtraError("cascade-rt tune --output", "plot", error) from None
     matplotlib.use("Agg")
     from matplotlib import pyplot  # noqa: PLC0415
 
