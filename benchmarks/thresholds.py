@@ -12,6 +12,7 @@ are also timed.
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,7 +51,7 @@ def main() -> None:
         if not folder.exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
             if given:
-                folder.symlink_to(given.resolve())
+                shutil.copytree(given, folder)  # under its name here: it becomes the member's
             else:
                 recipe = Recipe(
                     epochs=options.epochs, learning_rate=options.learning_rate, warmup_ratio=0.1, bf16=options.bf16
