@@ -3,7 +3,7 @@
     python benchmarks/thresholds.py --task sst-2 --data DATA/sst2 --base MINILM
 
 Trains the members (or takes `--members`), exports them, and then, for several random halves of the reported texts:
-tunes on one half, with and without a guarantee, with a threshold per member and with one for all, and measures the drop
+tunes on one half, freely, with a guarantee, and with all members kept, at one tau or one each, and measures the drop
 of accuracy and the speed-up on the other half. Without a guarantee the part that training held out, by which
 checkpoints were chosen, helps to tune; a guarantee needs texts that nothing was chosen by. Choices of the first split
 are also timed.
@@ -60,7 +60,7 @@ def main() -> None:
         folders.append(str(folder))
     model_dir = work / "bundle"
     if not (model_dir / MANIFEST).is_file():
-        export_bundle(folders, model_dir)
+        export_bundle(folders, model_dir, max_length=options.max_length)
     runtime = open_whole(model_dir, threads=options.threads, preload=True)
     texts = [*data.validation.texts, *reported.texts]
     labels = np.array([*data.validation.labels, *reported.labels], dtype=np.intp)
@@ -90,7 +90,7 @@ def main() -> None:
             _tuned(runtime.bundle, seen, question, tuned_on[held if question.confidence else 0 :], test)
             for tuned_on, test in halves
         ]
-        asked = {"max_drop": question.max_drop, "confidence": question.confidence, "shared": question.shared}
+        asked = {key: getattr(question, key) for key in ("max_drop", "confidence", "subsets", "shared")}
         report["questions"].append(asked | _summary(splits, question) | {"splits": splits})
         choices.append((tuple(splits[0]["members"]), tuple(splits[0]["thresholds"])))
     front = tune(runtime.bundle, seen.take(halves[0][0]), Question(cost=options.cost))
@@ -103,12 +103,14 @@ def main() -> None:
 
 
 def _questions(cost: str) -> list[Question]:
-    kinds = [(None, False), (None, True), (CONFIDENCE, False), (CONFIDENCE, True)]
-    return [
-        Question(max_drop=drop, confidence=confidence, cost=cost, shared=shared)
-        for confidence, shared in kinds
-        for drop in DROPS
+    """Return the free choice, that with a guarantee, and, all members kept, one tau for each or one for all."""
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"confidence": CONFIDENCE},
+        {"subsets": False},
+        {"subsets": False, "shared": True},
     ]
+    return [Question(max_drop=drop, cost=cost, **kind) for kind in kinds for drop in DROPS]
 
 
 def _tuned(
@@ -194,7 +196,8 @@ def _show(report: dict[str, Any]) -> None:
     print(f"\n{report['task']}: {report['rows']}, {report['splits']} splits; alone: {alone}")
     for row in report["questions"]:
         mean = row["mean"]
-        kind = ("one tau" if row["shared"] else "per member") + (", guaranteed" if row["confidence"] else "")
+        kind = "free" if row["subsets"] else "all members, one tau" if row["shared"] else "all members"
+        kind += ", guaranteed" if row["confidence"] else ""
         print(
             f"{kind:24} max drop {100 * row['max_drop']:.1f}: tuned {100 * mean['tuned_drop']:+.2f}, measured "
             f"{100 * mean['measured_drop']:+.2f} +- {100 * row['spread']['measured_drop']:.2f}, broken "
@@ -217,6 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--members", type=Path, nargs="+", metavar="DIR", help="trained already, one per --layers")
     add("--epochs", type=float, default=8)
     add("--learning-rate", type=float, default=2e-4)
+    add("--max-length", type=int, help="tokens; default: what training recorded")
     add("--bf16", action="store_true", help="train in bfloat16 where that is safe")
     add("--cost", choices=COSTS, default="layers")
     add("--splits", type=int, default=10)
