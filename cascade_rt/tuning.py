@@ -207,10 +207,14 @@ def tune(bundle: Bundle, data: Collected, question: Question) -> dict[str, Any]:
 
 
 def told(bundle: Bundle, data: Collected, members: tuple[int, ...], thresholds: tuple[float, ...]) -> dict[str, Any]:
-    """Return what one way to run the bundle does on the data: quality, exits, and speed-ups over its last member."""
+    """Return what one way to run the bundle does on the data: quality, exits, and speed-ups over its last member.
+
+    `drop_error` is the standard error of `drop`, text by text; what was chosen for its drop does worse on other texts.
+    """
     latency = data.answers("latency")
     point, whole = measure(latency, members, thresholds), measure(latency, (len(bundle.members) - 1,), ())
     place = left_at(latency, members, thresholds)
+    lost = data.right[-1].astype(int) - data.right[list(members)][place, np.arange(len(place))]
     speedups = {}
     for kind, costs in data.costs.items():
         executed = data.overhead[kind] + np.cumsum(costs[list(members)], axis=0)
@@ -221,6 +225,7 @@ def told(bundle: Bundle, data: Collected, members: tuple[int, ...], thresholds: 
         "thresholds": list(thresholds),
         "accuracy": point.accuracy,
         "drop": whole.accuracy - point.accuracy,
+        "drop_error": float(np.std(lost) / math.sqrt(len(lost))),
         "risk": point.risk,
         "exits": np.bincount(place, minlength=len(members)).tolist(),
         **speedups,
@@ -242,7 +247,7 @@ def verdict(report: dict[str, Any]) -> str:
     if len(chosen["members"]) == 1:
         return (
             f"do not cascade: use {chosen['members'][0]} alone, {chosen['latency_speedup']:.2f}x as fast as "
-            f"{last['members'][0]} here, {_lost(chosen['drop'])}"
+            f"{last['members'][0]} here, {_lost(chosen)}"
         )
     for rival in alone:
         if rival["accuracy"] >= chosen["accuracy"] and rival["latency_ms"] <= chosen["latency_ms"]:
@@ -251,14 +256,12 @@ def verdict(report: dict[str, Any]) -> str:
                 f"fast here ({rival['latency_ms']:.2f} ms against {chosen['latency_ms']:.2f}); ask with --cost latency"
             )
     slower = "do not cascade, ask with --cost latency" if chosen["latency_speedup"] <= 1 else "cascade"
-    return (
-        f"{slower}: {chosen['latency_speedup']:.2f}x as fast as {last['members'][0]} alone here, "
-        f"{_lost(chosen['drop'])}"
-    )
+    return f"{slower}: {chosen['latency_speedup']:.2f}x as fast as {last['members'][0]} alone here, {_lost(chosen)}"
 
 
-def _lost(drop: float) -> str:
-    return f"{100 * abs(drop):.2f} points of accuracy {'lost' if drop >= 0 else 'won'} on these texts"
+def _lost(chosen: dict[str, Any]) -> str:
+    points, error = 100 * chosen["drop"], 100 * chosen["drop_error"]
+    return f"{abs(points):.2f} (+- {error:.2f}) points of accuracy {'lost' if points >= 0 else 'won'} on these texts"
 
 
 def write_tuning(folder: Path, bundle: Bundle, report: dict[str, Any]) -> None:

@@ -72,6 +72,13 @@ def test_the_chosen_thresholds_are_written_and_followed(
     answers = runtime.predict(TEXTS)
     right = np.array([answer.label == label for answer, label in zip(answers, labels, strict=True)])
     assert right.mean() == chosen["accuracy"]
+    big = np.array(
+        [
+            row.label == label
+            for row, label in zip(CascadeRuntime(copied, members=["big"]).predict(TEXTS), labels, strict=True)
+        ]
+    )
+    assert chosen["drop_error"] == pytest.approx(np.std(big.astype(int) - right) / np.sqrt(len(TEXTS)))
     assert last["layers_speedup"] == 1
     assert 4 * len(TEXTS) / sum(answer.layers for answer in answers) == pytest.approx(chosen["layers_speedup"])
     found = runtime.stats()
