@@ -130,7 +130,7 @@ def collect(
     """Run every member on every text, and time some.
 
     `labels`: class ids, (texts,), or None to compare with the last member's answers. `cache`: a folder that keeps the
-    logits, so that the next question about the same texts is answered at once; None for none. Raises InputError for
+    logits, so that for the next question members run only to be timed; None for none. Raises InputError for
     too few texts and for a class without a text.
     """
     if len(texts) < FEWEST_TEXTS:
