@@ -108,20 +108,17 @@ def _members(
     folders = {"big": options.big or work / f"big-{big.seed}"}
     if not folders["big"].exists():
         finetune(options.base, data, folders["big"], layers=options.layers[1], recipe=big)
-    for variant in VARIANTS:
-        folders[variant] = folder = work / f"{variant.replace(' + ', '-')}-{small.seed}"
+    wanted = [(variant, variant, options.layers[0]) for variant in VARIANTS]
+    wanted += [(f"first {variant}", variant, options.first) for variant in THREE if options.first]
+    for name, variant, layers in wanted:
+        folders[name] = folder = work / f"{name.replace(' + ', '-').replace(' ', '-')}-{small.seed}"
         if not folder.exists():
             objective = Objective(
                 difficulty=difficulty if "DAR" in variant else None,
                 dar_margin=options.margin,
                 teacher=_teacher(folders["big"], data, big, work) if "KD" in variant else None,
             )
-            finetune(options.base, data, folder, layers=options.layers[0], recipe=small, objective=objective)
-    for variant in THREE if options.first else ():
-        folders[f"first {variant}"] = folder = work / f"first-{variant}-{small.seed}"
-        if not folder.exists():
-            objective = Objective(difficulty=difficulty if "DAR" in variant else None, dar_margin=options.margin)
-            finetune(options.base, data, folder, layers=options.first, recipe=small, objective=objective)
+            finetune(options.base, data, folder, layers=layers, recipe=small, objective=objective)
     return folders
 
 
@@ -178,15 +175,13 @@ def _cascades(
 ) -> dict[str, dict[str, Any]]:
     """Return the quality of a cascade at each speed-up, with the tau that reaches it on the held-out logits."""
     members = _entries(names, layers)
-    logits, held_sure = (
-        np.stack([seen[name] for name in names]),
-        confidence(softmax(np.stack([held[n] for n in names]))),
-    )
+    logits = np.stack([seen[name] for name in names])
+    probabilities, held_sure = softmax(logits), confidence(softmax(np.stack([held[name] for name in names])))
     lengths = np.ones(len(labels), dtype=np.intp)  # FLOPs are not reported here
     rows = {}
     for speedup in speedups:
         taus = [threshold_for_speedup(members, held_sure, speedup)] * (len(members) - 1)
-        gain = expected_gain(members, softmax(logits), labels, taus)
+        gain = expected_gain(members, probabilities, labels, taus)
         rows[str(speedup)] = evaluate(members, taus, logits, labels, lengths) | {"gain": gain[0] if gain else None}
     return rows
 

@@ -76,7 +76,7 @@ def main() -> None:
         "confidence": CONFIDENCE,
         "members": [
             {"name": member.name, "layers": member.layers, "accuracy": float(right[held:].mean())}
-            for member, right in zip(runtime.bundle.members, seen.right, strict=True)
+            for member, right in zip(runtime.bundle.members, seen.answers["layers"].right, strict=True)
         ],
         "questions": [],
     }
@@ -95,7 +95,9 @@ def main() -> None:
         choices.append((tuple(splits[0]["members"]), tuple(splits[0]["thresholds"])))
     front = tune(runtime.bundle, seen.take(halves[0][0]), Question(cost=options.cost))
     report["tuned_on"], report["tested_on"] = (len(half) for half in halves[0])
-    report["timed"] = _timed(model_dir, choices, [texts[row] for row in halves[0][1]], options)
+    report["timed"] = _timed(
+        model_dir, runtime.bundle.members[-1].name, choices, [texts[row] for row in halves[0][1]], options
+    )
     output: Path = options.output or RESULTS / f"thresholds-{options.task}.json"
     write_json(output, report)
     draw_front(front, output.with_suffix(".png"))
@@ -122,8 +124,8 @@ def _tuned(
     names = [member.name for member in bundle.members]
     members = [names.index(name) for name in chosen["members"]]
     other = seen.take(test)
-    found = {kind: measure(other.answers(kind), members, chosen["thresholds"]) for kind in COSTS}
-    whole = {kind: measure(other.answers(kind), [len(names) - 1], []) for kind in COSTS}
+    found = {kind: measure(other.answers[kind], members, chosen["thresholds"]) for kind in COSTS}
+    whole = {kind: measure(other.answers[kind], [len(names) - 1], []) for kind in COSTS}
     return {
         "members": chosen["members"],
         "thresholds": chosen["thresholds"],
@@ -152,13 +154,13 @@ def _summary(splits: list[dict[str, Any]], question: Question) -> dict[str, Any]
 
 def _timed(
     model_dir: Path,
+    last: str,
     choices: Sequence[tuple[tuple[str, ...], tuple[float, ...]]],
     texts: list[Text],
     options: argparse.Namespace,
 ) -> list[dict[str, Any]]:
     """Time each choice against the last member alone, interleaved: texts one by one, and all in one call."""
-    whole = open_whole(model_dir, threads=options.threads).bundle.members
-    ways = dict.fromkeys([((whole[-1].name,), ()), *choices])
+    ways = dict.fromkeys([((last,), ()), *choices])
     runtimes = {
         way: CascadeRuntime(
             model_dir, members=list(way[0]), thresholds=list(way[1]), threads=options.threads, preload=True

@@ -89,28 +89,15 @@ class Question:
 
 @dataclass(frozen=True)
 class Collected:
-    """What the members answer to the texts, and each kind of cost; arrays as in `thresholds.Answers`."""
+    """What the members answer to the texts, once for each kind of cost: layers, FLOPs and milliseconds."""
 
-    confidences: NDArray[np.float64]
-    right: NDArray[np.bool_]
-    costs: dict[str, NDArray[np.float64]]
-    overhead: dict[str, NDArray[np.float64]]
-    noise: float
+    answers: dict[str, Answers]
     digest: str
     labelled: bool
 
     def take(self, rows: NDArray[np.intp]) -> Collected:
         """Return those of some of the texts."""
-        costs = {kind: values[:, rows] for kind, values in self.costs.items()}
-        overhead = {kind: values[rows] for kind, values in self.overhead.items()}
-        return replace(
-            self, confidences=self.confidences[:, rows], right=self.right[:, rows], costs=costs, overhead=overhead
-        )
-
-    def answers(self, cost: str) -> Answers:
-        """Return them with one kind of cost: layers, FLOPs or milliseconds."""
-        noise = self.noise if cost == "latency" else 1.0
-        return Answers(self.confidences, self.right, self.costs[cost], self.overhead[cost], noise)
+        return replace(self, answers={kind: answers.take(rows) for kind, answers in self.answers.items()})
 
 
 def open_whole(model_dir: str | Path, **settings: Any) -> CascadeRuntime:
@@ -147,19 +134,18 @@ def collect(
     predictions = probabilities.argmax(axis=-1)
     members = runtime.bundle.members
     tokenization, seconds, noise = _latencies(runtime, texts, lengths)
+    sure, right = confidence(probabilities), predictions == (predictions[-1] if labels is None else labels)
     nothing = np.zeros(len(texts))
-    answers = [None] * len(texts) if labels is None else [names[label] for label in labels.tolist()]
+    layers = np.repeat([[float(member.layers)] for member in members], len(texts), axis=1)
+    flops = np.stack([member_flops(member, lengths) for member in members])
+    written = [None] * len(texts) if labels is None else [names[label] for label in labels.tolist()]
     return Collected(
-        confidence(probabilities),
-        predictions == (predictions[-1] if labels is None else labels),
         {
-            "layers": np.repeat([[float(member.layers)] for member in members], len(texts), axis=1),
-            "flops": np.stack([member_flops(member, lengths) for member in members]),
-            "latency": 1000 * seconds,
+            "layers": Answers(sure, right, layers, nothing),
+            "flops": Answers(sure, right, flops, nothing),
+            "latency": Answers(sure, right, 1000 * seconds, 1000 * tokenization, noise),
         },
-        {"layers": nothing, "flops": nothing, "latency": 1000 * tokenization},
-        noise,
-        _digest(zip(texts, answers, strict=True)),
+        _digest(zip(texts, written, strict=True)),
         labels is not None,
     )
 
@@ -170,7 +156,7 @@ def tune(bundle: Bundle, data: Collected, question: Question) -> dict[str, Any]:
     `chosen` is None where no question was asked, or where nothing could be guaranteed; `write_tuning` takes it.
     """
     kind = "latency" if question.budget_ms is not None else question.cost
-    answers = data.answers(kind)
+    answers = data.answers[kind]
     last = len(bundle.members) - 1
     options = {"shared": question.shared, "subsets": question.subsets}
     points = operating_points(answers, **options)
@@ -211,15 +197,16 @@ def told(bundle: Bundle, data: Collected, members: tuple[int, ...], thresholds: 
 
     `drop_error` is the standard error of `drop`, text by text; what was chosen for its drop does worse on other texts.
     """
-    latency = data.answers("latency")
+    latency = data.answers["latency"]
     point, whole = measure(latency, members, thresholds), measure(latency, (len(bundle.members) - 1,), ())
     place = left_at(latency, members, thresholds)
-    lost = data.right[-1].astype(int) - data.right[list(members)][place, np.arange(len(place))]
+    rows = np.arange(len(place))
+    lost = latency.right[-1].astype(int) - latency.right[list(members)][place, rows]
     speedups = {}
-    for kind, costs in data.costs.items():
-        executed = data.overhead[kind] + np.cumsum(costs[list(members)], axis=0)
-        alone = data.overhead[kind] + costs[-1]
-        speedups[f"{kind}_speedup"] = float(alone.sum() / executed[place, np.arange(len(place))].sum())
+    for kind, answers in data.answers.items():
+        executed = answers.overhead + np.cumsum(answers.costs[list(members)], axis=0)
+        alone = answers.overhead + answers.costs[-1]
+        speedups[f"{kind}_speedup"] = float(alone.sum() / executed[place, rows].sum())
     return {
         "members": [bundle.members[index].name for index in members],
         "thresholds": list(thresholds),

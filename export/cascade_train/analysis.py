@@ -14,6 +14,7 @@ from cascade_rt.cost import cumulative_layers, layer_speedup
 from cascade_rt.gate import confidence, exits, softmax
 from cascade_rt.metrics import equal_width_bins
 from cascade_rt.records import Text, write_json
+from cascade_rt.tuning import plotting
 from cascade_train.finetune import last_linear
 
 _CURVE_POINTS = 60
@@ -219,10 +220,5 @@ def representations(source: str, texts: Sequence[Text], max_length: int) -> NDAr
 
 
 def _figure(count: int) -> tuple[Any, Any]:
-    import matplotlib  # noqa: PLC0415 - an extra
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot  # noqa: PLC0415
-
-    figure, axes = pyplot.subplots(1, count, figsize=(4.2 * count, 3.8), layout="constrained", squeeze=False)
+    figure, axes = plotting().subplots(1, count, figsize=(4.2 * count, 3.8), layout="constrained", squeeze=False)
     return figure, axes[0]
