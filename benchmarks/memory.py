@@ -14,21 +14,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from machine import describe
+from common import RESULTS, run_command
 from tqdm import tqdm
-from workload import run_command, texts_for
 
 from cascade_rt import CascadeRuntime
-from cascade_rt.records import Text, write_json
-
-RESULTS = Path(__file__).parent / "results"
+from cascade_rt.benchmark.machine import describe
+from cascade_rt.benchmark.workload import texts_for
+from cascade_rt.io.writers import write_json
+from cascade_rt.types import Text
 
 
 def main() -> None:
     """Stream, watch, write the JSON."""
     options = _parser().parse_args()
     runtime = CascadeRuntime(options.model_dir, threads=options.threads)
-    pool = texts_for(options.model_dir, runtime.bundle, options.data, options.words, 5000)
+    pool = texts_for(runtime.bundle, options.data, options.words, 5000)
     rows: list[dict[str, float]] = []
     exits = [0] * len(runtime.bundle.members)
     start = time.perf_counter()

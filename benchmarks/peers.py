@@ -25,18 +25,28 @@ import torch
 import transformers
 from cascade_export.export import export_bundle
 from cascade_export.random_weights import parse_shape, write_random_members
-from machine import describe
+from common import RESULTS, run_command
 from tqdm import tqdm
-from workload import peak_memory_mb, predict_command, reachable, run_command, seconds_of, spread, taus_for, texts_for
 
 from cascade_rt import CascadeRuntime
-from cascade_rt.batching import TOKEN_BUDGET, by_length, micro_batches
-from cascade_rt.cpus import usable_threads
-from cascade_rt.evaluation import label_ids
-from cascade_rt.records import Text, read_examples, write_json
-from cascade_rt.tokenization import TextTokenizer
+from cascade_rt.benchmark.machine import describe
+from cascade_rt.benchmark.workload import (
+    peak_memory_mb,
+    predict_command,
+    reachable,
+    seconds_of,
+    spread,
+    taus_for,
+    texts_for,
+)
+from cascade_rt.engine.batching import TOKEN_BUDGET, by_length, micro_batches
+from cascade_rt.engine.cpus import usable_threads
+from cascade_rt.engine.tokenization import TextTokenizer
+from cascade_rt.io.readers import read_examples
+from cascade_rt.io.writers import write_json
+from cascade_rt.tuning.evaluation import label_ids
+from cascade_rt.types import Text
 
-RESULTS = Path(__file__).parent / "results"
 BLOCK = 16  # single calls in a row by the same contestant
 BULK_BATCH = 32
 
@@ -60,20 +70,18 @@ def main() -> None:
         export_bundle(sources, folder, overwrite=folder.exists(), max_length=options.max_length, precision=precision)
     cascade = CascadeRuntime(bundle, threads=options.threads, preload=True)
     members = cascade.bundle.members
-    texts = texts_for(bundle, cascade.bundle, options.data, options.words, options.texts)
+    texts = texts_for(cascade.bundle, options.data, options.words, options.texts)
     biggest = next(source for source in sources if Path(source).name == members[-1].name)
     contestants = dict(_peers(Path(biggest), bundle, work, texts, options.threads))
     taus = {}
     for folder, suffix in ((bundle, ""), (in_int8, " int8")):
         runtime = CascadeRuntime(folder, threads=options.threads, preload=True)
         for member in members:
-            contestants[f"cascade-rt{suffix}, {member.name} alone"] = _ours(
-                CascadeRuntime(folder, threads=options.threads, members=[member.name], preload=True), []
-            )
+            contestants[f"cascade-rt{suffix}, {member.name} alone"] = _ours(runtime.with_members([member.name]))
         logits, _ = runtime.member_logits(texts)
         taus[folder.name] = taus_for(runtime.bundle, logits, reachable(runtime.bundle, options.speedup))
         for speedup, tau in taus[folder.name].items():
-            contestants[f"cascade-rt{suffix}, cascade {speedup:g}x"] = _ours(runtime, [tau] * len(runtime.thresholds))
+            contestants[f"cascade-rt{suffix}, cascade {speedup:g}x"] = _ours(runtime.with_thresholds(tau))
     report: dict[str, Any] = {
         "machine": describe(),
         "members": [f"{member.layers}L-{member.hidden_size} {member.precision}" for member in members],
@@ -93,9 +101,8 @@ def main() -> None:
     print(f"written: {output}")
 
 
-def _ours(runtime: CascadeRuntime, thresholds: list[float]) -> Answer:
+def _ours(runtime: CascadeRuntime) -> Answer:
     def answer(texts: list[Text]) -> list[str]:
-        runtime.thresholds = thresholds
         return [prediction.label for prediction in runtime.predict(texts)]
 
     return answer

@@ -1,7 +1,7 @@
-"""Every precision of a member: speed against fp32, size, accuracy on labelled data, and what batch-mates change.
+"""Every precision of a member: speed against fp32, size, accuracy on labelled data, and batch invariance.
 
-All precisions of a member take turns on the same batches in one process. A text's answer may not depend on its company:
-each text is answered in random batchings of the whole data, and labels, exits and scores compared.
+All precisions of a member take turns on the same batches in one process. For batch invariance, each text is answered in
+random batchings of the whole data, and labels, exits and scores are compared.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ import numpy as np
 from cascade_export.export import export_bundle
 from cascade_export.precision import PRECISIONS
 from cascade_export.random_weights import parse_shape, write_random_members
-from machine import describe
+from common import run_command
 from numpy.typing import NDArray
-from workload import run_command
 
 from cascade_rt import read_bundle
-from cascade_rt.batching import TOKEN_BUDGET, by_length, micro_batches
-from cascade_rt.gate import confidence, leaves, softmax
-from cascade_rt.member import Member
-from cascade_rt.records import read_examples, write_json
-from cascade_rt.tokenization import Encoded, TextTokenizer
+from cascade_rt.benchmark.machine import describe
+from cascade_rt.engine.batching import TOKEN_BUDGET, by_length, micro_batches
+from cascade_rt.engine.probabilities import confidence, softmax
+from cascade_rt.engine.stage import Stage
+from cascade_rt.engine.tokenization import Encoded, TextTokenizer
+from cascade_rt.io.readers import read_examples
+from cascade_rt.io.writers import write_json
 
 SHAPES = ((1, 8), (1, 32), (32, 32))  # (texts, tokens) of the timed batches
 TAUS = (0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -44,7 +45,7 @@ def main() -> None:
         found = report["members"] = {name: _timings(folders, options) for name, folders in exported.items()}
         for name, folders in exported.items():
             if found[name]["fp32"]["check"]:
-                _add_company(found[name], folders, options)
+                _add_batch_composition(found[name], folders, options)
             _show(name, found[name])
     write_json(options.output, report)
 
@@ -60,10 +61,10 @@ def _exported(source: str, work: Path, data: Path | None) -> dict[str, Path]:
     return folders
 
 
-def _member(folder: Path, threads: int) -> Member:
+def _member(folder: Path, threads: int) -> Stage:
     bundle = read_bundle(folder)
     (entry,) = bundle.members
-    return Member(entry, folder / entry.file, len(bundle.labels), "CPUExecutionProvider", threads)
+    return Stage(entry, folder / entry.file, len(bundle.labels), "CPUExecutionProvider", threads)
 
 
 def _timings(folders: dict[str, Path], options: argparse.Namespace) -> dict[str, Any]:
@@ -81,15 +82,17 @@ def _timings(folders: dict[str, Path], options: argparse.Namespace) -> dict[str,
     return found
 
 
-def _add_company(found: dict[str, Any], folders: dict[str, Path], options: argparse.Namespace) -> None:
+def _add_batch_composition(found: dict[str, Any], folders: dict[str, Path], options: argparse.Namespace) -> None:
     bundle = read_bundle(folders["fp32"])
     tokenizer = TextTokenizer(folders["fp32"] / bundle.tokenizer_file, bundle.max_length, bundle.pair)
     encoded = tokenizer.encode([example.text for example in read_examples(options.data, pair=bundle.pair)])
     for precision, folder in folders.items():
-        found[precision]["company"] = _company(_member(folder, options.threads), encoded, options.batchings)
+        found[precision]["batch_composition"] = _batch_composition(
+            _member(folder, options.threads), encoded, options.batchings
+        )
 
 
-def _timed(members: dict[str, Member], texts: int, tokens: int, rounds: int) -> dict[str, list[float]]:
+def _timed(members: dict[str, Stage], texts: int, tokens: int, rounds: int) -> dict[str, list[float]]:
     ids = np.random.default_rng(0).integers(1000, 30_000, (texts, tokens))
     batch = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
     times: dict[str, list[float]] = {precision: [] for precision in members}
@@ -101,8 +104,8 @@ def _timed(members: dict[str, Member], texts: int, tokens: int, rounds: int) -> 
     return {precision: spent[1:] for precision, spent in times.items()}
 
 
-def _company(member: Member, encoded: Encoded, batchings: int) -> dict[str, Any]:
-    """Answer all texts as the runtime batches them, then in random batches; count what changes."""
+def _batch_composition(member: Stage, encoded: Encoded, batchings: int) -> dict[str, Any]:
+    """Answer all texts in the runtime's micro-batches, then in random batches; count what changes."""
     usual = _answers(member, encoded, list(micro_batches(by_length(encoded.lengths), encoded.lengths, TOKEN_BUDGET)))
     draw = np.random.default_rng(0)
     largest, labels, exits = 0.0, 0, 0
@@ -113,7 +116,7 @@ def _company(member: Member, encoded: Encoded, batchings: int) -> dict[str, Any]
         largest = max(largest, float(np.abs(other - usual).max()))
         labels += int(np.sum(other.argmax(axis=1) != usual.argmax(axis=1)))
         for tau in TAUS:
-            exits += int(np.sum(leaves(confidence(other), tau) != leaves(confidence(usual), tau)))
+            exits += int(np.sum((confidence(other) > tau) != (confidence(usual) > tau)))
     return {
         "batchings": batchings,
         "texts": len(usual),
@@ -124,8 +127,8 @@ def _company(member: Member, encoded: Encoded, batchings: int) -> dict[str, Any]
     }
 
 
-def _answers(member: Member, encoded: Encoded, batches: list[NDArray[np.intp]]) -> NDArray[np.float64]:
-    answers = softmax(np.concatenate([member.run(encoded.batch(rows)) for rows in batches]))
+def _answers(member: Stage, encoded: Encoded, batches: list[NDArray[np.intp]]) -> NDArray[np.float64]:
+    answers = softmax(np.concatenate([member.run(encoded.batch(rows)).logits for rows in batches]))
     return answers[np.argsort(np.concatenate(batches))]
 
 
@@ -140,13 +143,13 @@ def _show(name: str, found: dict[str, Any]) -> None:
             cells.append(f"{texts}x{tokens} {np.median(ratios):.2f}x ({ratios.min():.2f}-{ratios.max():.2f})")
         cells.append(f"size {row['bytes'] / base['bytes']:.3f}")
         if row["check"]:
-            check, company = row["check"], row["company"]
+            check, batching = row["check"], row["batch_composition"]
             accuracy = check["accuracy"]
             cells += [
                 f"accuracy {100 * accuracy['exported']:.2f} (torch {100 * accuracy['original']:.2f})",
                 f"labels agree {100 * check['labels_agree']:.2f}",
-                f"company: {company['max_probability_difference']:.1e}, {company['changed_labels']} labels, "
-                f"{company['changed_exits']} exits",
+                f"batching: {batching['max_probability_difference']:.1e}, {batching['changed_labels']} labels, "
+                f"{batching['changed_exits']} exits",
             ]
         print(f"  {precision:13} " + ", ".join(cells))
 

@@ -24,17 +24,21 @@ import transformers
 from cascade_export.export import export_bundle
 from cascade_train.finetune import Recipe, finetune
 from cascade_train.tasks import GLUE
-from machine import describe
+from common import RESULTS, read_task, run_command
 from numpy.typing import NDArray
-from workload import read_task, run_command, spread
 
 from cascade_rt import CascadeRuntime
+from cascade_rt.benchmark.machine import describe
+from cascade_rt.benchmark.workload import spread
 from cascade_rt.bundle import MANIFEST, Bundle
-from cascade_rt.records import Text, write_json
-from cascade_rt.thresholds import measure
-from cascade_rt.tuning import COSTS, Collected, Question, cache_folder, collect, draw_front, open_whole, tune
+from cascade_rt.io.writers import write_json
+from cascade_rt.tuning.collect import Collected, cache_folder, collect, open_whole
+from cascade_rt.tuning.operating_points import measure
+from cascade_rt.tuning.plot import draw_front
+from cascade_rt.tuning.report import COSTS, Question
+from cascade_rt.tuning.tune import tune
+from cascade_rt.types import Text
 
-RESULTS = Path(__file__).parent / "results"
 DROPS = (0.0, 0.005, 0.01)
 CONFIDENCE = 0.95
 
@@ -118,29 +122,29 @@ def _questions(cost: str) -> list[Question]:
 def _tuned(
     bundle: Bundle, seen: Collected, question: Question, tuned_on: NDArray[np.intp], test: NDArray[np.intp]
 ) -> dict[str, Any]:
-    """Tune on some texts, measure on others; without a certificate, the last member alone is what runs."""
+    """Tune on some texts, measure on others; without a certificate, the last member alone runs."""
     report = tune(bundle, seen.take(tuned_on), question)
-    chosen = report["chosen"] or report["alone"][-1]
+    chosen = report.chosen or report.alone[-1]
     names = [member.name for member in bundle.members]
-    members = [names.index(name) for name in chosen["members"]]
+    members = [names.index(name) for name in chosen.members]
     other = seen.take(test)
-    found = {kind: measure(other.answers[kind], members, chosen["thresholds"]) for kind in COSTS}
+    found = {kind: measure(other.answers[kind], members, chosen.thresholds) for kind in COSTS}
     whole = {kind: measure(other.answers[kind], [len(names) - 1], []) for kind in COSTS}
     return {
-        "members": chosen["members"],
-        "thresholds": chosen["thresholds"],
-        "certified": report["chosen"] is not None if question.confidence else None,
-        "tuned_drop": chosen["drop"],
-        "bound": report["guarantee"]["bound"] if report["guarantee"] else None,
+        "members": chosen.members,
+        "thresholds": chosen.thresholds,
+        "certified": report.chosen is not None if question.confidence else None,
+        "tuned_drop": chosen.drop,
+        "bound": report.guarantee.bound if report.guarantee else None,
         "measured_drop": whole["layers"].accuracy - found["layers"].accuracy,
         "measured_risk": found["layers"].risk,
         **{f"{kind}_speedup": whole[kind].cost / found[kind].cost for kind in COSTS},
-        "verdict": report["verdict"],
+        "verdict": report.verdict,
     }
 
 
 def _summary(splits: list[dict[str, Any]], question: Question) -> dict[str, Any]:
-    """Return means over the splits, and how often the promise was broken on the test half."""
+    """Return means over the splits, and how often the drop exceeded what was allowed on the test half."""
     keys = ("tuned_drop", "measured_drop", "measured_risk", *(f"{kind}_speedup" for kind in COSTS))
     allowed = question.max_drop or 0.0
     return {

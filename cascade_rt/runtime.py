@@ -1,57 +1,57 @@
-"""The whole journey of a text, top to bottom.
+"""The journey of a text, from top to bottom.
 
-texts -> token ids (once) -> micro-batches by length -> member 1 -> gate -> survivors regrouped -> member 2 ->
+texts -> token ids (once) -> micro-batches by length -> stage 1 -> exit rule -> remaining texts regrouped -> stage 2 ->
 ... -> predictions in input order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from numbers import Integral
 from pathlib import Path
 from threading import Lock
-from time import perf_counter
-from typing import Any, NamedTuple
+from types import TracebackType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .batching import DEVICE_TOKEN_BUDGET, TOKEN_BUDGET, by_length, micro_batches
-from .bundle import MANIFEST, Bundle, file_version, read_bundle
-from .cost import cumulative_layers
-from .cpus import usable_threads
-from .drift import Stats, exit_shift
-from .errors import BundleError, InputError, TextError
-from .gate import checked_thresholds, confidence, leaves, softmax, softmax_row
-from .member import Member, provider_name
-from .records import Text
-from .tokenization import Encoded, TextTokenizer
+from .bundle import Bundle, MemberEntry
+from .bundle.manifest import HIDDEN_STATES, MAXIMUM_PROBABILITY, TOKENS
+from .engine.batching import by_length, micro_batches
+from .engine.cost import cumulative_layers, whole_model
+from .engine.drift import exit_shift
+from .engine.exit_rules import ExitRule, checked_thresholds, exit_rule
+from .engine.hidden_states import HiddenStates
+from .engine.inputs import iterated, listed, unwrapped
+from .engine.opened import Opened
+from .engine.probabilities import softmax, softmax_row
+from .engine.stage import Stage
+from .engine.tokenization import Encoded
+from .errors import BundleError, CascadeError, InvalidOption, TextError
+from .types import Prediction, StageRun, Stats, Text, Trace
 
-_EVERYONE = float("-inf")  # the last member's gate
 _FIRST = np.zeros(1, dtype=np.intp)
 
 
-class Prediction(NamedTuple):
-    """The answer to one text."""
+class _LeftOut:
+    """The default of `top_k`."""
 
-    label: str
-    """Name of the most probable class."""
-    score: float
-    """Its probability: the confidence of the member that answered."""
-    probabilities: tuple[float, ...]
-    """Probability of each class, index = class id."""
-    exit: int
-    """Which member answered, 0-based."""
-    layers: int
-    """Encoder layers executed for this text, all members that it ran together."""
-    truncated: bool
-    """Whether the text was longer than the bundle's `max_length` tokens and was cut."""
+    def __repr__(self) -> str:
+        return "left out"
+
+
+_BEST: Any = _LeftOut()
+_Run = tuple[int, tuple[int, int], float]  # stage, (rows, tokens), seconds
 
 
 class CascadeRuntime:
     """A bundle, ready to classify: each text is answered by the smallest member that is confident enough.
 
-    Safe to use from several threads at once.
+    Immutable, and safe to use from several threads. `with_thresholds`, `with_members` and `with_trace` return another
+    runtime that shares the sessions. A context manager: `close` releases the sessions. Pickling stores the bundle's
+    path, the settings and the manifest's hash; unpickling opens the bundle again.
     """
 
     def __init__(
@@ -65,60 +65,101 @@ class CascadeRuntime:
         preload: bool = False,
         provider_options: Mapping[str, str] | None = None,
         verify: bool = True,
+        trace: Callable[[Trace], object] | None = None,
     ) -> None:
-        """Read and verify the bundle in `model_dir`; each member is loaded when a text first needs it.
+        """Read and verify a bundle; each member is loaded when a text first needs it.
 
-        `model_dir`: a folder, or "org/name" or "org/name@revision" on the Hugging Face hub. `provider`: "cpu", "cuda",
-        or any provider name of the installed ONNX Runtime; `provider_options` are handed to it, for instance
-        {"device_id": "1"}. `threads`: for each member's computation, None for all CPUs that this process may use.
-        `thresholds`: None for the bundle's, a float for one tau at every member, or a list, one per member but the
-        last; each in [0, 1]. `members`: the names of those to use, None for those that tuning chose (all, where
-        nothing was tuned or `thresholds` are given). `preload` loads them all now. `verify=False` leaves out the
-        sha256 of the files, for huge models on a disk that is trusted.
-        Raises BundleError for a bundle that cannot be used and InputError for an argument that cannot.
+        Args:
+            model_dir: A folder, or "org/name" or "org/name@revision" on the Hugging Face hub.
+            provider: "cpu", "cuda", or any provider name of the installed ONNX Runtime.
+            threads: Threads for each member's computation; None for all CPUs that this process may use.
+            thresholds: None for the bundle's; a float in [0, 1] for one tau at every member; a list for one per member
+                but the last.
+            members: Names of the members to use; None for those that tuning chose, or for all if nothing was tuned or
+                `thresholds` are given.
+            preload: Load all members now.
+            provider_options: Options for the provider, for instance {"device_id": "1"}.
+            verify: Check the sha256 of the files; False is for huge models on a trusted disk.
+            trace: Called after each call of `predict` with what was executed; its exceptions propagate.
+
+        Raises:
+            BundleError: The bundle cannot be used.
+            InvalidOption: An argument cannot be used.
         """
-        bundle = read_bundle(model_dir, members, verify=verify)
-        self.original = bundle.members[-1]
-        self.bundle: Bundle = bundle.tuned() if members is None and thresholds is None else bundle
-        folder, entries = self.bundle.folder or Path(model_dir), self.bundle.members
-        self.thresholds: list[float] = checked_thresholds(thresholds, self.bundle.thresholds, len(entries))
-        self._tokenizer = TextTokenizer(folder / self.bundle.tokenizer_file, self.bundle.max_length, self.bundle.pair)
-        count, wanted = usable_threads(threads), provider_name(provider)
-        self._members = [
-            Member(entry, folder / entry.file, len(self.bundle.labels), wanted, count, provider_options)
-            for entry in entries
-        ]
-        if file_version(folder / MANIFEST) != self.bundle.version:  # what was read is no longer what members load
-            raise BundleError(f"{folder}: replaced while it was opened; open it again")
-        self._budget = TOKEN_BUDGET if wanted == "CPUExecutionProvider" else DEVICE_TOKEN_BUDGET
-        self._layers: list[int] = cumulative_layers(entries).tolist()
-        self._exits = [0] * len(entries)
-        self._counting = Lock()
+        opened = Opened.open(model_dir, members, provider, threads, provider_options, verify)
+        bundle = opened.bundle.tuned() if members is None and thresholds is None else opened.bundle
+        self._become(opened, bundle, thresholds, trace)
         if preload:
-            for member in self._members:
-                member.load()
+            for stage in self._stages:
+                stage.load()
+
+    def _become(
+        self,
+        opened: Opened,
+        bundle: Bundle,
+        thresholds: float | Sequence[float] | None,
+        trace: Callable[[Trace], object] | None,
+    ) -> None:
+        """Set the state of a new runtime: what it shares, the members that it uses, and how texts leave."""
+        if bundle.exit_rule["kind"] != MAXIMUM_PROBABILITY and thresholds is not None:
+            expected = f"none: the exit rule {bundle.exit_rule['kind']} has no thresholds"
+            raise InvalidOption("thresholds", thresholds, expected)
+        self._opened = opened
+        self._bundle = bundle
+        self._stages = tuple(opened.stages[member.name] for member in bundle.members)
+        self._thresholds = checked_thresholds(thresholds, bundle.thresholds, len(bundle.members))
+        self._rule = exit_rule(bundle.exit_rule, self._thresholds, len(bundle.members))
+        self._layers: list[int] = cumulative_layers(bundle.members).tolist()
+        self._trace = trace
+        self._exits = [0] * len(bundle.members)
+        self._counting = Lock()
+
+    @property
+    def bundle(self) -> Bundle:
+        """The manifest, with the members that this runtime uses."""
+        return self._bundle
+
+    @property
+    def original(self) -> Sequence[MemberEntry]:
+        """The members that speed-up ratios compare with: the last model among the members that were opened."""
+        return whole_model(self._opened.bundle.members)
+
+    @property
+    def thresholds(self) -> list[float]:
+        """The threshold of each member but the last; empty under exit rules without thresholds."""
+        return list(self._thresholds)
+
+    @property
+    def exit_rule(self) -> ExitRule:
+        """What decides which texts leave after each member."""
+        return self._rule
 
     def predict(self, texts: Iterable[Text]) -> list[Prediction]:
-        """Classify texts, or (text, text pair) tuples for a bundle on pairs; answers in input order.
+        """Classify texts, or (text, text pair) tuples for a bundle on pairs; answers are in input order.
 
-        Implements the paper's Algorithm 1: a text that left never reaches a bigger member. Raises InputError for
-        anything that is not a text (or pair).
+        Implements the paper's Algorithm 1: a text that has left never reaches a bigger member. Batch composition does
+        not matter: in int8 logits are bit-identical, in fp32 probabilities are within 1e-5. Raises InputError for
+        anything that is not a text (or pair), and InferenceError if a member fails.
         """
-        texts = list(_iterated(texts))
-        encoded = self._tokenizer.encode(texts)
-        if len(texts) == 1:
-            return [self._predict_one(encoded)]
-        probabilities = np.empty((len(texts), len(self.bundle.labels)))
-        exits = np.empty(len(texts), dtype=np.intp)
+        stages = self._open_stages()
+        encoded = self._opened.tokenizer.encode(list(iterated(texts)))
+        if len(encoded.lengths) == 1:
+            return [self._predict_one(encoded, stages)]
+        probabilities = np.empty((len(encoded.lengths), len(self._bundle.labels)))
+        exits = np.empty(len(probabilities), dtype=np.intp)
         waiting = by_length(encoded.lengths)
-        for index, (member, threshold) in enumerate(zip(self._members, [*self.thresholds, _EVERYONE], strict=True)):
+        decisions = self._rule.begin(len(probabilities))
+        inputs: dict[str, Encoded | HiddenStates] = {TOKENS: encoded}
+        runs: list[_Run] = []
+        for index, stage in enumerate(stages):
             if not waiting.size:
                 break
-            probabilities[waiting] = softmax(self._logits(member, encoded, waiting))
-            gone = leaves(confidence(probabilities[waiting]), threshold)
-            exits[waiting[gone]] = index
-            waiting = waiting[~gone]
-        self._count(np.bincount(exits, minlength=len(self._members)).tolist())
+            logits, inputs[HIDDEN_STATES] = self._run(index, stage, inputs[stage.reads], waiting, runs)
+            probabilities[waiting] = answers = softmax(logits)
+            leaving = decisions.leaving(index, waiting, answers)
+            exits[waiting[leaving]] = index
+            waiting = waiting[~leaving]
+        self._record(np.bincount(exits, minlength=len(stages)).tolist(), encoded, runs)
         winners = probabilities.argmax(axis=1).tolist()
         return [
             self._prediction(row, winner, exit, encoded.truncated(index))
@@ -127,23 +168,28 @@ class CascadeRuntime:
             )
         ]
 
-    def _predict_one(self, encoded: Encoded) -> Prediction:
-        """The same journey for one text: nothing to order, and all members read the same arrays."""
-        batch = encoded.batch(_FIRST)
-        for index, member in enumerate(self._members):
-            probabilities = softmax_row(member.run(batch)[0].tolist())
-            score = max(probabilities)
-            if index == len(self.thresholds) or score > self.thresholds[index]:
+    def _predict_one(self, encoded: Encoded, stages: Sequence[Stage]) -> Prediction:
+        """The same journey for one text: there is nothing to order, and all members read the same arrays."""
+        inputs: dict[str, dict[str, Any]] = {TOKENS: encoded.batch(_FIRST)}
+        decisions = self._rule.begin(1)
+        runs: list[_Run] = []
+        for index, stage in enumerate(stages):
+            batch = inputs[stage.reads]
+            logits, hidden_states, seconds = stage.run(batch)
+            runs.append((index, batch["attention_mask"].shape, seconds))
+            probabilities = softmax_row(logits[0].tolist())
+            if decisions.leaves_alone(index, probabilities):
                 break
-        with self._counting:
-            self._exits[index] += 1
-        return self._prediction(probabilities, probabilities.index(score), index, encoded.truncated(0))
+            inputs[HIDDEN_STATES] = {"hidden_states": hidden_states, "attention_mask": batch["attention_mask"]}
+        self._record([int(at == index) for at in range(len(stages))], encoded, runs)
+        return self._prediction(probabilities, probabilities.index(max(probabilities)), index, encoded.truncated(0))
 
     def predict_iter(self, texts: Iterable[Text], chunk_size: int = 1024) -> Iterator[Prediction]:
-        """Classify a stream in constant memory; answers in input order, a chunk of `chunk_size` texts at a time."""
-        if chunk_size < 1:
-            raise InputError(f"found a chunk size of {chunk_size}, expected at least 1")
-        return self._stream(_iterated(texts), chunk_size)
+        """Classify a stream in constant memory, `chunk_size` texts at a time; answers are in input order."""
+        if isinstance(chunk_size, bool) or not isinstance(chunk_size, Integral) or chunk_size < 1:
+            raise InvalidOption("chunk_size", chunk_size, "a whole number from 1")
+        self._open_stages()
+        return self._stream(iterated(texts), chunk_size)
 
     def _stream(self, texts: Iterator[Text], chunk_size: int) -> Iterator[Prediction]:
         done = 0
@@ -151,93 +197,202 @@ class CascadeRuntime:
             try:
                 yield from self.predict(chunk)
             except TextError as error:
-                raise TextError(done + error.index, error.reason) from None
+                raise TextError(done + error.index, error.reason) from error
             done += len(chunk)
 
-    def __call__(self, inputs: Any) -> Any:
+    def __call__(self, inputs: Any, *, top_k: int | None = _BEST, batch_size: int | None = None) -> Any:
         """Answer as a transformers text-classification pipeline does.
 
-        One text (or pair, or {"text": ..., "text_pair": ...}) gives {"label": ..., "score": ...}; a list of them
-        gives a list.
+        Args:
+            inputs: One text, one pair, or one {"text": ..., "text_pair": ...}; or a list of them, a pandas Series or a
+                one-dimensional numpy array of str.
+            top_k: Left out: the most probable label of each text as {"label": ..., "score": ...}. A number: a list of
+                that many, by descending score. None: a list of all labels.
+            batch_size: Accepted because pipelines take it; it has no effect, since micro-batches are formed by tokens.
+
+        Returns:
+            The answer of one text, or a list of answers.
         """
-        many = isinstance(inputs, list)
-        texts = [_from_pipeline(item) for item in (inputs if many else [inputs])]
-        answers = [{"label": answer.label, "score": answer.score} for answer in self.predict(texts)]
-        return answers if many else answers[0]
+        for field, value in (("top_k", None if top_k is _BEST else top_k), ("batch_size", batch_size)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
+                raise InvalidOption(field, value, "a whole number from 1, or None")
+        many = listed(inputs)
+        texts = [inputs] if many is None else many
+        answers = [self._ranked(prediction, top_k) for prediction in self.predict(unwrapped(item) for item in texts)]
+        return answers[0] if many is None else answers
 
     def member_logits(self, texts: Iterable[Text]) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
-        """Run every member on every text, gates open: what evaluating and choosing thresholds start from.
+        """Run every member on every text, whatever the exit rule: the input of evaluation and tuning.
 
         Returns the logits, float32 of shape (members, texts, labels), and each text's length in tokens, (texts,).
         """
-        encoded = self._tokenizer.encode(list(_iterated(texts)))
+        stages = self._open_stages()
+        encoded = self._opened.tokenizer.encode(list(iterated(texts)))
         rows = by_length(encoded.lengths)
-        logits = np.empty((len(self._members), len(rows), len(self.bundle.labels)), dtype=np.float32)
-        for index, member in enumerate(self._members):
-            logits[index, rows] = self._logits(member, encoded, rows)
+        logits = np.empty((len(stages), len(rows), len(self._bundle.labels)), dtype=np.float32)
+        inputs: dict[str, Encoded | HiddenStates] = {TOKENS: encoded}
+        for index, stage in enumerate(stages):
+            answers, inputs[HIDDEN_STATES] = self._run(index, stage, inputs[stage.reads], rows, [])
+            logits[index, rows] = answers
         return logits, encoded.lengths
 
     def stats(self, *, reset: bool = False) -> Stats:
-        """Tell what was answered since the runtime was made, and whether the texts are still of tuning's kind.
+        """Return what this runtime has answered so far, and whether the texts are still of the kind of tuning.
 
-        `reset` starts to count anew, to watch one hour or one day at a time.
+        `reset` starts a new count, for instance every hour.
         """
         with self._counting:
-            seen = self._exits
+            seen = list(self._exits)
             if reset:
                 self._exits = [0] * len(seen)
-            else:
-                seen = list(seen)
         texts = sum(seen)
         executed = sum(count * layers for count, layers in zip(seen, self._layers, strict=True))
         mean_layers = executed / texts if texts else float("nan")
-        tuning = self.bundle.tuning
-        names = [entry.name for entry in self.bundle.members]
-        if tuning is None or tuning.thresholds != self.thresholds or tuning.members != names:
+        tuning = self._bundle.tuning
+        names = [entry.name for entry in self._bundle.members]
+        if tuning is None or tuning.thresholds != self._thresholds or tuning.members != names:
             return Stats(texts, seen, mean_layers, None, None, None)
         rates = [count / sum(tuning.exits) for count in tuning.exits]
         distance, p_value = exit_shift(tuning.exits, seen) if texts else (None, None)
         return Stats(texts, seen, mean_layers, rates, distance, p_value)
 
-    def member_seconds(self, text: Text) -> tuple[float, list[float]]:
-        """Time one text, alone as `predict` would run it: its tokenization, and each member, in seconds."""
-        started = perf_counter()
-        batch = self._tokenizer.encode([text]).batch(_FIRST)
-        tokenized = perf_counter() - started
-        seconds = []
-        for member in self._members:
-            started = perf_counter()
-            member.run(batch)
-            seconds.append(perf_counter() - started)
-        return tokenized, seconds
+    def with_thresholds(self, thresholds: float | Sequence[float] | None) -> CascadeRuntime:
+        """Return a runtime with other thresholds and the same members, which shares the sessions.
 
-    def _count(self, exits: list[int]) -> None:
+        `thresholds`: a float, a list, or None for the bundle's. The counts of `stats` start from zero.
+        """
+        return self._with(self._bundle, thresholds, self._trace)
+
+    def with_members(self, members: Sequence[str] | None) -> CascadeRuntime:
+        """Return a runtime with other members, by name, which shares the sessions; None for all that were opened.
+
+        Members that this runtime uses keep their thresholds; the others take the bundle's. The counts of `stats` start
+        from zero.
+        """
+        whole = self._opened.bundle
+        bundle = whole if members is None else whole.only(members)
+        ours = dict(zip((entry.name for entry in self._bundle.members), self._thresholds, strict=False))
+        kept = [ours.get(entry.name, entry.threshold) for entry in bundle.members[:-1]]
+        thresholds = [threshold for threshold in kept if threshold is not None]
+        return self._with(bundle, thresholds or None, self._trace)
+
+    def with_trace(self, trace: Callable[[Trace], object] | None) -> CascadeRuntime:
+        """Return a runtime that shares the sessions and calls `trace` after each call of `predict`.
+
+        The counts of `stats` start from zero.
+        """
+        return self._with(self._bundle, self._thresholds or None, trace)
+
+    def close(self) -> None:
+        """Release the sessions; those that another runtime shares stay until that one is closed too."""
+        self._stages = ()
+        self._opened = self._opened.without_stages()
+
+    def __enter__(self) -> CascadeRuntime:
+        """Return the runtime itself; `close` is called at the end of the block."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close the runtime."""
+        self.close()
+
+    def __repr__(self) -> str:
+        """Show what was opened and how it runs."""
+        members = ", ".join(f"{entry.name} ({entry.layers}L {entry.precision})" for entry in self._bundle.members)
+        rule = f"thresholds={self._thresholds}" if self._thresholds else f"exit_rule={self._bundle.exit_rule['kind']!r}"
+        closed = "" if self._stages else ", closed"
+        return (
+            f"CascadeRuntime({str(self._opened.model_dir)!r}, members=[{members}], {rule}, "
+            f"provider={self._opened.provider!r}, threads={self._opened.threads}{closed})"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by path, settings and the manifest's hash; a trace hook and the counts of `stats` are left out."""
+        self._open_stages()
+        opened = self._opened
+        settings = {
+            "provider": opened.provider,
+            "threads": opened.threads,
+            "members": [entry.name for entry in opened.bundle.members],
+            "provider_options": opened.provider_options,
+            "verify": opened.verify,
+        }
+        members = [entry.name for entry in self._bundle.members]
+        state = (str(opened.model_dir), opened.bundle.sha256, settings, members, self._thresholds or None)
+        return _reopened, (type(self), *state)
+
+    def _with(
+        self,
+        bundle: Bundle,
+        thresholds: float | Sequence[float] | None,
+        trace: Callable[[Trace], object] | None,
+    ) -> CascadeRuntime:
+        self._open_stages()
+        other = object.__new__(type(self))
+        other._become(self._opened, bundle, thresholds, trace)
+        return other
+
+    def _open_stages(self) -> tuple[Stage, ...]:
+        """Return the stages, which another thread's `close` then does not take away; raise CascadeError if closed."""
+        stages = self._stages
+        if not stages:
+            raise CascadeError("this runtime is closed; open the bundle again")
+        return stages
+
+    def _run(
+        self,
+        index: int,
+        stage: Stage,
+        inputs: Encoded | HiddenStates,
+        rows: NDArray[np.intp],
+        runs: list[_Run],
+    ) -> tuple[NDArray[np.float32], HiddenStates]:
+        """Run one stage on `rows`, in micro-batches: logits in the order of `rows`, and the hidden states it left."""
+        logits = np.empty((len(rows), len(self._bundle.labels)), dtype=np.float32)
+        left = HiddenStates(inputs.lengths)
+        done = 0
+        for some in micro_batches(rows, inputs.lengths, self._opened.budget):
+            batch = inputs.batch(some)
+            answers, hidden_states, seconds = stage.run(batch)
+            logits[done : done + len(some)] = answers
+            left.put(some, batch["attention_mask"], hidden_states)
+            runs.append((index, batch["attention_mask"].shape, seconds))
+            done += len(some)
+        return logits, left
+
+    def _record(self, exits: list[int], encoded: Encoded, runs: list[_Run]) -> None:
         with self._counting:
             self._exits = [one + other for one, other in zip(self._exits, exits, strict=True)]
-
-    def _logits(self, member: Member, encoded: Encoded, rows: NDArray[np.intp]) -> NDArray[np.float32]:
-        """Run one member on `rows`, in micro-batches; logits in the order of `rows`."""
-        logits = np.empty((len(rows), len(self.bundle.labels)), dtype=np.float32)
-        done = 0
-        for batch in micro_batches(rows, encoded.lengths, self._budget):
-            logits[done : done + len(batch)] = member.run(encoded.batch(batch))
-            done += len(batch)
-        return logits
+        if self._trace is not None:
+            names = [entry.name for entry in self._bundle.members]
+            stage_runs = [
+                StageRun(index, names[index], rows, tokens, seconds) for index, (rows, tokens), seconds in runs
+            ]
+            self._trace(Trace(sum(exits), encoded.seconds, stage_runs))
 
     def _prediction(self, probabilities: list[float], winner: int, exit: int, truncated: bool) -> Prediction:
-        label, score = self.bundle.labels[winner], probabilities[winner]
+        label, score = self._bundle.labels[winner], probabilities[winner]
         return Prediction(label, score, tuple(probabilities), exit, self._layers[exit], truncated)
 
+    def _ranked(self, prediction: Prediction, top_k: int | None) -> Any:
+        if top_k is _BEST:
+            return {"label": prediction.label, "score": prediction.score}
+        ranked = sorted(zip(self._bundle.labels, prediction.probabilities, strict=True), key=lambda pair: -pair[1])
+        return [{"label": label, "score": score} for label, score in ranked[:top_k]]
 
-def _iterated(texts: Iterable[Text]) -> Iterator[Text]:
-    if isinstance(texts, str | bytes | Mapping):
-        raise InputError(f"found one {type(texts).__name__}, expected a list of texts; wrap it: [text]")
-    return iter(texts)
 
-
-def _from_pipeline(item: Any) -> Any:
-    if not isinstance(item, dict):
-        return item
-    if not {"text"} <= item.keys() <= {"text", "text_pair"}:
-        raise InputError(f"found a dict with the keys {', '.join(map(repr, item))}, expected 'text' and 'text_pair'")
-    return (item["text"], item["text_pair"]) if "text_pair" in item else item["text"]
+def _reopened(
+    kind: type[CascadeRuntime],
+    model_dir: str,
+    sha256: str | None,
+    settings: Mapping[str, Any],
+    members: Sequence[str],
+    thresholds: Sequence[float] | None,
+) -> CascadeRuntime:
+    """Open a pickled runtime's bundle again; raise BundleError if another one is there now."""
+    runtime = kind(model_dir, **settings)
+    if runtime.bundle.sha256 != sha256:
+        raise BundleError(f"{model_dir}: replaced since the runtime was pickled; open the bundle again")
+    return runtime.with_members(members).with_thresholds(thresholds)

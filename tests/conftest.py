@@ -1,4 +1,4 @@
-"""Tiny seeded models, made here: no download, no weights in the repository."""
+"""Tiny seeded models, made here: no download, no weights in the repository, and no torch until a test asks for it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from .toy import LABELS, WORDS, vocabulary, write_cascade
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the hub fails at once
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-_WORDS = """
-the a film is was not very good bad fine great dull bright dark witty boring lovely sad happy it this that and but of
-in on with for we they he she you i no yes so too more less never always cat dog sat mat runs walks
-"""
-WORDS = tuple(_WORDS.split())
-LABELS = ("bad", "fine", "good")
+__all__ = ["LABELS", "WORDS", "make_member"]
 
 
 def make_member(
@@ -30,7 +27,7 @@ def make_member(
     words: tuple[str, ...] = (),
     spread: float = 0.6,
 ) -> Path:
-    """Write a random tiny BERT classifier with a word-level vocabulary as a Hugging Face folder.
+    """Write a random tiny BERT classifier with a word-level vocabulary as a Hugging Face folder; needs torch.
 
     The default `spread` of the weights is far from what one trains from, and far from uniform answers:
     confidences spread over their whole range.
@@ -39,12 +36,10 @@ def make_member(
     from tokenizers import BertWordPieceTokenizer
     from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *words, *".,!?'", *"abcdefghijklmnopqrstuvwxyz"]
-    pieces += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"]
-    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
+    ids = vocabulary(words)
     torch.manual_seed(seed)
     config = BertConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=len(ids),
         hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=4,
@@ -56,14 +51,14 @@ def make_member(
     )
     model = BertForSequenceClassification(config)
     model.save_pretrained(folder)
-    backend = BertWordPieceTokenizer(vocabulary)
+    backend = BertWordPieceTokenizer(ids)
     BertTokenizerFast(tokenizer_object=backend._tokenizer, model_max_length=64).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def member_folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Three members of one family: 1, 2 and 4 layers; the smallest is also narrower."""
+    """Three members of one family: 1, 2 and 4 layers; the smallest is also narrower. Needs torch."""
     root = tmp_path_factory.mktemp("members")
     return [
         make_member(root / "tiny", layers=1, hidden=16, seed=1),
@@ -72,23 +67,16 @@ def member_folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     ]
 
 
-def _exported(folders: list[Path], output: Path, pair: bool) -> Path:
-    from cascade_export.export import export_bundle
-
-    export_bundle([str(folder) for folder in folders], output, threshold=0.8, pair=pair, max_length=32)
-    return output
-
-
 @pytest.fixture(scope="session")
-def bundle(member_folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cascade of three members on single texts; read only."""
-    return _exported(member_folders, tmp_path_factory.mktemp("bundles") / "single", pair=False)
+    return write_cascade(tmp_path_factory.mktemp("bundles") / "single")
 
 
 @pytest.fixture(scope="session")
-def pair_bundle(member_folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pair_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cascade of two members on pairs of texts; read only."""
-    return _exported(member_folders[1:], tmp_path_factory.mktemp("bundles") / "pairs", pair=True)
+    return write_cascade(tmp_path_factory.mktemp("bundles") / "pairs", pair=True)
 
 
 @pytest.fixture

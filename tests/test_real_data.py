@@ -13,7 +13,7 @@ from cascade_train.tasks import load_evaluation, load_task
 
 from cascade_rt import CascadeRuntime, read_bundle
 from cascade_rt.cli import main
-from cascade_rt.gate import confidence, softmax
+from cascade_rt.engine.probabilities import confidence, softmax
 
 pytestmark = pytest.mark.real_data
 

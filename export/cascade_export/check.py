@@ -1,4 +1,4 @@
-"""The gate before a bundle appears: what a finished member answers on real texts, against its original."""
+"""Check a finished member against its original on real texts, before the bundle appears."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cascade_export.checkpoint import Checkpoint
-from cascade_rt.batching import TOKEN_BUDGET, by_length, micro_batches
+from cascade_rt.engine.batching import TOKEN_BUDGET, by_length, micro_batches
+from cascade_rt.engine.probabilities import confidence, softmax
+from cascade_rt.engine.stage import Stage
+from cascade_rt.engine.tokenization import Encoded
 from cascade_rt.errors import CascadeError, InputError
-from cascade_rt.evaluation import label_ids, quality
-from cascade_rt.gate import confidence, softmax
-from cascade_rt.member import Member
-from cascade_rt.records import Example, Text, read_examples
-from cascade_rt.tokenization import Encoded
+from cascade_rt.io.readers import Example, read_examples
+from cascade_rt.tuning.evaluation import label_ids, quality
+from cascade_rt.types import Text
 
 MAX_ACCURACY_DROP = 0.5
 """Percentage points of accuracy that a precision may cost, by default."""
@@ -26,7 +27,7 @@ MAX_ACCURACY_DROP = 0.5
 _KEPT_TEXTS = 1000  # of a member's own validation texts, where no other data are named
 _BATCHINGS = 20
 _TIMED_TEXTS = 64
-_ENOUGH_COMPANY = 8
+_FEWEST_BATCHED = 8
 
 Probabilities = NDArray[np.float64]
 
@@ -40,7 +41,7 @@ class CheckData:
 
 
 def load_check_data(file: Path | None, checkpoint: Checkpoint) -> CheckData | None:
-    """Read a labelled or unlabelled file, or else what training kept for validation; None where neither is there."""
+    """Read a labelled or unlabelled file, or else what training held out; None if there is neither."""
     examples = list(read_examples(file, pair=checkpoint.pair)) if file else checkpoint.validation(_KEPT_TEXTS)
     if not examples:
         if file:
@@ -59,34 +60,34 @@ def _written(examples: Sequence[Example]) -> list[tuple[str, str]]:
     return [(example.field("label"), example.where) for example in examples]
 
 
-def probabilities(member: Member, encoded: Encoded) -> Probabilities:
-    """Return a member's answers as the runtime gives them, float64 (texts, labels)."""
+def probabilities(member: Stage, encoded: Encoded) -> Probabilities:
+    """Return a member's class probabilities as the runtime computes them, float64 (texts, labels)."""
     rows = by_length(encoded.lengths)
     batches = list(micro_batches(rows, encoded.lengths, TOKEN_BUDGET))
-    answers = softmax(np.concatenate([member.run(encoded.batch(batch)) for batch in batches]))
+    answers = softmax(np.concatenate([member.run(encoded.batch(batch)).logits for batch in batches]))
     return answers[np.argsort(rows)]
 
 
-def batch_difference(member: Member, encoded: Encoded, answers: Probabilities, seed: int = 0) -> float | None:
-    """Return the largest change of a probability over 20 random batchings of some texts: company and padding differ.
+def batch_difference(member: Stage, encoded: Encoded, answers: Probabilities, seed: int = 0) -> float | None:
+    """Return the largest change of a probability over 20 random batchings of some texts.
 
-    None where texts are too few, or all of one length, to tell.
+    None if there are too few texts, or if all have the same length.
     """
-    if len(answers) < _ENOUGH_COMPANY or np.ptp(encoded.lengths) == 0:
+    if len(answers) < _FEWEST_BATCHED or np.ptp(encoded.lengths) == 0:
         return None
     draw = np.random.default_rng(seed)
     worst = 0.0
     for _ in range(_BATCHINGS):
         rows = draw.permutation(len(answers))[:_TIMED_TEXTS]
         for batch in np.array_split(rows, int(draw.integers(1, len(rows) + 1))):
-            worst = max(worst, float(np.abs(softmax(member.run(encoded.batch(batch))) - answers[batch]).max()))
+            worst = max(worst, float(np.abs(softmax(member.run(encoded.batch(batch)).logits) - answers[batch]).max()))
     return worst
 
 
 def compare(original: Probabilities | None, exported: Probabilities, labels: NDArray[np.intp] | None) -> dict[str, Any]:
     """Compare two answers to the same texts, float64 (texts, labels); accuracy, DIS and ECE where labels are known.
 
-    Without an original there is nothing to compare, and the exported member's own figures are all that is told.
+    Without an original the report has the exported member's own figures only.
     """
     report: dict[str, Any] = {"texts": len(exported)}
     if original is not None:
@@ -105,14 +106,14 @@ def compare(original: Probabilities | None, exported: Probabilities, labels: NDA
 
 def _quality(answers: Probabilities, labels: NDArray[np.intp]) -> dict[str, float | None]:
     found = quality(labels, answers.argmax(axis=1), confidence(answers), answers.shape[1])
-    return {name: found[name] for name in ("accuracy", "dis", "ece")}
+    return {"accuracy": found.accuracy, "dis": found.dis, "ece": found.ece}
 
 
 def check_drop(name: str, precision: str, report: dict[str, Any], allowed: float) -> None:
     """Raise CascadeError, with the numbers, where a precision costs more than `allowed` points of accuracy.
 
-    Without labels, every changed answer counts as one lost: the drop can be no larger. On so few texts that a single
-    one is more than what is allowed, that one is let pass, unless nothing at all is allowed.
+    Without labels every changed answer counts as lost, which is the largest possible drop. If a single text is already
+    more than `allowed`, one lost text is accepted, unless nothing at all is allowed.
     """
     if "accuracy" in report:
         before, after = (100 * report["accuracy"][when] for when in ("original", "exported"))
@@ -125,7 +126,7 @@ def check_drop(name: str, precision: str, report: dict[str, Any], allowed: float
             f"member {name!r} in {precision} may lose {lost:.2f} points of accuracy, allowed are {allowed:g} ({found}; "
             f"{100 * report['labels_agree']:.2f}% of labels agree on {report['texts']} texts, probabilities differ by "
             f"up to {report['max_probability_difference']:.3f}, {report['mean_probability_difference']:.4f} in the "
-            "mean); choose another --precision, or auto, or allow more by --max-accuracy-drop"
+            "mean); choose another `precision`, or auto, or a larger `max_accuracy_drop`"
         )
 
 
@@ -137,8 +138,8 @@ class Speed:
     in_bulk: float
 
 
-def speeds(members: Mapping[str, Member], encoded: Encoded) -> dict[str, Speed]:
-    """Measure members against each other: they take turns on every text and micro-batch, once to warm up."""
+def speeds(members: Mapping[str, Stage], encoded: Encoded) -> dict[str, Speed]:
+    """Measure members against each other: they take turns on every text and micro-batch, after one round to warm up."""
     rows = by_length(encoded.lengths)
     rows = rows[:: -(-len(rows) // _TIMED_TEXTS)]
     alone = _turns(members, encoded, [rows[at : at + 1] for at in range(len(rows))])
@@ -147,7 +148,7 @@ def speeds(members: Mapping[str, Member], encoded: Encoded) -> dict[str, Speed]:
 
 
 def _turns(
-    members: Mapping[str, Member], encoded: Encoded, batches: Sequence[NDArray[np.intp]]
+    members: Mapping[str, Stage], encoded: Encoded, batches: Sequence[NDArray[np.intp]]
 ) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in members}
     for rows in [*batches, *batches]:

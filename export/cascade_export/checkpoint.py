@@ -1,4 +1,4 @@
-"""What every member is before it is exported, and whether members fit into one cascade."""
+"""A fine-tuned classifier before its export, and whether several fit into one cascade."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 from cascade_train import RECORD, VALIDATION
 from tokenizers import Tokenizer
 
-from cascade_rt.errors import CascadeError, InputError
-from cascade_rt.records import Example, read_examples
+from cascade_rt.errors import CascadeError, InputError, InvalidOption
+from cascade_rt.io.readers import Example, read_examples
 
 SHORTEST = 3  # a token between [CLS] and [SEP]
 
@@ -29,12 +29,12 @@ SENTENCES = (
     "Although the forecast had promised sunshine, the hikers reached the hut soaked to the skin, laughed about it over "
     "a bowl of soup, and agreed that they would not have missed the walk along the ridge for anything in the world.",
 )
-"""Written for the check; together with their own repetition they span every length up to a model's maximum."""
+"""Texts for the check; with their repetitions they cover every length up to a model's maximum."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A fine-tuned classifier, opened: one made by torch, or one that is an ONNX file already."""
+    """A fine-tuned classifier: with torch weights, or an ONNX file."""
 
     source: str
     name: str
@@ -66,7 +66,7 @@ def training_record(source: str) -> dict[str, Any]:
 
 
 def member_name(source: str) -> str:
-    """Return what a member is called: its folder's name, or the hub's."""
+    """Return a member's name: that of its folder, or of its hub repository."""
     path = Path(source)
     return re.sub(r"[^\w.-]", "-", path.resolve().name if path.is_dir() else path.stem if path.is_file() else source)
 
@@ -75,14 +75,12 @@ def checked_length(source: str, asked: int | None, recorded: Mapping[str, Any], 
     """Return the maximum length in tokens: as asked, as trained, or the longest; raise InputError beyond it."""
     length = int(recorded.get("max_length", longest)) if asked is None else asked
     if not SHORTEST <= length <= longest:
-        raise InputError(
-            f"{source}: found a maximum length of {length}, expected {SHORTEST} to {longest} tokens for this model"
-        )
+        raise InvalidOption("max_length", length, f"{SHORTEST} to {longest} tokens for {source}")
     return length
 
 
 def checked_labels(source: str, names: Mapping[int, str]) -> tuple[str, ...]:
-    """Return the labels by class id; raise InputError unless there are at least two, all different."""
+    """Return the labels by class id; raise InputError unless there are at least two different ones."""
     labels = tuple(names[index] for index in sorted(names))
     if len(labels) < 2 or len(set(labels)) < len(labels) or sorted(names) != list(range(len(labels))):
         raise InputError(f"{source}: found the labels {_shown(labels)}; expected at least two, with different names")
@@ -107,7 +105,7 @@ def check_fit(checkpoints: Sequence[Checkpoint]) -> None:
             raise CascadeError(f"{where} {kinds[first.pair]} against {kinds[other.pair]}")
         if first.max_length != other.max_length:
             raise CascadeError(
-                f"{where} maximum length {first.max_length} against {other.max_length} tokens; say --max-length"
+                f"{where} maximum length {first.max_length} against {other.max_length} tokens; set `max_length`"
             )
         ours, theirs = json.loads(first.backend.to_str()), json.loads(other.backend.to_str())
         differing = [part for part in ours if ours[part] != theirs.get(part)]

@@ -1,4 +1,7 @@
-"""`cascade-rt export`: fine-tuned members -> ONNX -> bundle."""
+"""Export fine-tuned classifiers as one bundle: to ONNX by Optimum, fused by ONNX Runtime, compared with torch.
+
+The bundle appears only when every member has passed its checks.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,78 @@ from typing import Any
 
 from cascade_export.check import MAX_ACCURACY_DROP
 from cascade_export.export import DEFAULT_THRESHOLD, export_bundle
-from cascade_rt.cli import CommandParser
-from cascade_rt.errors import InputError, MissingExtraError
+from cascade_rt.bundle import MemberEntry
+from cascade_rt.cli.parser import CommandParser
+from cascade_rt.cli.rendering import table
+from cascade_rt.errors import InvalidOption, MissingExtraError
+
+SUMMARY = "export fine-tuned members as a bundle (extra: export)"
+EXAMPLE = "cascade-rt export --member members/2L --member members/12L --output bundle/"
+
+_QUALITIES = {"accuracy": "accuracy %", "dis": "DIS %", "ece": "ECE %"}
 
 
-def main(argv: list[str]) -> None:
-    """Parse `argv` (what follows `cascade-rt export`), export, and say what was measured."""
-    options = _parser().parse_args(argv)
+def add_arguments(parser: CommandParser) -> None:
+    """Add the options."""
+    add = parser.add_argument
+    members = parser.add_mutually_exclusive_group(required=True)
+    members.add_argument(
+        "--member",
+        action="append",
+        metavar="DIR",
+        help="a Hugging Face folder or hub id, or an ONNX file or folder; repeat for each member",
+    )
+    members.add_argument(
+        "--random",
+        action="append",
+        metavar="LAYERSxHIDDEN",
+        help="instead: a member with random weights, for instance 2x768, to measure hardware; repeat for each member",
+    )
+    add("--tokenizer", metavar="DIR", help="with --random: the folder of the vocabulary (default: a synthetic one)")
+    add("--output", required=True, type=Path, metavar="BUNDLE", help="the bundle's folder")
+    add(
+        "--threshold",
+        type=float,
+        default=DEFAULT_THRESHOLD,
+        metavar="TAU",
+        help="initial threshold of every member but the last",
+    )
+    add("--max-length", type=int, help="tokens (default: as trained, else what the model takes)")
+    add("--pair", action=argparse.BooleanOptionalAction, help="pairs of texts (default: as trained, else single texts)")
+    add(
+        "--precision",
+        action="append",
+        default=[],
+        metavar="[MEMBER=]PRECISION",
+        help="fp32, fp16, int8, auto (the fastest that passes the check) or a special one (docs/guide/precision.md), "
+        "for all members or for one (default: fp32)",
+    )
+    add(
+        "--check-data",
+        type=Path,
+        metavar="FILE",
+        help="compare finished members with their originals on these texts, labelled or not (default: what training "
+        "held out)",
+    )
+    add(
+        "--max-accuracy-drop",
+        type=float,
+        default=MAX_ACCURACY_DROP,
+        metavar="POINTS",
+        help="percentage points that a member may lose in the check",
+    )
+    add(
+        "--calibrate",
+        action="store_true",
+        help="divide each member's logits by the temperature that fits the labels of the check data best",
+    )
+    add("--provider", default="cpu", help="where finished members are checked and timed")
+    add("--overwrite", action="store_true", help="replace an existing bundle")
+    add("--json", action="store_true", help="print the manifest as JSON")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Export, and print a table: the members, and how they compare with their originals on the check data."""
     with TemporaryDirectory(prefix="cascade-export-") as folder:
         members = options.member or _random_members(options, Path(folder))
         bundle = export_bundle(
@@ -36,42 +104,44 @@ def main(argv: list[str]) -> None:
     if options.json:
         print(json.dumps(bundle.to_json(), ensure_ascii=False))
         return
-    for member in bundle.members:
-        gate = "always emits" if member.threshold is None else f"threshold {member.threshold}"
-        print(
-            f"{member.name}: {member.layers} layers, {member.parameters / 1e6:.1f}M weights, {member.precision}, {gate}"
-            + _compared(member.other)
-        )
+    rows = [_row(member) for member in bundle.members]
+    columns = [column for column in rows[0] if any(row[column] for row in rows)]
+    print(table(columns, [[row[column] or "-" for column in columns] for row in rows]))
+    print("diff: of a class probability; accuracy, DIS and ECE: of the original -> of the exported member")
     print(f"{options.output}: {len(bundle.members)} members, {len(bundle.labels)} labels")
 
 
-def _compared(found: Mapping[str, Any]) -> str:
-    text = ""
-    if "max_probability_difference" in found:
-        text += f"; as a graph in fp32, probabilities within {found['max_probability_difference']:.1e} of torch"
-    if "temperature" in found:
-        scaled = found["temperature"]
-        text += (
-            f"; temperature {scaled['value']:.3f} (ECE {100 * scaled['ece']['before']:.2f} -> "
-            f"{100 * scaled['ece']['after']:.2f} on the {scaled['texts']} texts that it was fitted to)"
-        )
-    if "check" in found:
-        check = found["check"]
-        text += f"; on {check['texts']} texts "
-        if "labels_agree" in check:
-            text += (
-                f"{100 * check['labels_agree']:.2f}% of labels as the original, probabilities differ by up to "
-                f"{check['max_probability_difference']:.4f}, in the mean {check['mean_probability_difference']:.5f}"
-            )
-        else:
-            text += "no original to compare with"
-        for name in ("accuracy", "dis", "ece"):
-            before, after = check.get(name, {}).get("original"), check.get(name, {}).get("exported")
-            if after is not None:
-                text += f", {name} " + ("" if before is None else f"{100 * before:.2f} -> ") + f"{100 * after:.2f}"
-    if "batch_difference" in found:
-        text += f"; batch-mates change a probability by up to {found['batch_difference']:.1e}"
-    return text
+def _row(member: MemberEntry) -> dict[str, str]:
+    """Return the columns of one member: what it is, and how it compares with its original."""
+    found = member.other
+    check: Mapping[str, Any] = found.get("check", {})
+    return {
+        "member": member.name,
+        "layers": str(member.layers),
+        "parameters": f"{member.parameters / 1e6:.1f}M",
+        "precision": member.precision,
+        "threshold": "" if member.threshold is None else f"{member.threshold:g}",
+        "temperature": _number(found.get("temperature", {}).get("value"), ".3f"),
+        "max diff to torch": _number(found.get("max_probability_difference"), ".1e"),
+        "by batching": _number(found.get("batch_difference"), ".1e"),
+        "check texts": _number(check.get("texts"), "d"),
+        "labels equal %": _number(check.get("labels_agree"), ".2f", 100),
+        "max diff": _number(check.get("max_probability_difference"), ".4f"),
+        "mean diff": _number(check.get("mean_probability_difference"), ".5f"),
+        **{name: _change(check.get(key)) for key, name in _QUALITIES.items()},
+    }
+
+
+def _change(value: Mapping[str, float | None] | None) -> str:
+    """Return a figure in percent, before and after the export where there is an original."""
+    before, after = (value or {}).get("original"), (value or {}).get("exported")
+    if after is None:
+        return ""
+    return ("" if before is None else f"{100 * before:.2f} -> ") + f"{100 * after:.2f}"
+
+
+def _number(value: float | None, form: str, factor: float = 1) -> str:
+    return "" if value is None else format(value if factor == 1 else factor * value, form)
 
 
 def _random_members(options: argparse.Namespace, folder: Path) -> list[str]:
@@ -80,81 +150,14 @@ def _random_members(options: argparse.Namespace, folder: Path) -> list[str]:
 
         from cascade_export.random_weights import parse_shape, write_random_members  # noqa: PLC0415 - loads torch
     except ImportError as error:
-        raise MissingExtraError("cascade-rt export --random", "export", error) from None
-    transformers.logging.set_verbosity_error()  # its notes on new classifier weights are no news here
+        raise MissingExtraError("making members with random weights", "export", error) from error
+    transformers.logging.set_verbosity_error()  # no notes on new classifier weights
     return write_random_members([parse_shape(shape) for shape in options.random], folder, tokenizer=options.tokenizer)
 
 
 def _precisions(written: Sequence[str]) -> dict[str, str]:
-    """Read PRECISION or MEMBER=PRECISION, as often as given."""
+    """Return the precision of each member, from PRECISION or MEMBER=PRECISION."""
     pairs = [(member, precision) for member, _, precision in (item.rpartition("=") for item in written)]
     if len({member for member, _ in pairs}) < len(pairs):
-        raise InputError(
-            f"found --precision {', '.join(written)}; expected one for each member, and one for the others"
-        )
+        raise InvalidOption("precision", list(written), "one for each member, and one for the others")
     return dict(pairs)
-
-
-def _parser() -> CommandParser:
-    parser = CommandParser(
-        prog="cascade-rt export",
-        description="Export fine-tuned classifiers as one bundle: to ONNX by Optimum, fused by ONNX Runtime, compared "
-        "with torch. The bundle appears only when every member passed.",
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    members = parser.add_mutually_exclusive_group(required=True)
-    members.add_argument(
-        "--member",
-        action="append",
-        metavar="DIR",
-        help="a Hugging Face folder or hub id, or an ONNX file or folder; one per member",
-    )
-    members.add_argument(
-        "--random",
-        action="append",
-        metavar="LAYERSxHIDDEN",
-        help="instead: a member with random weights, to measure hardware before training, as 2x768; one per member",
-    )
-    add("--tokenizer", metavar="DIR", help="with --random: whose vocabulary to use; default: a made-up one")
-    add("--output", required=True, type=Path, metavar="BUNDLE", help="the bundle's folder")
-    add(
-        "--threshold",
-        type=float,
-        default=DEFAULT_THRESHOLD,
-        metavar="TAU",
-        help=f"of every gate, until tuned; default: {DEFAULT_THRESHOLD}",
-    )
-    add("--max-length", type=int, help="tokens; default: as trained, else what the model takes")
-    add("--pair", action=argparse.BooleanOptionalAction, help="on pairs of texts; default: as trained, else single")
-    add(
-        "--precision",
-        action="append",
-        default=[],
-        metavar="[MEMBER=]PRECISION",
-        help="fp32 (default), fp16, int8, auto (the fastest that passes the check), or another of the README's table; "
-        "for all members, or for the one of that name",
-    )
-    add(
-        "--check-data",
-        type=Path,
-        metavar="FILE",
-        help="compare finished members with their originals on these texts, labelled or not; default: what training "
-        "kept for validation",
-    )
-    add(
-        "--max-accuracy-drop",
-        type=float,
-        default=MAX_ACCURACY_DROP,
-        metavar="POINTS",
-        help=f"percentage points that a member may lose in the check; default: {MAX_ACCURACY_DROP}",
-    )
-    add(
-        "--calibrate",
-        action="store_true",
-        help="scale each member's logits by the temperature that fits the check data's labels best",
-    )
-    add("--provider", default="cpu", help="where finished members are checked and timed; default: cpu")
-    add("--overwrite", action="store_true", help="replace an existing bundle")
-    add("--json", action="store_true", help="print the manifest")
-    return parser

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -11,6 +13,7 @@ from onnx import helper
 from onnxruntime.transformers.fusion_options import FusionOptions
 from onnxruntime.transformers.optimizer import optimize_model
 from optimum.exporters.onnx import main_export
+from transformers.utils import logging
 
 from cascade_export.torch_checkpoint import TorchCheckpoint
 
@@ -20,8 +23,7 @@ def convert(checkpoint: TorchCheckpoint, path: Path) -> dict[str, int]:
 
     Returns how often each fused operator occurs in it.
     """
-    with TemporaryDirectory(prefix="cascade-export-") as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporters' own, about their internals
+    with TemporaryDirectory(prefix="cascade-export-") as folder, _quiet():
         checkpoint.model.save_pretrained(Path(folder) / "torch")
         checkpoint.tokenizer.save_pretrained(Path(folder) / "torch")
         main_export(
@@ -49,11 +51,24 @@ def convert(checkpoint: TorchCheckpoint, path: Path) -> dict[str, int]:
     return {name: count for name, count in optimized.get_fused_operator_statistics().items() if count}
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporters, which warn about their own internals."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
 def _take_layer_norms_apart(model: onnx.ModelProto) -> None:
     """Write the fused addition, bias and normalization as the operators that they are.
 
     The normalizations are found by what they were fused to, but ONNX Runtime's CPU kernel for it takes longer than
-    those for its parts (benchmarks/README.md).
+    those for its parts (docs/guide/benchmarks.md).
     """
     nodes = list(model.graph.node)
     del model.graph.node[:]

@@ -27,16 +27,14 @@ from cascade_export.check import (
 from cascade_export.checkpoint import SENTENCES, Checkpoint, check_fit
 from cascade_export.onnx_checkpoint import OnnxCheckpoint, is_onnx, open_onnx
 from cascade_rt.bundle import BATCH_TOLERANCE, Bundle, MemberEntry, WeightFile, sha256_of, write_bundle, write_manifest
-from cascade_rt.cpus import usable_threads
-from cascade_rt.errors import CascadeError, InputError, MissingExtraError
-from cascade_rt.gate import confidence, softmax
-from cascade_rt.member import Member, provider_name
-from cascade_rt.metrics import ece
-from cascade_rt.records import Text
-from cascade_rt.tokenization import Encoded, TextTokenizer
-
-if TYPE_CHECKING:
-    pass
+from cascade_rt.engine.cpus import usable_threads
+from cascade_rt.engine.probabilities import confidence, softmax
+from cascade_rt.engine.providers import provider_name
+from cascade_rt.engine.stage import Stage
+from cascade_rt.engine.tokenization import Encoded, TextTokenizer
+from cascade_rt.errors import CascadeError, InputError, InvalidOption, MissingExtraError
+from cascade_rt.tuning.metrics import ece
+from cascade_rt.types import Text
 
 if TYPE_CHECKING:
     from cascade_export.torch_checkpoint import TorchCheckpoint
@@ -46,19 +44,19 @@ TOKENIZER_FILE = "tokenizer.json"
 AUTO = "auto"
 _TRIED_BY_AUTO = ("int8", "fp16", "fp32")
 _CALIBRATION_TEXTS = 48
-_COMPANY = 64
+_BATCHED = 64
 _TOOLS = ("cascade-rt", "torch", "transformers", "optimum-onnx", "onnx", "onnxruntime", "tokenizers")
 
 
 @dataclass(frozen=True)
-class Gate:
-    """How finished members are checked."""
+class Checks:
+    """What finished members are checked on, and what they may lose."""
 
     data: CheckData | None
     max_accuracy_drop: float
     provider: str  # ONNX Runtime's name
     calibrate: bool
-    company: Encoded  # the built-in texts and, of the data, as many again: to see what batch-mates change
+    batched: Encoded  # texts that are run in many batchings, to see whether that changes an answer
 
 
 @dataclass(frozen=True)
@@ -86,21 +84,30 @@ def export_bundle(
     calibrate: bool = False,
     overwrite: bool = False,
 ) -> Bundle:
-    """Export fine-tuned classifiers (Hugging Face folders, hub ids, ONNX folders) as the members of one bundle.
+    """Export fine-tuned classifiers as the members of one bundle; each is checked before the bundle appears.
 
-    Members are sorted by their number of layers. `threshold` is every gate's tau until tuning finds better ones;
-    `pair` and `max_length` override what training recorded. Each fused graph is compared with torch on built-in
-    texts and on some of its own validation texts. `precision`: one for all, or by member's name ("" for the others),
-    None for fp32 or what an ONNX folder holds; "auto" takes the fastest, on `provider`, that is batch-invariant and
-    passes. The finished member is compared with its original on `check_data` (default: what training kept for
-    validation) and may lose `max_accuracy_drop` percentage points. `calibrate` divides each member's logits by the
-    temperature that suits those data best, which then need labels. Raises CascadeError where members do not fit
-    together or one fails; then nothing is written.
+    Args:
+        sources: Hugging Face folders or hub ids, or ONNX files or folders; they are sorted by their number of layers.
+        output: The bundle's folder.
+        threshold: Threshold of every member but the last, until tuning finds better ones.
+        pair: Whether the task is on pairs of texts; None for what training recorded, else single texts.
+        max_length: Tokens; None for what training recorded, else what the model takes.
+        precision: One for all members, or by the member's name ("" for the others); None for fp32, or what an ONNX
+            folder holds. "auto" takes the fastest, on `provider`, that is batch-invariant and passes the check.
+        check_data: Texts, with or without labels, to compare finished members with their originals on; None for what
+            training held out.
+        max_accuracy_drop: Percentage points that a member may lose in that check.
+        provider: Where finished members are checked and timed.
+        calibrate: Divide each member's logits by the temperature that fits the check data best; they need labels.
+        overwrite: Replace an existing bundle.
+
+    Raises:
+        CascadeError: Members do not fit together, or one fails its check; nothing is written.
     """
     if not 0 <= threshold <= 1:
-        raise InputError(f"found the threshold {threshold}, expected a number from 0 to 1")
+        raise InvalidOption("threshold", threshold, "a number from 0 to 1")
     if not 0 <= max_accuracy_drop <= 100:
-        raise InputError(f"found a largest accuracy drop of {max_accuracy_drop}, expected 0 to 100 points")
+        raise InvalidOption("max_accuracy_drop", max_accuracy_drop, "a number of percentage points from 0 to 100")
     checkpoints = [_open(source, pair, max_length) for source in sources]
     checkpoints.sort(key=lambda checkpoint: (checkpoint.layers, checkpoint.parameters))
     check_fit(checkpoints)
@@ -111,12 +118,12 @@ def export_bundle(
         first.write_tokenizer(folder / TOKENIZER_FILE)
         tokenizer = TextTokenizer(folder / TOKENIZER_FILE, first.max_length, first.pair)
         members = []
-        for checkpoint in tqdm(checkpoints, unit=" members", disable=None):
+        for checkpoint in tqdm(checkpoints, desc="exporting", unit=" members", disable=None):
             data = load_check_data(check_data, checkpoint)
-            company = tokenizer.encode([*_built_in(first.pair), *(data.texts[:_COMPANY] if data else [])])
-            gate = Gate(data, max_accuracy_drop, running, calibrate, company)
+            batched = tokenizer.encode([*_built_in(first.pair), *(data.texts[:_BATCHED] if data else [])])
+            checks = Checks(data, max_accuracy_drop, running, calibrate, batched)
             tau = None if checkpoint is checkpoints[-1] else threshold
-            members.append(_export_member(checkpoint, folder, tokenizer, tau, wanted[checkpoint.name], gate))
+            members.append(_export_member(checkpoint, folder, tokenizer, tau, wanted[checkpoint.name], checks))
         bundle = Bundle(
             labels=first.labels,
             pair=first.pair,
@@ -146,7 +153,7 @@ def _open(source: str, pair: bool | None, max_length: int | None) -> Checkpoint:
         import cascade_export.verify  # noqa: F401, PLC0415
         from cascade_export.torch_checkpoint import open_torch  # noqa: PLC0415
     except ImportError as error:
-        raise MissingExtraError(f"exporting {source!r}, which is no ONNX file,", "export", error) from None
+        raise MissingExtraError(f"exporting {source!r}, which is not an ONNX file,", "export", error) from error
     return open_torch(source, pair=pair, max_length=max_length)
 
 
@@ -154,9 +161,7 @@ def _by_member(precision: str | Mapping[str, str] | None, names: Sequence[str]) 
     """Return each member's precision, None for its own; raise InputError for a name that no member has."""
     by_name = {"": precision} if isinstance(precision, str) else dict(precision or {})
     if unknown := by_name.keys() - {"", *names}:
-        raise InputError(
-            f"found a precision for the member {', '.join(sorted(unknown))}, expected one of: {', '.join(names)}"
-        )
+        raise InvalidOption("precision", sorted(unknown), f"members among: {', '.join(names)}")
     return {name: by_name.get(name, by_name.get("")) for name in names}
 
 
@@ -166,20 +171,20 @@ def _export_member(
     tokenizer: TextTokenizer,
     threshold: float | None,
     wanted: str | None,
-    gate: Gate,
+    checks: Checks,
 ) -> MemberEntry:
-    encoded = tokenizer.encode(gate.data.texts) if gate.data else None
-    with _writer(checkpoint, tokenizer, gate) as writer:
+    encoded = tokenizer.encode(checks.data.texts) if checks.data else None
+    with _writer(checkpoint, tokenizer, checks) as writer:
         precision = wanted or writer.usual
         tried = [name for name in _TRIED_BY_AUTO if name in writer.precisions] if precision == AUTO else [precision]
         if not tried or not set(tried) <= set(writer.precisions):
             raise InputError(
-                f"member {checkpoint.name!r}: found the precision {precision!r}, expected one of: "
+                f"member {checkpoint.name!r}: `precision`: found {precision!r}, expected one of: "
                 f"{', '.join([*writer.precisions, AUTO])}"
             )
-        original = writer.original() if gate.data else None
+        original = writer.original() if checks.data else None
 
-        def written(name: str) -> tuple[MemberEntry, Member]:
+        def written(name: str) -> tuple[MemberEntry, Stage]:
             file, data = writer.write(name, folder)
             entry = MemberEntry(
                 name=checkpoint.name,
@@ -194,46 +199,44 @@ def _export_member(
                 data=tuple(WeightFile(file, sha256_of(folder / file)) for file in data),
                 other=writer.facts,
             )
-            return entry, Member(entry, folder / file, len(checkpoint.labels), gate.provider, usable_threads(None))
+            return entry, Stage(entry, folder / file, len(checkpoint.labels), checks.provider, usable_threads(None))
 
         if precision != AUTO:
             entry, member = written(precision)
-            return _checked(entry, member, encoded, original, gate)
+            return _checked(entry, member, encoded, original, checks)
         if encoded is None or original is None:
-            missing = (
-                "no texts to judge by; say --check-data FILE" if encoded is None else "no fp32 file to compare with"
-            )
-            raise InputError(f"member {checkpoint.name!r}: found --precision auto and {missing}")
-        return _fastest(tried, written, encoded, original, gate)
+            missing = "no texts to compare on; give `check_data`" if encoded is None else "no fp32 file to compare with"
+            raise InputError(f"member {checkpoint.name!r}: found `precision` auto and {missing}")
+        return _fastest(tried, written, encoded, original, checks)
 
 
 def _fastest(
     tried: Sequence[str],
-    written: Callable[[str], tuple[MemberEntry, Member]],
+    written: Callable[[str], tuple[MemberEntry, Stage]],
     encoded: Encoded,
     original: Probabilities,
-    gate: Gate,
+    checks: Checks,
 ) -> MemberEntry:
-    """Measure each precision, alone and in bulk alike, and take the fastest that is batch-invariant and passes."""
-    members: dict[str, Member] = {}
+    """Measure each precision on single texts and in bulk, and take the fastest that is batch-invariant and passes."""
+    members: dict[str, Stage] = {}
     refused: dict[str, str] = {}
     for name in tried:
         try:
             member = written(name)[1]
-            member.load()  # now: the next precision takes its file's place
+            member.load()  # now, because the next precision replaces its file
             members[name] = member
         except CascadeError as error:  # the provider has no kernels for it
             refused[name] = str(error)
     measured = speeds(members, encoded)
     for name in sorted(measured, key=lambda name: measured[name].alone * measured[name].in_bulk):
         try:
-            entry = _checked(*written(name), encoded, original, gate)
+            entry = _checked(*written(name), encoded, original, checks)
         except CascadeError as error:
             refused[name] = str(error)
             continue
         difference = entry.other.get("batch_difference")
         if difference is None or difference > BATCH_TOLERANCE:
-            refused[name] = f"scores depend on batch-mates (by {difference})"
+            refused[name] = f"scores depend on the batch (by {difference})"
             continue
         found = {"seconds_per_text": {name: vars(speed) for name, speed in measured.items()}, "refused": refused}
         return replace(entry, other={**entry.other, AUTO: found})
@@ -241,26 +244,26 @@ def _fastest(
 
 
 def _checked(
-    entry: MemberEntry, member: Member, encoded: Encoded | None, original: Probabilities | None, gate: Gate
+    entry: MemberEntry, member: Stage, encoded: Encoded | None, original: Probabilities | None, checks: Checks
 ) -> MemberEntry:
-    """Run the finished member; return its entry with what was found, or raise CascadeError where it lost too much."""
+    """Run the finished member; return its entry with the measurements, or raise CascadeError if it lost too much."""
     found: dict[str, Any] = {}
-    company = probabilities(member, gate.company)
-    if (difference := batch_difference(member, gate.company, company)) is not None:
+    alone = probabilities(member, checks.batched)
+    if (difference := batch_difference(member, checks.batched, alone)) is not None:
         found["batch_difference"] = difference
-    if encoded is not None and gate.data is not None:
-        found["check"] = report = compare(original, probabilities(member, encoded), gate.data.labels)
+    if encoded is not None and checks.data is not None:
+        found["check"] = report = compare(original, probabilities(member, encoded), checks.data.labels)
         if original is not None:
-            check_drop(entry.name, entry.precision, report, gate.max_accuracy_drop)
+            check_drop(entry.name, entry.precision, report, checks.max_accuracy_drop)
     return replace(entry, other={**entry.other, **found})
 
 
 @contextmanager
-def _writer(checkpoint: Checkpoint, tokenizer: TextTokenizer, gate: Gate) -> Iterator[_Writer]:
+def _writer(checkpoint: Checkpoint, tokenizer: TextTokenizer, checks: Checks) -> Iterator[_Writer]:
     if isinstance(checkpoint, OnnxCheckpoint):
-        if gate.calibrate:
-            raise InputError(f"member {checkpoint.name!r} is an ONNX file; --calibrate needs torch weights to divide")
-        yield _onnx_writer(checkpoint, tokenizer, gate)
+        if checks.calibrate:
+            raise InputError(f"member {checkpoint.name!r} is an ONNX file; `calibrate` needs torch weights")
+        yield _onnx_writer(checkpoint, tokenizer, checks)
         return
     from cascade_export.convert import convert  # noqa: PLC0415 - loads torch, which ONNX folders do not need
     from cascade_export.precision import PRECISIONS, write_precision  # noqa: PLC0415
@@ -269,14 +272,14 @@ def _writer(checkpoint: Checkpoint, tokenizer: TextTokenizer, gate: Gate) -> Ite
 
     if not isinstance(checkpoint, TorchCheckpoint):
         raise TypeError(f"no way to export a {type(checkpoint).__name__}")
-    scaled = _calibrate(checkpoint, gate) if gate.calibrate else {}
+    scaled = _calibrate(checkpoint, checks) if checks.calibrate else {}
     with TemporaryDirectory(prefix="cascade-export-") as work:
         source = Path(work) / f"{checkpoint.name}.onnx"
         fused = convert(checkpoint, source)
         texts = check_texts(checkpoint)
         difference = verify(checkpoint, _reference(checkpoint, source), tokenizer, texts)
         few = tokenizer.encode(texts)
-        calibration = few.batch(few.lengths.argsort()[:_CALIBRATION_TEXTS])  # the longest would pad all others
+        calibration = few.batch(few.lengths.argsort()[:_CALIBRATION_TEXTS])  # not the longest, which would pad all
 
         def write(name: str, folder: Path) -> tuple[str, list[str]]:
             write_precision(source, folder / source.name, name, calibration)
@@ -286,24 +289,24 @@ def _writer(checkpoint: Checkpoint, tokenizer: TextTokenizer, gate: Gate) -> Ite
             tuple(PRECISIONS),
             "fp32",
             write,
-            lambda: torch_probabilities(checkpoint, gate.data.texts) if gate.data else None,
+            lambda: torch_probabilities(checkpoint, checks.data.texts) if checks.data else None,
             {"fused": fused, "max_probability_difference": difference, **scaled},
         )
 
 
-def _calibrate(checkpoint: TorchCheckpoint, gate: Gate) -> dict[str, Any]:
-    """Scale the checkpoint's logits by the temperature that fits the check data; return what a manifest tells of it."""
+def _calibrate(checkpoint: TorchCheckpoint, checks: Checks) -> dict[str, Any]:
+    """Scale the checkpoint's logits by the temperature that fits the check data; return it for the manifest."""
     from cascade_export.temperature import divide_logits, fit_temperature  # noqa: PLC0415 - loads torch
     from cascade_export.verify import torch_probabilities  # noqa: PLC0415
 
-    if gate.data is None or gate.data.labels is None:
-        raise InputError(f"member {checkpoint.name!r}: found no labelled data to calibrate on; say --check-data FILE")
-    before = torch_probabilities(checkpoint, gate.data.texts)
+    if checks.data is None or checks.data.labels is None:
+        raise InputError(f"member {checkpoint.name!r}: found no labelled data to calibrate on; give `check_data`")
+    before = torch_probabilities(checkpoint, checks.data.texts)
     logits = np.log(np.maximum(before, 1e-30))
-    temperature = fit_temperature(logits, gate.data.labels)
+    temperature = fit_temperature(logits, checks.data.labels)
     divide_logits(checkpoint.model, temperature)
     after = softmax(logits / temperature)
-    correct = before.argmax(axis=1) == gate.data.labels
+    correct = before.argmax(axis=1) == checks.data.labels
     return {
         "temperature": {
             "value": temperature,
@@ -313,25 +316,25 @@ def _calibrate(checkpoint: TorchCheckpoint, gate: Gate) -> dict[str, Any]:
     }
 
 
-def _onnx_writer(checkpoint: OnnxCheckpoint, tokenizer: TextTokenizer, gate: Gate) -> _Writer:
-    """Take the file as it is; where the folder holds fp32 too, that is the original."""
+def _onnx_writer(checkpoint: OnnxCheckpoint, tokenizer: TextTokenizer, checks: Checks) -> _Writer:
+    """Take the file as it is; an fp32 file in the same folder is the original."""
 
     def original() -> Probabilities | None:
-        if "fp32" not in checkpoint.files or not gate.data:
+        if "fp32" not in checkpoint.files or not checks.data:
             return None
-        return probabilities(_reference(checkpoint, checkpoint.files["fp32"]), tokenizer.encode(gate.data.texts))
+        return probabilities(_reference(checkpoint, checkpoint.files["fp32"]), tokenizer.encode(checks.data.texts))
 
     return _Writer(tuple(checkpoint.files), checkpoint.usual, checkpoint.copy, original, {})
 
 
-def _reference(checkpoint: Checkpoint, path: Path) -> Member:
-    """Return the member in fp32 on the CPU, which every provider and precision has to agree with."""
+def _reference(checkpoint: Checkpoint, path: Path) -> Stage:
+    """Return the member in fp32 on the CPU, the reference for every provider and precision."""
     entry = MemberEntry(checkpoint.name, path.name, "", checkpoint.layers, checkpoint.hidden_size, 1, "fp32", None)
-    return Member(entry, path, len(checkpoint.labels), provider_name("cpu"), usable_threads(None))
+    return Stage(entry, path, len(checkpoint.labels), provider_name("cpu"), usable_threads(None))
 
 
 def _origin(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Tell where a member comes from, without the paths of the machine that exported it."""
+    """Return where a member comes from, without paths of the machine that exported it."""
     record = checkpoint.training
     kept = ("layers", "task", "recipe", "data", "metric")
     training: dict[str, Any] = {key: record[key] for key in kept if key in record}

@@ -13,8 +13,8 @@ import onnxruntime
 from tokenizers import Tokenizer
 
 from cascade_export.checkpoint import Checkpoint, checked_labels, checked_length, member_name, training_record
-from cascade_rt.errors import BundleError, InputError
-from cascade_rt.onnx_file import OnnxFile, scan
+from cascade_rt.bundle.onnx_file import OnnxFile, scan
+from cascade_rt.errors import BundleError, InputError, first_line
 
 # The names that Optimum and transformers.js give to the files of each precision, in order of preference.
 FILES = {
@@ -33,7 +33,7 @@ class OnnxCheckpoint(Checkpoint):
     """A checkpoint that is an ONNX file, by precision."""
 
     files: dict[str, Path]
-    usual: str  # the precision that is meant when none is named
+    usual: str  # the default precision
 
     def copy(self, precision: str, folder: Path) -> tuple[str, list[str]]:
         """Copy the file of a precision into a bundle's folder; return the paths there: its own, its external data's."""
@@ -97,7 +97,7 @@ def open_onnx(source: str, *, pair: bool | None = None, max_length: int | None =
         raise InputError(
             f"cannot open the member {source!r} ({reason}); expected config.json (id2label, layers, hidden size) and "
             "tokenizer.json beside the ONNX file or in the folder above it"
-        ) from None
+        ) from error
     if min(layers, hidden, says, reserved) < 1:
         raise InputError(
             f"{folder / 'config.json'}: found {layers} layers, hidden size {hidden}, {says} positions, padding id "
@@ -150,7 +150,7 @@ def _scanned(path: Path) -> OnnxFile:
     try:
         return scan(path)
     except BundleError as error:
-        raise InputError(str(error)) from None
+        raise InputError(str(error)) from error
 
 
 def _first(config: dict[str, Any], *keys: str) -> Any:
@@ -173,13 +173,13 @@ def _enable_padding(backend: Tokenizer, config: dict[str, Any], settings: dict[s
 
 
 def _positions(path: Path, says: int, reserved: int) -> int:
-    """How many tokens the graph takes, found by running it: RoBERTa's kin take fewer than config.json says."""
+    """Return how many tokens the graph takes, by running it: RoBERTa-like models take fewer than config.json says."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise InputError(f"{path}: ONNX Runtime cannot load it ({str(error).splitlines()[0]})") from None
+        raise InputError(f"{path}: ONNX Runtime cannot load it ({first_line(error)})") from error
     types = {node.name: node.type for node in session.get_inputs()}
     if wrong := [f"{name} as {kind}" for name, kind in types.items() if kind != "tensor(int64)"]:
         raise InputError(f"{path}: takes {', '.join(wrong)}; expected token ids as tensor(int64) only")

@@ -1,7 +1,7 @@
 """The precisions that a member can be exported in, and how its fused fp32 graph becomes each of them.
 
-The default int8 quantises every token's activations by that token's own range, so no text is touched by its
-batch-mates or its padding. Weights are quantised symmetrically, by output channel; the table of word embeddings,
+The default int8 quantises the activations of each token with that token's range, so neither the other texts of a batch
+nor padding change an answer. Weights are quantised symmetrically, by output channel, and the table of word embeddings
 by word.
 """
 
@@ -92,7 +92,7 @@ def _blocks(accuracy_level: int) -> Callable[[Path, Path, Batch], None]:
 
 
 def _nbits_quantizer() -> Any:
-    """Return the library's quantiser, without the log that its import would turn on for the whole process."""
+    """Return the library's quantiser, without the log that its import turns on for the whole process."""
     root = logging.getLogger()
     level, handlers = root.level, root.handlers[:]
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer  # noqa: PLC0415
@@ -180,7 +180,7 @@ class _Graph:
             self._add("MultiHeadAttention", [*projected, bias, mask, *scores], node.output[0], CONTRIB, **kept)
 
     def quantize_activations_by_token(self) -> None:
-        """Replace every product with constant weights by one in int8, each row of its input at a scale of its own."""
+        """Replace every product with constant weights by one in int8, with one scale per row of its input."""
         unit, middle = self._constant("unit", np.float32(1)), self._constant("middle", np.uint8(128))
         quantized: dict[str, tuple[str, str]] = {}
         of_texts = self._computed_from_texts()
@@ -217,14 +217,14 @@ class _Graph:
             self._add("Mul", [f"{table}_row_float", f"{table}_row_scale"], node.output[0])
 
     def declare_activations(self) -> None:
-        """Say that what goes into matrix products is fp32, which the library cannot infer behind fused operators."""
+        """Declare the inputs of matrix products as fp32, which the library cannot infer behind fused operators."""
         known = {tensor.name for tensor in self.model.graph.value_info}
         products = [node for node in self.model.graph.node if node.op_type == "MatMul"]
         for tensor in {node.input[0] for node in products if self._is_matrix(node.input[1])} - known:
             self.model.graph.value_info.append(helper.make_tensor_value_info(tensor, onnx.TensorProto.FLOAT, None))
 
     def finished(self) -> onnx.ModelProto:
-        """Return the model without the weights that nothing reads any more."""
+        """Return the model without unused weights."""
         read = {name for node in self.model.graph.node for name in node.input}
         kept = [weight for name, weight in self._weights.items() if name in read]
         del self.model.graph.initializer[:]
@@ -234,7 +234,7 @@ class _Graph:
         return self.model
 
     def _computed_from_texts(self) -> set[str]:
-        """Return all that depends on the inputs; the rest (DeBERTa's relative positions) is computed once, at load."""
+        """Return all nodes that depend on the inputs; the rest (DeBERTa's relative positions) is computed at load."""
         found = {tensor.name for tensor in self.model.graph.input}
         for node in self.model.graph.node:
             if found.intersection(node.input):
@@ -271,7 +271,7 @@ class _Graph:
         return integers, scales
 
     def _rebuilt(self) -> list[onnx.NodeProto]:
-        """Return the operators, and begin a new list of them, which takes their place when the loop over them ends."""
+        """Return the operators and start a new list, which replaces them when the loop over them ends."""
         before = list(self.model.graph.node)
         del self.model.graph.node[:]
         self._nodes = self.model.graph.node
@@ -304,7 +304,7 @@ _ATTENTION_SETTINGS = ("num_heads", "mask_filter_value", "scale", "unidirectiona
 
 
 def _scales(values: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
-    """Return what one step of int8 is worth along `axis`, which stays with size 1; 1 where all values are 0."""
+    """Return the scale of int8 along `axis`, which is kept with size 1; 1 where all values are 0."""
     steps: NDArray[np.float32] = np.abs(values).max(axis=axis, keepdims=True) / np.float32(_LARGEST)
     steps[steps == 0] = 1
     return steps
@@ -316,7 +316,7 @@ def _rounded(values: NDArray[Any]) -> NDArray[np.int8]:
 
 
 class _quiet(warnings.catch_warnings):
-    """Silence what the quantisation library says about its own steps."""
+    """Silence the log of the quantisation library."""
 
     def __enter__(self) -> None:
         super().__enter__()

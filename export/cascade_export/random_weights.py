@@ -1,4 +1,4 @@
-"""A cascade in the shape of a paper's, with random weights: to measure hardware before anything is trained."""
+"""Members with random weights in any shape, to measure hardware before anything is trained."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from cascade_rt.errors import InputError
+from cascade_rt.errors import InputError, InvalidOption
 
 VOCABULARY_SIZE = 30_522  # as BERT's
 
@@ -54,9 +54,9 @@ def write_random_members(
 
 
 def _spread_confidences(model: BertForSequenceClassification) -> None:
-    """Turn the classifier so that thresholds can split the texts: logits differ, and do not drift with the length.
+    """Change the classifier so that thresholds can split the texts: logits differ, and do not depend on the length.
 
-    Longer texts still vary less, so more of them travel on; the speed-up by FLOPs tells how much longer they are.
+    Longer texts still vary less, so more of them continue; the speed-up by FLOPs shows how much longer they are.
     """
     with torch.no_grad():
         drawn = [torch.randint(model.config.vocab_size // 30, model.config.vocab_size, (8, 6 * n)) for n in range(1, 9)]
@@ -75,12 +75,12 @@ def parse_shape(written: str) -> tuple[int, int]:
     """Read "LAYERSxHIDDEN", for instance "2x768"; raise InputError for anything else."""
     layers, _, hidden = written.partition("x")
     if not (layers.isdecimal() and hidden.isdecimal() and 1 <= int(layers) <= 96 and _heads(int(hidden))):
-        raise InputError(f"found the shape {written!r}, expected LAYERSxHIDDEN as in 2x768, HIDDEN a multiple of 32")
+        raise InvalidOption("random", written, "LAYERSxHIDDEN, for instance 2x768, with HIDDEN a multiple of 32")
     return int(layers), int(hidden)
 
 
 def _heads(hidden: int) -> int:
-    """Attention heads of the usual models of this hidden size; 0 where there is none."""
+    """Return the attention heads of usual models of this hidden size; 0 for an unusual size."""
     return 12 if hidden == 384 else hidden // 64 if hidden % 64 == 0 else hidden // 32 if hidden % 32 == 0 else 0
 
 

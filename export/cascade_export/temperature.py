@@ -1,4 +1,4 @@
-"""Temperature scaling (Guo et al., 2017): one number per member that makes its confidences mean what they say.
+"""Temperature scaling (Guo et al., 2017): one number per member that calibrates its confidences.
 
 The temperature divides the weights of the last layer before the export, so the graph answers calibrated logits by
 itself and no answer's label changes.

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 from cascade_export.checkpoint import Checkpoint, checked_labels, checked_length, member_name, training_record
-from cascade_rt.errors import InputError
+from cascade_rt.errors import InputError, first_line
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ def open_torch(source: str, *, pair: bool | None = None, max_length: int | None 
             source, dtype="float32", output_loading_info=True
         )
         training = training_record(source)
-    except Exception as error:  # a folder can be broken in any way, and each library has errors of its own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except Exception as error:  # a folder can be broken in many ways, and each library has its own errors
         raise InputError(
-            f"cannot open the member {source!r} ({reason}); expected the Hugging Face folder of a fine-tuned classifier"
-        ) from None
+            f"cannot open the member {source!r} ({first_line(error)}); expected a Hugging Face folder of a "
+            "fine-tuned classifier"
+        ) from error
     if loading["missing_keys"]:
         missing = ", ".join(sorted(loading["missing_keys"])[:3])
-        raise InputError(f"{source}: holds no trained classifier (has no weights for {missing}); fine-tune it first")
+        raise InputError(f"{source}: not a fine-tuned classifier (has no weights for {missing}); fine-tune it first")
     labels = checked_labels(source, {index: config.id2label[index] for index in range(config.num_labels)})
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InputError(f"{source}: has no fast tokenizer (tokenizer.json); cascade-rt needs one")
@@ -67,7 +67,7 @@ def open_torch(source: str, *, pair: bool | None = None, max_length: int | None 
 
 
 def _positions(model: Any) -> int:
-    """How many tokens the model has positions for; RoBERTa's kin begin to count behind the padding token's id."""
+    """Return how many tokens the model has positions for; RoBERTa-like models start after the padding token's id."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
             reserved = 0 if module.padding_idx is None else module.padding_idx + 1

@@ -1,4 +1,4 @@
-"""The exported graph answers, not the checkpoint: compare the two on real texts before anything is written."""
+"""Compare the exported graph with the torch checkpoint on real texts, before anything is written."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from cascade_export.checkpoint import SENTENCES
 from cascade_export.torch_checkpoint import TorchCheckpoint
+from cascade_rt.engine.probabilities import softmax
+from cascade_rt.engine.stage import Stage
+from cascade_rt.engine.tokenization import TextTokenizer
 from cascade_rt.errors import CascadeError
-from cascade_rt.gate import softmax
-from cascade_rt.member import Member
-from cascade_rt.records import Text
-from cascade_rt.tokenization import TextTokenizer
+from cascade_rt.types import Text
 
 TOLERANCE = 1e-4
 """Largest allowed |difference of a class probability| between torch and the exported fp32 graph."""
@@ -26,25 +26,25 @@ _TORCH_BATCH = 16
 
 
 def check_texts(checkpoint: TorchCheckpoint) -> list[Text]:
-    """Return texts from empty to far beyond any maximum length, and texts of the member's own task if it kept some."""
+    """Return texts from empty to far beyond any maximum length, and some of the member's validation texts."""
     singles = [*SENTENCES, " ".join(SENTENCES), " ".join(SENTENCES * 12)]
     shorts = [(one, other) for one in _SHORT for other in _SHORT]
     texts: list[Text] = [*shorts, *zip(singles, reversed(singles), strict=True)] if checkpoint.pair else list(singles)
     return texts + [example.text for example in checkpoint.validation(_OWN_TEXTS)]
 
 
-def verify(checkpoint: TorchCheckpoint, member: Member, tokenizer: TextTokenizer, texts: Sequence[Text]) -> float:
+def verify(checkpoint: TorchCheckpoint, member: Stage, tokenizer: TextTokenizer, texts: Sequence[Text]) -> float:
     """Compare probabilities of torch and of the exported member; return the largest difference.
 
-    Each text runs alone, then in batches of neighbours, so with and without padding. Both sides tokenize for
-    themselves, so a wrong `tokenizer.json` shows too. Raises CascadeError beyond TOLERANCE, and says where.
+    Each text runs alone, then in batches, so with and without padding. Both sides tokenize by themselves, so a wrong
+    `tokenizer.json` is found too. Raises CascadeError, which names the text, if the difference exceeds TOLERANCE.
     """
     encoded = tokenizer.encode(texts)
     alone = [np.array([row]) for row in range(len(texts))]
     batches = [np.arange(start, min(start + 4, len(texts))) for start in range(0, len(texts), 4)]
     worst = 0.0
     for rows in [*alone, *batches]:
-        exported = softmax(member.run(encoded.batch(rows)))
+        exported = softmax(member.run(encoded.batch(rows)).logits)
         original = torch_probabilities(checkpoint, [texts[row] for row in rows])
         difference = np.abs(exported - original).max(axis=1)
         at = int(difference.argmax())

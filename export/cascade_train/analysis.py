@@ -10,11 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cascade_rt.bundle import MemberEntry
-from cascade_rt.cost import cumulative_layers, layer_speedup
-from cascade_rt.gate import confidence, exits, softmax
-from cascade_rt.metrics import equal_width_bins
-from cascade_rt.records import Text, write_json
-from cascade_rt.tuning import plotting
+from cascade_rt.engine.cost import cumulative_layers, layer_speedup
+from cascade_rt.engine.exit_rules import exits
+from cascade_rt.engine.probabilities import confidence, softmax
+from cascade_rt.io.writers import write_json
+from cascade_rt.tuning.metrics import equal_width_bins
+from cascade_rt.tuning.plot import pyplot
+from cascade_rt.types import Text
 from cascade_train.finetune import last_linear
 
 _CURVE_POINTS = 60
@@ -43,7 +45,7 @@ def reliability(confidences: NDArray[np.float64], correct: NDArray[np.bool_], bi
 def speedup_curve(
     members: Sequence[MemberEntry], probabilities: NDArray[np.float64], labels: NDArray[np.intp]
 ) -> list[dict[str, float]]:
-    """Return accuracy over layer speed-up as one tau for all gates goes down (paper, Figure 5).
+    """Return accuracy over layer speed-up as one tau for all members decreases (paper, Figure 5).
 
     `probabilities`: (members, texts, labels) of all members on all texts; `labels`: class ids, (texts,).
     """
@@ -75,7 +77,7 @@ def expected_gain(
     and s_{i+1} the texts that exit at the added member and the next, L* and L_{i+1} their layers, N all texts: the
     change of accuracy against a cascade without it that executes as many layers. It takes each member's accuracy as
     its accuracy on whatever it answers; `without` and `with` are what the two cascades answer rightly on these very
-    texts, the one without it at the tau (one for all its gates) that executes as nearly as many layers as can be.
+    texts, the one without it at the tau (one for all its members) that executes the closest number of layers.
     """
     sure, right = confidence(probabilities), probabilities.argmax(axis=-1) == labels
     accuracies = right.mean(axis=1)
@@ -133,7 +135,7 @@ def write_analysis(
 ) -> dict[str, Any]:
     """Write reliability diagrams, the curve of accuracy over speed-up, and expected gains into `output`; return them.
 
-    `logits`: float32 (members, texts, labels), as `CascadeRuntime.member_logits` answers; `labels`: class ids (texts,).
+    `logits`: float32 (members, texts, labels), from `CascadeRuntime.member_logits`; `labels`: class ids (texts,).
     """
     probabilities = softmax(logits)
     sure, right = confidence(probabilities), probabilities.argmax(axis=-1) == labels
@@ -202,7 +204,7 @@ def project(representations: NDArray[np.float32], seed: int = 0) -> NDArray[np.f
 
 
 def representations(source: str, texts: Sequence[Text], max_length: int) -> NDArray[np.float32]:
-    """Return what the last layer of a member, a Hugging Face folder, sees of each text: float32 (texts, hidden)."""
+    """Return the input of a member's last layer for each text, float32 (texts, hidden); `source`: its folder."""
     import torch  # noqa: PLC0415 - slow to import
     from transformers import AutoModelForSequenceClassification, AutoTokenizer  # noqa: PLC0415
 
@@ -220,5 +222,5 @@ def representations(source: str, texts: Sequence[Text], max_length: int) -> NDAr
 
 
 def _figure(count: int) -> tuple[Any, Any]:
-    figure, axes = plotting().subplots(1, count, figsize=(4.2 * count, 3.8), layout="constrained", squeeze=False)
+    figure, axes = pyplot().subplots(1, count, figsize=(4.2 * count, 3.8), layout="constrained", squeeze=False)
     return figure, axes[0]

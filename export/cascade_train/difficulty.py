@@ -1,8 +1,8 @@
-"""Which training instances are difficult for a member's architecture (paper, section 3.3): labels for DAR.
+"""Label which training instances are difficult for a member's architecture (paper, section 3.3), for DAR.
 
-The training set is cut into K folds; for each, a member learns the other K - 1 and predicts it; and all that again
-for S seeds. An instance is easy only if every seed answered it rightly. Each fold's predictions are stored as they
-come, so a killed run goes on where it was.
+The training set is split into K folds; for each fold a member is trained on the other K - 1 and predicts it, and this
+is repeated for S seeds. An instance is easy only if every seed got it right. Each fold's predictions are stored as
+soon as they are computed, so a killed run resumes.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import torch
 from numpy.typing import NDArray
 from sklearn.model_selection import StratifiedKFold
 from tqdm import tqdm
-from transformers import set_seed
+from transformers import PrinterCallback, set_seed
 from transformers.utils import logging
 
-from cascade_rt.cpus import usable_cpus
-from cascade_rt.errors import CascadeError, InputError
-from cascade_rt.records import write_json
+from cascade_rt.engine.cpus import usable_cpus
+from cascade_rt.errors import CascadeError, InputError, InvalidOption
+from cascade_rt.io.writers import write_json
 from cascade_train.finetune import (
     LABELS_ALONE,
     ObjectiveTrainer,
@@ -63,18 +63,17 @@ def label_difficulty(
 
     Writes a folder: `difficulty.jsonl`, per instance its row number `id`, `label`, the `predictions` of every seed and
     `difficulty` 0 or 1, and `summary.json`, which is returned: the share of difficult instances, in all and per
-    class, and what was trained. `jobs` folds are trained side by side, each with its share of the CPUs. Raises
-    InputError where `output` exists or a class has fewer instances than there are folds.
+    class, and what was trained. `jobs` folds are trained in parallel, each with its share of the CPUs. Raises
+    InputError if `output` exists or a class has fewer instances than there are folds.
     """
     if output.exists():
-        raise InputError(f"{output} exists; choose another output folder, or delete it to label anew")
-    if folds < 2 or seeds < 1 or jobs < 1:
-        raise InputError(f"found {folds} folds, {seeds} seeds, {jobs} jobs; expected at least 2, 1 and 1")
+        raise InputError(f"{output} exists; choose another output folder, or delete it to label again")
+    for field, value, least in (("folds", folds, 2), ("seeds", seeds, 1), ("jobs", jobs, 1)):
+        if value < least:
+            raise InvalidOption(field, value, f"at least {least}")
     rarest = int(np.bincount(data.train.labels, minlength=len(data.labels)).min())
     if rarest < folds:
-        raise InputError(
-            f"found a class with {rarest} training instances, expected at least {folds}, one for each fold"
-        )
+        raise InvalidOption("folds", folds, f"at most {rarest}, the training instances of the rarest class")
     work = output.with_name(output.name + ".labelling")
     run = {
         "base": str(base),
@@ -88,7 +87,13 @@ def label_difficulty(
     }
     claim(work, run, "seed-*.json")
     missing = [(seed, fold) for seed in range(seeds) for fold in range(folds) if not _part(work, seed, fold).is_file()]
-    with tqdm(total=folds * seeds, initial=folds * seeds - len(missing), unit=" folds", disable=None) as progress:
+    with tqdm(
+        total=folds * seeds,
+        initial=folds * seeds - len(missing),
+        unit=" folds",
+        desc=f"labelling {output.name}",
+        disable=None,
+    ) as progress:
         for _ in _trained(missing, jobs, (base, data, layers, recipe, folds, work)):
             progress.update()
     finished = work / "finished"
@@ -108,11 +113,11 @@ def read_difficulty(folder: Path, train: Examples) -> list[int]:
         found = {row["id"]: row["difficulty"] for row in rows}
         of = summary["train"]["sha256"]
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder}: no difficulty labels ({error}); make them with cascade-rt difficulty") from None
+        raise InputError(f"{folder}: no difficulty labels ({error}); make them with cascade-rt difficulty") from error
     if of != train.digest() or set(found) != set(range(len(train))) or not set(found.values()) <= {0, 1}:
         raise InputError(
-            f"{folder}: labels of {len(found)} other training examples than these {len(train)}; name the same task, "
-            "--holdout and --split-seed as in cascade-rt difficulty"
+            f"{folder}: labels of {len(found)} other training examples than these {len(train)}; use the same task, "
+            "`holdout` and `split_seed` as in cascade-rt difficulty"
         )
     return [found[row] for row in range(len(train))]
 
@@ -122,7 +127,7 @@ def _part(work: Path, seed: int, fold: int) -> Path:
 
 
 def _trained(missing: list[tuple[int, int]], jobs: int, shared: tuple[Any, ...]) -> Iterator[None]:
-    """Train these folds, in this process or in others; yield as each one ends."""
+    """Train these folds, in this process or in others; yield when each one ends."""
     if jobs == 1:
         for seed, fold in missing:
             _train_fold(seed, fold, None, *shared)
@@ -164,13 +169,12 @@ def _train_fold(
         trainer = ObjectiveTrainer(
             LABELS_ALONE,
             model=model,
-            args=arguments(
-                recipe, Path(folder), eval_strategy="no", save_strategy="no", logging_strategy="no", disable_tqdm=True
-            ),
+            args=arguments(recipe, Path(folder), eval_strategy="no", save_strategy="no", logging_strategy="no"),
             train_dataset=features(tokenizer, model, data.train.take(kept), recipe.max_length),
             data_collator=collator(tokenizer),
             processing_class=tokenizer,
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     rows = features(tokenizer, model, data.train.take(held), recipe.max_length)
     predictions: NDArray[np.intp] = answers(tokenizer, model, rows).argmax(axis=-1)
@@ -185,7 +189,7 @@ def _collected(work: Path, data: TaskData, folds: int, seeds: int, target: Path)
             rows, answers = np.array(json.loads(_part(work, seed, fold).read_text("utf-8"))).T
             predictions[rows, seed] = answers
     if (predictions < 0).any():
-        raise CascadeError(f"{work}: some folds lack predictions; delete the folder and label anew")
+        raise CascadeError(f"{work}: some folds lack predictions; delete the folder and label again")
     labels = np.array(data.train.labels)
     difficult = (predictions != labels[:, None]).any(axis=1)
     with target.open("w", encoding="utf-8", newline="\n") as stream:

@@ -1,8 +1,7 @@
 """Fine-tune one member: any Hugging Face encoder, whole or its first k layers, with the paper's recipe.
 
-The training loop is transformers' `Trainer`. This module gives it the recipe and the objective (labels, and what
-`losses.py` adds to them) and makes two promises of ours: a killed run resumes where it was, and the member's folder
-appears only once it is whole.
+The training loop is transformers' `Trainer`. This module gives it the recipe and the objective: labels, and what
+`losses.py` adds to them. A killed run resumes where it was, and the member's folder appears only when it is complete.
 """
 
 from __future__ import annotations
@@ -26,16 +25,18 @@ from transformers import (
     DataCollatorWithPadding,
     EvalPrediction,
     PreTrainedTokenizerFast,
+    PrinterCallback,
     Trainer,
     TrainingArguments,
     set_seed,
 )
 
-from cascade_rt.errors import CascadeError, InputError
-from cascade_rt.metrics import accuracy, f1
-from cascade_rt.records import write_json
+from cascade_rt.errors import CascadeError, InputError, InvalidOption, first_line
+from cascade_rt.io.writers import write_json
+from cascade_rt.tuning.metrics import accuracy, f1
 from cascade_train import RECORD, VALIDATION
 from cascade_train.losses import difficulty_aware_regularization, distillation
+from cascade_train.progress import Progress
 from cascade_train.tasks import Examples, TaskData
 
 
@@ -50,11 +51,13 @@ class Recipe:
     warmup_ratio: float = 0.0
     weight_decay: float = 0.0
     seed: int = 0
-    evaluations_per_epoch: int = 1  # validate, and leave a checkpoint to resume from, this often
-    bf16: bool = False  # compute in bfloat16 where that is safe: faster on CPUs with AMX, and on GPUs
+    evaluations_per_epoch: int = 1
+    """Validations per epoch; each writes a checkpoint to resume from."""
+    bf16: bool = False
+    """Train in bfloat16: faster on CPUs with AMX, and on GPUs."""
 
     def __post_init__(self) -> None:
-        """Raise InputError for a value that no training can have."""
+        """Raise InvalidOption for a value out of range."""
         for name, lowest, highest in (
             ("epochs", 1e-3, 1e4),
             ("learning_rate", 0, 1),
@@ -67,27 +70,28 @@ class Recipe:
         ):
             value = getattr(self, name)
             if not lowest <= value <= highest:
-                option = name.replace("_", "-")
-                raise InputError(f"found --{option} {value}, expected a number from {lowest:g} to {highest:g}")
+                raise InvalidOption(name, value, f"a number from {lowest:g} to {highest:g}")
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What a member learns beside its labels; the defaults are labels alone.
+    """What a member learns besides its labels; by default nothing.
 
-    The loss is (1 - distill_weight) * cross entropy + distill_weight * distillation + dar_weight * DAR, the terms
-    that are not asked for left out.
+    The loss is (1 - distill_weight) * cross entropy + distill_weight * distillation + dar_weight * DAR, without the
+    terms that are not used.
     """
 
-    difficulty: Sequence[int] | None = None  # of each training example, 0 (easy) or 1
+    difficulty: Sequence[int] | None = None
+    """0 (easy) or 1 (difficult) for each training example."""
     dar_margin: float = 0.5
     dar_weight: float = 0.5
-    teacher: NDArray[np.float32] | None = None  # the teacher's logits for each training example, (examples, labels)
+    teacher: NDArray[np.float32] | None = None
+    """The teacher's logits for each training example, (examples, labels)."""
     temperature: float = 2.0
     distill_weight: float = 0.5
 
     def __post_init__(self) -> None:
-        """Raise InputError for a value that no objective can have."""
+        """Raise InvalidOption for a value out of range."""
         for name, lowest, highest in (
             ("dar_margin", 0, 1),
             ("dar_weight", 0, 1e3),
@@ -96,22 +100,22 @@ class Objective:
         ):
             value = getattr(self, name)
             if not lowest <= value <= highest:
-                option = name.replace("_", "-")
-                raise InputError(f"found --{option} {value}, expected a number from {lowest:g} to {highest:g}")
+                raise InvalidOption(name, value, f"a number from {lowest:g} to {highest:g}")
 
     def described(self) -> dict[str, Any]:
-        """Return what a record tells of it."""
-        told: dict[str, Any] = {}
+        """Return the settings that a training record keeps."""
+        settings: dict[str, Any] = {}
         if self.difficulty is not None:
             difficult = float(np.mean(self.difficulty))
-            told["dar"] = {"margin": self.dar_margin, "weight": self.dar_weight, "difficult": difficult}
+            settings["dar"] = {"margin": self.dar_margin, "weight": self.dar_weight, "difficult": difficult}
         if self.teacher is not None:
-            told["distillation"] = {"temperature": self.temperature, "weight": self.distill_weight}
-        return told
+            settings["distillation"] = {"temperature": self.temperature, "weight": self.distill_weight}
+        return settings
 
 
 LABELS_ALONE = Objective()
 _TEACHER_BATCH = 64
+_LOGGED = 20  # steps between two updates of the loss on the progress bar
 
 
 def finetune(
@@ -126,12 +130,12 @@ def finetune(
     """Fine-tune `base` (a hub id or a local folder) on `data` and write a Hugging Face folder to `output`.
 
     `layers` keeps only the first k encoder layers (the paper's BERT-kL, section 2.1). The folder holds the
-    checkpoint that was best on validation, and what `RECORD` tells. A run that was killed resumes from its last
-    checkpoint when it is started again with the same arguments. Returns the record; raises CascadeError where
-    `output` exists, another run's work is in the way, or `base` cannot be loaded.
+    checkpoint that was best on validation, and the record. A killed run resumes from its last checkpoint when it is
+    called again with the same arguments. Returns the record; raises CascadeError if `output` exists, another run's
+    unfinished work is there, or `base` cannot be loaded.
     """
     if output.exists():
-        raise InputError(f"{output} exists; choose another output folder, or delete it to train anew")
+        raise InputError(f"{output} exists; choose another output folder, or delete it to train again")
     work = output.with_name(output.name + ".training")
     run = {
         "base": str(base),
@@ -148,9 +152,9 @@ def finetune(
     tokenizer, model = load_base(base, data.labels, layers)
     longest = int(min(model.config.max_position_embeddings, tokenizer.model_max_length))
     if recipe.max_length > longest:
-        raise InputError(f"found --max-length {recipe.max_length}, expected at most {longest}, what {base} takes")
+        raise InvalidOption("max_length", recipe.max_length, f"at most {longest}, the positions of {base}")
     claim(work, run)
-    trainer = _trainer(model, tokenizer, data, recipe, objective, work)
+    trainer = _trainer(model, tokenizer, data, recipe, objective, output, work)
     resume = _last_whole_checkpoint(work)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
 
@@ -164,7 +168,7 @@ def finetune(
     finished = work / "model"
     shutil.rmtree(finished, ignore_errors=True)
     trainer.save_model(str(finished))
-    (finished / "training_args.bin").unlink(missing_ok=True)  # a pickle, and of no use to anyone
+    (finished / "training_args.bin").unlink(missing_ok=True)  # a pickle, of no further use
     tokenizer.save_pretrained(finished)
     write_json(finished / RECORD, record)
     _write_validation(finished / VALIDATION, data)
@@ -174,7 +178,7 @@ def finetune(
 
 
 def last_linear(model: Any) -> torch.nn.Linear:
-    """Return the layer that a classifier's logits come from; raise CascadeError where it is no linear one."""
+    """Return the linear layer that gives a classifier's logits; raise CascadeError if there is none."""
     heads = [
         module
         for module in model.modules()
@@ -190,11 +194,11 @@ def search_margin(
 ) -> dict[str, Any]:
     """Fine-tune one member per DAR margin, and keep the one that is best on validation (of equals, the first).
 
-    Takes what `finetune` takes. The members lie beside `output` until all are trained, so a killed search goes on.
-    The record says how good each margin was.
+    Takes the arguments of `finetune`. The members are beside `output` until all are trained, so a killed search can
+    continue. The record has the validation metric of each margin.
     """
     if output.exists():
-        raise InputError(f"{output} exists; choose another output folder, or delete it to train anew")
+        raise InputError(f"{output} exists; choose another output folder, or delete it to train again")
     folders = {margin: output.with_name(f"{output.name}.margin-{margin:g}") for margin in margins}
     for margin, folder in folders.items():
         if not folder.exists():
@@ -219,24 +223,24 @@ def teacher_logits(source: str, data: TaskData, recipe: Recipe) -> NDArray[np.fl
 
 
 def logits_of(source: str, data: TaskData, examples: Examples, max_length: int) -> NDArray[np.float32]:
-    """Return the logits of a member of this task for any examples of it, as `teacher_logits` does."""
+    """Return the logits of a member of this task for any of its examples, float32 (examples, labels)."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForSequenceClassification.from_pretrained(source).eval()
     except Exception as error:
-        raise _no_base(source, error) from None
+        raise _no_base(source, error) from error
     found = tuple(model.config.id2label[index] for index in range(model.config.num_labels))
     if found != data.labels:
-        raise InputError(
-            f"teacher {source}: found the labels {', '.join(found[:6])}, expected {', '.join(data.labels[:6])}"
+        raise InvalidOption(
+            "teacher", source, f"a member with the labels {', '.join(data.labels[:6])}, not {', '.join(found[:6])}"
         )
     return answers(tokenizer, model, features(tokenizer, model, examples, max_length))
 
 
 def answers(tokenizer: PreTrainedTokenizerFast, model: Any, rows: list[dict[str, Any]]) -> NDArray[np.float32]:
-    """Return the logits of a model for what `features` made, float32 (rows, labels), in their order.
+    """Return the logits of a model for the rows of `features`, float32 (rows, labels), in their order.
 
-    Not the Trainer's `predict`: with `group_by_length` that answers in the order of the lengths.
+    The Trainer's `predict` is not used: with `group_by_length` it returns rows in the order of their lengths.
     """
     model.eval()
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]))
@@ -252,12 +256,12 @@ def answers(tokenizer: PreTrainedTokenizerFast, model: Any, rows: list[dict[str,
 
 
 def described_examples(examples: Examples) -> dict[str, Any]:
-    """Return what a record tells of some examples: how many, and what tells them from others."""
+    """Return the number of examples and their hash, for a record."""
     return {"rows": len(examples), "sha256": examples.digest()}
 
 
 def claim(work: Path, run: dict[str, Any], begun: str = "checkpoint-*") -> None:
-    """Make the working folder, or check that one that stands, with files like `begun` in it, is of this same run."""
+    """Make the working folder; if one exists with files like `begun`, check that it belongs to this same run."""
     settings = work / "run.json"
     if any(work.glob(begun)) and settings.is_file():
         other = json.loads(settings.read_text("utf-8"))
@@ -265,8 +269,8 @@ def claim(work: Path, run: dict[str, Any], begun: str = "checkpoint-*") -> None:
         if differing:
             key = differing[0]
             raise CascadeError(
-                f"{work} holds an unfinished run with another {key} (found {other.get(key)}, asked for {run[key]}); "
-                "finish that one with its own arguments, or delete the folder"
+                f"{work} holds an unfinished run with another {key} (found {other.get(key)}, expected {run[key]}); "
+                "finish it with its arguments, or delete the folder"
             )
         return
     work.mkdir(parents=True, exist_ok=True)
@@ -278,15 +282,13 @@ def load_base(base: str, labels: tuple[str, ...], layers: int | None) -> tuple[P
     try:
         config = AutoConfig.from_pretrained(base)
         tokenizer = AutoTokenizer.from_pretrained(base)
-    except Exception as error:  # a folder can be broken in any way, and each library has errors of its own
-        raise _no_base(base, error) from None
+    except Exception as error:  # a folder can be broken in many ways, and each library has its own errors
+        raise _no_base(base, error) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InputError(f"{base}: has no fast tokenizer (tokenizer.json); cascade-rt needs one")
     if layers is not None:
         if not 1 <= layers <= config.num_hidden_layers:
-            raise InputError(
-                f"found --layers {layers}, expected 1 to {config.num_hidden_layers}, the layers that {base} has"
-            )
+            raise InvalidOption("layers", layers, f"1 to {config.num_hidden_layers}, the layers of {base}")
         config.num_hidden_layers = layers  # from_pretrained then takes the first k layers' weights only
     config.num_labels = len(labels)
     config.id2label = dict(enumerate(labels))
@@ -300,19 +302,19 @@ def load_base(base: str, labels: tuple[str, ...], layers: int | None) -> tuple[P
             attn_implementation=None if torch.cuda.is_available() else "eager",
         )
     except Exception as error:
-        raise _no_base(base, error) from None
+        raise _no_base(base, error) from error
     return tokenizer, model
 
 
 def _no_base(base: str, error: Exception) -> InputError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return InputError(
-        f"cannot load the base model {base!r} ({reason}); expected a Hugging Face folder, or a hub id and a network"
+        f"cannot load the base model {base!r} ({first_line(error)}); expected a Hugging Face folder, or a hub "
+        "id and a network"
     )
 
 
 class ObjectiveTrainer(Trainer):  # type: ignore[misc]  # the library has no types
-    """A Trainer whose loss is an `Objective`'s; what it needs of each example travels in the batches."""
+    """A Trainer whose loss is an `Objective`; its values for each example are in the batches."""
 
     def __init__(self, objective: Objective, **settings: Any) -> None:
         super().__init__(**settings)
@@ -340,6 +342,7 @@ def _trainer(
     data: TaskData,
     recipe: Recipe,
     objective: Objective,
+    output: Path,
     work: Path,
 ) -> Trainer:
     steps_per_epoch = -(-len(data.train) // recipe.batch_size)
@@ -348,7 +351,7 @@ def _trainer(
     for name, values in (("difficulty", objective.difficulty), ("teacher", objective.teacher)):
         for example, value in zip(train, [] if values is None else values, strict=values is not None):
             example[name] = torch.as_tensor(value)
-    return ObjectiveTrainer(
+    trainer = ObjectiveTrainer(
         objective,
         model=model,
         args=arguments(
@@ -359,7 +362,7 @@ def _trainer(
             save_strategy="steps",
             save_steps=interval,
             save_total_limit=2,  # the best so far and the last
-            logging_steps=interval,
+            logging_steps=min(interval, _LOGGED),
             load_best_model_at_end=True,
             metric_for_best_model=data.metric,
             greater_is_better=True,
@@ -370,6 +373,9 @@ def _trainer(
         processing_class=tokenizer,
         compute_metrics=lambda outcome: _measured(outcome, len(data.labels)),
     )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Progress(output.name, data.metric))
+    return trainer
 
 
 def arguments(recipe: Recipe, work: Path, **more: Any) -> TrainingArguments:
@@ -387,8 +393,9 @@ def arguments(recipe: Recipe, work: Path, **more: Any) -> TrainingArguments:
         bf16=recipe.bf16,
         use_cpu=not torch.cuda.is_available(),
         report_to="none",
+        disable_tqdm=True,
         dataloader_pin_memory=False,
-        remove_unused_columns=False,  # the objective's are not the model's; `features` makes no others
+        remove_unused_columns=False,  # the objective's columns are not the model's
         **more,
     )
 
@@ -408,7 +415,7 @@ def features(
 
 
 def collator(tokenizer: PreTrainedTokenizerFast) -> Any:
-    """Return what makes a batch of features: padded tokens, and the objective's values as they are."""
+    """Return the collator: it pads tokens and stacks the objective's values."""
     pad = DataCollatorWithPadding(tokenizer)
 
     def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
@@ -430,7 +437,7 @@ def _measured(outcome: EvalPrediction, classes: int) -> dict[str, float]:
 
 
 def _last_whole_checkpoint(work: Path) -> Path | None:
-    """Return the newest checkpoint that was written to its end, and delete those that a kill cut short."""
+    """Return the newest complete checkpoint, and delete incomplete ones."""
     whole = []
     for folder in work.glob("checkpoint-*"):
         try:  # the Trainer writes its state last

@@ -1,4 +1,4 @@
-"""What a member learns beside its labels: how sure it may be (DAR), and what a bigger member answers (distillation).
+"""Additional training losses: how confident a member may be (DAR), and what a bigger member answers (distillation).
 
 All are plain functions of a batch's logits, so any member can be trained with them.
 """
@@ -18,10 +18,10 @@ def confidence(logits: Tensor) -> Tensor:
 def difficulty_aware_regularization(logits: Tensor, difficulty: Tensor, margin: float) -> Tensor:
     """Return the difficulty-aware regularization of a batch (paper, section 3.3), a scalar.
 
-    The mean, over all pairs of one easy and one difficult instance, of max(0, c(difficult) - c(easy) + margin):
-    an easy instance shall be surer than a difficult one by `margin`. 0 where the batch has no such pair. `logits`:
-    (batch, labels); `difficulty`: 0 (easy) or 1, (batch,). Eq. (5)-(6), as printed, would push the difficult
-    instance's confidence up; the text around them means this, and equal difficulty adds nothing.
+    The mean, over all pairs of one easy and one difficult instance, of max(0, c(difficult) - c(easy) + margin): the
+    confidence of an easy instance should exceed that of a difficult one by `margin`. 0 where the batch has no such
+    pair. `logits`: (batch, labels); `difficulty`: 0 (easy) or 1, (batch,). Eq. (5)-(6), as printed, would push the
+    difficult instance's confidence up; the text around them describes this, and equal difficulty adds nothing.
     """
     sure = confidence(logits)
     easy, difficult = sure[difficulty == 0], sure[difficulty == 1]

@@ -1,8 +1,8 @@
-"""What to learn from: the paper's six GLUE tasks by name, the built-in demo task, or any labelled file.
+"""Training data: the paper's six GLUE tasks by name, the built-in demo task, or any labelled file.
 
-Every loader answers the same thing, a `TaskData`: training and validation examples with class ids, the label
-names (index = class id), pair or single, and the metric. The task's official dev set is never used for
-training or for choosing thresholds: validation is held out from the training file.
+Every loader returns a `TaskData`: training and validation examples with class ids, the label names (index = class id),
+pair or single, and the metric. The task's official dev set is never used for training or for choosing thresholds:
+validation is held out of the training file.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cascade_rt.errors import InputError
-from cascade_rt.records import Text, read_examples
+from cascade_rt.errors import InputError, InvalidOption
+from cascade_rt.io.readers import read_examples
+from cascade_rt.types import Text
 from cascade_train import smart_home
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Texts (or pairs) with their class ids, index by index."""
+    """Texts (or pairs) and their class ids."""
 
     texts: Sequence[Text]
     labels: Sequence[int]
@@ -33,13 +34,13 @@ class Examples:
         return Examples([self.texts[row] for row in rows], [self.labels[row] for row in rows])
 
     def digest(self) -> str:
-        """Return a sha256 over texts and labels, which tells two data sets apart."""
+        """Return the sha256 of texts and labels, which identifies a data set."""
         return hashlib.sha256(repr((list(self.texts), list(self.labels))).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 @dataclass(frozen=True)
 class TaskData:
-    """One task, ready to learn."""
+    """The data of one task."""
 
     name: str
     labels: tuple[str, ...]
@@ -51,7 +52,7 @@ class TaskData:
 
 @dataclass(frozen=True)
 class GlueTask:
-    """A GLUE task as its official files lay it out."""
+    """The layout of a GLUE task's official files."""
 
     columns: tuple[str, ...]
     label_column: str
@@ -105,24 +106,24 @@ SMART_HOME = "smart-home"
 TASKS = (*GLUE, SMART_HOME)
 
 
-def load_task(name: str, folder: Path | None, *, holdout: float = 0.1, seed: int = 0) -> TaskData:
+def load_task(name: str, folder: Path | None, *, holdout: float = 0.1, split_seed: int = 0) -> TaskData:
     """Load a task by name; `folder` holds its official files (the built-in task needs none).
 
-    A share `holdout` of the training examples becomes validation; the split depends on `seed` alone, so all
+    A share `holdout` of the training examples becomes validation; the split depends on `split_seed` alone, so all
     members of a cascade see the same one. Raises InputError for an unknown task or an incomplete folder.
     """
     if name == SMART_HOME:
         train, labels = _indexed(smart_home.load("train"), smart_home.LABELS)
-        kept, held = hold_out(train, holdout, seed)
+        kept, held = hold_out(train, holdout, split_seed)
         return TaskData(name, labels, False, "accuracy", kept, held)
     task = _glue(name)
     examples = _read_glue(task, folder, task.train)
-    kept, held = hold_out(examples, holdout, seed, nested=task.nested)
+    kept, held = hold_out(examples, holdout, split_seed, nested=task.nested)
     return TaskData(name, tuple(task.labels.values()), task.pair, task.metric, kept, held)
 
 
 def load_evaluation(name: str, folder: Path | None) -> dict[str, Examples]:
-    """Load what a task is reported on: its dev sets by name (MNLI has two), or the demo's held-out phrasings."""
+    """Load the sets that a task is reported on: its dev sets by name (MNLI has two), or the demo's held-out texts."""
     if name == SMART_HOME:
         return {"heldout": _indexed(smart_home.load("heldout"), smart_home.LABELS)[0]}
     task = _glue(name)
@@ -138,7 +139,7 @@ def load_file(
     label_column: str = "label",
     metric: str = "accuracy",
     holdout: float = 0.1,
-    seed: int = 0,
+    split_seed: int = 0,
 ) -> TaskData:
     """Load any labelled csv, tsv, jsonl or parquet file with named columns.
 
@@ -153,7 +154,7 @@ def load_file(
         )
     train, _ = _indexed(rows, names)
     if validation is None:
-        train, held = hold_out(train, holdout, seed)
+        train, held = hold_out(train, holdout, split_seed)
     else:
         held, _ = _indexed(_read_labelled(validation, columns, pair, label_column), names)
         if not held:
@@ -164,16 +165,16 @@ def load_file(
 def hold_out(examples: Examples, share: float, seed: int, *, nested: bool = False) -> tuple[Examples, Examples]:
     """Split into (kept, held out), stratified by label.
 
-    With `nested` only whole texts are held out, those that are no phrase of another text, together with every
-    phrase of theirs: SST-2 trains on the phrases of its sentences, so a plain random split would validate on
-    fragments of sentences that were trained on, and they are shorter and easier than what dev holds.
+    With `nested` only whole texts, which are not a phrase of another text, are held out, together with all their
+    phrases. SST-2 trains on the phrases of its sentences: a random split would validate on fragments of training
+    sentences, which are shorter and easier than the dev set.
     """
     from sklearn.model_selection import train_test_split  # noqa: PLC0415 - slow to import
 
     if not 0 < share < 1:
-        raise InputError(f"found a held-out share of {share}, expected a number between 0 and 1 (0.1 is usual)")
+        raise InvalidOption("holdout", share, "a number between 0 and 1 (0.1 is usual)")
     if not 0 <= seed < 2**32:
-        raise InputError(f"found the split seed {seed}, expected a number from 0 to {2**32 - 1}")
+        raise InvalidOption("split_seed", seed, f"a number from 0 to {2**32 - 1}")
     candidates = _whole_texts(examples.texts) if nested else list(range(len(examples)))
     try:
         _, held = train_test_split(
@@ -186,7 +187,7 @@ def hold_out(examples: Examples, share: float, seed: int, *, nested: bool = Fals
         raise InputError(
             f"cannot hold out {share:.0%} of {len(candidates)} examples with every label in both parts ({error}); "
             "add examples or give a validation file"
-        ) from None
+        ) from error
     gone = set(held)
     if nested:
         phrases = {phrase for row in held for phrase in _phrases(examples.texts[row])}
@@ -195,7 +196,7 @@ def hold_out(examples: Examples, share: float, seed: int, *, nested: bool = Fals
 
 
 def _whole_texts(texts: Sequence[Text]) -> list[int]:
-    """Return the first row of every text that is no phrase of a longer one."""
+    """Return the first row of every text that is not a phrase of a longer one."""
     seen: set[tuple[str, ...]] = set()
     whole = []
     for row in sorted(range(len(texts)), key=lambda row: -len(_words(texts[row]))):
@@ -216,13 +217,13 @@ def _words(text: Text) -> tuple[str, ...]:
 
 def _glue(name: str) -> GlueTask:
     if name not in GLUE:
-        raise InputError(f"unknown task {name!r}; expected one of {', '.join(TASKS)}, or name a training file instead")
+        raise InvalidOption("task", name, f"one of {', '.join(TASKS)}")
     return GLUE[name]
 
 
 def _read_glue(task: GlueTask, folder: Path | None, files: Sequence[str]) -> Examples:
     if folder is None:
-        raise InputError("this task reads its official files: name the folder that holds them (--data)")
+        raise InputError("this task reads its official files: give their folder (`data`)")
     path = next((folder / file for file in files if (folder / file).is_file()), None)
     if path is None:
         raise InputError(f"{folder}: found no {' or '.join(files)}; expected the task's official files there")
@@ -233,7 +234,7 @@ def _read_glue(task: GlueTask, folder: Path | None, files: Sequence[str]) -> Exa
     ):
         written = example.field(task.label_column)
         if written not in ids:
-            if written == "-":  # MNLI marks pairs without a gold label so
+            if written == "-":  # MNLI's mark for pairs without a gold label
                 continue
             raise InputError(f"{example.where}: found the label {written!r}, expected one of {', '.join(ids)}")
         texts.append(example.text)

@@ -119,11 +119,11 @@ def test_members_that_do_not_fit_are_refused_with_what_differs(member_folders: l
     ("arguments", "says"),
     [
         ("--member nowhere --output out", "cannot open the member 'nowhere'"),
-        ("--member MEMBER --output out --max-length 65", "found a maximum length of 65, expected 3 to 64 tokens"),
-        ("--member MEMBER --output out --max-length 2", "found a maximum length of 2, expected 3 to 64 tokens"),
-        ("--member MEMBER --output out --threshold 2", "found the threshold 2.0"),
-        ("--random 2x100 --output out", "found the shape '2x100', expected LAYERSxHIDDEN"),
-        ("--random 2 --output out", "found the shape '2'"),
+        ("--member MEMBER --output out --max-length 65", "--max-length: found 65, expected 3 to 64 tokens"),
+        ("--member MEMBER --output out --max-length 2", "--max-length: found 2, expected 3 to 64 tokens"),
+        ("--member MEMBER --output out --threshold 2", "--threshold: found 2, expected a number from 0 to 1"),
+        ("--random 2x100 --output out", "--random: found '2x100', expected LAYERSxHIDDEN"),
+        ("--random 2 --output out", "--random: found '2'"),
         ("--random 2x64 --member MEMBER --output out", "not allowed with argument"),
         ("--output out", "one of the arguments --member --random is required"),
         ("--member MEMBER --output .", "exists and is not a bundle"),
@@ -171,7 +171,7 @@ def test_what_cannot_be_a_member_is_refused(member_folders: list[Path], tmp_path
     headless = tmp_path / "headless"
     shutil.copytree(member_folders[0], headless)
     BertModel.from_pretrained(member_folders[0]).save_pretrained(headless)
-    refused(headless, "holds no trained classifier .*classifier.bias")
+    refused(headless, "not a fine-tuned classifier .*classifier.bias")
 
 
 def test_three_members_with_two_names_are_refused(member_folders: list[Path], tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from cascade_export.verify import check_texts, torch_probabilities
 
 from cascade_rt import CascadeRuntime
 from cascade_rt.bundle import BATCH_TOLERANCE
-from cascade_rt.member import int8_saturates
-from cascade_rt.tokenization import TextTokenizer
+from cascade_rt.engine.providers import int8_saturates
+from cascade_rt.engine.tokenization import TextTokenizer
 
 from .families import FAMILIES, POSITIONS
 
@@ -35,8 +35,8 @@ def test_a_family_answers_as_torch_does(family: str, tmp_path: Path) -> None:
         difference = np.abs(answers - original)
         assert difference.max() <= tolerance
         assert difference.mean() <= in_the_mean
-        assert np.ptp(original, axis=0).max() > 0.1, "the texts are told apart"
-        member = runtime._members[0]
+        assert np.ptp(original, axis=0).max() > 0.1, "the texts get different answers"
+        member = runtime._stages[0]
         encoded = TextTokenizer(tmp_path / precision / "tokenizer.json", POSITIONS, pair=True).encode(texts)
         moved = batch_difference(member, encoded, probabilities(member, encoded))
         assert moved is not None

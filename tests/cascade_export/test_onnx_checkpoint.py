@@ -83,7 +83,7 @@ def test_the_file_of_a_precision_is_taken_and_compared_with_fp32(laid_out: Path,
     assert 0 < member.other["check"]["max_probability_difference"] < 1
     named = export_bundle([str(laid_out / "big" / "onnx" / "model_quantized.onnx")], tmp_path / "named")
     assert (named.members[0].sha256, named.members[0].name) == (member.sha256, "big")
-    with pytest.raises(CascadeError, match="found the precision 'fp16', expected one of: fp32, int8-tensor"):
+    with pytest.raises(CascadeError, match="`precision`: found 'fp16', expected one of: fp32, int8-tensor"):
         export_bundle([str(laid_out / "big")], tmp_path / "none", precision="fp16")
 
 
@@ -97,12 +97,14 @@ def test_without_an_original_nothing_is_said_to_agree(
     rows = [{"text": text, "label": "good"} for text in _TEXTS]
     (tmp_path / "check.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert main(["export", "--member", str(folder), "--output", "out", "--check-data", "check.jsonl"]) == 0
-    told = capsys.readouterr().out
-    assert "int8-tensor" in told, "by its operators, whatever its name"
-    assert "no original to compare with, accuracy " in told
+    header, row, *_ = capsys.readouterr().out.splitlines()
+    assert "int8-tensor" in row, "by its operators, whatever its name"
+    assert "accuracy %" in header
+    assert "labels equal" not in header, "there is no original to compare with"
+    assert "->" not in row
     assert "labels_agree" not in read_bundle("out").members[0].other["check"]
     assert main(["info", "--model-dir", "out"]) == 0
-    assert "depends on its batch-mates" in capsys.readouterr().out
+    assert "depends on the other texts of its batch" in capsys.readouterr().out
 
 
 def test_a_graph_that_does_not_fit_its_config_is_refused(laid_out: Path, tmp_path: Path) -> None:
@@ -124,7 +126,7 @@ def test_a_graph_that_does_not_fit_its_config_is_refused(laid_out: Path, tmp_pat
 
 def test_field_numbers_that_others_read_differently_are_refused(laid_out: Path, tmp_path: Path) -> None:
     """A graph under field 7 + 2^29 would be skipped here and loaded by readers that drop the high bits."""
-    from cascade_rt.onnx_file import scan
+    from cascade_rt.bundle.onnx_file import scan
 
     content = bytearray((laid_out / "small" / "model.onnx").read_bytes())
     model = onnx.load(laid_out / "small" / "model.onnx", load_external_data=False)

@@ -77,7 +77,7 @@ def test_only_dynamic_ranges_of_whole_batches_depend_on_batch_mates(
         invariant = member.other["batch_difference"] <= BATCH_TOLERANCE
         assert invariant == (precision != "int8-tensor")
         assert main(["info", "--model-dir", str(folder)]) == 0
-        assert ("depends on its batch-mates" in capsys.readouterr().out) != invariant
+        assert ("depends on the other texts of its batch" in capsys.readouterr().out) != invariant
 
 
 @settings(max_examples=25, deadline=None)
@@ -152,7 +152,7 @@ def test_auto_takes_the_fastest_that_passes(wide: Path, tmp_path: Path, monkeypa
         assert member.precision == expected, member.other["auto"]
         assert member.other["auto"]["seconds_per_text"].keys() == {"int8", "fp16", "fp32"}
         assert ("int8" in member.other["auto"]["refused"]) == (drop == 0)
-    with pytest.raises(InputError, match="no texts to judge by; say --check-data FILE"):
+    with pytest.raises(InputError, match="no texts to compare on; give `check_data`"):
         export_bundle([str(wide)], tmp_path / "none", precision="auto")
 
 
@@ -179,8 +179,8 @@ def test_each_member_can_have_its_own(member_folders: list[Path], tmp_path: Path
     )
     assert [member.precision for member in made.members] == ["fp32", "int8", "int8"]
     for precision, says in (
-        ("int7", "found the precision 'int7', expected one of: fp32, fp16, int8, "),
-        ({"huge": "int8"}, "precision for the member huge, expected one of: tiny"),
+        ("int7", "`precision`: found 'int7', expected one of: fp32, fp16, int8, "),
+        ({"huge": "int8"}, r"`precision`: found \['huge'\], expected members among: tiny"),
     ):
         with pytest.raises(CascadeError, match=says):
             export_bundle([str(member_folders[0])], tmp_path / "no", precision=precision)

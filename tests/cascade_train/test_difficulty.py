@@ -104,7 +104,7 @@ def test_a_killed_run_goes_on_and_two_at_a_time_answer_the_same(
 
 
 def test_what_cannot_be_labelled_is_refused(base: str, data: TaskData, labelled: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"a class with \d+ training instances, expected at least 40"):
+    with pytest.raises(InputError, match=r"`folds`: found 40, expected at most \d+, the training instances"):
         label_difficulty(base, data, tmp_path / "out", recipe=RECIPE, folds=40)
     with pytest.raises(InputError, match="exists; choose another"):
         label_difficulty(base, data, labelled, recipe=RECIPE)
@@ -162,7 +162,7 @@ def test_the_commands_label_and_train(base: str, tmp_path: Path, capsys: pytest.
     for arguments, says in (
         (["--dar-grid"], "found --dar-grid alone"),
         (["--difficulty", "big"], "big: no difficulty labels"),
-        (["--difficulty", "labels", "--dar-margin", "2"], "found --dar-margin 2.0, expected a number from 0 to 1"),
+        (["--difficulty", "labels", "--dar-margin", "2"], "--dar-margin: found 2, expected a number from 0 to 1"),
         (["--difficulty", "labels", "--holdout", "0.5"], "labels of 21 other training examples than these 12"),
         (["--teacher", "labels"], "cannot load the base model 'labels'"),
     ):

@@ -153,11 +153,11 @@ def test_a_validation_file_is_used_whole(tmp_path: Path) -> None:
 
 
 def test_data_that_cannot_be_learnt_from_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="unknown task 'cola'"):
+    with pytest.raises(InputError, match="`task`: found 'cola', expected one of mnli"):
         load_task("cola", tmp_path)
     with pytest.raises(InputError, match=r"found no train\.tsv"):
         load_task("rte", tmp_path)
-    with pytest.raises(InputError, match="name the folder"):
+    with pytest.raises(InputError, match="this task reads its official files: give their folder"):
         load_task("rte", None)
     write_table(tmp_path / "train.tsv", "sentence label", [["a", "0"], ["b", "2"]])
     with pytest.raises(InputError, match=r"train\.tsv:3: found the label '2', expected one of 0, 1"):

@@ -14,7 +14,7 @@ from importlib.resources import files
 from typing import Any
 
 from cascade_rt.errors import InputError
-from cascade_rt.records import Text
+from cascade_rt.types import Text
 
 LABELS = (
     "lights_on",
@@ -37,7 +37,7 @@ _GENERATED_PER_TEMPLATE = {"train": 4, "heldout": 4}
 def load(split: str, kind: str | None = None) -> list[tuple[Text, str]]:
     """Return the (command, intent) rows of a split ("train" or "heldout"), all or one kind ("direct", "indirect")."""
     if split not in _GENERATED_PER_TEMPLATE or kind not in (None, "direct", "indirect"):
-        raise InputError(f"found the part {split!r}, {kind!r}; expected train or heldout, and direct or indirect")
+        raise InputError(f"found {split!r} and {kind!r}, expected train or heldout, and direct or indirect")
     folder = files(__package__)
     rows: list[tuple[Text, str]] = []
     for line in folder.joinpath("utterances.tsv").read_text("utf-8").splitlines()[1:]:

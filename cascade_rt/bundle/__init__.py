@@ -1,0 +1,23 @@
+"""The on-disk format of a cascade: `cascade.json`, `tokenizer.json` and one ONNX file per member.
+
+`manifest` is the schema, `storage` reads and writes whole bundles, `paths`, `files` and `onnx_file` check what they
+name, `hub` and `card` share them.
+"""
+
+from .files import sha256_of
+from .manifest import BATCH_TOLERANCE, MANIFEST, TUNING, Bundle, MemberEntry, WeightFile
+from .storage import bundle_files, read_bundle, write_bundle, write_manifest
+
+__all__ = [
+    "BATCH_TOLERANCE",
+    "MANIFEST",
+    "TUNING",
+    "Bundle",
+    "MemberEntry",
+    "WeightFile",
+    "bundle_files",
+    "read_bundle",
+    "sha256_of",
+    "write_bundle",
+    "write_manifest",
+]

@@ -1,0 +1,360 @@
+"""The manifest `cascade.json`: its schema as data classes, read with one clear error for whatever is wrong.
+
+Version 1 describes cascades of complete members with maximum probability as their exit rule. Version 2 adds segments,
+which read the hidden states of the member before them, and other exit rules; it is written only where one is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import BundleError, InvalidOption
+from .files import FileIdentity
+from .paths import checked_relative
+
+MANIFEST = "cascade.json"
+TUNING = "tuning"
+"""The manifest's key for what `cascade-rt tune` found."""
+
+BATCH_TOLERANCE = 1e-4
+"""Largest difference of a class probability between two batchings that counts as none."""
+
+TOKENS, HIDDEN_STATES = "tokens", "hidden_states"
+"""What a member reads: token ids, or the hidden states that the member before it left."""
+
+MAXIMUM_PROBABILITY, PATIENCE = "maximum_probability", "patience"
+"""Kinds of exit rules."""
+
+_VERSIONS = (1, 2)
+_SEAL = "sha256"  # of the manifest without this key; manifests of other writers may have none
+_MANIFEST_BYTES = 16 * 2**20  # far above any real manifest
+_THRESHOLDS = {"kind": MAXIMUM_PROBABILITY}
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """A file that holds weights of an ONNX file; its path is relative to the bundle's folder."""
+
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class MemberEntry:
+    """What the manifest says about one member."""
+
+    name: str
+    file: str
+    sha256: str
+    layers: int
+    hidden_size: int
+    parameters: int
+    precision: str
+    threshold: float | None
+    """None for the last member, which always answers, and under exit rules without thresholds."""
+    intermediate_size: int | None = None
+    """Inner size of the feed-forward blocks; None: four times the hidden size."""
+    data: tuple[WeightFile, ...] = ()
+    """External data of the ONNX file."""
+    reads: str = TOKENS
+    """What it starts from: "tokens", or "hidden_states" for a segment of a multi-exit model."""
+    other: Mapping[str, Any] = field(default_factory=dict)
+    """Keys unknown to this version, kept as they are."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The part of the manifest's `tuning` that the runtime needs."""
+
+    members: list[str]
+    """Names of the members to use, small to big."""
+    thresholds: list[float]
+    """One for each of them but the last."""
+    exits: list[int]
+    """Texts that each of them answered when it was tuned."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A manifest: the labels (index = class id), the tokenizer's file, and the members from small to big."""
+
+    labels: tuple[str, ...]
+    pair: bool
+    max_length: int
+    tokenizer_file: str
+    tokenizer_sha256: str
+    members: tuple[MemberEntry, ...]
+    provenance: Mapping[str, Any]
+    exit_rule: Mapping[str, Any] = field(default_factory=lambda: dict(_THRESHOLDS))
+    """Kind of exit rule and its settings; maximum probability unless the manifest says otherwise."""
+    other: Mapping[str, Any] = field(default_factory=dict)
+    """Keys unknown to this version, kept as they are."""
+
+    folder: Path | None = field(default=None, compare=False, kw_only=True)
+    """Where it was read."""
+    identity: FileIdentity | None = field(default=None, compare=False, kw_only=True)
+    """File identity of the manifest when it was read."""
+    sha256: str | None = field(default=None, compare=False, kw_only=True)
+    """Hash of the manifest's content when it was read."""
+
+    @property
+    def format_version(self) -> int:
+        """The lowest version of the format that can express this bundle."""
+        return 1 if self.is_cascade else 2
+
+    @property
+    def is_cascade(self) -> bool:
+        """Whether all members are complete models and texts leave by maximum probability."""
+        return self.exit_rule["kind"] == MAXIMUM_PROBABILITY and all(member.reads == TOKENS for member in self.members)
+
+    @property
+    def thresholds(self) -> list[float]:
+        """The thresholds of all members but the last; empty under exit rules without thresholds."""
+        return [member.threshold for member in self.members if member.threshold is not None]
+
+    @property
+    def tuning(self) -> Tuning | None:
+        """What tuning chose; None where nothing was tuned."""
+        found = self.other.get(TUNING)
+        return Tuning(found["members"], found["thresholds"], found["exits"]) if isinstance(found, dict) else None
+
+    def tuned(self) -> Bundle:
+        """Return the bundle with the members and thresholds that tuning chose; unchanged where nothing was tuned."""
+        return self if self.tuning is None else self.only(self.tuning.members)
+
+    def only(self, names: Sequence[str]) -> Bundle:
+        """Return the bundle with some members, by name.
+
+        Raises InvalidOption for an unknown name, and for a segment without the member whose hidden states it reads.
+        """
+        known = [member.name for member in self.members]
+        names = [names] if isinstance(names, str) else list(names)
+        if not names or not set(names) <= set(known):
+            raise InvalidOption("members", names, f"some of: {', '.join(known)}")
+        kept = [member for member in self.members if member.name in names]
+        for member in kept:
+            before = known[max(0, known.index(member.name) - 1)]
+            if member.reads == HIDDEN_STATES and before not in names:
+                raise InvalidOption("members", names, f"{before!r} too, whose hidden states {member.name!r} reads")
+        return replace(self, members=(*kept[:-1], replace(kept[-1], threshold=None)))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the manifest as it stands in `cascade.json`, with its seal."""
+        manifest = {
+            "format_version": self.format_version,
+            "labels": list(self.labels),
+            "pair": self.pair,
+            "max_length": self.max_length,
+            "tokenizer": {"file": self.tokenizer_file, "sha256": self.tokenizer_sha256},
+            **({} if self.exit_rule == _THRESHOLDS else {"exit_rule": dict(self.exit_rule)}),
+            "members": [
+                {
+                    "name": member.name,
+                    "file": member.file,
+                    "sha256": member.sha256,
+                    "layers": member.layers,
+                    "hidden_size": member.hidden_size,
+                    "parameters": member.parameters,
+                    "precision": member.precision,
+                    "threshold": member.threshold,
+                    **({} if member.intermediate_size is None else {"intermediate_size": member.intermediate_size}),
+                    **({"data": [vars(file) for file in member.data]} if member.data else {}),
+                    **({} if member.reads == TOKENS else {"reads": member.reads}),
+                    **member.other,
+                }
+                for member in self.members
+            ],
+            "provenance": dict(self.provenance),
+            **self.other,
+        }
+        return manifest | {_SEAL: _digest(manifest)}
+
+
+def read_manifest(folder: Path) -> Bundle:
+    """Read `cascade.json` and check its seal and schema; raise BundleError for whatever is wrong."""
+    manifest = _load(folder)
+    return replace(_parse(manifest), sha256=_digest(manifest))
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """Return the sha256 of a manifest's content, whatever its layout in the file."""
+    plain = {key: value for key, value in manifest.items() if key != _SEAL}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _load(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise BundleError(
+            f"{folder}: no bundle there (found no {MANIFEST}); expected a folder that cascade-rt export wrote"
+        )
+    if path.stat().st_size > _MANIFEST_BYTES:
+        raise BundleError(
+            f"{path}: over {_MANIFEST_BYTES // 2**20} MiB, too big for a manifest; export the bundle again"
+        )
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path}: not valid JSON ({error}); export or copy the bundle again") from error
+    if not isinstance(manifest, dict):
+        raise BundleError(f"{path}: found a {type(manifest).__name__}, expected a JSON object; export the bundle again")
+    if manifest.get(_SEAL, found := _digest(manifest)) != found:
+        raise BundleError(
+            f"{path}: altered (found sha256 {found[:12]}..., expected {str(manifest[_SEAL])[:12]}...); export or copy "
+            f"the bundle again, or delete its last key, {_SEAL!r}, if the change was intended"
+        )
+    return manifest
+
+
+def _parse(manifest: dict[str, Any]) -> Bundle:
+    top = _Fields(manifest, MANIFEST)
+    top.rest.pop(_SEAL, None)
+    version = top.take("format_version", int)
+    if version not in _VERSIONS:
+        remedy = "install a newer cascade-rt" if version > max(_VERSIONS) else "export the bundle again"
+        known = " and ".join(map(str, _VERSIONS))
+        raise BundleError(f"{MANIFEST}: found format_version {version}, this cascade-rt reads {known}; {remedy}")
+    labels = top.take("labels", list)
+    if len(labels) < 2 or not all(isinstance(label, str) for label in labels) or len(set(labels)) != len(labels):
+        raise BundleError(f"{MANIFEST}: labels: found {str(labels)[:80]}, expected at least two different texts")
+    tokenizer = _Fields(top.take("tokenizer", dict), f"{MANIFEST}: tokenizer")
+    exit_rule = _parse_exit_rule(top.rest.pop("exit_rule", _THRESHOLDS)) if version > 1 else dict(_THRESHOLDS)
+    entries = top.take("members", list)
+    if not entries:
+        raise BundleError(f"{MANIFEST}: members: found none, expected at least one")
+    has_thresholds = exit_rule["kind"] == MAXIMUM_PROBABILITY
+    with_thresholds = [has_thresholds and index < len(entries) - 1 for index in range(len(entries))]
+    members = tuple(
+        _parse_member(entry, f"{MANIFEST}: members[{index}]", version, thresholds)
+        for index, (entry, thresholds) in enumerate(zip(entries, with_thresholds, strict=True))
+    )
+    if len({member.name for member in members}) != len(members):
+        raise BundleError(f"{MANIFEST}: members: two members share a name; expected different names")
+    if members[0].reads != TOKENS:
+        raise BundleError(f"{MANIFEST}: members[0]: reads hidden states, but no member is before it; expected tokens")
+    layers: list[int] = []  # of each model: a member, or a chain of segments
+    for member in members:
+        if member.reads == TOKENS:
+            layers.append(0)
+        layers[-1] += member.layers
+    if sorted(layers) != layers:
+        raise BundleError(f"{MANIFEST}: members: expected ascending numbers of layers, small to big")
+    _check_tuning(top.rest.get(TUNING), members)
+    return Bundle(
+        labels=tuple(labels),
+        pair=top.take("pair", bool),
+        max_length=top.take("max_length", int, at_least=3),
+        tokenizer_file=checked_relative(tokenizer.take("file", str), MANIFEST),
+        tokenizer_sha256=tokenizer.take("sha256", str),
+        members=members,
+        provenance=top.take("provenance", dict),
+        exit_rule=exit_rule,
+        other=top.rest,
+    )
+
+
+def _parse_exit_rule(entry: Any) -> dict[str, Any]:
+    where = f"{MANIFEST}: exit_rule"
+    if not isinstance(entry, dict):
+        raise BundleError(f"{where}: found a {type(entry).__name__}, expected an object; export the bundle again")
+    fields = _Fields(entry, where)
+    kind = fields.take("kind", str)
+    if kind == MAXIMUM_PROBABILITY:
+        return {"kind": kind, **fields.rest}
+    if kind == PATIENCE:
+        return {"kind": kind, "patience": fields.take("patience", int, at_least=1), **fields.rest}
+    raise BundleError(
+        f"{where}: found the kind {kind[:80]!r}, this cascade-rt knows {MAXIMUM_PROBABILITY!r} and {PATIENCE!r}; "
+        "install a newer cascade-rt"
+    )
+
+
+def _parse_member(entry: Any, where: str, version: int, with_threshold: bool) -> MemberEntry:
+    if not isinstance(entry, dict):
+        raise BundleError(f"{where}: found a {type(entry).__name__}, expected an object; export the bundle again")
+    fields = _Fields(entry, where)
+    threshold = fields.take("threshold", float, type(None))
+    if (threshold is not None) != with_threshold:
+        wanted = "a number" if with_threshold else "null, as this member has no threshold"
+        raise BundleError(
+            f"{where}: threshold: found {'null' if threshold is None else threshold}, expected {wanted}; "
+            "the last member's is null, and all are under exit rules without thresholds"
+        )
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise BundleError(f"{where}: threshold: found {threshold}, expected a number from 0 to 1")
+    reads = fields.take("reads", str) if version > 1 and "reads" in entry else TOKENS
+    if reads not in (TOKENS, HIDDEN_STATES):
+        raise BundleError(f"{where}: reads: found {reads[:80]!r}, expected {TOKENS!r} or {HIDDEN_STATES!r}")
+    return MemberEntry(
+        name=fields.take("name", str),
+        file=checked_relative(fields.take("file", str), MANIFEST),
+        sha256=fields.take("sha256", str),
+        layers=fields.take("layers", int, at_least=1),
+        hidden_size=fields.take("hidden_size", int, at_least=1),
+        parameters=fields.take("parameters", int, at_least=1),
+        precision=fields.take("precision", str),
+        threshold=threshold,
+        intermediate_size=fields.take("intermediate_size", int, at_least=1) if "intermediate_size" in entry else None,
+        data=tuple(_parse_data(file, where) for file in fields.take("data", list)) if "data" in entry else (),
+        reads=reads,
+        other=fields.rest,
+    )
+
+
+def _parse_data(entry: Any, where: str) -> WeightFile:
+    if not isinstance(entry, dict):
+        raise BundleError(f"{where}: data: found a {type(entry).__name__}, expected an object; export the bundle again")
+    fields = _Fields(entry, f"{where}: data")
+    return WeightFile(checked_relative(fields.take("file", str), MANIFEST), fields.take("sha256", str))
+
+
+def _check_tuning(tuning: Any, members: Sequence[MemberEntry]) -> None:
+    """Refuse a tuning that the runtime could not follow; its other keys are not checked."""
+    if tuning is None:
+        return
+    where = f"{MANIFEST}: {TUNING}"
+    if not isinstance(tuning, dict):
+        raise BundleError(f"{where}: found a {type(tuning).__name__}, expected an object; tune the bundle again")
+    fields = _Fields(tuning, where)
+    names, taus, counts = (fields.take(key, list) for key in ("members", "thresholds", "exits"))
+    if any(member.reads != TOKENS for member in members):
+        raise BundleError(f"{where}: found a tuning of segments, which cannot be tuned; delete it")
+    chosen = [member for member in members if member.name in names]
+    if not names or names != [member.name for member in chosen]:
+        raise BundleError(f"{where}: found the members {str(names)[:80]}, expected some of the bundle's, in order")
+    if taus != [member.threshold for member in chosen[:-1]]:
+        raise BundleError(f"{where}: found thresholds {str(taus)[:80]} unlike the members' own; tune the bundle again")
+    whole = all(type(count) is int and 0 <= count < 2**31 for count in counts)
+    if len(counts) != len(names) or not whole or sum(counts) == 0:
+        raise BundleError(f"{where}: exits: found {str(counts)[:80]}, expected one count of texts per member")
+
+
+class _Fields:
+    """Takes known fields out of a JSON object and checks their types; what remains is unknown and kept."""
+
+    def __init__(self, fields: dict[str, Any], where: str) -> None:
+        self.rest = dict(fields)
+        self._where = where
+
+    def take(self, key: str, *types: type, at_least: int | None = None) -> Any:
+        if key not in self.rest:
+            raise BundleError(f"{self._where}: has no {key!r}; export the bundle again")
+        value = self.rest.pop(key)
+        if float in types and type(value) is int and abs(value) <= 1:
+            value = float(value)
+        wanted = type(value) in types  # exact: bool is a subclass of int
+        if wanted and isinstance(value, float):
+            wanted = math.isfinite(value)
+        if wanted and isinstance(value, int) and not isinstance(value, bool):
+            wanted = (at_least or 0) <= value < 2**63
+        if not wanted:
+            names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)
+            bound = "" if at_least is None else f" of at least {at_least}"
+            raise BundleError(f"{self._where}: {key}: found {str(value)[:80]!r}, expected {names}{bound}")
+        return value

@@ -1,0 +1,88 @@
+"""Measure a bundle's speed on this machine: the cascade against its biggest member alone, in one interleaved run.
+
+The bundle's thresholds and tuning are not used: for each speed-up, one threshold for all members is set that reaches it
+on the measured texts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from ..benchmark.latency import draw_latency, measure_latency
+from ..errors import MissingExtraError
+from ..io.writers import write_json
+from .options import add_bundle, add_running, settings
+from .parser import CommandParser
+from .rendering import latency_summary
+
+SUMMARY = "measure a bundle's speed on this machine"
+EXAMPLE = "cascade-rt benchmark --model-dir bundle/"
+
+
+def add_arguments(parser: CommandParser) -> None:
+    """Add the options."""
+    add_bundle(parser)
+    add = parser.add_argument
+    add("--data", type=Path, metavar="FILE", help="texts to measure on (default: synthetic, from the vocabulary)")
+    add("--words", default="16:8", metavar="MEAN:SD", help="words per synthetic text")
+    add("--texts", dest="count", type=int, default=256, metavar="N", help="number of texts")
+    add(
+        "--speedup",
+        dest="speedups",
+        type=float,
+        nargs="+",
+        default=[1.5, 2, 3, 4, 5],
+        metavar="X",
+        help="layer speed-ups to aim at",
+    )
+    add(
+        "--batch-size",
+        dest="batch_sizes",
+        type=int,
+        nargs="+",
+        default=[1, 8, 32],
+        metavar="N",
+        help="texts per call, and all at once",
+    )
+    add("--rounds", type=int, default=5, help="rounds after one that warms up")
+    add("--output", type=Path, metavar="FILE", help="write the report as JSON, and a picture beside it (extra: plot)")
+    add("--json", action="store_true", help="print the report as JSON")
+    add_running(parser)
+    parser.aliases["speedup"] = "--speedup"
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure, print, and write the JSON and the picture."""
+    from tqdm import tqdm  # noqa: PLC0415 - not needed for other commands
+
+    with tqdm(unit=" rounds", file=sys.stderr, disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        report = measure_latency(
+            options.model_dir,
+            **settings(options),
+            data=options.data,
+            words=options.words,
+            count=options.count,
+            speedups=options.speedups,
+            batch_sizes=options.batch_sizes,
+            rounds=options.rounds,
+            progress=progress,
+        )
+    print(json.dumps(report) if options.json else latency_summary(report))
+    if options.output is None:
+        return
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(options.output, report)
+    picture = options.output.with_suffix(".png")
+    try:
+        draw_latency(report, picture)
+        print(f"written: {options.output}, {picture}", file=sys.stderr)
+    except MissingExtraError as error:
+        print(f"written: {options.output}; no picture: {error}", file=sys.stderr)

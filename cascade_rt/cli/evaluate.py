@@ -1,0 +1,86 @@
+"""Measure each member and the cascade on a labelled file.
+
+Prints accuracy, F1, the difficulty inversion score (DIS), expected calibration error (ECE), exits and speed-up ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from itertools import islice
+
+import numpy as np
+
+from ..benchmark.alone import time_alone
+from ..errors import InputError
+from ..tuning.collect import check_cascade
+from ..tuning.evaluation import evaluate, label_ids
+from ..types import Text
+from .options import (
+    CHUNK,
+    add_bundle,
+    add_input,
+    add_label_column,
+    add_running,
+    add_threshold,
+    examples,
+    located,
+    open_runtime,
+    progress_bar,
+)
+from .parser import CommandParser
+from .rendering import evaluation_summary
+
+SUMMARY = "measure a bundle on a labelled file"
+EXAMPLE = "cascade-rt evaluate --model-dir bundle/ --input labelled.tsv"
+
+_TIMED = 100  # texts
+
+
+def add_arguments(parser: CommandParser) -> None:
+    """Add the options."""
+    add_bundle(parser)
+    add_input(parser, required=True, help="the labelled file; - for standard input")
+    add_label_column(parser)
+    parser.add_argument(
+        "--timed", action="store_true", help="time each member alone and the cascade too, on up to 100 single texts"
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_threshold(parser)
+    add_running(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run every member on every text, and measure."""
+    runtime = open_runtime(options)
+    bundle = runtime.bundle
+    if options.timed:
+        check_cascade(bundle)
+    parts, lengths, labels = [], [], []
+    timed: list[Text] = []
+    records = examples(options, bundle.pair, labelled=True)
+    with progress_bar() as progress:
+        while chunk := list(islice(records, CHUNK)):
+            written = [(example.field(options.label_column), example.where) for example in chunk]
+            labels.append(label_ids(written, bundle.labels))
+            with located(chunk):
+                logits, tokens = runtime.member_logits(example.text for example in chunk)
+            timed += [example.text for example in chunk[: _TIMED - len(timed)]]
+            parts.append(logits)
+            lengths.append(tokens)
+            progress.update(len(chunk))
+    if not parts:
+        raise InputError(f"{options.input}: found no examples, expected at least one")
+    report = evaluate(
+        bundle.members,
+        runtime.exit_rule,
+        np.concatenate(parts, axis=1),
+        np.concatenate(labels),
+        np.concatenate(lengths),
+        runtime.original,
+    )
+    seconds = time_alone(runtime, timed) if options.timed else None
+    if options.json:
+        print(json.dumps(report.to_json() | ({} if seconds is None else {"seconds_per_text": seconds})))
+    else:
+        print(evaluation_summary(report, seconds))

@@ -1,0 +1,30 @@
+"""Show a bundle's labels, members and tuning, and verify its files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from ..bundle import read_bundle
+from .options import add_bundle
+from .parser import CommandParser
+from .rendering import bundle_summary
+
+SUMMARY = "show and verify a bundle"
+EXAMPLE = "cascade-rt info --model-dir bundle/"
+
+
+def add_arguments(parser: CommandParser) -> None:
+    """Add the options."""
+    add_bundle(parser)
+    parser.add_argument("--json", action="store_true", help="print the manifest as JSON")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Read, verify and print."""
+    bundle = read_bundle(options.model_dir, verify=options.verify)
+    if options.json:
+        print(json.dumps(bundle.to_json(), ensure_ascii=False))
+        return
+    print(bundle_summary(bundle))
+    print("the sha256 of every file matches" if options.verify else "the sha256 of the files was not checked")

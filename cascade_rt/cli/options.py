@@ -1,0 +1,116 @@
+"""Options that several commands share, and what they become: settings of a runtime, examples of a file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ..errors import InputError, TextError
+from ..io.readers import FORMATS, Example, read_examples
+from ..runtime import CascadeRuntime
+from .parser import CommandParser
+
+CHUNK = 1024
+"""Texts in memory at a time."""
+
+
+def add_bundle(parser: CommandParser) -> None:
+    """Add which bundle to open."""
+    parser.add_argument(
+        "--model-dir", required=True, metavar="BUNDLE", help="the bundle's folder, or org/name[@revision] on the hub"
+    )
+    parser.add_argument(
+        "--no-verify", dest="verify", action="store_false", help="do not check the sha256 of the bundle's files"
+    )
+
+
+def add_running(parser: CommandParser) -> None:
+    """Add where and how members run."""
+    parser.add_argument("--provider", default="cpu", help="cpu, cuda or the name of an ONNX Runtime provider")
+    parser.add_argument(
+        "--provider-option",
+        dest="provider_options",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="option for the provider, for instance device_id=1; may be repeated",
+    )
+    parser.add_argument("--threads", type=int, help="threads per member (default: the CPUs that the process may use)")
+
+
+def add_threshold(parser: CommandParser) -> None:
+    """Add one threshold for all members."""
+    parser.add_argument(
+        "--threshold",
+        dest="thresholds",
+        type=float,
+        metavar="TAU",
+        help="one threshold for all members, also those that tuning left out (default: the bundle's)",
+    )
+
+
+def add_input(parser: CommandParser, *, required: bool, help: str) -> None:
+    """Add the input file, its format and its columns."""
+    parser.add_argument("--input", required=required, metavar="FILE", help=help)
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        help="format of the input (default: by the file's extension; txt for standard input)",
+    )
+    parser.add_argument(
+        "--text-column", metavar="NAME", help="column of the text (default: text, sentence, sentence1, premise, ...)"
+    )
+    parser.add_argument("--pair-column", metavar="NAME", help="column of the second text of a pair")
+    parser.aliases["columns"] = "--text-column and --pair-column"
+
+
+def add_label_column(parser: CommandParser) -> None:
+    """Add the column of the labels."""
+    parser.add_argument("--label-column", metavar="NAME", default="label", help="column of the label")
+
+
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the runtime's settings from the options."""
+    pairs = [option.partition("=") for option in options.provider_options]
+    if wrong := [key for key, equals, _ in pairs if not (key and equals)]:
+        raise InputError(f"found --provider-option {wrong[0]!r}, expected KEY=VALUE")
+    return {
+        "provider": options.provider,
+        "threads": options.threads,
+        "provider_options": {key: value for key, _, value in pairs},
+        "verify": options.verify,
+    }
+
+
+def open_runtime(options: argparse.Namespace) -> CascadeRuntime:
+    """Open the bundle with the settings and the threshold of the options."""
+    return CascadeRuntime(options.model_dir, thresholds=options.thresholds, **settings(options))
+
+
+def examples(options: argparse.Namespace, pair: bool, *, labelled: bool = False) -> Iterator[Example]:
+    """Yield the examples of the input file; `labelled` says that txt, which has no labels, will not do."""
+    if labelled and options.input == "-" and options.format is None:
+        raise InputError("found labelled texts on standard input without --format, expected --format jsonl, csv or tsv")
+    if options.pair_column and not options.text_column:
+        raise InputError(f"found --pair-column {options.pair_column} alone, expected --text-column with it")
+    columns = tuple(column for column in (options.text_column, options.pair_column) if column) or None
+    return read_examples(options.input, pair=pair, format=options.format, columns=columns)
+
+
+@contextmanager
+def located(chunk: list[Example]) -> Iterator[None]:
+    """Name the file and line of a text that cannot be used."""
+    try:
+        yield
+    except TextError as error:
+        raise TextError(error.index, error.reason, chunk[error.index].where) from error
+
+
+def progress_bar(shown: bool = True) -> Any:
+    """Return a progress bar on standard error, shown only on a terminal."""
+    from tqdm import tqdm  # noqa: PLC0415 - not needed for single texts
+
+    return tqdm(unit=" texts", file=sys.stderr, disable=None if shown else True)

@@ -1,0 +1,45 @@
+"""Micro-batches: texts of similar length together, so that little is computed on padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+TOKEN_BUDGET = 512
+"""Padded tokens per micro-batch.
+
+Found by measurement on SST-2's dev sentences (2 threads, AVX-512): of 128 to 4096, 512 was the fastest for members of
+hidden size 384 and within 4% of the fastest, 256, for 768; 1024 lost 3-16%, 4096 23-55%, to caches and padding.
+"""
+
+DEVICE_TOKEN_BUDGET = 16_384
+"""Padded tokens per micro-batch on devices other than the CPU, which need bigger batches; not measured."""
+
+# Texts shorter than this share of the longest go into another micro-batch, if the batch is worth a call by then.
+# Against cutting by the budget alone: 15-17% faster for a few dozen survivors of mixed lengths, 3-6% for hundreds.
+_ALIKE = 0.9
+_WORTH_A_CALL = 1 / 4  # of the budget
+
+
+def by_length(lengths: NDArray[np.intp]) -> NDArray[np.intp]:
+    """Return the rows from the longest to the shortest text, shape (texts,); equal lengths keep input order."""
+    return np.argsort(-lengths, kind="stable")
+
+
+def micro_batches(rows: NDArray[np.intp], lengths: NDArray[np.intp], budget: int) -> Iterator[NDArray[np.intp]]:
+    """Cut `rows`, ordered by `by_length`, into runs of at most `budget` padded tokens, at least one row each.
+
+    A run ends early where the texts become clearly shorter than its longest, once it is worth a call. Texts that remain
+    after an exit are still in order, so calling this again regroups them.
+    """
+    ordered = lengths[rows]
+    start = 0
+    while start < len(rows):
+        longest = max(1, int(ordered[start]))
+        full = ordered[start : start + max(1, budget // longest)]
+        alike = int(np.searchsorted(-full, -_ALIKE * longest, side="right"))
+        end = start + min(len(full), max(alike, -int(-_WORTH_A_CALL * budget // longest)))
+        yield rows[start:end]
+        start = end

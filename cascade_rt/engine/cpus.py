@@ -1,0 +1,66 @@
+"""How many CPUs this process may use: its affinity and the quota of its control group, v1 or v2."""
+
+from __future__ import annotations
+
+import os
+from numbers import Integral
+from pathlib import Path, PurePosixPath
+
+from ..errors import InvalidOption
+
+_MOST_THREADS = 1024
+
+
+def usable_threads(threads: int | None) -> int:
+    """Return `threads`, or for None the number of CPUs that this process may use; raise InvalidOption if invalid."""
+    if threads is None:
+        return usable_cpus()
+    if isinstance(threads, bool) or not isinstance(threads, Integral) or not 1 <= threads <= _MOST_THREADS:
+        raise InvalidOption("threads", threads, f"a whole number from 1 to {_MOST_THREADS}")
+    return int(threads)
+
+
+def usable_cpus() -> int:
+    """Return the number of CPUs in the process's affinity, at most its control group's quota rounded down; at least 1.
+
+    With more threads than the quota allows, all of them are stopped until the next period once it is used up.
+    """
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cgroup_quota()
+    return cpus if quota is None else max(1, min(cpus, int(quota)))
+
+
+def cgroup_quota(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """Return the tightest CPU quota, in CPUs, of the process's control group and those above it; None for none."""
+    quotas = []
+    for line in _text(proc / "self" / "cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:  # v2: one hierarchy for all controllers
+            quotas += [_quota_v2(folder) for folder in _up_from(cgroups, path)]
+        elif "cpu" in controllers.split(","):
+            for name in (controllers, "cpu"):
+                quotas += [_quota_v1(folder) for folder in _up_from(cgroups / name, path)]
+    return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def _up_from(root: Path, path: str) -> list[Path]:
+    """Return the group's folder and all folders above it; inside a container only the root may exist."""
+    below = PurePosixPath(path.lstrip("/"))
+    return [root / part for part in (below, *below.parents)]
+
+
+def _quota_v2(folder: Path) -> float | None:
+    words = _text(folder / "cpu.max").split()
+    return int(words[0]) / int(words[1]) if len(words) == 2 and words[0] != "max" else None
+
+
+def _quota_v1(folder: Path) -> float | None:
+    quota, period = _text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us")
+    return int(quota) / int(period) if quota and period and int(quota) > 0 else None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,150 @@
+"""Exit rules: after each stage, which texts leave with its answer.
+
+A rule is immutable and shared. `begin` returns what decides for the texts of one call, which may keep a state per text.
+At the last stage every text leaves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..bundle.manifest import MAXIMUM_PROBABILITY
+from ..errors import InvalidOption
+from .probabilities import confidence
+
+
+class Decisions(Protocol):
+    """The decisions of an exit rule for the texts of one call."""
+
+    def leaving(self, stage: int, rows: NDArray[np.intp], probabilities: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """Return which texts leave after `stage`, bool (rows,).
+
+        `rows`: positions of the texts in the call, (rows,). `probabilities`: of the classes, (rows, labels).
+        """
+
+    def leaves_alone(self, stage: int, probabilities: list[float]) -> bool:
+        """Return whether the only text of a call leaves after `stage`."""
+
+
+class ExitRule(Protocol):
+    """Decides after each stage which texts leave."""
+
+    def begin(self, texts: int) -> Decisions:
+        """Return the decisions for a call with this many texts."""
+
+
+class MaximumProbability:
+    """Leave where the maximum class probability exceeds the stage's threshold, strictly (paper, Algorithm 1)."""
+
+    def __init__(self, thresholds: Sequence[float]) -> None:
+        """`thresholds`: one for each stage but the last."""
+        self.thresholds = tuple(thresholds)
+        self._all = (*self.thresholds, -math.inf)
+
+    def begin(self, texts: int) -> MaximumProbability:
+        """Return the rule itself: it keeps no state."""
+        return self
+
+    def leaving(self, stage: int, rows: NDArray[np.intp], probabilities: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """Return which texts leave after `stage`, bool (rows,)."""
+        decisions: NDArray[np.bool_] = confidence(probabilities) > self._all[stage]
+        return decisions
+
+    def leaves_alone(self, stage: int, probabilities: list[float]) -> bool:
+        """Return whether the only text of a call leaves after `stage`."""
+        return max(probabilities) > self._all[stage]
+
+
+class Patience:
+    """Leave when this many stages in a row have chosen the same class (PABEE; Zhou et al., 2020)."""
+
+    def __init__(self, patience: int, stages: int) -> None:
+        """`patience`: agreements with the stage before that are needed; `stages`: their number."""
+        self.patience = patience
+        self._last = stages - 1
+
+    def begin(self, texts: int) -> Decisions:
+        """Return counts for a call with this many texts."""
+        return _Agreements(self.patience, self._last, texts)
+
+
+class _Agreements:
+    """How many times in a row each text's class has stayed the same."""
+
+    def __init__(self, patience: int, last: int, texts: int) -> None:
+        self._patience = patience
+        self._last = last
+        self._classes = np.full(texts, -1, dtype=np.intp)
+        self._counts = np.zeros(texts, dtype=np.intp)
+
+    def leaving(self, stage: int, rows: NDArray[np.intp], probabilities: NDArray[np.float64]) -> NDArray[np.bool_]:
+        classes = probabilities.argmax(axis=-1)
+        self._counts[rows] = np.where(classes == self._classes[rows], self._counts[rows] + 1, 0)
+        self._classes[rows] = classes
+        decisions: NDArray[np.bool_] = (self._counts[rows] >= self._patience) | (stage == self._last)
+        return decisions
+
+    def leaves_alone(self, stage: int, probabilities: list[float]) -> bool:
+        return bool(self.leaving(stage, np.zeros(1, dtype=np.intp), np.array([probabilities]))[0])
+
+
+def exit_rule(settings: Mapping[str, Any], thresholds: Sequence[float], stages: int) -> ExitRule:
+    """Return the rule that a manifest's `exit_rule` describes, for this many stages."""
+    if settings["kind"] == MAXIMUM_PROBABILITY:
+        return MaximumProbability(thresholds)
+    return Patience(settings["patience"], stages)
+
+
+def exits_under(rule: ExitRule, probabilities: NDArray[np.float64]) -> NDArray[np.intp]:
+    """Return the exit of each text, int (texts,), from all probabilities, float64 (stages, texts, labels)."""
+    texts = probabilities.shape[1]
+    decisions = rule.begin(texts)
+    exits = np.full(texts, len(probabilities) - 1, dtype=np.intp)
+    waiting = np.arange(texts)
+    for stage, answers in enumerate(probabilities[:-1]):
+        leaving = decisions.leaving(stage, waiting, answers[waiting])
+        exits[waiting[leaving]] = stage
+        waiting = waiting[~leaving]
+    return exits
+
+
+def exits(confidences: NDArray[np.float64], thresholds: Sequence[float]) -> NDArray[np.intp]:
+    """Return the exit of each text, int (texts,), under maximum probability, from confidences (members, texts).
+
+    `thresholds`: one per member but the last, which always answers.
+    """
+    leaving = [row > threshold for row, threshold in zip(confidences[:-1], thresholds, strict=True)]
+    everyone = np.ones(confidences.shape[1], dtype=bool)
+    first: NDArray[np.intp] = np.argmax(np.stack([*leaving, everyone]), axis=0)
+    return first
+
+
+def checked_thresholds(
+    thresholds: float | Sequence[float] | None, stored: Sequence[float], members: int
+) -> list[float]:
+    """Return one threshold per member but the last: the bundle's own for None, one number for all, or a list.
+
+    Raises InvalidOption for a wrong count or a value outside [0, 1].
+    """
+    if thresholds is None:
+        return list(stored)
+    if isinstance(thresholds, Real):
+        return [_checked(thresholds)] * (members - 1)
+    if isinstance(thresholds, str | bytes | Mapping) or np.ndim(thresholds) != 1:
+        raise InvalidOption("thresholds", thresholds, "a number from 0 to 1, or a list of one per member but the last")
+    chosen = [_checked(threshold) for threshold in np.asarray(thresholds, dtype=object).tolist()]
+    if len(chosen) != members - 1:
+        raise InvalidOption("thresholds", chosen, f"{members - 1} of them: one per member but the last")
+    return chosen
+
+
+def _checked(threshold: object) -> float:
+    if isinstance(threshold, bool) or not isinstance(threshold, Real) or not 0 <= float(threshold) <= 1:
+        raise InvalidOption("thresholds", threshold, "a number from 0 to 1")
+    return float(threshold)

@@ -1,0 +1,77 @@
+"""A bundle that was opened: what runtimes with different members or thresholds share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..bundle import MANIFEST, Bundle, read_bundle
+from ..bundle.files import file_identity
+from ..bundle.manifest import HIDDEN_STATES, TOKENS
+from ..errors import BundleError
+from .batching import DEVICE_TOKEN_BUDGET, TOKEN_BUDGET
+from .cpus import usable_threads
+from .providers import CPU, provider_name
+from .stage import Stage
+from .tokenization import TextTokenizer
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A verified bundle, its tokenizer, one stage per member, and the settings that it was opened with."""
+
+    model_dir: str | Path
+    provider: str
+    threads: int | None
+    provider_options: Mapping[str, str] | None
+    verify: bool
+    bundle: Bundle
+    tokenizer: TextTokenizer
+    stages: Mapping[str, Stage]
+    """By the member's name; a stage makes its session when it first runs."""
+    budget: int
+    """Padded tokens per micro-batch."""
+
+    @classmethod
+    def open(
+        cls,
+        model_dir: str | Path,
+        members: Sequence[str] | None,
+        provider: str,
+        threads: int | None,
+        provider_options: Mapping[str, str] | None,
+        verify: bool,
+    ) -> Opened:
+        """Read and verify a bundle; arguments as for `CascadeRuntime`."""
+        wanted, count = provider_name(provider), usable_threads(threads)
+        if Path(model_dir).exists():  # else it may be on the hub
+            model_dir = Path(model_dir).absolute()  # members are loaded later, perhaps from another working directory
+        bundle = read_bundle(model_dir, members, verify=verify)
+        folder = bundle.folder or Path(model_dir)
+        tokenizer = TextTokenizer(folder / bundle.tokenizer_file, bundle.max_length, bundle.pair)
+        if tokenizer.pads_left and any(entry.reads == HIDDEN_STATES for entry in bundle.members):
+            raise BundleError(
+                f"{folder}: pads on the left, expected padding on the right where members read hidden states"
+            )
+        followers = [entry.reads for entry in bundle.members[1:]] + [TOKENS]
+        stages = {
+            entry.name: Stage(
+                entry,
+                folder / entry.file,
+                len(bundle.labels),
+                wanted,
+                count,
+                provider_options,
+                leaves_hidden_states=follower == HIDDEN_STATES,
+            )
+            for entry, follower in zip(bundle.members, followers, strict=True)
+        }
+        if file_identity(folder / MANIFEST) != bundle.identity:  # members would be loaded from another bundle
+            raise BundleError(f"{folder}: replaced while it was opened; open it again")
+        budget = TOKEN_BUDGET if wanted == CPU else DEVICE_TOKEN_BUDGET
+        return cls(model_dir, provider, threads, provider_options, verify, bundle, tokenizer, stages, budget)
+
+    def without_stages(self) -> Opened:
+        """Return the same without the stages, so that their sessions can be freed."""
+        return replace(self, stages={})

@@ -1,0 +1,81 @@
+"""The execution providers of ONNX Runtime, and what their kernels cannot do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from ..errors import InvalidOption
+
+CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
+
+_SHORT_NAMES = {"cpu": CPU, "cuda": CUDA}
+_FIXED_OPTIONS = {CUDA: {"arena_extend_strategy": "kSameAsRequested"}}  # the default doubles the arena as it grows
+_NO_KERNELS = {CUDA: {"int8", "int8-tensor", "int8-static"}}  # their matrix products would silently run on the CPU
+_PRODUCTS = {"Attention", "FusedGemm", "FusedMatMul", "Gemm", "MatMul", "MultiHeadAttention", "QAttention"}
+
+# One MatMulInteger of unsigned by signed bytes, as an ONNX file.
+_PRODUCT = (
+    b'\x08\x07\x12\x00:G\n\x18\n\x01a\n\x01b\x12\x01c"\rMatMulInteger\x12\nsaturation'
+    b"Z\t\n\x01a\x12\x04\n\x02\x08\x02Z\t\n\x01b\x12\x04\n\x02\x08\x03b\t\n\x01c\x12\x04\n\x02\x08\x06B\x04\n\x00\x10\r"
+)
+
+
+def provider_name(provider: str) -> str:
+    """Return ONNX Runtime's name of a provider; raise InvalidOption if it is not installed."""
+    if not isinstance(provider, str):
+        raise InvalidOption("provider", provider, "a name: cpu, cuda or one of ONNX Runtime's")
+    wanted = _SHORT_NAMES.get(provider.lower(), provider)
+    available = onnxruntime.get_available_providers()
+    if wanted not in available:
+        remedy = (
+            "pip install onnxruntime-gpu" if "cuda" in wanted.lower() else "install the onnxruntime build that has it"
+        )
+        raise InvalidOption("provider", provider, f"one that is available: {', '.join(available)}; {remedy}")
+    return wanted
+
+
+def check_precision(name: str, precision: str, provider: str) -> None:
+    """Raise InvalidOption if the provider has no kernels for the member's precision."""
+    if precision in _NO_KERNELS.get(provider, ()):
+        raise InvalidOption(
+            "provider",
+            provider,
+            f"one that can run the {precision} products of member {name!r}; use the provider cpu, or export the member "
+            "again in the precision fp16",
+        )
+
+
+def options_for(provider: str, options: Mapping[str, str] | None) -> dict[str, str]:
+    """Return the options to hand to a provider: ours, then the user's."""
+    return _FIXED_OPTIONS.get(provider, {}) | dict(options or {})
+
+
+def products_on_cpu(session: Any, provider: str) -> set[str]:
+    """Return the kinds of matrix products that another provider left to the CPU; small operators may run there.
+
+    ONNX Runtime reports this since 1.24; for older versions the answer is empty.
+    """
+    if provider == CPU or not hasattr(session, "get_provider_graph_assignment_info"):
+        return set()
+    parts = [part for part in session.get_provider_graph_assignment_info() if part.ep_name == CPU]
+    operators = {node.op_type for part in parts for node in part.get_nodes()}
+    return {name for name in operators if name in _PRODUCTS or name.startswith(("MatMul", "DynamicQuantizeMatMul"))}
+
+
+@cache
+def int8_saturates() -> bool:
+    """Return whether products of bytes are wrong on this CPU: without VNNI, pairs of them are added in 16 bits.
+
+    Found by multiplying the largest bytes, not by the CPU's name.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(_PRODUCT, options, providers=[CPU])
+    rows, columns = np.full((4, 64), 255, dtype=np.uint8), np.full((64, 16), 127, dtype=np.int8)
+    return bool(np.any(session.run(None, {"a": rows, "b": columns})[0] != 64 * 255 * 127))

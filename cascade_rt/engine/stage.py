@@ -1,0 +1,210 @@
+"""A stage: one ONNX Runtime session, with an explicit provider and number of threads.
+
+It starts from token ids (a member of a cascade) or from the hidden states that the stage before it left (a segment of a
+multi-exit model).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from threading import Lock
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from ..bundle import MemberEntry
+from ..bundle.files import file_identity
+from ..bundle.manifest import HIDDEN_STATES, TOKENS
+from ..errors import BundleError, CascadeError, InferenceError, first_line
+from .providers import CPU, check_precision, int8_saturates, options_for, products_on_cpu
+
+_SPIN_MICROSECONDS = "500"
+_INPUTS = {
+    TOKENS: ("input_ids", "attention_mask", "token_type_ids"),
+    HIDDEN_STATES: ("hidden_states", "attention_mask"),
+}  # the first is required
+_HIDDEN_OUTPUT = "last_hidden_state"
+_OUT_OF_MEMORY = ("bad_alloc", "failed to allocate", "out of memory", "available memory of", "cublas_status_alloc")
+
+
+class StageOutput(NamedTuple):
+    """What one run of a stage gives."""
+
+    logits: NDArray[np.float32]
+    """Shape (rows, labels)."""
+    hidden_states: NDArray[np.float32] | None
+    """Shape (rows, tokens, hidden); None unless the next stage reads them."""
+    seconds: float
+    """Time of the ONNX Runtime call."""
+
+
+class Stage:
+    """One member, ready to run; its session is made when a text first needs it."""
+
+    def __init__(
+        self,
+        entry: MemberEntry,
+        path: Path,
+        labels: int,
+        provider: str,
+        threads: int,
+        provider_options: Mapping[str, str] | None = None,
+        *,
+        leaves_hidden_states: bool = False,
+    ) -> None:
+        """Prepare to run the ONNX file at `path` by `provider`, one of ONNX Runtime's names, with `threads`.
+
+        `leaves_hidden_states`: whether the next stage reads this one's. Raises InvalidOption for a precision that the
+        provider has no kernels for.
+        """
+        check_precision(entry.name, entry.precision, provider)
+        self.entry = entry
+        self.reads = entry.reads
+        self._path = path
+        self._labels = labels
+        self._provider = provider
+        self._identity = file_identity(path)
+        self._provider_options = options_for(provider, provider_options)
+        self._threads = threads
+        self._leaves_hidden_states = leaves_hidden_states
+        self._session: Any = None
+        self._loading = Lock()
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the session has been made."""
+        return self._session is not None
+
+    def load(self) -> Any:
+        """Return the session, made now if it was not; raise BundleError if ONNX Runtime cannot use the file."""
+        if self._session is None:
+            with self._loading:
+                if self._session is None:
+                    self._session = self._make_session()
+        return self._session
+
+    def run(self, batch: Mapping[str, NDArray[Any]]) -> StageOutput:
+        """Run a padded micro-batch, arrays of shape (rows, tokens, ...) by input name.
+
+        Raises InferenceError where the run fails or answers NaN or infinity.
+        """
+        session = self.load()
+        feed = {name: batch[name] for name in self._inputs}
+        started = perf_counter()
+        try:
+            answers = session.run(self._outputs, feed) if self._provider == CPU else self._run_bound(session, feed)
+        except Exception as error:  # ONNX Runtime's own classes share no public base
+            raise self._failure(error, batch["attention_mask"].shape) from error
+        seconds = perf_counter() - started
+        logits = answers[0]
+        expected = (len(batch["attention_mask"]), self._labels)
+        if logits.shape != expected:
+            raise BundleError(
+                f"member {self.entry.name!r} answered logits of shape {logits.shape}, expected {expected}; export again"
+            )
+        if not math.isfinite(np.vdot(logits, logits)):  # one call; any NaN or infinity shows in the sum of squares
+            raise InferenceError(
+                f"member {self.entry.name!r} answered NaN or infinity; check the model, then export again"
+            )
+        if logits.dtype != np.float32:
+            logits = logits.astype(np.float32)
+        return StageOutput(logits, answers[1] if self._leaves_hidden_states else None, seconds)
+
+    def _run_bound(self, session: Any, feed: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """Run with inputs and outputs bound, so that only the outputs are copied back from the device."""
+        binding = session.io_binding()
+        for name, array in feed.items():
+            binding.bind_cpu_input(name, array)
+        for name in self._outputs:
+            binding.bind_output(name)
+        session.run_with_iobinding(binding)
+        outputs: list[NDArray[Any]] = binding.copy_outputs_to_cpu()
+        return outputs
+
+    def _failure(self, error: Exception, shape: tuple[int, ...]) -> InferenceError:
+        reason = first_line(error)
+        rows, tokens = shape
+        if _out_of_memory(error):
+            return InferenceError(
+                f"member {self.entry.name!r} ran out of memory on {rows} texts of {tokens} tokens ({reason}); free "
+                "memory, run fewer processes, or export the bundle with a smaller max_length or in int8"
+            )
+        return InferenceError(
+            f"member {self.entry.name!r} failed on {rows} texts of {tokens} tokens ({reason}); check the model, then "
+            "export again"
+        )
+
+    def _make_session(self) -> Any:
+        if file_identity(self._path) != self._identity:
+            raise BundleError(
+                f"{self._path}: replaced since the bundle was opened; open it again (members can be loaded all at once)"
+            )
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        # Threads wait actively for the next operator (sleeping between operators costs up to a third), but not for
+        # the default tens of milliseconds: an idle stage would spin on the cores that the next stage needs.
+        options.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN_MICROSECONDS)
+        # On CPUs, ONNX Runtime's kernel for a fused addition and normalization is slower than those for its parts.
+        disabled = ["SkipLayerNormFusion"] if self._provider == CPU else []
+        exact = self._provider == CPU and self.entry.precision.startswith("int8") and int8_saturates()
+        if exact:  # slower kernels that do not saturate
+            options.add_session_config_entry("session.x64quantprecision", "1")
+        if self._provider != CPU:
+            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        try:
+            session = onnxruntime.InferenceSession(
+                str(self._path),
+                options,
+                providers=[(self._provider, self._provider_options)],
+                disabled_optimizers=disabled,
+            )
+        except Exception as error:
+            if _out_of_memory(error):
+                raise InferenceError(
+                    f"{self._path}: memory ran out while it was loaded ({first_line(error)}); free memory, run fewer "
+                    "processes, or use the bundle in int8"
+                ) from error
+            remedy = "export again" + (" (this CPU has no VNNI: best in fp32)" if exact else "")
+            raise BundleError(f"{self._path}: ONNX Runtime cannot load it ({first_line(error)}); {remedy}") from error
+        self._check_provider(session)
+        self._inputs = [node.name for node in session.get_inputs()]
+        allowed = _INPUTS[self.reads]
+        if not {allowed[0]} <= set(self._inputs) <= set(allowed):
+            raise BundleError(
+                f"{self._path}: has the inputs {', '.join(self._inputs)}; expected {allowed[0]} and no others than "
+                f"{' and '.join(allowed[1:])}"
+            )
+        outputs = [node.name for node in session.get_outputs()]
+        self._outputs = ["logits"] if "logits" in outputs else outputs[:1]
+        if self._leaves_hidden_states:
+            if _HIDDEN_OUTPUT not in outputs:
+                raise BundleError(
+                    f"{self._path}: has the outputs {', '.join(outputs)}; expected {_HIDDEN_OUTPUT} among them, which "
+                    "the next member reads"
+                )
+            self._outputs.append(_HIDDEN_OUTPUT)
+        return session
+
+    def _check_provider(self, session: Any) -> None:
+        running = session.get_providers()[0]
+        if running != self._provider:
+            raise CascadeError(
+                f"asked for the provider {self._provider}, but {running} runs; check its drivers and libraries"
+            )
+        if on_cpu := products_on_cpu(session, self._provider):
+            raise CascadeError(
+                f"asked for the provider {self._provider}, but of member {self.entry.name!r} it runs no "
+                f"{', '.join(sorted(on_cpu))}: they would fall back to the CPU; use the provider cpu or "
+                "another precision"
+            )
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY)

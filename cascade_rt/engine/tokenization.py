@@ -1,0 +1,188 @@
+"""One tokenization per text, shared by all members; padding only when a micro-batch is formed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Encoding, Tokenizer
+
+from ..errors import BundleError, TextError
+from ..types import Text
+
+_CHARACTERS_AT_ONCE = 2**22  # bounds what the library holds before long texts are cut
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """The tokens that remain of a text that was too long."""
+
+    ids: list[int]
+    type_ids: list[int]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class Encoded:
+    """The token ids of some texts, unpadded, in input order."""
+
+    def __init__(self, encodings: list[Encoding | _Cut], padding: dict[str, Any], seconds: float) -> None:
+        self._encodings = encodings
+        self._padding = padding
+        self.seconds = seconds
+        """Time of the tokenizers library's calls."""
+
+    @cached_property
+    def lengths(self) -> NDArray[np.intp]:
+        """Tokens per text, special tokens included, shape (texts,)."""
+        return np.fromiter(map(len, self._encodings), dtype=np.intp, count=len(self._encodings))
+
+    def truncated(self, row: int) -> bool:
+        """Whether tokens of this text were cut off at the maximum length."""
+        return isinstance(self._encodings[row], _Cut)
+
+    def batch(self, rows: NDArray[np.intp]) -> dict[str, NDArray[np.int64]]:
+        """Pad some texts to the longest of them: three int64 arrays of shape (rows, tokens), by input name."""
+        if len(rows) == 1 and len(encoding := self._encodings[rows[0]]):  # nothing to pad
+            ids = np.array([encoding.ids], dtype=np.int64)
+            types = np.array([encoding.type_ids], dtype=np.int64)
+            return {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": types}
+        lengths = self.lengths[rows]
+        shape = (len(rows), max(1, int(lengths.max())))
+        ids = np.full(shape, self._padding["pad_id"], dtype=np.int64)
+        types = np.full(shape, self._padding["pad_type_id"], dtype=np.int64)
+        mask = np.zeros(shape, dtype=np.int64)
+        left = self._padding["direction"] == "left"
+        for at, row in enumerate(rows):
+            encoding, length = self._encodings[row], lengths[at]
+            span = slice(shape[1] - length, None) if left else slice(length)
+            ids[at, span] = encoding.ids
+            types[at, span] = encoding.type_ids
+            mask[at, span] = 1
+            if not length:  # attends to one token of padding, whatever the length of the others
+                mask[at, -1 if left else 0] = 1
+        return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+
+
+class TextTokenizer:
+    """The bundle's tokenizer: sides of padding and truncation from `tokenizer.json`, maximum length from the bundle.
+
+    Texts are cut here and not by the library, which keeps the tokens that it cuts off, for a pair in every combination:
+    gigabytes for two texts of 50 kB.
+    """
+
+    def __init__(self, file: Path, max_length: int, pair: bool) -> None:
+        """Load `file`; raise BundleError where the tokenizers library cannot."""
+        try:
+            self._tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises bare Exceptions
+            raise BundleError(f"{file}: not a tokenizer that can be used ({error}); export the bundle again") from error
+        self._padding: dict[str, Any] = self._tokenizer.padding or {
+            "pad_id": 0,
+            "pad_type_id": 0,
+            "direction": "right",
+        }
+        self._cuts_left = (self._tokenizer.truncation or {}).get("direction") == "left"
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self.max_length = max_length
+        self.pads_left = self._padding["direction"] == "left"
+        self._pair = pair
+
+    def encode(self, texts: Sequence[Text]) -> Encoded:
+        """Encode texts (or pairs); raise TextError for anything else, and for pairs where single texts are expected."""
+        for index, text in enumerate(texts):
+            self._check(text, index)
+        seconds = 0.0
+        encodings: list[Encoding | _Cut] = []
+        try:
+            for part in _parts(texts):
+                started = perf_counter()
+                encoded = self._encode(part)
+                seconds += perf_counter() - started
+                encodings += map(self._cut, encoded)
+        except (TypeError, UnicodeEncodeError) as error:
+            raise _not_unicode(texts) from error
+        except Exception as error:  # the library raises bare Exceptions
+            raise BundleError(f"the bundle's tokenizer cannot encode these texts ({error}); export it again") from error
+        return Encoded(encodings, self._padding, seconds)
+
+    def _encode(self, texts: list[Text]) -> list[Encoding]:
+        if len(texts) == 1:  # not worth waking the library's threads
+            first, second = (texts[0], None) if isinstance(texts[0], str) else texts[0]
+            return [self._tokenizer.encode(first, second)]
+        encodings: list[Encoding] = self._tokenizer.encode_batch_fast(texts)
+        return encodings
+
+    def _cut(self, encoding: Encoding) -> Encoding | _Cut:
+        """Cut a text to the maximum length, a pair on its longer side first; special tokens stay."""
+        excess = len(encoding) - self.max_length
+        if excess <= 0:
+            return encoding
+        sides = np.array([-1 if side is None else side for side in encoding.sequence_ids])
+        kept = sides < 0
+        for side, room in enumerate(_room(int(np.sum(sides == 0)), int(np.sum(sides == 1)), excess)):
+            tokens = np.flatnonzero(sides == side)
+            kept[tokens[len(tokens) - room :] if self._cuts_left else tokens[:room]] = True
+        ids, types = np.array(encoding.ids)[kept], np.array(encoding.type_ids)[kept]
+        return _Cut(ids.tolist(), types.tolist())
+
+    def _check(self, text: object, index: int) -> None:
+        if self._pair:
+            if isinstance(text, tuple | list) and len(text) == 2 and all(isinstance(part, str) for part in text):
+                return
+            raise TextError(index, f"found {_kind(text)}, expected a pair of texts: this bundle's task is on pairs")
+        if not isinstance(text, str):
+            raise TextError(index, f"found {_kind(text)}, expected a text: this bundle's task is on single texts")
+
+
+def _room(first: int, second: int, excess: int) -> tuple[int, int]:
+    """Return how many tokens of each side remain when `excess` are cut, from the longer side first, then evenly."""
+    total = max(0, first + second - excess)
+    if second == 0:
+        return total, 0
+    shorter, longer = sorted((first, second))
+    if shorter > total - shorter:
+        shorter, longer = total // 2, total - total // 2
+    else:
+        longer = total - shorter
+    return (shorter, longer) if first <= second else (longer, shorter)
+
+
+def _parts(texts: Sequence[Text]) -> Iterator[list[Text]]:
+    part: list[Text] = []
+    characters = 0
+    for text in texts:
+        part.append(text)
+        characters += len(text) if isinstance(text, str) else len(text[0]) + len(text[1])
+        if characters > _CHARACTERS_AT_ONCE:
+            yield part
+            part, characters = [], 0
+    if part:
+        yield part
+
+
+def _not_unicode(texts: Sequence[Text]) -> TextError:
+    for index, text in enumerate(texts):
+        try:
+            "".join(text).encode()
+        except UnicodeEncodeError as error:
+            return TextError(
+                index, f"found half a surrogate pair at character {error.start}, expected Unicode text; replace it"
+            )
+    return TextError(0, "the tokenizer refused these texts; expected Unicode text")
+
+
+def _kind(text: object) -> str:
+    if isinstance(text, str):
+        return "a single text"
+    if isinstance(text, tuple | list):
+        return f"a {type(text).__name__} of {len(text)}"
+    return f"a {type(text).__name__}"

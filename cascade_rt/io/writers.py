@@ -1,0 +1,67 @@
+"""Write JSON and JSON lines; an output file appears under its name only when it is complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from ..errors import InputError
+
+
+@contextmanager
+def open_output(target: str | Path) -> Iterator[TextIO]:
+    """Open `target` for JSON ("-": standard output); a file appears under its name only when it is complete.
+
+    Half a surrogate pair, which UTF-8 cannot encode, is written as the escape that JSON has for it.
+    """
+    if str(target) == "-":
+        yield sys.stdout
+        sys.stdout.flush()
+        return
+    path = Path(target).resolve()
+    if path.is_dir():
+        raise InputError(f"cannot write {target}: it is a folder; name a file")
+    if not path.parent.is_dir():
+        raise InputError(f"cannot write {target}: the folder {path.parent} does not exist; create it first")
+    in_place = path.exists() and not path.is_file()  # a device or a pipe is written to, never replaced
+    partial = path if in_place else path.parent / f".{path.name}.partial-{os.getpid()}"
+    try:
+        with partial.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as stream:
+            yield stream
+        if not in_place:
+            partial.replace(path)
+    finally:
+        if not in_place:
+            partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as readable JSON, atomically."""
+    with open_output(path) as stream:
+        stream.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def json_line(fields: Mapping[str, Any], answer: Mapping[str, Any]) -> str:
+    """Return one line of JSON with the input's fields and the answer's.
+
+    A field that has the name of one of the answer's is renamed: label becomes input_label. NaN and infinity, which
+    JSON does not have, become null.
+    """
+
+    def free(name: str) -> str:
+        if name in answer:
+            name = f"input_{name}"
+            while name in fields:
+                name = f"input_{name}"
+        return name
+
+    line = {free(name): field for name, field in fields.items()} | dict(answer)
+    try:
+        return json.dumps(line, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+    except ValueError:
+        return json.dumps(json.loads(json.dumps(line, default=str), parse_constant=lambda _: None)) + "\n"

@@ -1,0 +1,171 @@
+"""What `tune` is asked and what it answers, as data classes; `TuningReport.to_json` is what `--json` prints."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..errors import InputError, InvalidOption
+from .certify import Certificate
+
+COSTS = ("layers", "flops", "latency")
+
+
+@dataclass(frozen=True)
+class Question:
+    """What to look for: at most one of `max_drop`, `speedup` and `budget_ms`; none for the front alone.
+
+    Raises InvalidOption for a value out of range, and InputError for options that exclude each other.
+    """
+
+    max_drop: float | None = None
+    """The fastest point that loses at most this share of accuracy against the last member."""
+    speedup: float | None = None
+    """The most accurate point that is at least this many times as fast as the last member."""
+    budget_ms: float | None = None
+    """The most accurate point that takes at most this many milliseconds per text."""
+    p95: bool = False
+    """Whether the budget is for the 95th percentile; else for the mean."""
+    confidence: float | None = None
+    """Guarantee `max_drop` with this confidence."""
+    cost: str = "layers"
+    """What speed-up is measured by: one of COSTS."""
+    shared: bool = False
+    """One tau for all members, as in the paper."""
+    subsets: bool = True
+    """Whether members may be left out."""
+    seed: int = 0
+    """Of the split into the half that proposes and the half that certifies."""
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        asked = [name for name in ("max_drop", "speedup", "budget_ms") if getattr(self, name) is not None]
+        if len(asked) > 1:
+            raise InputError(f"found {' and '.join(f'`{name}`' for name in asked)}, expected one question at a time")
+        for name, lowest, highest, expected in (
+            ("max_drop", 0.0, 1.0, "a share from 0 to below 1"),
+            ("speedup", 1e-9, math.inf, "a number above 0"),
+            ("budget_ms", 1e-9, math.inf, "a number above 0"),
+            ("confidence", 0.5, 1.0, "a number from 0.5 to below 1"),
+            ("seed", 0, 2**32, "a whole number from 0"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not lowest <= value < highest:
+                raise InvalidOption(name, value, expected)
+        if self.confidence is not None and self.max_drop is None:
+            raise InputError("found `confidence` alone, expected `max_drop` with it: that is what can be guaranteed")
+        if self.p95 and self.budget_ms is None:
+            raise InputError("found `p95` alone, expected `budget_ms` with it")
+        if self.cost not in COSTS:
+            raise InvalidOption("cost", self.cost, f"one of {', '.join(COSTS)}")
+
+    @property
+    def measured_cost(self) -> str:
+        """The cost that the answer is chosen by: latency for a budget in milliseconds."""
+        return "latency" if self.budget_ms is not None else self.cost
+
+    @property
+    def asks(self) -> bool:
+        """Whether anything is asked; else only the front is shown."""
+        return (self.max_drop, self.speedup, self.budget_ms) != (None, None, None)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to run the bundle, with what it does on the tuning texts; speed-ups are over the last member alone."""
+
+    members: list[str]
+    thresholds: list[float]
+    accuracy: float
+    drop: float
+    """Accuracy of the last member minus this one's."""
+    drop_error: float
+    """Standard error of `drop`, text by text. A point that was chosen for its drop does worse on other texts."""
+    risk: float
+    """Share of texts answered wrongly here and rightly by the last member."""
+    exits: list[int]
+    layers_speedup: float
+    flops_speedup: float
+    latency_speedup: float
+    latency_ms: float
+    latency_p95_ms: float
+
+    def speedup(self, cost: str) -> float:
+        """Return the speed-up ratio by one of COSTS."""
+        return {"layers": self.layers_speedup, "flops": self.flops_speedup, "latency": self.latency_speedup}[cost]
+
+
+@dataclass(frozen=True)
+class MoreTexts:
+    """A faster point that more texts would certify."""
+
+    speedup: float
+    risk: float
+    texts: int
+
+
+@dataclass(frozen=True)
+class Guarantee(Certificate):
+    """What Learn then Test found on this file, and what more texts would certify."""
+
+    searched_on: int
+    with_more_texts: list[MoreTexts]
+
+
+@dataclass(frozen=True)
+class Data:
+    """The texts of a tuning."""
+
+    texts: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TuningReport:
+    """The answer of `tune`."""
+
+    question: Question
+    data: Data
+    compared_with: str
+    alone: list[Choice]
+    """Each member alone."""
+    chosen: Choice | None
+    """None where nothing was asked, or where nothing could be guaranteed."""
+    guarantee: Guarantee | None
+    front: list[Choice]
+    """The points that no other beats in both cost and accuracy."""
+    verdict: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain values for JSON."""
+        return asdict(self)
+
+
+def verdict(chosen: Choice | None, alone: list[Choice], guarantee: Guarantee | None) -> str:
+    """Say whether the chosen cascade is worth it, against each member alone at its measured latency."""
+    last = alone[-1]
+    if chosen is None and guarantee is None:
+        return "nothing was asked, so nothing was chosen: these are the best trade-offs"
+    if chosen is None:
+        return f"do not cascade on this evidence: nothing faster than {last.members[0]} alone can be guaranteed"
+    if chosen.members == last.members:
+        return f"do not cascade: use {last.members[0]} alone"
+    if len(chosen.members) == 1:
+        return (
+            f"do not cascade: use {chosen.members[0]} alone, {chosen.latency_speedup:.2f}x as fast as "
+            f"{last.members[0]} here, {_lost(chosen)}"
+        )
+    for rival in alone:
+        if rival.accuracy >= chosen.accuracy and rival.latency_ms <= chosen.latency_ms:
+            return (
+                f"do not cascade: {rival.members[0]} alone is as accurate ({100 * rival.accuracy:.2f}%) and as fast "
+                f"here ({rival.latency_ms:.2f} ms against {chosen.latency_ms:.2f}); tune by measured latency"
+            )
+    slower = "do not cascade, tune by measured latency" if chosen.latency_speedup <= 1 else "cascade"
+    return f"{slower}: {chosen.latency_speedup:.2f}x as fast as {last.members[0]} alone here, {_lost(chosen)}"
+
+
+def _lost(chosen: Choice) -> str:
+    points, error = 100 * chosen.drop, 100 * chosen.drop_error
+    return f"{abs(points):.2f} (+- {error:.2f}) points of accuracy {'lost' if points >= 0 else 'gained'} on these texts"

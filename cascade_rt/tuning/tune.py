@@ -1,0 +1,145 @@
+"""From a question and the collected answers to thresholds in the bundle.
+
+answers -> operating points -> the point that answers the question -> a verdict against each member alone -> the
+bundle's manifest.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..bundle import MANIFEST, TUNING, Bundle, write_manifest
+from ..bundle.files import file_identity
+from ..errors import BundleError, InputError, InvalidOption
+from .certify import certify, texts_needed
+from .collect import Collected
+from .operating_points import (
+    Answers,
+    OperatingPoint,
+    fastest,
+    left_at,
+    measure,
+    most_accurate,
+    operating_points,
+    pareto_front,
+)
+from .report import Choice, Data, Guarantee, MoreTexts, Question, TuningReport, verdict
+
+
+def tune(bundle: Bundle, data: Collected, question: Question) -> TuningReport:
+    """Answer a question about a bundle from what its members answered.
+
+    Raises InvalidOption for a speed-up or a budget that no point reaches.
+    """
+    answers = data.answers[question.measured_cost]
+    last = len(bundle.members) - 1
+    options = {"shared": question.shared, "subsets": question.subsets}
+    points = operating_points(answers, **options)
+    whole = measure(answers, (last,), ())
+    guarantee: Guarantee | None = None
+    point: OperatingPoint | None = None
+    if question.confidence is not None and question.max_drop is not None:
+        point, guarantee = _guaranteed(answers, question, options)
+    elif question.max_drop is not None:
+        point = fastest(points, whole.accuracy - question.max_drop)
+    elif question.speedup is not None:
+        if whole.cost / question.speedup < (least := min(point.cost for point in points)):
+            highest = f"at most {whole.cost / least:.2f}: the fastest member's"
+            raise InvalidOption("speedup", question.speedup, highest)
+        point = most_accurate(points, whole.cost / question.speedup)
+    elif question.budget_ms is not None:
+        point = most_accurate(points, question.budget_ms, p95=question.p95)
+        if point is None:
+            least = min(point.cost_p95 if question.p95 else point.cost for point in points)
+            raise InvalidOption("budget_ms", question.budget_ms, f"at least {least:.3g}: the fastest member's here")
+    chosen = None if point is None else choice(bundle, data, point.members, point.thresholds)
+    alone = [choice(bundle, data, (place,), ()) for place in range(last + 1)]
+    return TuningReport(
+        question=question,
+        data=Data(len(answers.overhead), data.digest),
+        compared_with="labels" if data.labelled else "the last member's answers",
+        alone=alone,
+        chosen=chosen,
+        guarantee=guarantee,
+        front=[choice(bundle, data, point.members, point.thresholds) for point in pareto_front(points)],
+        verdict=verdict(chosen, alone, guarantee),
+    )
+
+
+def choice(bundle: Bundle, data: Collected, members: tuple[int, ...], thresholds: tuple[float, ...]) -> Choice:
+    """Return what one way to run the bundle does on the data: quality, exits, and speed-ups over its last member."""
+    latency = data.answers["latency"]
+    point, whole = measure(latency, members, thresholds), measure(latency, (len(bundle.members) - 1,), ())
+    place = left_at(latency, members, thresholds)
+    rows = np.arange(len(place))
+    lost = latency.right[-1].astype(int) - latency.right[list(members)][place, rows]
+    speedups = {}
+    for kind, answers in data.answers.items():
+        executed = answers.overhead + np.cumsum(answers.costs[list(members)], axis=0)
+        alone = answers.overhead + answers.costs[-1]
+        speedups[f"{kind}_speedup"] = float(alone.sum() / executed[place, rows].sum())
+    return Choice(
+        members=[bundle.members[index].name for index in members],
+        thresholds=list(thresholds),
+        accuracy=point.accuracy,
+        drop=whole.accuracy - point.accuracy,
+        drop_error=float(np.std(lost) / math.sqrt(len(lost))),
+        risk=point.risk,
+        exits=np.bincount(place, minlength=len(members)).tolist(),
+        **speedups,
+        latency_ms=point.cost,
+        latency_p95_ms=point.cost_p95,
+    )
+
+
+def write_tuning(folder: Path, bundle: Bundle, report: TuningReport) -> None:
+    """Write the chosen members and thresholds, and what is expected of them, into the bundle, atomically.
+
+    Members that are left out get threshold 1, which no text exceeds; a chosen last one that is not the bundle's gets
+    threshold 0, which every text does. So a runtime that runs all members gives the same answers. Raises BundleError if
+    the bundle was replaced since it was read.
+    """
+    if report.chosen is None:
+        raise InputError("found a report without a chosen point, expected one to write")
+    if file_identity(folder / MANIFEST) != bundle.identity:
+        raise BundleError(f"{folder}: replaced while it was tuned; tune it again")
+    taus = dict(zip(report.chosen.members, [*report.chosen.thresholds, 0.0], strict=True))
+    *others, last = bundle.members
+    members = (*(replace(member, threshold=taus.get(member.name, 1.0)) for member in others), last)
+    written = report.to_json()
+    tuning: dict[str, Any] = asdict(report.chosen) | {"last_alone": {"accuracy": report.alone[-1].accuracy}}
+    tuning |= {key: written[key] for key in ("question", "data", "compared_with", "guarantee", "verdict")}
+    write_manifest(folder, replace(bundle, members=members, other={**bundle.other, TUNING: tuning}))
+
+
+def local_folder(model_dir: str) -> Path:
+    """Return the folder of a local bundle; raise BundleError for any other."""
+    folder = Path(model_dir)
+    if not (folder / MANIFEST).is_file():
+        raise BundleError(f"{model_dir}: not a local bundle; tune a copy, or write nothing (`dry_run`)")
+    return folder
+
+
+def _guaranteed(
+    answers: Answers, question: Question, options: dict[str, bool]
+) -> tuple[OperatingPoint | None, Guarantee]:
+    """Certify on one half of the texts what the other half proposes."""
+    confidence, max_risk = question.confidence or 0.0, question.max_drop or 0.0
+    rows = np.random.default_rng(question.seed).permutation(len(answers.overhead))
+    half = len(rows) // 2
+    test = answers.take(rows[half:])
+    chosen, certificate, sequence = certify(answers.take(rows[:half]), test, max_risk, confidence, **options)
+    last = measure(test, (len(answers.confidences) - 1,), ())
+    promising = []
+    for point in sequence:
+        seen = measure(test, point.members, point.thresholds)  # points look better on the half that proposed them
+        needed = texts_needed(seen.risk, max_risk, confidence)
+        if needed is not None and needed > certificate.texts and (chosen is None or seen.cost < chosen.cost):
+            promising.append(MoreTexts(last.cost / seen.cost, seen.risk, 2 * needed))
+    some = promising[:: max(1, len(promising) // 4)]
+    return chosen, Guarantee(**vars(certificate), searched_on=half, with_more_texts=some)

@@ -1,0 +1,68 @@
+"""What goes into a runtime and what comes out of it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+Text = str | tuple[str, str]
+"""One instance: a single text, or a (text, text pair)."""
+
+
+class Prediction(NamedTuple):
+    """The answer to one text."""
+
+    label: str
+    """Name of the most probable class."""
+    score: float
+    """Its probability: the confidence of the member that answered."""
+    probabilities: tuple[float, ...]
+    """Probability of each class, index = class id."""
+    exit: int
+    """Which member answered, 0-based."""
+    layers: int
+    """Encoder layers executed for this text, by all members that it ran."""
+    truncated: bool
+    """Whether the text was longer than the bundle's `max_length` tokens and was cut."""
+
+
+class StageRun(NamedTuple):
+    """One run of one stage on one micro-batch."""
+
+    stage: int
+    """0-based index of the stage."""
+    name: str
+    """Name of the member that the stage runs."""
+    rows: int
+    """Texts in the micro-batch."""
+    tokens: int
+    """Tokens per row, padding included."""
+    seconds: float
+    """Time of the ONNX Runtime call."""
+
+
+class Trace(NamedTuple):
+    """What one call of `CascadeRuntime.predict` executed."""
+
+    texts: int
+    """Texts in the call."""
+    tokenization_seconds: float
+    """Time of the calls of the tokenizers library."""
+    runs: list[StageRun]
+    """Every run of every stage, in order."""
+
+
+class Stats(NamedTuple):
+    """What a runtime has answered so far."""
+
+    texts: int
+    """Texts answered."""
+    exits: list[int]
+    """Texts answered by each member."""
+    mean_layers: float
+    """Encoder layers executed per text; NaN before the first text."""
+    tuned_rates: list[float] | None
+    """Share of texts that each member answered when the thresholds were tuned; None if other thresholds are in use."""
+    distance: float | None
+    """Total variation distance from those rates, 0 (equal) to 1; None where there is nothing to compare."""
+    p_value: float | None
+    """Probability of a difference at least as large if the texts are of the same kind; at least 0.0001."""

@@ -1,0 +1,103 @@
+"""Options that `train` and `difficulty` share: the encoder, the data and the recipe."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from cascade_rt.cli.parser import CommandParser
+from cascade_rt.errors import InputError, MissingExtraError
+from cascade_train.tasks import TASKS, TaskData, load_file, load_task
+
+
+def add_training(parser: CommandParser, *, output: str) -> None:
+    """Add the encoder, the data and the recipe; `output` describes what is written."""
+    add = parser.add_argument
+    add("--base", required=True, metavar="DIR", help="encoder to start from: a Hugging Face folder or hub id")
+    add("--output", required=True, type=Path, metavar="DIR", help=output)
+    add("--layers", type=int, metavar="K", help="keep only the first K encoder layers (BERT-kL) (default: all)")
+    add("--json", action="store_true", help="print the whole record as JSON")
+    data = parser.add_argument_group("data")
+    data.add_argument("--task", choices=TASKS, help="a task by name")
+    data.add_argument("--data", type=Path, metavar="DIR", help="folder of the task's official files (not smart-home)")
+    data.add_argument("--train-file", type=Path, metavar="FILE", help="instead of --task: csv, tsv, jsonl or parquet")
+    data.add_argument(
+        "--validation-file", type=Path, metavar="FILE", help="with --train-file (default: a part is held out)"
+    )
+    data.add_argument("--text-column", metavar="NAME", help="column of the text (default: the usual names)")
+    data.add_argument("--pair-column", metavar="NAME", help="column of the second text, for tasks on pairs")
+    data.add_argument("--label-column", metavar="NAME", default="label", help="column of the label names")
+    data.add_argument("--metric", choices=("accuracy", "f1"), default="accuracy", help="with --train-file")
+    data.add_argument("--holdout", type=float, default=0.1, help="share of training held out for validation")
+    data.add_argument("--split-seed", type=int, default=0, help="random seed of that split; use one for all members")
+    recipe = parser.add_argument_group("recipe")
+    recipe.add_argument("--epochs", type=float, default=10, help="passes over the training data")
+    recipe.add_argument("--learning-rate", type=float, default=2e-5, help="peak rate of AdamW, then linear decay")
+    recipe.add_argument("--batch-size", type=int, default=32, help="texts per step, grouped by length")
+    recipe.add_argument("--max-length", type=int, default=128, help="tokens; longer texts are cut")
+    recipe.add_argument("--warmup-ratio", type=float, default=0.0, help="share of the steps that warm up")
+    recipe.add_argument("--weight-decay", type=float, default=0.0, help="weight decay of AdamW")
+    recipe.add_argument(
+        "--seed", type=int, default=0, help="random seed of the new classifier, dropout and batch order"
+    )
+    recipe.add_argument(
+        "--evaluations-per-epoch", type=int, default=1, help="validations, each with a checkpoint to resume from"
+    )
+    recipe.add_argument("--bf16", action="store_true", help="train in bfloat16: faster on CPUs with AMX, and on GPUs")
+    parser.aliases["columns"] = "--text-column and --pair-column"
+
+
+def need_training(command: str) -> None:
+    """Load torch and transformers; raise MissingExtraError, which names `command`, if they are not installed."""
+    try:
+        import sklearn  # noqa: F401, PLC0415 - splits the data
+        import torch  # noqa: F401, PLC0415 - transformers imports without it
+        import transformers  # noqa: PLC0415 - slow to import
+
+        import cascade_train.finetune  # noqa: F401, PLC0415 - loads torch
+    except ImportError as error:
+        raise MissingExtraError(f"cascade-rt {command}", "export", error) from error
+    transformers.logging.set_verbosity_error()  # no notes on new classifier weights
+
+
+def recipe_from(options: argparse.Namespace) -> Any:
+    """Return the recipe of the options."""
+    from cascade_train.finetune import Recipe  # noqa: PLC0415 - loads torch
+
+    return Recipe(
+        epochs=options.epochs,
+        learning_rate=options.learning_rate,
+        batch_size=options.batch_size,
+        max_length=options.max_length,
+        warmup_ratio=options.warmup_ratio,
+        weight_decay=options.weight_decay,
+        seed=options.seed,
+        evaluations_per_epoch=options.evaluations_per_epoch,
+        bf16=options.bf16,
+    )
+
+
+def data_from(options: argparse.Namespace) -> TaskData:
+    """Load the data of the options."""
+    if options.task is None and options.train_file is None:
+        raise InputError("found neither --task nor --train-file, expected one of them")
+    if options.task is not None and options.train_file is not None:
+        raise InputError("found --task and --train-file, expected one of them")
+    if options.task:
+        return load_task(options.task, options.data, holdout=options.holdout, split_seed=options.split_seed)
+    columns: tuple[str, ...] | None = (options.text_column,) if options.text_column else None
+    if options.pair_column:
+        if not columns:
+            raise InputError("found --pair-column alone, expected --text-column with it")
+        columns = (*columns, options.pair_column)
+    return load_file(
+        options.train_file,
+        validation=options.validation_file,
+        columns=columns,
+        pair=options.pair_column is not None,
+        label_column=options.label_column,
+        metric=options.metric,
+        holdout=options.holdout,
+        split_seed=options.split_seed,
+    )

@@ -1,0 +1,18 @@
+"""Answers of made-up members, to choose thresholds from."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cascade_rt.tuning.operating_points import Answers
+
+
+def drawn(seed: int, texts: int, members: int = 3) -> Answers:
+    """Members that are the better the bigger they are, and surer where they are right."""
+    generator = np.random.default_rng(seed)
+    hardness = generator.random(texts)
+    skill = np.linspace(0.7, 1.0, members)[:, None]
+    right = generator.random((members, texts)) < skill * (1.1 - 0.6 * hardness)
+    confidences = np.clip(0.5 + 0.3 * right + 0.25 * generator.random((members, texts)), 0, 1)
+    costs = np.array([1.0, 2.0, 6.0, 12.0])[:members, None] * (1 + generator.random(texts))
+    return Answers(confidences, right, costs, generator.random(texts) / 10)

@@ -1,0 +1,130 @@
+"""Operating points against a plain loop over the texts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from cascade_rt.bundle import MemberEntry
+from cascade_rt.engine.cost import layer_speedup
+from cascade_rt.engine.exit_rules import exits
+from cascade_rt.errors import InputError
+from cascade_rt.tuning import operating_points as module
+from cascade_rt.tuning.operating_points import (
+    fastest,
+    measure,
+    most_accurate,
+    operating_points,
+    pareto_front,
+    threshold_for_speedup,
+)
+
+from .drawn import drawn
+
+
+def entry(layers: int) -> MemberEntry:
+    return MemberEntry(f"{layers}L", f"{layers}.onnx", "", layers, 768, 1, "fp32", None)
+
+
+@given(st.integers(0, 50), st.lists(st.floats(0.5, 1.0), min_size=2, max_size=2), st.sampled_from([(0, 1, 2), (1, 2)]))
+def test_a_point_measures_what_a_loop_over_the_texts_counts(
+    seed: int, taus: list[float], members: tuple[int, ...]
+) -> None:
+    answers, costs, rights, losses = drawn(seed, 40), [], 0, 0
+    taus = taus[: len(members) - 1]
+    for text in range(40):
+        cost = answers.overhead[text]
+        for place, member in enumerate(members):
+            cost += answers.costs[member, text]
+            if place == len(members) - 1 or answers.confidences[member, text] > taus[place]:
+                break
+        costs.append(cost)
+        rights += bool(answers.right[member, text])
+        losses += bool(answers.right[-1, text] and not answers.right[member, text])
+    found = measure(answers, members, taus)
+    assert (found.accuracy, found.risk) == (rights / 40, losses / 40)
+    assert found.cost == pytest.approx(np.mean(costs))
+    assert found.cost_p95 == pytest.approx(sorted(costs)[38])
+
+
+def test_points_hold_every_member_alone_and_every_way_to_combine_them() -> None:
+    points = operating_points(drawn(1, 60))
+    assert {point.members for point in points} == {(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)}
+    assert all(len(point.thresholds) == len(point.members) - 1 for point in points)
+    assert len(points) <= 3 + 3 * module._TAUS + module._POINTS
+    shared = operating_points(drawn(1, 60), shared=True)
+    assert all(len(set(point.thresholds)) <= 1 for point in shared)
+    assert {point.members for point in operating_points(drawn(1, 60), subsets=False)} == {(0, 1, 2), (2,)}
+    assert {point.members for point in operating_points(drawn(1, 60, members=1))} == {(0,)}
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 50))
+def test_choices_are_what_trying_all_finds(seed: int) -> None:
+    answers = drawn(seed, 80, members=2)
+    points = operating_points(answers)
+    whole = measure(answers, (1,), ())
+    # every text's confidence is tried as a tau, so no other threshold can do better
+    tried = [measure(answers, (0, 1), [tau]) for tau in answers.confidences[0]]
+    tried += [whole, measure(answers, (0,), ())]
+    floor = whole.accuracy - 0.03
+    assert fastest(points, floor).cost == min(point.cost for point in tried if point.accuracy >= floor)
+    budget = whole.cost * 0.8
+    best, slow = most_accurate(points, budget), most_accurate(points, whole.cost_p95 * 0.9, p95=True)
+    assert best is not None
+    assert slow is not None
+    assert best.accuracy == max(point.accuracy for point in tried if point.cost <= budget)
+    assert slow.cost_p95 <= whole.cost_p95 * 0.9
+    front = pareto_front(points)
+    assert not any(
+        (other.cost < point.cost and other.accuracy >= point.accuracy)
+        or (other.cost <= point.cost and other.accuracy > point.accuracy)
+        for point in front
+        for other in tried
+    )
+
+
+def test_a_budget_below_every_member_has_no_answer() -> None:
+    assert most_accurate(operating_points(drawn(1, 60)), 0.5) is None
+
+
+def test_taus_lie_between_the_texts() -> None:
+    answers = drawn(2, 50)
+    for point in operating_points(answers):
+        for gate, tau in zip(point.members[:-1], point.thresholds, strict=True):
+            nearest = np.abs(answers.confidences[gate] - tau).min()
+            assert nearest > 1e-9 or tau == answers.confidences[gate].max()
+
+
+def test_noise_widens_the_tail_alone() -> None:
+    answers = drawn(1, 60)
+    noisy = measure(replace(answers, noise=1.5), (0, 2), [0.8])
+    still = measure(answers, (0, 2), [0.8])
+    assert (noisy.cost, noisy.cost_p95) == (still.cost, 1.5 * still.cost_p95)
+
+
+def test_more_thresholds_never_do_worse_than_one() -> None:
+    answers = drawn(3, 400)
+    floor = measure(answers, (2,), ()).accuracy - 0.01
+    one, many = (fastest(operating_points(answers, shared=shared), floor) for shared in (True, False))
+    assert many.cost <= one.cost * 1.02  # the grids differ, by quantiles
+
+
+@given(arrays(float, (2, 50), elements=st.floats(0.5, 1)), st.floats(1.01, 3.0))
+def test_threshold_for_speedup_is_the_highest_that_reaches_it(confidences: np.ndarray, wanted: float) -> None:
+    members = [entry(2), entry(6)]
+    tau = threshold_for_speedup(members, confidences, wanted)
+    assert layer_speedup(members, exits(confidences, [tau])) >= wanted
+    higher = confidences[0][confidences[0] > tau]
+    if higher.size:
+        assert layer_speedup(members, exits(confidences, [float(higher.min())])) < wanted
+
+
+def test_a_speedup_out_of_reach_is_refused() -> None:
+    with pytest.raises(InputError, match=r"up to 3\.00"):
+        threshold_for_speedup([entry(2), entry(6)], np.full((2, 4), 0.9), 3.5)

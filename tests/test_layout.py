@@ -1,0 +1,331 @@
+"""The house rules: which way imports run, what an import loads, documented names, causes of errors, plain English."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cascade_rt
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+
+RANKS = {
+    "types": 0,
+    "errors": 0,
+    "io": 1,
+    "bundle": 2,
+    "engine": 3,
+    "runtime": 4,
+    "__init__": 5,  # the public names
+    "tuning": 6,
+    "jobs": 6,
+    "serving": 6,
+    "benchmark": 7,
+    "cli": 8,
+    "__main__": 9,
+}
+"""Rooms of cascade_rt: a module imports from its own room and from those of a lower rank."""
+
+OFFLINE = ("cascade_train", "cascade_export", "torch", "transformers", "onnx", "optimum")
+"""What cascade_rt never imports, not even where it is installed."""
+
+
+def modules(*folders: str) -> list[Path]:
+    found = sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+    assert found
+    return found
+
+
+def imports(path: Path) -> Iterator[tuple[str, int]]:
+    """Yield every module that a file imports, absolute, with its line: in functions and for type checkers too."""
+    package = _package(path)
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                yield name.name, node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            parts = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*parts, *filter(None, [node.module])])
+            for name in node.names:
+                # `from . import x` may import the module x of the package, or a name of its __init__
+                yield (f"{base}.{name.name}" if _is_module(f"{base}.{name.name}") else base), node.lineno
+
+
+def _package(path: Path) -> list[str]:
+    relative = path.relative_to(ROOT)
+    parts = relative.parts[1:] if relative.parts[0] == "export" else relative.parts
+    return list(parts[:-1])
+
+
+def _is_module(name: str) -> bool:
+    parts = name.split(".")
+    return any(
+        path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+        for path in ((ROOT / root).joinpath(*parts) for root in (".", "export", "benchmarks"))
+    )
+
+
+def room(module: str) -> str:
+    """Return the room of a module of cascade_rt, given with its dots."""
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def room_of(path: Path) -> str:
+    return (
+        path.relative_to(ROOT / "cascade_rt").parts[0].removesuffix(".py")
+        if path.parent != ROOT / "cascade_rt"
+        else path.stem
+    )
+
+
+def wrong_imports(path: Path, ranks: dict[str, int] = RANKS) -> list[str]:
+    """Return the imports of a module of cascade_rt that run the wrong way."""
+    ours = room_of(path)
+    assert ours in ranks, (
+        f"the room {ours!r} of {path} has no rank; give it one in RANKS of tests/test_layout.py: above every room that "
+        "it imports from, below every room that imports from it"
+    )
+    wrong = []
+    for module, line in imports(path):
+        if module.split(".")[0] != "cascade_rt":
+            continue
+        theirs = room(module)
+        assert theirs in ranks, f"{path}:{line}: imports from the room {theirs!r}, which has no rank in RANKS"
+        if theirs != ours and ranks[theirs] >= ranks[ours]:
+            wrong.append(f"{path.relative_to(ROOT)}:{line}: {ours} imports {module}, of a room that is not below it")
+    return wrong
+
+
+@pytest.mark.parametrize("path", modules("cascade_rt"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_of_the_runtime_run_one_way(path: Path) -> None:
+    assert wrong_imports(path) == []
+
+
+def test_the_direction_is_really_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every form of an import is seen, and a room without a rank is refused with what to do."""
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    for name in ("__init__", "io/__init__", "io/readers", "engine/__init__", "engine/stage", "cli/__init__", "runtime"):
+        (tmp_path / "cascade_rt" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cascade_rt" / f"{name}.py").touch()
+    path = tmp_path / "cascade_rt" / "engine" / "stage.py"
+    for line, module in (
+        ("from ..runtime import CascadeRuntime", "cascade_rt.runtime"),
+        ("from .. import runtime", "cascade_rt.runtime"),
+        ("from .. import CascadeRuntime", "cascade_rt"),
+        ("import cascade_rt.cli", "cascade_rt.cli"),
+        ("import cascade_rt", "cascade_rt"),
+        ("from cascade_rt import cli as c", "cascade_rt.cli"),
+        ("def f():\n    from ..cli import main", "cascade_rt.cli"),
+        ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ..runtime import x", "cascade_rt.runtime"),
+    ):
+        path.write_text(line)
+        (found,) = wrong_imports(path)
+        assert f"engine imports {module}, of a room" in found
+    path.write_text("from ..io.readers import x\nfrom . import y\nfrom .stage import z\nimport numpy\n")
+    assert wrong_imports(path) == []
+    with pytest.raises(AssertionError, match=r"the room 'engine' .* has no rank; give it one in RANKS"):
+        wrong_imports(path, {name: rank for name, rank in RANKS.items() if name != "engine"})
+    path.write_text("from ..attic.box import x")
+    with pytest.raises(AssertionError, match="'attic', which has no rank"):
+        wrong_imports(path)
+
+
+def test_every_folder_says_why_it_exists() -> None:
+    for path in modules("cascade_rt", "export"):
+        if path.name == "__init__.py":
+            assert ast.get_docstring(ast.parse(path.read_text("utf-8"))), f"{path}: says nothing about its folder"
+
+
+def test_the_runtime_imports_nothing_of_the_offline_stage() -> None:
+    wrong = [
+        f"{path}:{line}: {name}"
+        for path in modules("cascade_rt")
+        for name, line in imports(path)
+        if name.split(".")[0] in OFFLINE
+    ]
+    assert wrong == []
+
+
+def test_the_offline_stage_imports_only_itself_and_the_runtime() -> None:
+    ours = {path.stem for path in modules("benchmarks")} | {"tests", "benchmarks", "examples", "docs"}
+    wrong = []
+    for path in modules("export"):
+        package = _package(path)[0]
+        for name, line in imports(path):
+            top = name.split(".")[0]
+            if top in ours or (package, top) == ("cascade_train", "cascade_export"):
+                wrong.append(f"{path}:{line}: {name}")
+    assert wrong == []
+
+
+def test_the_tests_of_the_runtime_need_nothing_of_the_offline_stage() -> None:
+    """They run where no torch is installed; onnx, which makes their models, is all that they add."""
+    wrong = [
+        f"{path}:{line}: {name}"
+        for path in [*modules("tests/cascade_rt"), ROOT / "tests" / "toy.py"]
+        for name, line in imports(path)
+        if name.split(".")[0] in {*OFFLINE} - {"onnx"}
+    ]
+    assert wrong == []
+
+
+def test_importing_the_runtime_loads_nothing_heavy() -> None:
+    for module in ("cascade_rt", "cascade_rt.cli"):
+        heavy = ("torch", "transformers", "onnx", "matplotlib", "huggingface_hub", "tqdm", *OFFLINE)
+        code = f"import sys, {module}\nprint(sorted(set({heavy!r}) & set(sys.modules)))"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout == "[]\n", module
+
+
+def commands() -> dict[str, str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    found: dict[str, str] = project["entry-points"]["cascade_rt.commands"]
+    return found
+
+
+def test_there_are_commands_of_the_offline_stage() -> None:
+    assert {"analyse", "difficulty", "export", "train"} <= commands().keys()
+
+
+@pytest.mark.parametrize("name", sorted(commands()))
+def test_an_entry_point_is_a_command(name: str) -> None:
+    command = import_module(commands()[name])
+    assert isinstance(command.SUMMARY, str)
+    assert command.SUMMARY
+    assert command.EXAMPLE.startswith(f"cascade-rt {name} ")
+    assert callable(command.add_arguments)
+    assert callable(command.run)
+    assert command.__doc__
+
+
+def documented() -> set[str]:
+    pages = sorted((ROOT / "docs" / "reference").glob("*.md"))
+    assert pages, "docs/reference has no pages"
+    return {name for page in pages for name in re.findall(r"^::: ([\w.]+)", page.read_text("utf-8"), re.MULTILINE)}
+
+
+def test_every_public_name_is_documented() -> None:
+    pages = documented()
+    missing = [
+        name
+        for name in cascade_rt.__all__
+        if not name.startswith("__")
+        and f"cascade_rt.{name}" not in pages
+        and getattr(cascade_rt, name).__module__ not in pages
+    ]
+    assert missing == [], "of __all__, but on no page of docs/reference"
+
+
+def test_every_documented_name_exists_and_those_of_the_package_are_public() -> None:
+    for name in sorted(documented()):
+        package, _, last = name.rpartition(".")
+        if _is_module(name):
+            import_module(name)
+            continue
+        assert hasattr(import_module(package), last), name
+        if package == "cascade_rt":
+            assert last in cascade_rt.__all__
+
+
+@pytest.mark.parametrize("name", [name for name in cascade_rt.__all__ if not name.startswith("__")])
+def test_every_public_name_has_a_docstring_of_its_own(name: str) -> None:
+    value: Any = getattr(cascade_rt, name)
+    assert value.__doc__
+    if inspect.isclass(value):
+        assert "__doc__" in vars(value)
+        assert not value.__doc__.startswith(f"{name}("), "made by the class, not written"
+        for attribute, method in vars(value).items():
+            if not attribute.startswith("_") and (inspect.isfunction(method) or isinstance(method, property)):
+                assert method.__doc__, f"{name}.{attribute}"
+
+
+@pytest.mark.parametrize("path", modules("cascade_rt", "export"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_causes_of_errors_are_kept(path: Path) -> None:
+    """Never `from None`; and an error that is raised where another was caught names it: `raise ... from error`."""
+    wrong = []
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Raise) and isinstance(node.cause, ast.Constant) and node.cause.value is None:
+            wrong.append(f"{path}:{node.lineno}: from None")
+        if isinstance(node, ast.ExceptHandler):
+            for inner in (part for line in node.body for part in ast.walk(line)):
+                if isinstance(inner, ast.Raise) and inner.exc is not None and inner.cause is None:
+                    wrong.append(f"{path}:{inner.lineno}: raises in an except block without `from`")
+    assert wrong == []
+
+
+PHRASES = [
+    "a text's answer is its own",
+    "its company changes not one bit",
+    "what you can mend",
+    "to ask until an answer pleases",
+    "pleases voids it",
+    "what tells one file from another",
+    "that took its place",
+    "how many times what is told here",
+    "not a folder of yours",
+    "that no training saw or chose by",
+    "company",
+    "mended",
+    "## Again",
+    "in silence",
+    "travel on",
+    "senseless",
+]
+"""The left column of the table "Language" of the design, and what it says after the slash."""
+
+
+def phrases_in(text: str) -> list[str]:
+    """Return which of PHRASES a text has, as whole words and wherever its lines break."""
+    plain = " ".join(text.split())
+    headings = re.findall(r"^## Again\b", text, re.MULTILINE)
+    return headings + [
+        phrase
+        for phrase in PHRASES
+        if phrase != "## Again" and re.search(rf"\b{re.escape(phrase)}\b", plain, re.IGNORECASE)
+    ]
+
+
+def prose() -> Iterator[tuple[str, str]]:
+    """Yield the pages, and the docstrings, messages and comments of the code, with their places."""
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        yield str(page.relative_to(ROOT)), page.read_text("utf-8")
+    for path in modules("cascade_rt", "export", "benchmarks"):
+        source = path.read_text("utf-8")
+        where = str(path.relative_to(ROOT))
+        yield f"{where}, comments", "\n".join(re.findall(r"#(.*)", source))
+        tree = ast.parse(source)
+        parts = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr):
+                pieces = [part.value if isinstance(part, ast.Constant) else "x" for part in node.values]
+                yield f"{where}:{node.lineno}", "".join(map(str, pieces))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in parts:
+                yield f"{where}:{node.lineno}", node.value
+
+
+def test_the_phrases_of_the_design_are_gone() -> None:
+    found = [f"{where}: {phrase}" for where, text in prose() for phrase in phrases_in(text)]
+    assert found == []
+
+
+def test_phrases_are_found_as_whole_words_across_lines() -> None:
+    assert phrases_in("Pages accompany it, the silence travels on.") == []
+    assert phrases_in("whatever its company, it travels\nin\n    silence") == ["company", "in silence"]
+    assert phrases_in("# A\n\n## Again\n\ntext") == ["## Again"]
+    assert phrases_in("## Against it") == []
+    assert phrases_in("Exit status: 0, or 2 for what you can mend.") == ["what you can mend"]
+    assert len(list(prose())) > 500
