@@ -14,10 +14,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+from transformers import BertForSequenceClassification, BertTokenizerFast
 
 from ..toy import (
-    LABELS,
     Weights,
     encoder_weights,
     segment_members,
@@ -27,6 +26,7 @@ from ..toy import (
     write_segments,
     write_tokenizer,
 )
+from .torch_toy import bert
 
 Batch = dict[str, NDArray[np.int64]]
 
@@ -58,18 +58,7 @@ def reference(weights: Weights, batch: Batch) -> tuple[NDArray[Any], list[NDArra
 
     It computes in float64, so that rounding errors are those of the toy alone.
     """
-    inner, hidden = weights["bert.encoder.layer.0.intermediate.dense.weight"].shape
-    config = BertConfig(
-        vocab_size=len(vocabulary()),
-        hidden_size=hidden,
-        num_hidden_layers=sum(name.endswith("intermediate.dense.bias") for name in weights),
-        num_attention_heads=4,
-        intermediate_size=inner,
-        max_position_embeddings=64,
-        num_labels=len(LABELS),
-    )
-    model = BertForSequenceClassification(config).eval().double()
-    model.load_state_dict({name: torch.from_numpy(weight) for name, weight in weights.items()})
+    model = bert(weights).double()
     with torch.inference_mode():
         outputs = model(**{name: torch.from_numpy(ids) for name, ids in batch.items()}, output_hidden_states=True)
     return outputs.logits.numpy(), [states.numpy() for states in outputs.hidden_states], model
