@@ -129,14 +129,14 @@ class Stage:
     def _failure(self, error: Exception, shape: tuple[int, ...]) -> InferenceError:
         reason = first_line(error)
         rows, tokens = shape
+        batch = f"{rows} text{'s' * (rows != 1)} of {tokens} tokens"
         if _out_of_memory(error):
             return InferenceError(
-                f"member {self.entry.name!r} ran out of memory on {rows} texts of {tokens} tokens ({reason}); free "
+                f"member {self.entry.name!r} ran out of memory on {batch} ({reason}); free "
                 "memory, run fewer processes, or export the bundle with a smaller max_length or in int8"
             )
         return InferenceError(
-            f"member {self.entry.name!r} failed on {rows} texts of {tokens} tokens ({reason}); check the model, then "
-            "export again"
+            f"member {self.entry.name!r} failed on {batch} ({reason}); check the model, then export again"
         )
 
     def _make_session(self) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
-from ..errors import BundleError, TextError
+from ..errors import BundleError, InferenceError, TextError
 from ..types import Text
 
 _CHARACTERS_AT_ONCE = 2**22  # bounds what the library holds before long texts are cut
@@ -110,6 +110,8 @@ class TextTokenizer:
                 encodings += map(self._cut, encoded)
         except (TypeError, UnicodeEncodeError) as error:
             raise _not_unicode(texts) from error
+        except MemoryError as error:
+            raise InferenceError("memory ran out while texts were tokenized; send fewer or shorter texts") from error
         except Exception as error:  # the library raises bare Exceptions
             raise BundleError(f"the bundle's tokenizer cannot encode these texts ({error}); export it again") from error
         return Encoded(encodings, self._padding, seconds)

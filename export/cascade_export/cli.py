@@ -22,7 +22,7 @@ from cascade_rt.errors import InvalidOption, MissingExtraError
 SUMMARY = "export fine-tuned members as a bundle (extra: export)"
 EXAMPLE = "cascade-rt export --member members/2L --member members/12L --output bundle/"
 
-_QUALITIES = {"accuracy": "accuracy %", "dis": "DIS %", "ece": "ECE %"}
+_QUALITIES = {"accuracy": "accuracy", "dis": "DIS", "ece": "ECE"}
 
 
 def add_arguments(parser: CommandParser) -> None:
@@ -104,17 +104,22 @@ def run(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(bundle.to_json(), ensure_ascii=False))
         return
-    rows = [_row(member) for member in bundle.members]
+    print(_table([_facts(member) for member in bundle.members]))
+    checks = [_check(member) for member in bundle.members if "check" in member.other]
+    if checks:
+        print("\nchecked against the originals (diff: of a class probability; original -> exported, in %):")
+        print(_table(checks))
+    print(f"\n{options.output}: {len(bundle.members)} members, {len(bundle.labels)} labels")
+
+
+def _table(rows: Sequence[Mapping[str, str]]) -> str:
     columns = [column for column in rows[0] if any(row[column] for row in rows)]
-    print(table(columns, [[row[column] or "-" for column in columns] for row in rows]))
-    print("diff: of a class probability; accuracy, DIS and ECE: of the original -> of the exported member")
-    print(f"{options.output}: {len(bundle.members)} members, {len(bundle.labels)} labels")
+    return table(columns, [[row[column] or "-" for column in columns] for row in rows])
 
 
-def _row(member: MemberEntry) -> dict[str, str]:
-    """Return the columns of one member: what it is, and how it compares with its original."""
+def _facts(member: MemberEntry) -> dict[str, str]:
+    """Return what a member is, and how its probabilities differ from torch's and between batchings."""
     found = member.other
-    check: Mapping[str, Any] = found.get("check", {})
     return {
         "member": member.name,
         "layers": str(member.layers),
@@ -122,10 +127,18 @@ def _row(member: MemberEntry) -> dict[str, str]:
         "precision": member.precision,
         "threshold": "" if member.threshold is None else f"{member.threshold:g}",
         "temperature": _number(found.get("temperature", {}).get("value"), ".3f"),
-        "max diff to torch": _number(found.get("max_probability_difference"), ".1e"),
-        "by batching": _number(found.get("batch_difference"), ".1e"),
-        "check texts": _number(check.get("texts"), "d"),
-        "labels equal %": _number(check.get("labels_agree"), ".2f", 100),
+        "diff to torch": _number(found.get("max_probability_difference"), ".1e"),
+        "diff by batching": _number(found.get("batch_difference"), ".1e"),
+    }
+
+
+def _check(member: MemberEntry) -> dict[str, str]:
+    """Return how a finished member compares with its original on the check data."""
+    check: Mapping[str, Any] = member.other["check"]
+    return {
+        "member": member.name,
+        "texts": _number(check.get("texts"), "d"),
+        "labels equal": _number(check.get("labels_agree"), ".2f", 100),
         "max diff": _number(check.get("max_probability_difference"), ".4f"),
         "mean diff": _number(check.get("mean_probability_difference"), ".5f"),
         **{name: _change(check.get(key)) for key, name in _QUALITIES.items()},

@@ -97,9 +97,9 @@ def test_without_an_original_nothing_is_said_to_agree(
     rows = [{"text": text, "label": "good"} for text in _TEXTS]
     (tmp_path / "check.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert main(["export", "--member", str(folder), "--output", "out", "--check-data", "check.jsonl"]) == 0
-    header, row, *_ = capsys.readouterr().out.splitlines()
-    assert "int8-tensor" in row, "by its operators, whatever its name"
-    assert "accuracy %" in header
+    _, facts, _, _, header, row, *_ = capsys.readouterr().out.splitlines()
+    assert "int8-tensor" in facts, "by its operators, whatever its name"
+    assert "accuracy" in header
     assert "labels equal" not in header, "there is no original to compare with"
     assert "->" not in row
     assert "labels_agree" not in read_bundle("out").members[0].other["check"]

@@ -54,14 +54,14 @@ def test_logits_of_a_wrong_shape_are_refused(bundle: Path) -> None:
         runtime.predict(["a film", "a cat"])
 
 
-@pytest.mark.parametrize("texts", [["a film"], ["a film", "a cat"]])
-def test_a_run_that_fails_is_an_inference_error_with_its_cause(bundle: Path, texts: list[str]) -> None:
+@pytest.mark.parametrize(("texts", "batch"), [(["a film"], "1 text"), (["a film", "a cat"], "2 texts")])
+def test_a_run_that_fails_is_an_inference_error_with_its_cause(bundle: Path, texts: list[str], batch: str) -> None:
     failure = RuntimeError("node Gather_3: index out of bounds\nand a stack of ten lines")
     with pytest.raises(InferenceError) as caught:
         standing_in(bundle, failure).predict(texts)
     assert caught.value.__cause__ is failure
     message = str(caught.value)
-    assert f"member 'tiny' failed on {len(texts)} texts of 4 tokens (node Gather_3: index out of bounds)" in message
+    assert f"member 'tiny' failed on {batch} of 4 tokens (node Gather_3: index out of bounds)" in message
     assert "memory" not in message
     assert "\n" not in message
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from cascade_rt.engine.tokenization import TextTokenizer
-from cascade_rt.errors import TextError
+from cascade_rt.errors import InferenceError, TextError
 
 from ...toy import WORDS
 
@@ -72,3 +72,14 @@ def test_a_text_that_cannot_be_used_is_named_by_its_position(bundle: Path) -> No
     with pytest.raises(TextError, match="text 1: found a int") as caught:
         TextTokenizer(bundle / "tokenizer.json", 32, pair=False).encode(["fine", 1])  # type: ignore[list-item]
     assert caught.value.index == 1
+
+
+def test_memory_that_runs_out_is_not_the_bundles_fault(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = TextTokenizer(bundle / "tokenizer.json", 32, pair=False)
+
+    def exhausted(_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(tokenizer, "_encode", exhausted)
+    with pytest.raises(InferenceError, match="memory ran out.*fewer or shorter texts"):
+        tokenizer.encode(["a film"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 
 from cascade_rt.errors import InputError
 from cascade_rt.io.readers import read_examples
+
+_NOT_IN_CSV = "\0" if sys.version_info < (3, 11) else ""  # the csv module of Python 3.10 cannot write it
 
 
 def read(path: Path, content: str | bytes, *, pair: bool = False, **options: Any) -> list[tuple[Any, Any]]:
@@ -133,7 +136,7 @@ def test_malformed_table_rows_can_be_skipped(tmp_path: Path) -> None:
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@given(st.lists(st.text(st.characters(codec="utf-8")), max_size=20))
+@given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters=_NOT_IN_CSV)), max_size=20))
 def test_any_unicode_passes_through_jsonl_and_csv(tmp_path: Path, texts: list[str]) -> None:
     import csv
 
