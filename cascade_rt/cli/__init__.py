@@ -3,8 +3,8 @@
 A command is a module with SUMMARY, EXAMPLE, `add_arguments` and `run`. Those of the runtime are here; other
 distributions, and our own offline stage, register theirs as entry points of the group `cascade_rt.commands`.
 
-Answers go to standard output, progress and errors to standard error. Exit status: 0 on success, 2 on a user error,
-130 when interrupted.
+Answers go to standard output, progress and errors to standard error. Exit status: 0 on success, 2 on an error that
+is reported in one line, 1 when the reader of standard output closes it, 130 when interrupted.
 """
 
 from __future__ import annotations

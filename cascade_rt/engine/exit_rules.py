@@ -62,10 +62,10 @@ class MaximumProbability:
 
 
 class Patience:
-    """Leave when this many stages in a row have chosen the same class (PABEE; Zhou et al., 2020)."""
+    """Leave when this many stages in a row have chosen the class of the stage before them (PABEE; Zhou et al., 2020)."""
 
     def __init__(self, patience: int, stages: int) -> None:
-        """`patience`: agreements with the stage before that are needed; `stages`: their number."""
+        """`patience`: how many stages must agree with the one before them; `stages`: number of stages."""
         self.patience = patience
         self._last = stages - 1
 
@@ -75,7 +75,7 @@ class Patience:
 
 
 class _Agreements:
-    """How many times in a row each text's class has stayed the same."""
+    """Counts, for each text, how many stages in a row have agreed with the one before them."""
 
     def __init__(self, patience: int, last: int, texts: int) -> None:
         self._patience = patience
