@@ -62,7 +62,7 @@ class MaximumProbability:
 
 
 class Patience:
-    """Leave when this many stages in a row have chosen the class of the stage before them (PABEE; Zhou et al., 2020)."""
+    """Leave when this many stages in a row have chosen the class of the one before them (PABEE; Zhou et al., 2020)."""
 
     def __init__(self, patience: int, stages: int) -> None:
         """`patience`: how many stages must agree with the one before them; `stages`: number of stages."""
