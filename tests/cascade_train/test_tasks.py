@@ -1,15 +1,13 @@
-"""The six GLUE tasks in their official layouts, labelled files, splits, and the built-in task."""
+"""The six GLUE tasks in their official layouts, labelled files and splits."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cascade_train import smart_home
 from cascade_train.tasks import GLUE, Examples, hold_out, load_evaluation, load_file, load_task
 
 from cascade_rt.errors import InputError
@@ -170,46 +168,3 @@ def test_data_that_cannot_be_learnt_from_is_refused(tmp_path: Path) -> None:
         load_file(tmp_path / "few.csv")
     with pytest.raises(InputError, match="between 0 and 1"):
         load_task("smart-home", None, holdout=1.0)
-
-
-def test_smart_home_has_its_promised_shape() -> None:
-    train, heldout = smart_home.load("train"), smart_home.load("heldout")
-    for rows in (train, heldout):
-        assert {label for _, label in rows} == set(smart_home.LABELS)
-    assert len(train) > 1000
-    assert len(heldout) > 300
-    assert smart_home.load("train") == train, "generation is seeded"
-    for split in ("train", "heldout"):
-        kinds = [len(smart_home.load(split, kind)) for kind in ("direct", "indirect")]
-        assert sum(kinds) == len(smart_home.load(split))
-        assert min(kinds) > 100
-    assert not [text for text, _ in [*train, *heldout] if re.search(r"[{}\t]", str(text))], "every slot is filled"
-
-
-def test_no_held_out_phrasing_of_smart_home_occurs_in_training() -> None:
-    """Whatever fills the slots: every held-out sentence or template differs from all of training in two words."""
-    folder = Path(smart_home.__file__).parent
-    patterns = json.loads((folder / "templates.json").read_text("utf-8"))
-    fillings = sorted(
-        {value.lower() for values in patterns["slots"].values() for value in values}, key=len, reverse=True
-    )
-    slot = re.compile(r"\{\w+\}|\b(" + "|".join(map(re.escape, fillings)) + r")\b")
-    phrasings: dict[str, set[tuple[str, ...]]] = {"train": set(), "heldout": set()}
-    for line in (folder / "utterances.tsv").read_text("utf-8").splitlines()[1:]:
-        text, _, _, split = line.split("\t")
-        phrasings[split].add(tuple(re.findall(r"[a-z']+|_", slot.sub("_", text.lower()))))
-    for split, templates in ((split, part[split]) for part in patterns["intents"].values() for split in phrasings):
-        phrasings[split] |= {tuple(re.findall(r"[a-z']+|_", slot.sub("_", row["text"].lower()))) for row in templates}
-    for held in phrasings["heldout"]:
-        near = [train for train in phrasings["train"] if words_apart(held, train) < (2 if len(held) > 3 else 1)]
-        assert not near, (held, near)
-
-
-def words_apart(one: tuple[str, ...], other: tuple[str, ...]) -> int:
-    """Edit distance in words."""
-    row = list(range(len(other) + 1))
-    for i, word in enumerate(one, 1):
-        diagonal, row[0] = row[0], i
-        for j, theirs in enumerate(other, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (word != theirs))
-    return row[-1]

@@ -1,4 +1,4 @@
-"""`python -m cascade_train.smart_home train|heldout [direct|indirect]` prints that part as TSV with a header."""
+"""`python -m cascade_train.smart_home train|tuning|heldout [direct|indirect]` prints that part as TSV with a header."""
 
 import sys
 
