@@ -1,30 +1,88 @@
-"""What the benchmark scripts share: tasks with a part to report on, and how a script ends."""
+"""What the benchmark scripts share: tasks in parts that do not overlap, and how a script ends."""
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cascade_train.tasks import GLUE, Examples, TaskData, hold_out, load_evaluation, load_file, load_task
+from cascade_train.tasks import GLUE, Examples, TaskData, hold_out, load_evaluation, load_file, load_task, reserve
 
 from cascade_rt import CascadeError
+from cascade_rt.io.readers import read_examples
+from cascade_rt.types import Text
 
 RESULTS = Path(__file__).parent / "results"
+TASKS = (*GLUE, "sick", "banking77", "clinc150")
+
+_RESERVED = 0.1  # for each part: checkpoints are chosen by one, thresholds by the next, and one certifies
+_SMALL = 6000  # training examples; with fewer, no part certifies
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A task in parts that do not overlap."""
+
+    data: TaskData
+    """What members learn from, and what their checkpoints are chosen by."""
+    tuning: Examples
+    """For thresholds."""
+    certification: Examples | None
+    """For guarantees; None where the task is too small."""
+    reported: Examples
+    """For figures alone."""
+    reported_on: str
+
+
+def read_parts(task: str, folder: Path) -> Parts:
+    """Return a task in parts."""
+    data, reported, name = read_task(task, folder)
+    if len(data.train) >= _SMALL:
+        return Parts(*reserve(data, _RESERVED, 0), reported, name)
+    kept, one, other = reserve(data, _RESERVED / 2, 0)
+    return Parts(kept, _joined(one, other), None, reported, name)
 
 
 def read_task(task: str, folder: Path) -> tuple[TaskData, Examples, str]:
-    """Return the data to train on, the part to report on, and its name: the dev set, or a part of the training file."""
-    if task in GLUE:
+    """Return the data to train on, the part to report on, and its name: dev, or a part of the training file."""
+    if task == "sick":
+        train, trial = (_sick(folder / file) for file in ("SICK_train.txt", "SICK_trial.txt"))
+        return (*_held_out(task, train, trial, pair=True), "trial")
+    if task == "clinc150":
+        parts = json.loads((folder / "train_val.json").read_text("utf-8"))
+        train, val = ([*parts[part], *parts[f"oos_{part}"]] for part in ("train", "val"))
+        return (*_held_out(task, train, val, pair=False), "val, with oos_val")
+    if task == "banking77":
+        data, share = load_file(folder / "train.csv", columns=("text",), label_column="category"), 0.15
+        data = replace(data, name=task)
+    else:
         data, share = load_task(task, folder), 0.15
         if any((folder / file).is_file() for files in GLUE[task].dev.values() for file in files):
             return data, next(iter(load_evaluation(task, folder).values())), "dev"
-    else:
-        data, share = load_file(folder / "train.csv", columns=("text",), label_column="category"), 0.3
-    kept, reported = hold_out(data.train, share, 1, nested=task in GLUE and GLUE[task].nested)
-    name = f"{share:.0%} of the training file, held out: there is no dev file"
-    return replace(data, train=kept), reported, name
+    kept, reported = hold_out(data.train, share, 1, nested=data.nested)
+    return replace(data, train=kept), reported, f"{share:.0%} of the training file: there is no dev file"
+
+
+def _sick(file: Path) -> list[tuple[Text, str]]:
+    rows = read_examples(file, pair=True, format="tsv", columns=("sentence_A", "sentence_B"))
+    return [(row.text, row.field("entailment_judgment").lower()) for row in rows]
+
+
+def _held_out(
+    task: str, train: Iterable[tuple[Text, str]], reported: Iterable[tuple[Text, str]], *, pair: bool
+) -> tuple[TaskData, Examples]:
+    names = tuple(sorted({label for _, label in train}))
+
+    def indexed(rows: Iterable[tuple[Text, str]]) -> Examples:
+        return Examples([text for text, _ in rows], [names.index(label) for _, label in rows])
+
+    return TaskData(task, names, pair, "accuracy", *hold_out(indexed(train), 0.1, 0)), indexed(reported)
+
+
+def _joined(one: Examples, other: Examples) -> Examples:
+    return Examples([*one.texts, *other.texts], [*one.labels, *other.labels])
 
 
 def run_command(main: Callable[[], None]) -> None:

@@ -132,6 +132,8 @@ class TuningReport:
     """Each member alone."""
     chosen: Choice | None
     """None where nothing was asked, or where nothing could be guaranteed."""
+    held_out: Choice | None
+    """The chosen point on texts that were used for no choice; None where there are none."""
     guarantee: Guarantee | None
     front: list[Choice]
     """The points that no other beats in both cost and accuracy."""

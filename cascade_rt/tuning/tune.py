@@ -31,10 +31,12 @@ from .operating_points import (
 from .report import Choice, Data, Guarantee, MoreTexts, Question, TuningReport, verdict
 
 
-def tune(bundle: Bundle, data: Collected, question: Question) -> TuningReport:
+def tune(bundle: Bundle, data: Collected, question: Question, *, held_out: Collected | None = None) -> TuningReport:
     """Answer a question about a bundle from what its members answered.
 
-    Raises InvalidOption for a speed-up or a budget that no point reaches.
+    `held_out`: answers to other texts, used for no choice. The chosen point is measured on them, and a guarantee is
+    tested on them; without them one half of `data` proposes and the other half certifies. Raises InvalidOption for a
+    speed-up or a budget that no point reaches.
     """
     answers = data.answers[question.measured_cost]
     last = len(bundle.members) - 1
@@ -44,7 +46,8 @@ def tune(bundle: Bundle, data: Collected, question: Question) -> TuningReport:
     guarantee: Guarantee | None = None
     point: OperatingPoint | None = None
     if question.confidence is not None and question.max_drop is not None:
-        point, guarantee = _guaranteed(answers, question, options)
+        test = None if held_out is None else held_out.answers[question.measured_cost]
+        point, guarantee = _guaranteed(answers, test, question, options)
     elif question.max_drop is not None:
         point = fastest(points, whole.accuracy - question.max_drop)
     elif question.speedup is not None:
@@ -65,6 +68,9 @@ def tune(bundle: Bundle, data: Collected, question: Question) -> TuningReport:
         compared_with="labels" if data.labelled else "the last member's answers",
         alone=alone,
         chosen=chosen,
+        held_out=None
+        if point is None or held_out is None
+        else choice(bundle, held_out, point.members, point.thresholds),
         guarantee=guarantee,
         front=[choice(bundle, data, point.members, point.thresholds) for point in pareto_front(points)],
         verdict=verdict(chosen, alone, guarantee),
@@ -126,20 +132,23 @@ def local_folder(model_dir: str) -> Path:
 
 
 def _guaranteed(
-    answers: Answers, question: Question, options: dict[str, bool]
+    search: Answers, test: Answers | None, question: Question, options: dict[str, bool]
 ) -> tuple[OperatingPoint | None, Guarantee]:
-    """Certify on one half of the texts what the other half proposes."""
+    """Certify on other texts what some propose; without other texts, on one half what the other half proposes."""
     confidence, max_risk = question.confidence or 0.0, question.max_drop or 0.0
-    rows = np.random.default_rng(question.seed).permutation(len(answers.overhead))
-    half = len(rows) // 2
-    test = answers.take(rows[half:])
-    chosen, certificate, sequence = certify(answers.take(rows[:half]), test, max_risk, confidence, **options)
-    last = measure(test, (len(answers.confidences) - 1,), ())
+    files = 1
+    if test is None:
+        files = 2  # times as many texts are needed
+        rows = np.random.default_rng(question.seed).permutation(len(search.overhead))
+        half = len(rows) // 2
+        search, test = search.take(rows[:half]), search.take(rows[half:])
+    chosen, certificate, sequence = certify(search, test, max_risk, confidence, **options)
+    last = measure(test, (len(test.confidences) - 1,), ())
     promising = []
     for point in sequence:
         seen = measure(test, point.members, point.thresholds)  # points look better on the half that proposed them
         needed = texts_needed(seen.risk, max_risk, confidence)
         if needed is not None and needed > certificate.texts and (chosen is None or seen.cost < chosen.cost):
-            promising.append(MoreTexts(last.cost / seen.cost, seen.risk, 2 * needed))
+            promising.append(MoreTexts(last.cost / seen.cost, seen.risk, files * needed))
     some = promising[:: max(1, len(promising) // 4)]
-    return chosen, Guarantee(**vars(certificate), searched_on=half, with_more_texts=some)
+    return chosen, Guarantee(**vars(certificate), searched_on=len(search.overhead), with_more_texts=some)

@@ -88,7 +88,7 @@ def checked_labels(source: str, names: Mapping[int, str]) -> tuple[str, ...]:
 
 
 def check_fit(checkpoints: Sequence[Checkpoint]) -> None:
-    """Raise CascadeError unless all members share labels, pair-ness, length and tokenizer; say what differs."""
+    """Raise CascadeError unless all members share labels, pair-ness and length; say what differs."""
     sources: dict[str, str] = {}
     for checkpoint in checkpoints:
         if checkpoint.name in sources:
@@ -107,10 +107,12 @@ def check_fit(checkpoints: Sequence[Checkpoint]) -> None:
             raise CascadeError(
                 f"{where} maximum length {first.max_length} against {other.max_length} tokens; set `max_length`"
             )
-        ours, theirs = json.loads(first.backend.to_str()), json.loads(other.backend.to_str())
-        differing = [part for part in ours if ours[part] != theirs.get(part)]
-        if differing:
-            raise CascadeError(f"{where} their tokenizers differ in {', '.join(differing)}; use members of one family")
+
+
+def tokenizer_differences(first: Checkpoint, other: Checkpoint) -> list[str]:
+    """Return the parts of `tokenizer.json` in which two members differ."""
+    ours, theirs = json.loads(first.backend.to_str()), json.loads(other.backend.to_str())
+    return [part for part in ours if ours[part] != theirs.get(part)]
 
 
 def _shown(labels: Sequence[str]) -> str:

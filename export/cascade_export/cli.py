@@ -105,6 +105,9 @@ def run(options: argparse.Namespace) -> None:
         print(json.dumps(bundle.to_json(), ensure_ascii=False))
         return
     print(_table([_facts(member) for member in bundle.members]))
+    aligned = [_alignment(member) for member in bundle.members if "alignment" in member.other]
+    if aligned:
+        print("", *aligned, sep="\n")
     checks = [_check(member) for member in bundle.members if "check" in member.other]
     if checks:
         print("\nchecked against the originals (diff: of a class probability; original -> exported, in %):")
@@ -130,6 +133,16 @@ def _facts(member: MemberEntry) -> dict[str, str]:
         "diff to torch": _number(found.get("max_probability_difference"), ".1e"),
         "diff by batching": _number(found.get("batch_difference"), ".1e"),
     }
+
+
+def _alignment(member: MemberEntry) -> str:
+    """Return how a member compares with its original under its own tokenizer."""
+    found: Mapping[str, Any] = member.other["alignment"]
+    return (
+        f"{member.name}: aligned to the tokenizer of {found['tokenizer_of']} ({found['moved']} of {found['tokens']} "
+        f"ids changed); {found['cut_alike']} of {found['texts']} texts cut alike, logits differ by up to "
+        f"{found['max_logit_difference']:.1e}"
+    )
 
 
 def _check(member: MemberEntry) -> dict[str, str]:

@@ -24,7 +24,7 @@ from cascade_export.check import (
     probabilities,
     speeds,
 )
-from cascade_export.checkpoint import SENTENCES, Checkpoint, check_fit
+from cascade_export.checkpoint import SENTENCES, Checkpoint, check_fit, tokenizer_differences
 from cascade_export.onnx_checkpoint import OnnxCheckpoint, is_onnx, open_onnx
 from cascade_rt.bundle import BATCH_TOLERANCE, Bundle, MemberEntry, WeightFile, sha256_of, write_bundle, write_manifest
 from cascade_rt.engine.cpus import usable_threads
@@ -45,6 +45,7 @@ AUTO = "auto"
 _TRIED_BY_AUTO = ("int8", "fp16", "fp32")
 _CALIBRATION_TEXTS = 48
 _BATCHED = 64
+_ALIGNMENT_TEXTS = 1000
 _TOOLS = ("cascade-rt", "torch", "transformers", "optimum-onnx", "onnx", "onnxruntime", "tokenizers")
 
 
@@ -88,14 +89,15 @@ def export_bundle(
 
     Args:
         sources: Hugging Face folders or hub ids, or ONNX files or folders; they are sorted by their number of layers.
+            Those with another tokenizer than the first, but the same words, are aligned to it (torch weights only).
         output: The bundle's folder.
         threshold: Threshold of every member but the last, until tuning finds better ones.
         pair: Whether the task is on pairs of texts; None for what training recorded, else single texts.
         max_length: Tokens; None for what training recorded, else what the model takes.
         precision: One for all members, or by the member's name ("" for the others); None for fp32, or what an ONNX
             folder holds. "auto" takes the fastest, on `provider`, that is batch-invariant and passes the check.
-        check_data: Texts, with or without labels, to compare finished members with their originals on; None for what
-            training held out.
+        check_data: Texts, with or without labels, to compare aligned and finished members with their originals on;
+            None for what training held out.
         max_accuracy_drop: Percentage points that a member may lose in that check.
         provider: Where finished members are checked and timed.
         calibrate: Divide each member's logits by the temperature that fits the check data best; they need labels.
@@ -111,6 +113,7 @@ def export_bundle(
     checkpoints = [_open(source, pair, max_length) for source in sources]
     checkpoints.sort(key=lambda checkpoint: (checkpoint.layers, checkpoint.parameters))
     check_fit(checkpoints)
+    checkpoints = _with_one_tokenizer(checkpoints, check_data)
     wanted = _by_member(precision, [checkpoint.name for checkpoint in checkpoints])
     running = provider_name(provider)
     first = checkpoints[0]
@@ -155,6 +158,41 @@ def _open(source: str, pair: bool | None, max_length: int | None) -> Checkpoint:
     except ImportError as error:
         raise MissingExtraError(f"exporting {source!r}, which is not an ONNX file,", "export", error) from error
     return open_torch(source, pair=pair, max_length=max_length)
+
+
+def _with_one_tokenizer(checkpoints: Sequence[Checkpoint], check_data: Path | None) -> list[Checkpoint]:
+    """Align the members whose tokenizer is another than the first's; raise CascadeError if that cannot be done."""
+    first, *others = checkpoints
+    differing = {other.name: parts for other in others if (parts := tokenizer_differences(first, other))}
+    if not differing:
+        return list(checkpoints)
+    progress = tqdm(others, desc="aligning", unit=" members", disable=None)
+    return [
+        first,
+        *(
+            _aligned(other, first, differing[other.name], check_data) if other.name in differing else other
+            for other in progress
+        ),
+    ]
+
+
+def _aligned(
+    checkpoint: Checkpoint, first: Checkpoint, differing: Sequence[str], check_data: Path | None
+) -> Checkpoint:
+    for member in (first, checkpoint):
+        if isinstance(member, OnnxCheckpoint):
+            raise CascadeError(
+                f"members {first.name!r} and {checkpoint.name!r} do not fit together: their tokenizers differ in "
+                f"{', '.join(differing)}, and {member.name!r} is an ONNX file, which cannot be aligned; use its torch "
+                "weights, or members of one family"
+            )
+    from cascade_export.torch_checkpoint import TorchCheckpoint, align_checkpoint  # noqa: PLC0415 - loads torch
+
+    if not (isinstance(checkpoint, TorchCheckpoint) and isinstance(first, TorchCheckpoint)):
+        raise TypeError(f"no way to align a {type(checkpoint).__name__} to a {type(first).__name__}")
+    data = load_check_data(check_data, checkpoint)
+    texts = data.texts[:_ALIGNMENT_TEXTS] if data else _built_in(checkpoint.pair)
+    return align_checkpoint(checkpoint, first, texts)
 
 
 def _by_member(precision: str | Mapping[str, str] | None, names: Sequence[str]) -> dict[str, str | None]:
@@ -273,6 +311,7 @@ def _writer(checkpoint: Checkpoint, tokenizer: TextTokenizer, checks: Checks) ->
     if not isinstance(checkpoint, TorchCheckpoint):
         raise TypeError(f"no way to export a {type(checkpoint).__name__}")
     scaled = _calibrate(checkpoint, checks) if checks.calibrate else {}
+    aligned = {"alignment": checkpoint.alignment} if checkpoint.alignment else {}
     with TemporaryDirectory(prefix="cascade-export-") as work:
         source = Path(work) / f"{checkpoint.name}.onnx"
         fused = convert(checkpoint, source)
@@ -289,8 +328,8 @@ def _writer(checkpoint: Checkpoint, tokenizer: TextTokenizer, checks: Checks) ->
             tuple(PRECISIONS),
             "fp32",
             write,
-            lambda: torch_probabilities(checkpoint, checks.data.texts) if checks.data else None,
-            {"fused": fused, "max_probability_difference": difference, **scaled},
+            lambda: torch_probabilities(checkpoint.original or checkpoint, checks.data.texts) if checks.data else None,
+            {"fused": fused, "max_probability_difference": difference, **aligned, **scaled},
         )
 
 
@@ -305,6 +344,8 @@ def _calibrate(checkpoint: TorchCheckpoint, checks: Checks) -> dict[str, Any]:
     logits = np.log(np.maximum(before, 1e-30))
     temperature = fit_temperature(logits, checks.data.labels)
     divide_logits(checkpoint.model, temperature)
+    if checkpoint.original:
+        divide_logits(checkpoint.original.model, temperature)
     after = softmax(logits / temperature)
     correct = before.argmax(axis=1) == checks.data.labels
     return {
@@ -338,8 +379,7 @@ def _origin(checkpoint: Checkpoint) -> dict[str, Any]:
     record = checkpoint.training
     kept = ("layers", "task", "recipe", "data", "metric")
     training: dict[str, Any] = {key: record[key] for key in kept if key in record}
-    if "base" in record:
-        training["base"] = _public(record["base"])
+    training |= {key: _public(record[key]) for key in ("base", "tokenizer") if record.get(key)}
     if "validation" in record:
         training["validation"] = record["validation"]["best"]
     origin = {"source": _public(checkpoint.source), "model_type": checkpoint.model_type}

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
+from cascade_train.alignment import align, check_alignment, usable_positions
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 from cascade_export.checkpoint import Checkpoint, checked_labels, checked_length, member_name, training_record
 from cascade_rt.errors import InputError, first_line
+from cascade_rt.types import Text
+
+_SHOWN_TOKENS = 12
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,8 @@ class TorchCheckpoint(Checkpoint):
     config: Any
     model: Any
     tokenizer: PreTrainedTokenizerFast
+    original: TorchCheckpoint | None = None  # before it was aligned to another member's tokenizer
+    alignment: Mapping[str, Any] | None = None  # what that changed, for the manifest
 
 
 def open_torch(source: str, *, pair: bool | None = None, max_length: int | None = None) -> TorchCheckpoint:
@@ -46,7 +52,7 @@ def open_torch(source: str, *, pair: bool | None = None, max_length: int | None 
     labels = checked_labels(source, {index: config.id2label[index] for index in range(config.num_labels)})
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InputError(f"{source}: has no fast tokenizer (tokenizer.json); cascade-rt needs one")
-    length = checked_length(source, max_length, training, int(min(_positions(model), tokenizer.model_max_length)))
+    length = checked_length(source, max_length, training, int(min(usable_positions(model), tokenizer.model_max_length)))
     return TorchCheckpoint(
         source=source,
         name=member_name(source),
@@ -66,13 +72,48 @@ def open_torch(source: str, *, pair: bool | None = None, max_length: int | None 
     )
 
 
-def _positions(model: Any) -> int:
-    """Return how many tokens the model has positions for; RoBERTa-like models start after the padding token's id."""
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
-            reserved = 0 if module.padding_idx is None else module.padding_idx + 1
-            return int(module.num_embeddings) - reserved
-    return int(model.config.max_position_embeddings)
+def align_checkpoint(checkpoint: TorchCheckpoint, first: TorchCheckpoint, texts: Sequence[Text]) -> TorchCheckpoint:
+    """Return `checkpoint` with the tokenizer of `first`, compared with the original on `texts`.
+
+    Raises InputError if the vocabularies do not have the same words or no text is cut alike, and CascadeError if the
+    two answer differently.
+    """
+    aligned = align(checkpoint.model, checkpoint.tokenizer, first.tokenizer)
+    check = check_alignment(
+        checkpoint.model, checkpoint.tokenizer, aligned, first.tokenizer, texts, checkpoint.max_length
+    )
+    if not check.cut_alike:
+        found, expected = _cuts(checkpoint, first, texts)
+        raise InputError(
+            f"member {checkpoint.name!r} cannot be aligned to the tokenizer of {first.name!r}, which cuts none of "
+            f"{len(texts)} texts as its own does (found {found!r}, expected {expected!r}); fine-tune it again with "
+            f"cascade-rt train and `tokenizer` {first.source}"
+        )
+    return replace(
+        checkpoint,
+        parameters=sum(weight.numel() for weight in aligned.model.parameters()),
+        backend=first.backend,
+        config=aligned.model.config,
+        model=aligned.model,
+        tokenizer=first.tokenizer,
+        original=checkpoint,
+        alignment={"tokenizer_of": first.name, "tokens": aligned.tokens, "moved": aligned.moved, **asdict(check)},
+    )
+
+
+def _cuts(checkpoint: TorchCheckpoint, first: TorchCheckpoint, texts: Sequence[Text]) -> tuple[str, str]:
+    """Return the tokens of a short text under the tokenizer of `first`, and under the member's own."""
+    shown = ("", "")
+    shortest = min(texts, key=lambda text: len("".join(text)))
+    for text in (("a", "b") if checkpoint.pair else "a", shortest):
+        first_text, second_text = (text, None) if isinstance(text, str) else text
+        cuts = [
+            side.tokenizer.tokenize(first_text, second_text, add_special_tokens=True) for side in (first, checkpoint)
+        ]
+        shown = (" ".join(cuts[0][:_SHOWN_TOKENS]), " ".join(cuts[1][:_SHOWN_TOKENS]))
+        if len(cuts[0]) != len(cuts[1]):
+            break  # the templates differ, not the words
+    return shown
 
 
 def _backend(tokenizer: PreTrainedTokenizerFast, max_length: int) -> Tokenizer:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 
 import numpy as np
-import torch
+from cascade_train.alignment import text_logits
 from numpy.typing import NDArray
 
 from cascade_export.checkpoint import SENTENCES
@@ -22,7 +21,6 @@ TOLERANCE = 1e-4
 
 _OWN_TEXTS = 48
 _SHORT = ("No", "Go on", "")  # pairs of them end well before any maximum, so that some are padded
-_TORCH_BATCH = 16
 
 
 def check_texts(checkpoint: TorchCheckpoint) -> list[Text]:
@@ -60,24 +58,4 @@ def verify(checkpoint: TorchCheckpoint, member: Stage, tokenizer: TextTokenizer,
 
 def torch_probabilities(checkpoint: TorchCheckpoint, texts: Sequence[Text]) -> NDArray[np.float64]:
     """Return the original's answers, float64 (texts, labels), from its own tokenizer and torch."""
-    taken = inspect.signature(checkpoint.model.forward).parameters  # DistilBERT, for one, takes no token types
-    answers = np.empty((len(texts), len(checkpoint.labels)))
-    order = sorted(range(len(texts)), key=lambda row: len("".join(texts[row])))
-    for start in range(0, len(order), _TORCH_BATCH):
-        rows = order[start : start + _TORCH_BATCH]
-        some = [texts[row] for row in rows]
-        first = [text if isinstance(text, str) else text[0] for text in some]
-        second = [text[1] for text in some if not isinstance(text, str)] or None
-        batch = checkpoint.tokenizer(
-            first,
-            second,
-            padding=True,
-            padding_side="right",
-            truncation=True,
-            max_length=checkpoint.max_length,
-            return_tensors="pt",
-        )
-        with torch.inference_mode():
-            output = checkpoint.model(**{name: array for name, array in batch.items() if name in taken})
-        answers[rows] = softmax(output.logits.float().numpy())
-    return answers
+    return softmax(text_logits(checkpoint.model, checkpoint.tokenizer, texts, checkpoint.max_length))

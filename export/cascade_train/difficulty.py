@@ -54,6 +54,7 @@ def label_difficulty(
     output: Path,
     *,
     layers: int | None = None,
+    tokenizer: str | None = None,
     recipe: Recipe,
     folds: int = FOLDS,
     seeds: int = SEEDS,
@@ -63,8 +64,8 @@ def label_difficulty(
 
     Writes a folder: `difficulty.jsonl`, per instance its row number `id`, `label`, the `predictions` of every seed and
     `difficulty` 0 or 1, and `summary.json`, which is returned: the share of difficult instances, in all and per
-    class, and what was trained. `jobs` folds are trained in parallel, each with its share of the CPUs. Raises
-    InputError if `output` exists or a class has fewer instances than there are folds.
+    class, and what was trained. `tokenizer` is that of `finetune`. `jobs` folds are trained in parallel, each with its
+    share of the CPUs. Raises InputError if `output` exists or a class has fewer instances than there are folds.
     """
     if output.exists():
         raise InputError(f"{output} exists; choose another output folder, or delete it to label again")
@@ -78,6 +79,7 @@ def label_difficulty(
     run = {
         "base": str(base),
         "layers": layers,
+        "tokenizer": None if tokenizer is None else str(tokenizer),
         "task": data.name,
         "labels": list(data.labels),
         "recipe": asdict(recipe),
@@ -94,7 +96,7 @@ def label_difficulty(
         desc=f"labelling {output.name}",
         disable=None,
     ) as progress:
-        for _ in _trained(missing, jobs, (base, data, layers, recipe, folds, work)):
+        for _ in _trained(missing, jobs, (base, data, layers, tokenizer, recipe, folds, work)):
             progress.update()
     finished = work / "finished"
     finished.mkdir(exist_ok=True)
@@ -151,6 +153,7 @@ def _train_fold(
     base: str,
     data: TaskData,
     layers: int | None,
+    tokenizer: str | None,
     recipe: Recipe,
     folds: int,
     work: Path,
@@ -164,20 +167,20 @@ def _train_fold(
     kept, held = list(split.split(np.zeros(len(data.train)), data.train.labels))[fold]
     recipe = replace(recipe, seed=recipe.seed + 1000 * seed + fold)
     set_seed(recipe.seed)
-    tokenizer, model = load_base(base, data.labels, layers)
+    member_tokenizer, model = load_base(base, data.labels, layers, tokenizer)
     with TemporaryDirectory(prefix="cascade-fold-") as folder:
         trainer = ObjectiveTrainer(
             LABELS_ALONE,
             model=model,
             args=arguments(recipe, Path(folder), eval_strategy="no", save_strategy="no", logging_strategy="no"),
-            train_dataset=features(tokenizer, model, data.train.take(kept), recipe.max_length),
-            data_collator=collator(tokenizer),
-            processing_class=tokenizer,
+            train_dataset=features(member_tokenizer, model, data.train.take(kept), recipe.max_length),
+            data_collator=collator(member_tokenizer),
+            processing_class=member_tokenizer,
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    rows = features(tokenizer, model, data.train.take(held), recipe.max_length)
-    predictions: NDArray[np.intp] = answers(tokenizer, model, rows).argmax(axis=-1)
+    rows = features(member_tokenizer, model, data.train.take(held), recipe.max_length)
+    predictions: NDArray[np.intp] = answers(member_tokenizer, model, rows).argmax(axis=-1)
     write_json(_part(work, seed, fold), np.column_stack([held, predictions]).tolist())
 
 

@@ -35,9 +35,10 @@ from cascade_rt.errors import CascadeError, InputError, InvalidOption, first_lin
 from cascade_rt.io.writers import write_json
 from cascade_rt.tuning.metrics import accuracy, f1
 from cascade_train import RECORD, VALIDATION
+from cascade_train.alignment import align, usable_positions
 from cascade_train.losses import difficulty_aware_regularization, distillation
 from cascade_train.progress import Progress
-from cascade_train.tasks import Examples, TaskData
+from cascade_train.tasks import Examples, TaskData, write_examples
 
 
 @dataclass(frozen=True)
@@ -124,15 +125,18 @@ def finetune(
     output: Path,
     *,
     layers: int | None = None,
+    tokenizer: str | None = None,
     recipe: Recipe,
     objective: Objective = LABELS_ALONE,
 ) -> dict[str, Any]:
     """Fine-tune `base` (a hub id or a local folder) on `data` and write a Hugging Face folder to `output`.
 
-    `layers` keeps only the first k encoder layers (the paper's BERT-kL, section 2.1). The folder holds the
-    checkpoint that was best on validation, and the record. A killed run resumes from its last checkpoint when it is
-    called again with the same arguments. Returns the record; raises CascadeError if `output` exists, another run's
-    unfinished work is there, or `base` cannot be loaded.
+    `layers` keeps only the first k encoder layers (the paper's BERT-kL, section 2.1). `tokenizer` is the folder or hub
+    id of another tokenizer than the base's, with the same words under any ids: the member is trained and written with
+    it, so it fits into a cascade of that tokenizer. The folder holds the checkpoint that was best on validation, and
+    the record. A killed run resumes from its last checkpoint when it is called again with the same arguments. Returns
+    the record; raises CascadeError if `output` exists, another run's unfinished work is there, or `base` cannot be
+    loaded or aligned to `tokenizer`.
     """
     if output.exists():
         raise InputError(f"{output} exists; choose another output folder, or delete it to train again")
@@ -140,6 +144,7 @@ def finetune(
     run = {
         "base": str(base),
         "layers": layers,
+        "tokenizer": None if tokenizer is None else str(tokenizer),
         "task": data.name,
         "labels": list(data.labels),
         "pair": data.pair,
@@ -149,13 +154,13 @@ def finetune(
         "data": {"train": described_examples(data.train), "validation": described_examples(data.validation)},
     }
     set_seed(recipe.seed)
-    tokenizer, model = load_base(base, data.labels, layers)
-    longest = int(min(model.config.max_position_embeddings, tokenizer.model_max_length))
+    member_tokenizer, model = load_base(base, data.labels, layers, tokenizer)
+    longest = int(min(usable_positions(model), member_tokenizer.model_max_length))
     if recipe.max_length > longest:
         raise InvalidOption("max_length", recipe.max_length, f"at most {longest}, the positions of {base}")
     claim(work, run)
-    trainer = _trainer(model, tokenizer, data, recipe, objective, output, work)
-    resume = _last_whole_checkpoint(work)
+    trainer = _trainer(model, member_tokenizer, data, recipe, objective, output, work)
+    resume = last_whole_checkpoint(work)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
 
     history = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
@@ -169,9 +174,9 @@ def finetune(
     shutil.rmtree(finished, ignore_errors=True)
     trainer.save_model(str(finished))
     (finished / "training_args.bin").unlink(missing_ok=True)  # a pickle, of no further use
-    tokenizer.save_pretrained(finished)
+    member_tokenizer.save_pretrained(finished)
     write_json(finished / RECORD, record)
-    _write_validation(finished / VALIDATION, data)
+    write_examples(finished / VALIDATION, data.validation, data.labels)
     finished.rename(output)
     shutil.rmtree(work)
     return record
@@ -219,22 +224,28 @@ def teacher_logits(source: str, data: TaskData, recipe: Recipe) -> NDArray[np.fl
 
     Raises InputError where it cannot be opened or has other labels.
     """
-    return logits_of(source, data, data.train, recipe.max_length)
+    return logits_of(source, data, data.train, recipe.max_length, bf16=recipe.bf16)
 
 
-def logits_of(source: str, data: TaskData, examples: Examples, max_length: int) -> NDArray[np.float32]:
-    """Return the logits of a member of this task for any of its examples, float32 (examples, labels)."""
+def logits_of(
+    source: str, data: TaskData, examples: Examples, max_length: int, *, bf16: bool = False
+) -> NDArray[np.float32]:
+    """Return the logits of a member of this task for any of its examples, float32 (examples, labels).
+
+    `bf16` computes in bfloat16, for answers that are only learnt from.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForSequenceClassification.from_pretrained(source).eval()
     except Exception as error:
-        raise _no_base(source, error) from error
+        raise cannot_load(source, error) from error
     found = tuple(model.config.id2label[index] for index in range(model.config.num_labels))
     if found != data.labels:
         raise InvalidOption(
             "teacher", source, f"a member with the labels {', '.join(data.labels[:6])}, not {', '.join(found[:6])}"
         )
-    return answers(tokenizer, model, features(tokenizer, model, examples, max_length))
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+        return answers(tokenizer, model, features(tokenizer, model, examples, max_length))
 
 
 def answers(tokenizer: PreTrainedTokenizerFast, model: Any, rows: list[dict[str, Any]]) -> NDArray[np.float32]:
@@ -277,15 +288,21 @@ def claim(work: Path, run: dict[str, Any], begun: str = "checkpoint-*") -> None:
     write_json(settings, run)
 
 
-def load_base(base: str, labels: tuple[str, ...], layers: int | None) -> tuple[PreTrainedTokenizerFast, Any]:
-    """Load an encoder, whole or its first k layers, with a new classifier; raise InputError where that fails."""
+def load_base(
+    base: str, labels: tuple[str, ...], layers: int | None, tokenizer: str | None = None
+) -> tuple[PreTrainedTokenizerFast, Any]:
+    """Load an encoder, whole or its first k layers, with a new classifier; raise InputError where that fails.
+
+    With `tokenizer`, the encoder is aligned to that one.
+    """
     try:
         config = AutoConfig.from_pretrained(base)
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        own = AutoTokenizer.from_pretrained(base)
     except Exception as error:  # a folder can be broken in many ways, and each library has its own errors
-        raise _no_base(base, error) from error
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise cannot_load(base, error) from error
+    if not isinstance(own, PreTrainedTokenizerFast):
         raise InputError(f"{base}: has no fast tokenizer (tokenizer.json); cascade-rt needs one")
+    target = None if tokenizer is None else _load_tokenizer(tokenizer)
     if layers is not None:
         if not 1 <= layers <= config.num_hidden_layers:
             raise InvalidOption("layers", layers, f"1 to {config.num_hidden_layers}, the layers of {base}")
@@ -302,11 +319,24 @@ def load_base(base: str, labels: tuple[str, ...], layers: int | None) -> tuple[P
             attn_implementation=None if torch.cuda.is_available() else "eager",
         )
     except Exception as error:
-        raise _no_base(base, error) from error
-    return tokenizer, model
+        raise cannot_load(base, error) from error
+    return (own, model) if target is None else (target, align(model, own, target).model)
 
 
-def _no_base(base: str, error: Exception) -> InputError:
+def _load_tokenizer(source: str) -> PreTrainedTokenizerFast:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except Exception as error:
+        raise InvalidOption(
+            "tokenizer", source, f"a Hugging Face folder with a tokenizer ({first_line(error)})"
+        ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise InvalidOption("tokenizer", source, "a fast tokenizer (tokenizer.json)")
+    return tokenizer
+
+
+def cannot_load(base: str, error: Exception) -> InputError:
+    """Return the error of an encoder that cannot be loaded."""
     return InputError(
         f"cannot load the base model {base!r} ({first_line(error)}); expected a Hugging Face folder, or a hub "
         "id and a network"
@@ -436,7 +466,7 @@ def _measured(outcome: EvalPrediction, classes: int) -> dict[str, float]:
     }
 
 
-def _last_whole_checkpoint(work: Path) -> Path | None:
+def last_whole_checkpoint(work: Path) -> Path | None:
     """Return the newest complete checkpoint, and delete incomplete ones."""
     whole = []
     for folder in work.glob("checkpoint-*"):
@@ -445,10 +475,3 @@ def _last_whole_checkpoint(work: Path) -> Path | None:
         except (OSError, ValueError, KeyError):
             shutil.rmtree(folder)
     return max(whole)[1] if whole else None
-
-
-def _write_validation(path: Path, data: TaskData) -> None:
-    with path.open("w", encoding="utf-8", newline="\n") as stream:
-        for text, label in zip(data.validation.texts, data.validation.labels, strict=True):
-            fields = {"text": text} if isinstance(text, str) else {"text": text[0], "text_pair": text[1]}
-            stream.write(json.dumps(fields | {"label": data.labels[label]}, ensure_ascii=False) + "\n")

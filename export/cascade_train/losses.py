@@ -1,9 +1,12 @@
-"""Additional training losses: how confident a member may be (DAR), and what a bigger member answers (distillation).
+"""Training losses: how confident a member may be (DAR), what a bigger member answers, what a bigger encoder computes.
 
-All are plain functions of a batch's logits, so any member can be trained with them.
+All are plain functions of a batch: the first three of logits, so any member can be trained with them; the others of
+hidden states, for general distillation (`distil.py`).
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -38,3 +41,41 @@ def distillation(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     student = functional.log_softmax(logits.float() / temperature, dim=-1)
     target = functional.log_softmax(teacher.float() / temperature, dim=-1)
     return functional.kl_div(student, target, reduction="batchmean", log_target=True) * temperature**2
+
+
+def hidden_state_error(student: Tensor, teacher: Tensor, mask: Tensor, variance: float) -> Tensor:
+    """Return the mean squared error of hidden states, divided by the teacher's variance, a scalar.
+
+    0 is a perfect student; 1 is one that answers every token with the teacher's mean. `student` and `teacher`:
+    (batch, tokens, hidden); `mask`: true for real tokens, bool (batch, tokens).
+    """
+    return (student.float() - teacher.float())[mask].square().mean() / variance
+
+
+def mean_vector_cosine(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """Return the cosine of the student's and the teacher's mean vectors, float (batch,).
+
+    Takes the arguments of `hidden_state_error`; a text's mean vector is that of its real tokens.
+    """
+    real = mask[..., None].float()
+    return functional.cosine_similarity((student.float() * real).sum(1), (teacher.float() * real).sum(1), dim=-1)
+
+
+def relation_divergence(student: Tensor, teacher: Tensor, mask: Tensor, heads: int) -> Tensor:
+    """Return how much the student's self-attention relations differ from the teacher's, a scalar.
+
+    MiniLMv2 (Wang et al., 2021, section 3): all heads of the queries (or keys, or values) of a layer are joined and
+    split again into `heads` relation heads; the scaled dot products of a token's vector with those of all tokens, after
+    softmax, are its relations. The loss is the Kullback-Leibler divergence of the student's from the teacher's, the
+    mean over heads and real tokens. `student` and `teacher`: (batch, tokens, size), sizes may differ; `mask`: bool
+    (batch, tokens).
+    """
+
+    def relations(vectors: Tensor) -> Tensor:
+        split = vectors.float().unflatten(-1, (heads, -1)).transpose(1, 2)
+        scores = split @ split.mT / math.sqrt(split.shape[-1])
+        return torch.log_softmax(scores.masked_fill(~mask[:, None, None, :], -1e9), dim=-1)
+
+    target = relations(teacher)
+    divergence = (target.exp() * (target - relations(student))).sum(-1)
+    return divergence.mean(1)[mask].mean()

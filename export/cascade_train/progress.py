@@ -12,10 +12,10 @@ from transformers import TrainerCallback
 class Progress(TrainerCallback):  # type: ignore[misc]  # the library has no types
     """Shows the progress of one training run on standard error."""
 
-    def __init__(self, name: str, metric: str) -> None:
-        """`name`: of the member; `metric`: the validation metric to show."""
+    def __init__(self, name: str, *metrics: str) -> None:
+        """`name`: of what is trained; `metrics`: the validation metrics to show."""
         self._name = name
-        self._metric = metric
+        self._metrics = metrics
         self._shown: dict[str, float] = {}
 
     def on_train_begin(self, arguments: Any, state: Any, control: Any, **_: Any) -> None:
@@ -40,8 +40,8 @@ class Progress(TrainerCallback):  # type: ignore[misc]  # the library has no typ
             self._bar.set_postfix(self._shown)
 
     def on_evaluate(self, arguments: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
-        """Show the validation metric; print a line where there is no bar."""
-        self._shown[self._metric] = metrics[f"eval_{self._metric}"]
+        """Show the validation metrics; print a line where there is no bar."""
+        self._shown |= {metric: metrics[f"eval_{metric}"] for metric in self._metrics}
         self._bar.set_postfix(self._shown)
         if self._bar.disable:
             values = ", ".join(f"{name} {value:.4f}" for name, value in self._shown.items())

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cascade_rt.errors import InputError, InvalidOption
 from cascade_rt.io.readers import read_examples
+from cascade_rt.io.writers import json_line, open_output
 from cascade_rt.types import Text
 from cascade_train import smart_home
 
@@ -48,6 +49,8 @@ class TaskData:
     metric: str
     train: Examples
     validation: Examples
+    nested: bool = False
+    """Whether training texts are phrases of one another, as SST-2's are."""
 
 
 @dataclass(frozen=True)
@@ -113,21 +116,25 @@ def load_task(name: str, folder: Path | None, *, holdout: float = 0.1, split_see
     members of a cascade see the same one. Raises InputError for an unknown task or an incomplete folder.
     """
     if name == SMART_HOME:
-        train, labels = _indexed(smart_home.load("train"), smart_home.LABELS)
-        kept, held = hold_out(train, holdout, split_seed)
-        return TaskData(name, labels, False, "accuracy", kept, held)
+        kept, held = hold_out(load_part("train"), holdout, split_seed)
+        return TaskData(name, smart_home.LABELS, False, "accuracy", kept, held)
     task = _glue(name)
     examples = _read_glue(task, folder, task.train)
     kept, held = hold_out(examples, holdout, split_seed, nested=task.nested)
-    return TaskData(name, tuple(task.labels.values()), task.pair, task.metric, kept, held)
+    return TaskData(name, tuple(task.labels.values()), task.pair, task.metric, kept, held, task.nested)
 
 
 def load_evaluation(name: str, folder: Path | None) -> dict[str, Examples]:
     """Load the sets that a task is reported on: its dev sets by name (MNLI has two), or the demo's held-out texts."""
     if name == SMART_HOME:
-        return {"heldout": _indexed(smart_home.load("heldout"), smart_home.LABELS)[0]}
+        return {"heldout": load_part("heldout")}
     task = _glue(name)
     return {split: _read_glue(task, folder, files) for split, files in task.dev.items()}
+
+
+def load_part(part: str) -> Examples:
+    """Load a part of the built-in task: "train", "tuning" or "heldout"."""
+    return _indexed(smart_home.load(part), smart_home.LABELS)[0]
 
 
 def load_file(
@@ -162,6 +169,17 @@ def load_file(
     return TaskData(path.stem, names, pair, metric, train, held)
 
 
+def reserve(data: TaskData, share: float, seed: int) -> tuple[TaskData, Examples, Examples]:
+    """Take two more parts out of the training examples: one to choose thresholds on, one to certify the choice.
+
+    Each is about `share` of the training examples and of the validation examples together (of the whole texts, where
+    texts are nested). Returns the data without them, and the two parts.
+    """
+    kept, held = hold_out(data.train, 2 * share / (1 - share), seed, nested=data.nested)
+    tuning, certification = hold_out(held, 0.5, seed)
+    return replace(data, train=kept), tuning, certification
+
+
 def hold_out(examples: Examples, share: float, seed: int, *, nested: bool = False) -> tuple[Examples, Examples]:
     """Split into (kept, held out), stratified by label.
 
@@ -186,13 +204,21 @@ def hold_out(examples: Examples, share: float, seed: int, *, nested: bool = Fals
     except ValueError as error:
         raise InputError(
             f"cannot hold out {share:.0%} of {len(candidates)} examples with every label in both parts ({error}); "
-            "add examples or give a validation file"
+            "add examples of the rare labels, or give the part as a file"
         ) from error
     gone = set(held)
     if nested:
         phrases = {phrase for row in held for phrase in _phrases(examples.texts[row])}
         gone |= {row for row, text in enumerate(examples.texts) if _words(text) in phrases}
     return examples.take(row for row in range(len(examples)) if row not in gone), examples.take(sorted(held))
+
+
+def write_examples(path: Path, examples: Examples, labels: Sequence[str]) -> None:
+    """Write examples as JSON lines with the fields text, text_pair (of pairs) and label, atomically."""
+    with open_output(path) as stream:
+        for text, label in zip(examples.texts, examples.labels, strict=True):
+            fields = {"text": text} if isinstance(text, str) else {"text": text[0], "text_pair": text[1]}
+            stream.write(json_line(fields, {"label": labels[label]}))
 
 
 def _whole_texts(texts: Sequence[Text]) -> list[int]:

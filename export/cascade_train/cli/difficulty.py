@@ -38,6 +38,7 @@ def run(options: argparse.Namespace) -> None:
             data,
             options.output,
             layers=options.layers,
+            tokenizer=options.tokenizer,
             recipe=recipe_from(options),
             folds=options.folds,
             seeds=options.seeds,

@@ -17,7 +17,19 @@ def add_training(parser: CommandParser, *, output: str) -> None:
     add("--base", required=True, metavar="DIR", help="encoder to start from: a Hugging Face folder or hub id")
     add("--output", required=True, type=Path, metavar="DIR", help=output)
     add("--layers", type=int, metavar="K", help="keep only the first K encoder layers (BERT-kL) (default: all)")
+    add(
+        "--tokenizer",
+        metavar="DIR",
+        help="fine-tune under the tokenizer of this folder, to join a cascade of another origin: it must have the "
+        "encoder's words, under any ids (default: the encoder's own)",
+    )
     add("--json", action="store_true", help="print the whole record as JSON")
+    add_data(parser)
+    add_recipe(parser)
+
+
+def add_data(parser: CommandParser) -> None:
+    """Add a task by name, or a labelled file."""
     data = parser.add_argument_group("data")
     data.add_argument("--task", choices=TASKS, help="a task by name")
     data.add_argument("--data", type=Path, metavar="DIR", help="folder of the task's official files (not smart-home)")
@@ -31,6 +43,11 @@ def add_training(parser: CommandParser, *, output: str) -> None:
     data.add_argument("--metric", choices=("accuracy", "f1"), default="accuracy", help="with --train-file")
     data.add_argument("--holdout", type=float, default=0.1, help="share of training held out for validation")
     data.add_argument("--split-seed", type=int, default=0, help="random seed of that split; use one for all members")
+    parser.aliases["columns"] = "--text-column and --pair-column"
+
+
+def add_recipe(parser: CommandParser) -> None:
+    """Add how to fine-tune one member; the defaults are the paper's."""
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--epochs", type=float, default=10, help="passes over the training data")
     recipe.add_argument("--learning-rate", type=float, default=2e-5, help="peak rate of AdamW, then linear decay")
@@ -45,7 +62,6 @@ def add_training(parser: CommandParser, *, output: str) -> None:
         "--evaluations-per-epoch", type=int, default=1, help="validations, each with a checkpoint to resume from"
     )
     recipe.add_argument("--bf16", action="store_true", help="train in bfloat16: faster on CPUs with AMX, and on GPUs")
-    parser.aliases["columns"] = "--text-column and --pair-column"
 
 
 def need_training(command: str) -> None:
@@ -86,18 +102,20 @@ def data_from(options: argparse.Namespace) -> TaskData:
         raise InputError("found --task and --train-file, expected one of them")
     if options.task:
         return load_task(options.task, options.data, holdout=options.holdout, split_seed=options.split_seed)
-    columns: tuple[str, ...] | None = (options.text_column,) if options.text_column else None
-    if options.pair_column:
-        if not columns:
-            raise InputError("found --pair-column alone, expected --text-column with it")
-        columns = (*columns, options.pair_column)
     return load_file(
         options.train_file,
         validation=options.validation_file,
-        columns=columns,
+        columns=columns_from(options),
         pair=options.pair_column is not None,
         label_column=options.label_column,
         metric=options.metric,
         holdout=options.holdout,
         split_seed=options.split_seed,
     )
+
+
+def columns_from(options: argparse.Namespace) -> tuple[str, ...] | None:
+    """Return the columns of the text, or of the pair; None for the usual names."""
+    if options.pair_column and not options.text_column:
+        raise InputError("found --pair-column alone, expected --text-column with it")
+    return tuple(column for column in (options.text_column, options.pair_column) if column) or None

@@ -57,7 +57,12 @@ def run(options: argparse.Namespace) -> None:
         temperature=options.temperature,
         distill_weight=options.distill_weight,
     )
-    settings: dict[str, Any] = {"layers": options.layers, "recipe": recipe, "objective": objective}
+    settings: dict[str, Any] = {
+        "layers": options.layers,
+        "tokenizer": options.tokenizer,
+        "recipe": recipe,
+        "objective": objective,
+    }
     with redirect_stdout(sys.stderr):  # whatever libraries print is not the answer
         if options.dar_grid:
             record = search_margin(options.base, data, options.output, _GRID, **settings)

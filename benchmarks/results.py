@@ -1,0 +1,312 @@
+"""Complete members on a real task, from training to figures: docs/results.md has the tables.
+
+    python benchmarks/results.py --task sst-2 --data DATA/sst2 --base 12L=E5 --base 6L=MINILM --base 3L=MINILM-L3
+
+The biggest base is fine-tuned on labels. The others learn its answers too (knowledge distillation), and so do members
+that are cut out of the biggest base (--truncated K: BERT-kL). Thresholds come from the tuning part, one tau for all
+members, and figures from the reported part, for several seeds. The members of the first seed are exported in fp32 and
+int8 and timed, all in turn. It resumes: members, their logits and bundles lie under --work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import transformers
+from cascade_export.export import export_bundle
+from cascade_train import RECORD
+from cascade_train.finetune import Objective, Recipe, finetune, logits_of
+from cascade_train.tasks import Examples, TaskData
+from common import RESULTS, TASKS, Parts, read_parts, run_command
+from numpy.typing import NDArray
+
+from cascade_rt import CascadeRuntime
+from cascade_rt.benchmark.machine import describe
+from cascade_rt.benchmark.workload import spread
+from cascade_rt.bundle import MANIFEST, MemberEntry
+from cascade_rt.engine.exit_rules import MaximumProbability
+from cascade_rt.engine.probabilities import confidence, softmax
+from cascade_rt.errors import InputError, InvalidOption
+from cascade_rt.io.writers import write_json
+from cascade_rt.tuning.collect import collect, open_whole
+from cascade_rt.tuning.evaluation import evaluate
+from cascade_rt.tuning.operating_points import threshold_for_speedup
+from cascade_rt.tuning.report import Question
+from cascade_rt.tuning.tune import tune
+
+EPOCHS = {"sst-2": 1, "rte": 10, "mrpc": 6, "sick": 6, "banking77": 10, "clinc150": 6}
+SPEEDUPS = (2.0, 3.0, 4.0)
+PRECISIONS = ("fp32", "int8")
+CONFIDENCE, MAX_DROP = 0.95, 0.01
+TIMED = 200  # texts
+ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How one kind of member is made."""
+
+    name: str
+    base: str
+    layers: int | None  # None: all
+    teacher: bool
+
+
+def main() -> None:
+    """Train, measure, print and write the report."""
+    options = _parser().parse_args()
+    transformers.logging.set_verbosity_error()
+    parts = read_parts(options.task, options.data)
+    work: Path = options.work or Path("runs") / "results" / options.task
+    work.mkdir(parents=True, exist_ok=True)
+    kinds = _kinds(options.base, options.truncated)
+    report: dict[str, Any] = {
+        "machine": describe(),
+        "task": options.task,
+        "metric": parts.data.metric,
+        "rows": _rows(parts),
+        "reported_on": parts.reported_on,
+        "bases": {kind.name: Path(kind.base).name for kind in kinds},
+        "seeds": [],
+    }
+    output: Path = options.output or RESULTS / f"results-{options.task}.json"
+    for seed in range(options.seeds):
+        folders = _trained(kinds, parts.data, work, seed, options)
+        report["seeds"].append(_figures(folders, parts, work))
+        write_json(output, report)
+        _show(report)
+    folders = _trained(kinds, parts.data, work, 0, options)
+    names = [kind.name for kind in reversed(kinds) if kind.layers is None]
+    for precision in PRECISIONS if options.exported else ():
+        report.setdefault("exported", {})[precision] = _exported(
+            [folders[name] for name in names], parts, work / f"bundle-{precision}", precision
+        )
+        write_json(output, report)
+        _show_exported(precision, report["exported"][precision])
+    print(f"written: {output}")
+
+
+def _kinds(bases: Sequence[str], truncated: Sequence[int]) -> list[Kind]:
+    """Return the kinds of members, the biggest first: the one that teaches the others."""
+    named = [base.partition("=")[::2] for base in bases]
+    if not all(name and base for name, base in named):
+        raise InputError(f"found --base {' '.join(bases)}, expected NAME=DIR, the biggest first")
+    (big, base), *others = named
+    kinds = [Kind(big, base, None, False), *(Kind(name, path, None, True) for name, path in others)]
+    return kinds + [Kind(f"{layers}L-truncated", base, layers, True) for layers in truncated]
+
+
+def _rows(parts: Parts) -> dict[str, int]:
+    found = {"train": len(parts.data.train), "validation": len(parts.data.validation), "tuning": len(parts.tuning)}
+    return found | {"certification": len(parts.certification or ()), "reported": len(parts.reported)}
+
+
+def _recipe(kind: Kind, seed: int, layers: int, options: argparse.Namespace) -> Recipe:
+    epochs = options.epochs or EPOCHS[options.task]
+    rate = (
+        options.big_learning_rate
+        if not kind.teacher
+        else options.learning_rate
+        if layers > 3
+        else 2 * options.learning_rate
+    )
+    return Recipe(
+        epochs=epochs if not kind.teacher else epochs * options.longer,
+        learning_rate=rate,
+        max_length=options.max_length,
+        warmup_ratio=0.06,
+        evaluations_per_epoch=4 if epochs <= 2 else 1,
+        seed=seed,
+        bf16=options.bf16,
+    )
+
+
+def _trained(
+    kinds: Sequence[Kind], data: TaskData, work: Path, seed: int, options: argparse.Namespace
+) -> dict[str, Path]:
+    """Train what is not there yet; return the folders by kind."""
+    folders: dict[str, Path] = {}
+    for kind in kinds:
+        own = seed if kind.teacher or seed < options.big_seeds else 0
+        folders[kind.name] = folder = work / f"{kind.name}-{own}"
+        if folder.exists():
+            continue
+        layers = kind.layers or transformers.AutoConfig.from_pretrained(kind.base).num_hidden_layers
+        recipe = _recipe(kind, own, layers, options)
+        objective = Objective()
+        if kind.teacher:
+            soft = _logits(folders[kinds[0].name], data, data.train, "train", work)
+            objective = Objective(teacher=soft, distill_weight=options.distill_weight)
+        finetune(kind.base, data, folder, layers=kind.layers, recipe=recipe, objective=objective)
+    return folders
+
+
+def _logits(folder: Path, data: TaskData, examples: Examples, part: str, work: Path) -> NDArray[np.float32]:
+    """Return a member's logits for a part, kept under `work`."""
+    kept = work / f"logits-{folder.name}-{part}.npy"
+    if not kept.exists():
+        recipe = json.loads((folder / RECORD).read_text("utf-8"))["recipe"]
+        learnt_from = recipe["bf16"] and part == "train"
+        logits = logits_of(str(folder), data, examples, recipe["max_length"], bf16=learnt_from)
+        np.save(part_file := kept.with_suffix(".part.npy"), logits)
+        part_file.rename(kept)
+    return np.asarray(np.load(kept))
+
+
+def _figures(folders: Mapping[str, Path], parts: Parts, work: Path) -> dict[str, Any]:
+    """Return the figures of each member alone, and of cascades of a small member, or two, and the biggest."""
+    tuning, seen = (
+        {name: _logits(folder, parts.data, examples, part, work) for name, folder in folders.items()}
+        for part, examples in (("tuning", parts.tuning), ("reported", parts.reported))
+    )
+    layers = {
+        name: int(json.loads((folder / "config.json").read_text("utf-8"))["num_hidden_layers"])
+        for name, folder in folders.items()
+    }
+    big, *small = folders
+    labels = np.array(parts.reported.labels)
+    lengths = np.ones(len(labels), dtype=np.intp)  # FLOPs are not reported here
+    complete = [name for name in small if not name.endswith("truncated")]
+    cascades = [[name, big] for name in small] + ([[*reversed(complete), big]] if len(complete) > 1 else [])
+    found: dict[str, Any] = {"layers": layers, "alone": {}, "cascades": {}}
+    for names in cascades:
+        members = [MemberEntry(name, "", "", layers[name], 1, 1, "fp32", None) for name in names]
+        logits = np.stack([seen[name] for name in names])
+        sure = confidence(softmax(np.stack([tuning[name] for name in names])))
+        for speedup in SPEEDUPS:
+            if speedup > members[-1].layers / members[0].layers:
+                continue
+            taus = [threshold_for_speedup(members, sure, speedup)] * (len(members) - 1)
+            row = evaluate(members, MaximumProbability(taus), logits, labels, lengths).to_json()
+            found["alone"] |= {member["name"]: member for member in row["members"]}
+            found["cascades"].setdefault(" + ".join(names), {})[f"{speedup:g}"] = row["cascade"]
+    return found
+
+
+def _exported(folders: Sequence[Path], parts: Parts, model_dir: Path, precision: str) -> dict[str, Any]:
+    """Export members, and measure on the clock: each alone, and the cascade at each speed-up, by layers and latency."""
+    if not (model_dir / MANIFEST).is_file():
+        export_bundle(
+            [str(folder) for folder in folders], model_dir, precision=precision, calibrate=True, max_accuracy_drop=100
+        )
+    runtime = open_whole(model_dir, preload=True)
+    names = [member.name for member in runtime.bundle.members]
+    tuning = collect(runtime, parts.tuning.texts, np.array(parts.tuning.labels), cache=None)
+    ways: dict[str, CascadeRuntime] = {name: runtime.with_members([name]) for name in names}
+    for cost in ("layers", "latency"):
+        for speedup in SPEEDUPS:
+            try:
+                chosen = tune(runtime.bundle, tuning, Question(speedup=speedup, cost=cost)).chosen
+            except InvalidOption:
+                continue
+            if chosen is not None:
+                way = runtime.with_members(chosen.members).with_thresholds(chosen.thresholds)
+                ways[f"{speedup:g}x by {cost}"] = way
+    found: dict[str, Any] = {"members": [_member(member) for member in runtime.bundle.members]}
+    if parts.certification is not None:
+        other = collect(runtime, parts.certification.texts, np.array(parts.certification.labels), cache=None)
+        question = Question(max_drop=MAX_DROP, confidence=CONFIDENCE, cost="latency")
+        report = tune(runtime.bundle, tuning, question, held_out=other)
+        if report.chosen is not None:
+            way = runtime.with_members(report.chosen.members).with_thresholds(report.chosen.thresholds)
+            ways[f"guaranteed, {100 * MAX_DROP:g} point"] = way
+        found["guarantee"] = asdict(report.guarantee) if report.guarantee else None
+    found["ways"] = _raced(ways, names[-1], parts.reported)
+    return found
+
+
+def _member(member: MemberEntry) -> dict[str, Any]:
+    return {"name": member.name, "layers": member.layers, "parameters": member.parameters, **member.other}
+
+
+def _raced(ways: Mapping[str, CascadeRuntime], big: str, reported: Examples) -> dict[str, Any]:
+    """Return accuracy, exits and milliseconds of each way, text by text and in bulk, all in turn."""
+    texts, labels = list(reported.texts), np.array(reported.labels)
+    rows = np.random.default_rng(0).permutation(len(texts))[:TIMED]
+    single = [texts[row] for row in rows]
+    seconds: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+    answers: dict[str, Any] = {}
+    for _ in range(1 + ROUNDS):
+        for way, runtime in ways.items():
+            started = perf_counter()
+            for text in single:
+                runtime.predict([text])
+            alone = perf_counter() - started
+            started = perf_counter()
+            answers[way] = runtime.predict(texts)
+            seconds[way].append((alone / len(single), (perf_counter() - started) / len(texts)))
+    times = {way: 1000 * np.array(rounds[1:]) for way, rounds in seconds.items()}
+    names = ways[big].bundle.labels
+    return {
+        way: {
+            "members": [member.name for member in ways[way].bundle.members],
+            "thresholds": list(ways[way].thresholds),
+            "accuracy": float(np.mean([names.index(answer.label) for answer in answers[way]] == labels)),
+            "layers": float(np.mean([answer.layers for answer in answers[way]])),
+            "single_ms": spread(times[way][:, 0]),
+            "bulk_ms": spread(times[way][:, 1]),
+            "single_speedup": spread(times[big][:, 0] / times[way][:, 0]),
+            "bulk_speedup": spread(times[big][:, 1] / times[way][:, 1]),
+        }
+        for way in ways
+    }
+
+
+def _show(report: Mapping[str, Any]) -> None:
+    metric, seeds = report["metric"], report["seeds"]
+
+    def over(values: Sequence[float | None]) -> str:
+        known = [100 * value for value in values if value is not None]
+        return f"{np.mean(known):6.2f} +- {np.std(known):4.2f}" if known else "     -"
+
+    print(f"\n{report['task']}, {report['rows']}, {len(seeds)} seed(s), {metric}, DIS, ECE in %")
+    for name in seeds[0]["alone"]:
+        rows = [seed["alone"][name] for seed in seeds]
+        print(f"{name:30} " + "  ".join(over([row[key] for row in rows]) for key in (metric, "dis", "ece")))
+    for name, speedups in seeds[0]["cascades"].items():
+        for speedup in speedups:
+            rows = [seed["cascades"][name][speedup] for seed in seeds]
+            reached = np.mean([row["layer_speedup"] for row in rows])
+            print(f"{name:22} {speedup}x ({reached:4.2f}) " + over([row[metric] for row in rows]))
+
+
+def _show_exported(precision: str, found: Mapping[str, Any]) -> None:
+    for way, row in found["ways"].items():
+        print(
+            f"{precision} {way:20} {100 * row['accuracy']:6.2f}  layers {row['layers']:5.2f}  single "
+            f"{row['single_ms']['median']:6.2f} ms {row['single_speedup']['median']:5.2f}x  bulk "
+            f"{row['bulk_ms']['median']:6.2f} ms {row['bulk_speedup']['median']:5.2f}x  {' + '.join(row['members'])}"
+        )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--task", required=True, choices=TASKS)
+    add("--data", type=Path, required=True, help="folder with the task's files")
+    add("--base", action="append", required=True, metavar="NAME=DIR", help="encoder of a member, the biggest first")
+    add("--truncated", type=int, action="append", default=[], metavar="K", help="also the biggest's first K layers")
+    add("--seeds", type=int, default=3)
+    add("--big-seeds", type=int, default=1, help="seeds of the biggest member; later seeds take its first")
+    add("--epochs", type=float, help="of the biggest member (default: by task)")
+    add("--longer", type=float, default=1.0, help="epochs of the others, times those of the biggest")
+    add("--big-learning-rate", type=float, default=5e-5)
+    add("--learning-rate", type=float, default=1e-4, help="of the others; twice as much up to 3 layers")
+    add("--distill-weight", type=float, default=0.7)
+    add("--max-length", type=int, default=128)
+    add("--bf16", action="store_true", help="train in bfloat16")
+    add("--no-exported", dest="exported", action="store_false", help="train and measure in torch alone")
+    add("--work", type=Path, help="members, logits and bundles (default: runs/results/TASK)")
+    add("--output", type=Path, help="default: results/results-TASK.json beside this script")
+    return parser
+
+
+if __name__ == "__main__":
+    run_command(main)

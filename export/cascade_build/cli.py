@@ -1,0 +1,201 @@
+"""Build the best bundle from labelled texts: split once, train, export, tune, report.
+
+The biggest member learns the labels, the small ones its answers too, on texts without labels (--unlabelled) as well.
+Thresholds are chosen on texts that no member saw, and the result is measured on others that nothing was chosen by. A
+killed build continues when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cascade_train.cli.options import add_data, columns_from, data_from, need_training
+from cascade_train.tasks import SMART_HOME
+
+from cascade_rt.cli.parser import CommandParser
+from cascade_rt.cli.rendering import percent, table
+from cascade_rt.errors import MissingExtraError
+from cascade_rt.io.readers import read_examples
+from cascade_rt.tuning.report import COSTS, Question
+from cascade_rt.types import Text
+
+if TYPE_CHECKING:  # they load torch
+    from cascade_build.plan import Plan, Step
+    from cascade_build.report import BuildReport
+
+SUMMARY = "train, export and tune a bundle from labelled texts (extra: build)"
+EXAMPLE = "cascade-rt build --train-file tickets.csv --big bases/12L --small bases/3L --max-drop 0.01 --output bundle/"
+
+
+def add_arguments(parser: CommandParser) -> None:
+    """Add the options."""
+    add = parser.add_argument
+    add("--big", required=True, metavar="BASE", help="encoder of the biggest member: a Hugging Face folder or hub id")
+    add(
+        "--small",
+        action="append",
+        required=True,
+        metavar="BASE",
+        help="encoder of a small member, BASE=K for its first K layers only; repeat for each",
+    )
+    add("--output", required=True, type=Path, metavar="BUNDLE", help="the bundle's folder; work goes to BUNDLE.build")
+    add("--unlabelled", type=Path, action="append", default=[], metavar="FILE", help="texts without labels; repeatable")
+    add("--dry-run", action="store_true", help="show the plan, with estimated times, and do nothing")
+    add("--overwrite", action="store_true", help="replace an existing bundle")
+    add("--json", action="store_true", help="print the report, or the plan, as JSON")
+    add_data(parser)
+    parser.add_argument(
+        "--reserve",
+        type=float,
+        default=0.1,
+        metavar="SHARE",
+        help="share of the texts for thresholds, and again for the measurement at the end",
+    )
+    asked = parser.add_argument_group("objective")
+    asked.add_argument(
+        "--max-drop",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="the fastest that loses at most this share of accuracy against the biggest member",
+    )
+    asked.add_argument("--confidence", type=float, metavar="P", help="guarantee that with this confidence, e.g. 0.95")
+    asked.add_argument("--cost", choices=COSTS, default="latency", help="how speed is measured; latency is timed here")
+    asked.add_argument("--precision", default="fp32", help="of the bundle: fp32, fp16, int8, or auto for each member")
+    recipe = parser.add_argument_group("recipe")
+    recipe.add_argument("--epochs", type=float, help="passes over the data (default: about 3,000 steps, 2 to 10)")
+    recipe.add_argument("--small-epochs", type=float, help="of the small members (default: as the biggest)")
+    recipe.add_argument("--learning-rate", type=float, help="of all members (default: by their depth and width)")
+    recipe.add_argument("--batch-size", type=int, default=32, help="texts per step, grouped by length")
+    recipe.add_argument("--max-length", type=int, default=128, help="tokens; longer texts are cut")
+    recipe.add_argument("--warmup-ratio", type=float, default=0.06, help="share of the steps that warm up")
+    recipe.add_argument("--seed", type=int, default=0, help="random seed of classifiers, dropout and batch order")
+    recipe.add_argument(
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
+        help="train in bfloat16 (default: where it is faster, which is measured)",
+    )
+    recipe.add_argument("--temperature", type=float, default=2.0, help="temperature of the distillation")
+    recipe.add_argument(
+        "--distill-weight", type=float, default=0.7, help="weight of the biggest member's answers, out of 1"
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Plan; then show the plan, or carry it out and print the result."""
+    need_training("build")
+    try:
+        from cascade_build.build import REPORT, build, work_folder  # noqa: PLC0415 - loads torch
+        from cascade_build.plan import Plan, plan_members, split, steps  # noqa: PLC0415
+    except ImportError as error:
+        raise MissingExtraError("cascade-rt build", "build", error) from error
+    from cascade_train.finetune import Recipe  # noqa: PLC0415
+    from cascade_train.hardware import bf16_pays  # noqa: PLC0415
+
+    question = Question(max_drop=options.max_drop, confidence=options.confidence, cost=options.cost)
+    data = data_from(options)
+    unlabelled = _texts(options.unlabelled, data.pair, columns_from(options))
+    parts = split(data, unlabelled, share=options.reserve, seed=options.split_seed, built_in=options.task == SMART_HOME)
+    recipe = Recipe(
+        batch_size=options.batch_size,
+        max_length=options.max_length,
+        warmup_ratio=options.warmup_ratio,
+        seed=options.seed,
+        bf16=bf16_pays() if options.bf16 is None else options.bf16,
+    )
+    members = plan_members(
+        options.big,
+        options.small,
+        len(parts.data.train),
+        len(parts.unlabelled),
+        recipe=recipe,
+        epochs=options.epochs,
+        small_epochs=options.small_epochs,
+        learning_rate=options.learning_rate,
+    )
+    plan = Plan(parts, members, options.distill_weight, options.temperature, options.precision, question)
+    if options.dry_run:
+        found = steps(plan, estimated=True)
+        if options.json:
+            print(json.dumps({"plan": plan.described(), "steps": [vars(step) for step in found]}))
+        else:
+            print(_plan(plan, found))
+        return
+    with redirect_stdout(sys.stderr):  # whatever libraries print is not the answer
+        report = build(plan, options.output, overwrite=options.overwrite)
+    if options.json:
+        print(json.dumps(report.to_json()))
+    else:
+        print(_result(report))
+        print(f"\n{options.output}: the bundle\n{work_folder(options.output) / REPORT}: the report")
+
+
+def _texts(files: Sequence[Path], pair: bool, columns: tuple[str, ...] | None) -> list[Text]:
+    found: list[Text] = []
+    for file in files:
+        named = None if file.suffix.lower() == ".txt" else columns
+        found += [row.text for row in read_examples(file, pair=pair, columns=named)]
+    return found
+
+
+def _plan(plan: Plan, found: Sequence[Step]) -> str:
+    parts = plan.parts
+    lines = [
+        f"{parts.data.name}: {len(parts.data.labels)} labels; {len(parts.data.train)} texts to train on, "
+        f"{len(parts.data.validation)} to choose checkpoints by, {len(parts.tuning)} to tune on, "
+        f"{len(parts.certification)} to measure on, {len(parts.unlabelled)} without labels",
+        table(
+            ["step", "about", "what"],
+            [[step.name, _duration(step.seconds), step.what] for step in found],
+        ),
+        f"together about {_duration(sum(step.seconds or 0 for step in found))} on this machine",
+    ]
+    return "\n".join(lines)
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def _result(report: BuildReport) -> str:
+    chosen, confirmed = report.tuning.chosen, report.tuning.held_out
+    exits = dict(zip(chosen.members, report.cascade.exits, strict=True)) if chosen else {}
+    rows = [
+        [
+            member.quality.name,
+            str(member.quality.layers),
+            str(exits.get(member.quality.name, 0)),
+            *map(percent, (member.quality.accuracy, member.quality.f1, member.quality.dis, member.quality.ece)),
+            f"{member.ms:.2f}",
+            f"{report.members[-1].ms / member.ms:.2f}x",
+        ]
+        for member in report.members
+    ]
+    cascade = report.cascade
+    if chosen and confirmed:
+        rows.append(
+            [
+                "cascade" if len(chosen.members) > 1 else "chosen",
+                f"{cascade.mean_layers:.2f}",
+                str(sum(cascade.exits)),
+                *map(percent, (cascade.accuracy, cascade.f1, cascade.dis, cascade.ece)),
+                f"{confirmed.latency_ms:.2f}",
+                f"{confirmed.latency_speedup:.2f}x",
+            ]
+        )
+    lines = [
+        table(["", "layers", "exits", "accuracy", "F1", "DIS", "ECE", "ms per text", "speed-up"], rows),
+        f"{report.texts['certification']} texts that nothing was chosen by; figures in %; thresholds "
+        + (", ".join(f"{tau:.4f}" for tau in cascade.thresholds) or "none")
+        + f", layer speed-up {cascade.layer_speedup:.2f}x",
+        f"verdict: {report.tuning.verdict}",
+    ]
+    return "\n".join(lines)

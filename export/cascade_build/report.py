@@ -1,0 +1,247 @@
+"""What a build found, as data and as one HTML page without outside files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from cascade_train.analysis import draw_reliability, reliability
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from numpy.typing import NDArray
+
+from cascade_rt import CascadeRuntime
+from cascade_rt.benchmark.machine import describe
+from cascade_rt.engine.exit_rules import MaximumProbability
+from cascade_rt.engine.probabilities import confidence, softmax
+from cascade_rt.io.writers import open_output
+from cascade_rt.tuning.evaluation import CascadeQuality, MemberQuality, evaluate
+from cascade_rt.tuning.plot import draw_front
+from cascade_rt.tuning.report import TuningReport
+from cascade_rt.types import Text
+
+if TYPE_CHECKING:
+    from cascade_build.plan import Plan
+
+_WRONG_SHOWN = 20
+_OVERCONFIDENT = 0.05  # ECE
+_FEW_TEXTS = 500
+
+
+@dataclass(frozen=True)
+class WrongEarly:
+    """A text that a small member answered wrongly, and what the biggest one says to it."""
+
+    text: Text
+    label: str
+    answer: str
+    score: float
+    member: str
+    biggest: str
+
+
+@dataclass(frozen=True)
+class BuiltMember:
+    """A member: how it was trained and exported, and its quality on the certification part."""
+
+    quality: MemberQuality
+    base: str
+    validation: float
+    """Best metric on the part that checkpoints are chosen by."""
+    precision: str
+    temperature: float | None
+    ms: float
+    """Estimated milliseconds per single text of the certification part."""
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What a build found. Qualities are on the certification part, which nothing was chosen by."""
+
+    task: str
+    metric: str
+    texts: dict[str, int]
+    """Number of texts of each part."""
+    members: list[BuiltMember]
+    cascade: CascadeQuality
+    tuning: TuningReport
+    wrong_early: list[WrongEarly]
+    """The most confident ones first."""
+    early_errors: int
+    advice: list[str]
+    seconds: dict[str, float]
+    """Time of each step."""
+    machine: dict[str, Any]
+    reliability: dict[str, list[dict[str, Any]]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain values for JSON."""
+        return asdict(self)
+
+
+def make_report(
+    plan: Plan,
+    found: TuningReport,
+    runtime: CascadeRuntime,
+    *,
+    records: Mapping[str, Mapping[str, Any]],
+    seconds: Mapping[str, float],
+) -> BuildReport:
+    """Measure the chosen point on the certification part, and collect what a reader wants to know.
+
+    `runtime`: with all members; `records`: what training recorded of each, by name.
+    """
+    if found.chosen is None or found.held_out is None:
+        raise ValueError("a report needs a chosen point")
+    part = plan.parts.certification
+    labels = np.array(part.labels, dtype=np.intp)
+    logits, lengths = runtime.member_logits(part.texts)
+    members = runtime.bundle.members
+    names = [member.name for member in members]
+    chosen = [names.index(name) for name in found.chosen.members]
+    everything = evaluate(members, MaximumProbability([1.0] * (len(members) - 1)), logits, labels, lengths)
+    cascade = evaluate(
+        [members[index] for index in chosen],
+        MaximumProbability(found.chosen.thresholds),
+        logits[chosen],
+        labels,
+        lengths,
+        members[-1:],
+    ).cascade
+    probabilities = softmax(logits)
+    sure, answers = confidence(probabilities), probabilities.argmax(axis=-1)
+    wrong = _wrong_early(found, chosen, names, sure, answers, labels)
+    report_members = [
+        BuiltMember(
+            quality,
+            Path(str(records[member.name]["base"])).name,
+            float(records[member.name]["validation"]["best"]),
+            member.precision,
+            member.other.get("temperature", {}).get("value"),
+            alone.latency_ms,
+        )
+        for member, quality, alone in zip(members, everything.members, found.alone, strict=True)
+    ]
+    report = BuildReport(
+        task=plan.parts.data.name,
+        metric=plan.parts.data.metric,
+        texts={
+            "train": len(plan.parts.data.train),
+            "validation": len(plan.parts.data.validation),
+            "tuning": len(plan.parts.tuning),
+            "certification": len(part),
+            "unlabelled": len(plan.parts.unlabelled),
+        },
+        members=report_members,
+        cascade=cascade,
+        tuning=found,
+        wrong_early=[
+            WrongEarly(
+                part.texts[row],
+                runtime.bundle.labels[labels[row]],
+                runtime.bundle.labels[answers[member, row]],
+                float(sure[member, row]),
+                names[member],
+                runtime.bundle.labels[answers[-1, row]],
+            )
+            for member, row in wrong[:_WRONG_SHOWN]
+        ],
+        early_errors=len(wrong),
+        advice=[],
+        seconds=dict(seconds),
+        machine=describe(),
+        reliability={name: reliability(sure[index], answers[index] == labels) for index, name in enumerate(names)},
+    )
+    report.advice.extend(_advice(report, records))
+    return report
+
+
+def write_report(report: BuildReport, path: Path) -> None:
+    """Write the page, pictures included, atomically."""
+    environment = Environment(
+        loader=PackageLoader("cascade_build", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    with TemporaryDirectory(prefix="cascade-build-") as folder:
+        front, calibration = Path(folder) / "front.svg", Path(folder) / "reliability.svg"
+        draw_front(report.tuning, front)
+        draw_reliability(report.reliability, calibration)
+        pictures = {"front": _inline(front), "calibration": _inline(calibration)}
+    page = environment.get_template("report.html.j2").render(report=report, pictures=pictures)
+    with open_output(path) as stream:
+        stream.write(page)
+
+
+def _inline(svg: Path) -> str:
+    """Return a picture without the XML header, which HTML does not take."""
+    written = svg.read_text("utf-8")
+    return written[written.index("<svg") :]
+
+
+def _wrong_early(
+    found: TuningReport,
+    chosen: list[int],
+    names: list[str],
+    sure: NDArray[np.float64],
+    answers: NDArray[np.intp],
+    labels: NDArray[np.intp],
+) -> list[tuple[int, int]]:
+    """Return (member, row) of texts that left before the last chosen member with a wrong answer, surest first."""
+    if found.chosen is None:
+        return []
+    wrong, staying = [], np.ones(len(labels), dtype=bool)
+    for member, tau in zip(chosen[:-1], found.chosen.thresholds, strict=True):
+        leaving = staying & (sure[member] > tau)
+        wrong += [(member, int(row)) for row in np.flatnonzero(leaving & (answers[member] != labels))]
+        staying &= ~leaving
+    return sorted(wrong, key=lambda place: -sure[place])
+
+
+def _advice(report: BuildReport, records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return what would improve the result most, from what was measured."""
+    chosen, question, found = report.tuning.chosen, report.tuning.question, []
+    biggest = report.members[-1]
+    for name, record in records.items():
+        history = record["validation"]["history"]
+        values = [entry[f"eval_{record['metric']}"] for entry in history]
+        if len(values) > 2 and values[-1] == max(values) and values[-1] > values[-2]:
+            found.append(f"{name} was best at its last validation: more epochs (--epochs) may help.")
+    if chosen is not None and len(chosen.members) == 1:
+        found.append(
+            "A cascade does not pay with these members. A better small member changes that: give unlabelled texts "
+            "(--unlabelled) or start it from an encoder that cascade-rt distil made from the biggest one."
+        )
+    elif report.early_errors:
+        found.append(
+            f"{report.early_errors} of {report.texts['certification']} texts left early with a wrong answer; the most "
+            "confident ones are below. Look for wrong labels and for kinds of texts that training lacks."
+        )
+    if not report.texts["unlabelled"] and len(report.members) > 1:
+        found.append(
+            "Texts without labels (--unlabelled), for instance from your logs, let small members learn the biggest "
+            "one's answers: that is often the cheapest accuracy."
+        )
+    if (error := biggest.quality.ece) > _OVERCONFIDENT:
+        found.append(
+            f"The confidences of {biggest.quality.name} are {100 * error:.1f} points off in the mean (ECE), although "
+            "they were scaled: the validation part may be small, or differ from the others."
+        )
+    if question.confidence is None:
+        found.append("The drop is measured, not guaranteed: add --confidence 0.95 for a guarantee.")
+    elif report.tuning.guarantee and (more := report.tuning.guarantee.with_more_texts):
+        found.append(
+            f"With about {more[-1].texts} texts to certify on (here {report.texts['certification']}), "
+            f"{more[-1].speedup:.2f}x could be guaranteed, if the risk stays as measured."
+        )
+    if report.texts["certification"] < _FEW_TEXTS:
+        found.append(
+            f"{report.texts['certification']} texts measure an accuracy to about "
+            f"{100 / report.texts['certification'] ** 0.5:.0f} points: figures of more texts would be firmer."
+        )
+    return found

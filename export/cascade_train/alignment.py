@@ -1,0 +1,288 @@
+"""Give a model another tokenizer whose vocabulary has the same words under other ids, without changing its answers.
+
+A cascade shares one tokenization. MPNet, for one, has BERT's words, each id 4 higher and with special tokens of its
+own; its embedding table is re-indexed here, so that it takes BERT's ids.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from transformers import PreTrainedTokenizerFast
+
+from cascade_rt.errors import CascadeError, InputError
+from cascade_rt.types import Text
+
+TOLERANCE = 1e-4
+"""Largest allowed |difference of a logit| between a model under its own tokenizer and the aligned one."""
+
+_BATCH = 16
+_EXAMPLES = 5
+_ROLES = {
+    "cls_token": "bos_token",
+    "bos_token": "cls_token",
+    "sep_token": "eos_token",
+    "eos_token": "sep_token",
+    "pad_token": "pad_token",
+    "unk_token": "unk_token",
+    "mask_token": "mask_token",
+}
+"""What a special token is for, and the role that stands in where a tokenizer does not name this one."""
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """A model that takes the ids of another tokenizer than its own."""
+
+    model: Any
+    own_ids: NDArray[np.int64]
+    """The id that each token of the tokenizer had in the model's own, (ids,); -1 for an id without a token."""
+
+    @property
+    def tokens(self) -> int:
+        """The tokens of the tokenizer."""
+        return int(np.sum(self.own_ids >= 0))
+
+    @property
+    def moved(self) -> int:
+        """How many of them had another id."""
+        return int(np.sum((self.own_ids >= 0) & (self.own_ids != np.arange(len(self.own_ids)))))
+
+
+@dataclass(frozen=True)
+class AlignmentCheck:
+    """How an aligned model compares with the original under its own tokenizer."""
+
+    texts: int
+    cut_alike: int
+    """Texts that both tokenizers cut into the same tokens."""
+    max_logit_difference: float | None
+    """On those; None if there are none."""
+
+
+def align(model: Any, own: PreTrainedTokenizerFast, target: PreTrainedTokenizerFast) -> Aligned:
+    """Return a copy of `model`, whose tokenizer is `own`, that takes the ids of `target`.
+
+    Row i of its embedding table is the model's row for the token that `target` calls i. Special tokens correspond by
+    their role, all others by their spelling. Where positions are counted from the padding id, their table moves with
+    it. The copy is built from its configuration, so it is what `save_pretrained` and `from_pretrained` give back.
+
+    Raises InputError if the model lacks tokens of `target`, or takes one of them for padding.
+    """
+    table = model.get_input_embeddings()
+    own_ids = _own_ids(own, target, table.num_embeddings)
+    config = _configured(model, target, len(own_ids))
+    weights = model.state_dict()
+    weights[_name_of(model, table)] = _rows(table, own_ids)
+
+    if (types := _table(model, "token_type_embeddings")) is not None and types.num_embeddings < _types(target):
+        config.type_vocab_size = _types(target)  # a model that does not tell the texts of a pair apart still does not
+        known = types.num_embeddings
+        weights[_name_of(model, types)] = _rows(types, [*range(known), *[0] * (config.type_vocab_size - known)])
+    positions = _table(model, "position_embeddings")
+    if positions is not None and positions.padding_idx is not None:
+        padding = _padding_id(model, config)
+        if padding == positions.padding_idx != target.pad_token_id and _can_emit(target, padding):
+            raise InputError(
+                f"{own.name_or_path}: a {type(model).__name__} always takes the id {padding} for padding, but in "
+                f"{target.name_or_path} it is the token {target.convert_ids_to_tokens(padding)!r}, which would get no "
+                "position; use a tokenizer that has an unused token there, for all members"
+            )
+        config.max_position_embeddings += padding - positions.padding_idx
+        usable = range(positions.padding_idx, positions.num_embeddings)
+        weights[_name_of(model, positions)] = _rows(positions, [-1] * padding + list(usable))
+
+    aligned = type(model)(config)
+    aligned.load_state_dict(weights)
+    return Aligned(aligned.train(model.training), own_ids)
+
+
+def check_alignment(
+    model: Any,
+    own: PreTrainedTokenizerFast,
+    aligned: Aligned,
+    target: PreTrainedTokenizerFast,
+    texts: Sequence[Text],
+    max_length: int,
+) -> AlignmentCheck:
+    """Compare the aligned model's logits with the original's on the texts that both tokenizers cut alike.
+
+    Raises CascadeError, which names the text, if a logit differs by more than TOLERANCE.
+    """
+    alike = _cut_alike(model, own, aligned, target, texts, max_length)
+    if not alike:
+        return AlignmentCheck(len(texts), 0, None)
+    same = [texts[row] for row in alike]
+    difference = np.abs(
+        text_logits(model, own, same, max_length) - text_logits(aligned.model, target, same, max_length)
+    ).max(axis=1)
+    worst = int(difference.argmax())
+    if not difference[worst] <= TOLERANCE:
+        raise CascadeError(
+            f"{own.name_or_path}: under the tokenizer of {target.name_or_path} its logits differ by "
+            f"{difference[worst]:.2e} (allowed {TOLERANCE:.0e}) for check text {alike[worst]}; this model cannot be "
+            "aligned, use members of one family"
+        )
+    return AlignmentCheck(len(texts), len(alike), float(difference[worst]))
+
+
+def text_logits(
+    model: Any, tokenizer: PreTrainedTokenizerFast, texts: Sequence[Text], max_length: int
+) -> NDArray[np.float32]:
+    """Return a classifier's logits for texts or pairs, float32 (texts, labels), padded on the right in batches."""
+    taken = inspect.signature(model.forward).parameters  # DistilBERT, for one, takes no token types
+    order = sorted(range(len(texts)), key=lambda row: len("".join(texts[row])))
+    logits = np.empty((len(texts), model.config.num_labels), dtype=np.float32)
+    for start in range(0, len(order), _BATCH):
+        rows = order[start : start + _BATCH]
+        batch = _encoded(
+            tokenizer, [texts[row] for row in rows], max_length, padding=True, padding_side="right", return_tensors="pt"
+        )
+        with torch.inference_mode():
+            output = model(**{name: array for name, array in batch.items() if name in taken})
+        logits[rows] = output.logits.float().numpy()
+    return logits
+
+
+def usable_positions(model: Any) -> int:
+    """Return how many tokens the model has positions for; RoBERTa-like models start after the padding token's id."""
+    table = _table(model, "position_embeddings")
+    if table is None:
+        return int(model.config.max_position_embeddings)
+    reserved = 0 if table.padding_idx is None else table.padding_idx + 1
+    return int(table.num_embeddings) - reserved
+
+
+def _own_ids(own: PreTrainedTokenizerFast, target: PreTrainedTokenizerFast, rows: int) -> NDArray[np.int64]:
+    """Return the model's id of each token of `target`, -1 for ids without one; InputError if it lacks some."""
+    vocabulary = {token: index for token, index in own.get_vocab().items() if index < rows}
+    spelling = _by_role(own, target)
+    wanted = target.get_vocab()
+    own_ids = np.full(max(wanted.values()) + 1, -1, dtype=np.int64)
+    lacking = []
+    for token, index in sorted(wanted.items(), key=lambda item: item[1]):
+        if (found := vocabulary.get(spelling.get(token, token))) is None:
+            lacking.append(token)
+        else:
+            own_ids[index] = found
+    if lacking:
+        examples = ", ".join(map(repr, lacking[:_EXAMPLES])) + (", ..." if len(lacking) > _EXAMPLES else "")
+        raise InputError(
+            f"{own.name_or_path}: lacks {len(lacking)} of the {len(wanted)} tokens of {target.name_or_path} "
+            f"({examples}), expected the same words under any ids; use members of one family, or fine-tune the "
+            f"others with `tokenizer` {own.name_or_path}"
+        )
+    return own_ids
+
+
+def _by_role(own: PreTrainedTokenizerFast, target: PreTrainedTokenizerFast) -> dict[str, str]:
+    """Return how `own` spells the special tokens of `target`."""
+    ours, theirs = own.special_tokens_map, target.special_tokens_map
+    spelling = {}
+    for role, substitute in _ROLES.items():
+        if role in theirs and (token := ours.get(role) or ours.get(substitute)):
+            spelling[str(theirs[role])] = str(token)
+    return spelling
+
+
+def _configured(model: Any, target: PreTrainedTokenizerFast, size: int) -> Any:
+    """Return the model's configuration with the tokenizer's vocabulary size and special ids."""
+    if target.pad_token_id is None:
+        raise InputError(f"{target.name_or_path}: its tokenizer has no padding token; a cascade needs one")
+    config = copy.deepcopy(model.config)
+    config.vocab_size = size
+    theirs = target.special_tokens_map
+    for role, substitute in _ROLES.items():
+        token = theirs.get(role) or theirs.get(substitute)
+        if token and getattr(config, f"{role}_id", None) is not None:
+            setattr(config, f"{role}_id", target.convert_tokens_to_ids(str(token)))
+    return config
+
+
+def _padding_id(model: Any, config: Any) -> int:
+    """Return the id that a model of this configuration gives no position; MPNet's does not depend on it."""
+    config = copy.deepcopy(config)
+    config.max_position_embeddings += config.vocab_size  # any padding id has a row
+    with torch.device("meta"):
+        probe = type(model)(config)
+    table = _table(probe, "position_embeddings")
+    if table is None or table.padding_idx is None:
+        raise TypeError(f"{type(model).__name__}: has position embeddings only in some configurations")
+    return int(table.padding_idx)
+
+
+def _can_emit(tokenizer: PreTrainedTokenizerFast, index: int) -> bool:
+    """Whether a text can give this id; of BERT's [unused0] it is known that none can, as brackets are cut off."""
+    token = tokenizer.convert_ids_to_tokens(index)
+    if token is None:
+        return False
+    backend = tokenizer.backend_tokenizer
+    special = {*tokenizer.all_special_tokens, getattr(backend.model, "unk_token", None)}
+    if token in special or index in tokenizer.added_tokens_decoder:
+        return True
+    if not isinstance(backend.pre_tokenizer, BertPreTokenizer):
+        return True
+    word = token.removeprefix(getattr(backend.model, "continuing_subword_prefix", ""))
+    return len(backend.pre_tokenizer.pre_tokenize_str(word)) <= 1
+
+
+def _types(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Return how many token types a pair gets."""
+    return int(max(tokenizer.backend_tokenizer.encode("a", "b").type_ids, default=0)) + 1
+
+
+def _table(model: Any, name: str) -> torch.nn.Embedding | None:
+    for path, module in model.named_modules():
+        if path.endswith(name) and isinstance(module, torch.nn.Embedding):
+            return module
+    return None
+
+
+def _name_of(model: Any, table: torch.nn.Embedding) -> str:
+    return f"{next(path for path, module in model.named_modules() if module is table)}.weight"
+
+
+def _rows(table: torch.nn.Embedding, indices: Sequence[int] | NDArray[np.int64]) -> torch.Tensor:
+    """Return these rows of a table, zeros for -1."""
+    chosen = torch.as_tensor(indices)
+    with torch.no_grad():
+        return table.weight[chosen.clamp(min=0)] * (chosen >= 0).unsqueeze(1)
+
+
+def _cut_alike(
+    model: Any,
+    own: PreTrainedTokenizerFast,
+    aligned: Aligned,
+    target: PreTrainedTokenizerFast,
+    texts: Sequence[Text],
+    max_length: int,
+) -> list[int]:
+    """Return the rows of the texts that give the same tokens, and the same token types if the model has several."""
+    ours, theirs = _encoded(own, texts, max_length), _encoded(target, texts, max_length)
+    types = _table(model, "token_type_embeddings")
+    typed = types is not None and types.num_embeddings > 1
+    return [
+        row
+        for row, (first, second) in enumerate(zip(ours["input_ids"], theirs["input_ids"], strict=True))
+        if first == aligned.own_ids[second].tolist() and (not typed or _types_of(ours, row) == _types_of(theirs, row))
+    ]
+
+
+def _types_of(encoded: Any, row: int) -> list[int]:
+    """Return the token types that a model gets for a row: zeros where the tokenizer gives none."""
+    types = encoded.get("token_type_ids")
+    return [0] * len(encoded["input_ids"][row]) if types is None else list(types[row])
+
+
+def _encoded(tokenizer: PreTrainedTokenizerFast, texts: Sequence[Text], max_length: int, **settings: Any) -> Any:
+    first = [text if isinstance(text, str) else text[0] for text in texts]
+    second = [text[1] for text in texts if not isinstance(text, str)] or None
+    return tokenizer(first, second, truncation=True, max_length=max_length, **settings)
