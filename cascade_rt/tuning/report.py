@@ -138,6 +138,7 @@ class TuningReport:
     front: list[Choice]
     """The points that no other beats in both cost and accuracy."""
     verdict: str
+    """From the held-out texts where there are some, else from the tuning texts."""
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain values for JSON."""

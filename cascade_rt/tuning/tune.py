@@ -61,19 +61,19 @@ def tune(bundle: Bundle, data: Collected, question: Question, *, held_out: Colle
             least = min(point.cost_p95 if question.p95 else point.cost for point in points)
             raise InvalidOption("budget_ms", question.budget_ms, f"at least {least:.3g}: the fastest member's here")
     chosen = None if point is None else choice(bundle, data, point.members, point.thresholds)
-    alone = [choice(bundle, data, (place,), ()) for place in range(last + 1)]
+    alone = members_alone(bundle, data)
+    confirmed = None if point is None or held_out is None else choice(bundle, held_out, point.members, point.thresholds)
+    judged = (chosen, alone) if confirmed is None or held_out is None else (confirmed, members_alone(bundle, held_out))
     return TuningReport(
         question=question,
         data=Data(len(answers.overhead), data.digest),
         compared_with="labels" if data.labelled else "the last member's answers",
         alone=alone,
         chosen=chosen,
-        held_out=None
-        if point is None or held_out is None
-        else choice(bundle, held_out, point.members, point.thresholds),
+        held_out=confirmed,
         guarantee=guarantee,
         front=[choice(bundle, data, point.members, point.thresholds) for point in pareto_front(points)],
-        verdict=verdict(chosen, alone, guarantee),
+        verdict=verdict(*judged, guarantee),
     )
 
 
@@ -101,6 +101,11 @@ def choice(bundle: Bundle, data: Collected, members: tuple[int, ...], thresholds
         latency_ms=point.cost,
         latency_p95_ms=point.cost_p95,
     )
+
+
+def members_alone(bundle: Bundle, data: Collected) -> list[Choice]:
+    """Return what each member does alone on the data."""
+    return [choice(bundle, data, (place,), ()) for place in range(len(bundle.members))]
 
 
 def write_tuning(folder: Path, bundle: Bundle, report: TuningReport) -> None:
@@ -136,9 +141,8 @@ def _guaranteed(
 ) -> tuple[OperatingPoint | None, Guarantee]:
     """Certify on other texts what some propose; without other texts, on one half what the other half proposes."""
     confidence, max_risk = question.confidence or 0.0, question.max_drop or 0.0
-    files = 1
+    halves = 1 if test is not None else 2
     if test is None:
-        files = 2  # times as many texts are needed
         rows = np.random.default_rng(question.seed).permutation(len(search.overhead))
         half = len(rows) // 2
         search, test = search.take(rows[:half]), search.take(rows[half:])
@@ -149,6 +153,6 @@ def _guaranteed(
         seen = measure(test, point.members, point.thresholds)  # points look better on the half that proposed them
         needed = texts_needed(seen.risk, max_risk, confidence)
         if needed is not None and needed > certificate.texts and (chosen is None or seen.cost < chosen.cost):
-            promising.append(MoreTexts(last.cost / seen.cost, seen.risk, files * needed))
+            promising.append(MoreTexts(last.cost / seen.cost, seen.risk, halves * needed))
     some = promising[:: max(1, len(promising) // 4)]
     return chosen, Guarantee(**vars(certificate), searched_on=len(search.overhead), with_more_texts=some)

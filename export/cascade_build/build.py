@@ -6,6 +6,7 @@ not repeated. The bundle appears last.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sys
@@ -19,18 +20,20 @@ from typing import Any
 import numpy as np
 from cascade_export.export import export_bundle
 from cascade_train import RECORD
-from cascade_train.finetune import Objective, claim, finetune, logits_of
+from cascade_train.finetune import Objective, finetune, logits_of
 from cascade_train.tasks import Examples, TaskData, write_examples
 from numpy.typing import NDArray
 
-from cascade_build.plan import MemberPlan, Plan
+from cascade_build.plan import MemberPlan, Plan, preflight
 from cascade_build.report import BuildReport, make_report, write_report
 from cascade_rt import CascadeRuntime
 from cascade_rt.bundle import MANIFEST, write_bundle
-from cascade_rt.errors import BundleError
+from cascade_rt.errors import BundleError, CascadeError
 from cascade_rt.io.writers import write_json
 from cascade_rt.tuning.collect import Collected, cache_folder, collect, open_whole
-from cascade_rt.tuning.tune import tune, write_tuning
+from cascade_rt.tuning.plot import pyplot
+from cascade_rt.tuning.report import TuningReport
+from cascade_rt.tuning.tune import members_alone, tune, write_tuning
 from cascade_rt.types import Text
 
 REPORT = "report.html"
@@ -44,13 +47,17 @@ def work_folder(output: Path) -> Path:
 def build(plan: Plan, output: Path, *, overwrite: bool = False) -> BuildReport:
     """Build a bundle by a plan; return the report, which lies as a page in `work_folder(output)`.
 
-    Raises CascadeError if `output` exists and is not to be replaced, if another build's unfinished work is there, or if
-    a step fails; what is finished stays for the next call.
+    Steps whose settings have changed since an earlier call are repeated. Raises CascadeError if `output` exists and is
+    not to be replaced, if the work folder belongs to other data, or if a step fails; finished steps stay for the next
+    call.
     """
-    if output.exists() and not overwrite:
-        raise BundleError(f"{output} exists; choose another output folder, or replace that bundle with `overwrite`")
+    if output.exists() and not (overwrite and (output / MANIFEST).is_file()):
+        remedy = "choose another output folder, or replace that bundle with `overwrite`"
+        raise BundleError(f"{output} exists; {remedy if (output / MANIFEST).is_file() else 'and is not a bundle'}")
+    pyplot()  # fails before the work, not after
+    preflight(plan)
     work = work_folder(output)
-    claim(work, plan.described(), begun="run.json")
+    _claim(work, plan.data_settings())
     journal = Journal(work / "steps.json")
     plan = _as_begun(plan, journal)
     parts, data = plan.parts, plan.parts.data
@@ -58,53 +65,83 @@ def build(plan: Plan, output: Path, *, overwrite: bool = False) -> BuildReport:
         write_examples(work / f"{name}.jsonl", part, data.labels)
     big, *small = plan.members
     folders = {member.name: work / "members" / member.name for member in plan.members}
+    settings = {member.name: plan.member_settings(member) for member in plan.members}
     (work / "members").mkdir(exist_ok=True)
 
-    with journal.step(f"train {big.name}", folders[big.name]) as todo:
+    with journal.step(f"train {big.name}", folders[big.name], settings[big.name]) as todo:
         if todo:
             _train(big, data, folders[big.name], Objective())
     if small:
-        learnt = _with_unlabelled(data, parts.unlabelled)
+        student_data = _with_unlabelled(data, parts.unlabelled)
         answers = work / f"answers-{big.name}.npy"
-        with journal.step(f"answers of {big.name}", answers) as todo:
+        given = {key: settings[small[0].name][key] for key in ("teacher", "unlabelled")}
+        with journal.step(f"answers of {big.name}", answers, given) as todo:
             if todo:
-                _keep(
-                    answers,
-                    logits_of(
-                        str(folders[big.name]), learnt, learnt.train, big.recipe.max_length, bf16=big.recipe.bf16
-                    ),
-                )
+                source, length, bf16 = str(folders[big.name]), big.recipe.max_length, big.recipe.bf16
+                _write_array(answers, logits_of(source, student_data, student_data.train, length, bf16=bf16))
         teacher: NDArray[np.float32] = np.load(answers)
-        learnt = _answered(learnt, teacher, len(data.train))
+        student_data = _with_answers(student_data, teacher, len(data.train))
         objective = Objective(teacher=teacher, temperature=plan.temperature, distill_weight=plan.distill_weight)
         for member in small:
-            with journal.step(f"train {member.name}", folders[member.name]) as todo:
+            with journal.step(f"train {member.name}", folders[member.name], settings[member.name]) as todo:
                 if todo:
-                    _train(member, learnt, folders[member.name], objective)
-    made = work / "bundle"
-    with journal.step("export", made / MANIFEST) as todo:
+                    _train(_continued(member, big, folders[big.name]), student_data, folders[member.name], objective)
+    bundle = work / "bundle"
+    with journal.step("export", bundle, {"members": settings, "precision": plan.precision}) as todo:
         if todo:
-            export_bundle([str(folder) for folder in folders.values()], made, precision=plan.precision, calibrate=True)
-    with journal.step("tune", None):
-        runtime = open_whole(made, preload=True)
-        seen, other = (_collected(runtime, part) for part in (parts.tuning, parts.certification))
-        found = tune(runtime.bundle, seen, plan.question, held_out=other)
-        if found.chosen is None:  # nothing can be guaranteed: the biggest member alone loses nothing
-            found = replace(found, chosen=found.alone[-1])
-        write_tuning(made, runtime.bundle, found)
-    report = make_report(
-        plan,
-        found,
-        runtime,
-        records={name: json.loads((folder / RECORD).read_text("utf-8")) for name, folder in folders.items()},
-        seconds=journal.seconds,
-    )
+            sources = [str(folder) for folder in folders.values()]
+            export_bundle(sources, bundle, precision=plan.precision, calibrate=True)
+    with journal.step("tune", None, None):
+        runtime = open_whole(bundle, preload=True)
+        found, measured = _tuned(runtime, plan)
+        write_tuning(bundle, runtime.bundle, found)
+    records = {name: json.loads((folder / RECORD).read_text("utf-8")) for name, folder in folders.items()}
+    report = make_report(plan, found, runtime, measured, records=records, seconds=journal.seconds)
     write_report(report, work / REPORT)
     write_json(work / "report.json", report.to_json())
     with write_bundle(output, overwrite=overwrite) as folder:
-        shutil.copytree(made, folder, dirs_exist_ok=True)
-    shutil.rmtree(made)
+        shutil.copytree(bundle, folder, dirs_exist_ok=True)
+    _remove(bundle)
     return report
+
+
+def _tuned(runtime: CascadeRuntime, plan: Plan) -> tuple[TuningReport, Collected]:
+    """Choose members and thresholds; return them, and the members' answers to the certification part."""
+    tuning, measured = (_collected(runtime, part) for part in (plan.parts.tuning, plan.parts.certification))
+    found = tune(runtime.bundle, tuning, plan.question, held_out=measured)
+    if found.chosen is None:  # nothing can be guaranteed: the biggest member alone loses nothing
+        found = replace(found, chosen=found.alone[-1], held_out=members_alone(runtime.bundle, measured)[-1])
+    return found, measured
+
+
+def _claim(work: Path, settings: dict[str, Any]) -> None:
+    """Make the work folder, or raise CascadeError if it belongs to a build on other data."""
+    file = work / "data.json"
+    if file.is_file() and json.loads(file.read_text("utf-8")) != settings:
+        raise CascadeError(
+            f"{work} belongs to a build on other data, or on another split of them; choose another output folder, or "
+            "delete that folder"
+        )
+    for stale in (*work.glob(".*.partial-*"), *work.glob(".removed-*")):
+        shutil.rmtree(stale, ignore_errors=True)
+    work.mkdir(parents=True, exist_ok=True)
+    write_json(file, settings)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or folder so that a kill leaves it whole, or under a name that nothing reads."""
+    if path.exists():
+        aside = path.with_name(f".removed-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink()
+
+
+def _continued(member: MemberPlan, big: MemberPlan, folder: Path) -> MemberPlan:
+    """Return the plan of a member that is cut out of the big one: it starts from the fine-tuned layers."""
+    if member.truncated is None or member.base != big.base:
+        return member
+    return replace(member, base=str(folder), tokenizer=None)
 
 
 def _train(member: MemberPlan, data: TaskData, folder: Path, objective: Objective) -> None:
@@ -121,7 +158,7 @@ def _train(member: MemberPlan, data: TaskData, folder: Path, objective: Objectiv
 
 def _as_begun(plan: Plan, journal: Journal) -> Plan:
     """Return the plan in the number format that the build began with: to measure again could choose the other."""
-    bf16 = journal.fact("bf16", plan.members[0].recipe.bf16)
+    bf16 = journal.bf16(plan.members[0].recipe.bf16) if plan.bf16 is None else plan.bf16
     members = tuple(replace(member, recipe=replace(member.recipe, bf16=bf16)) for member in plan.members)
     return replace(plan, members=members)
 
@@ -132,7 +169,7 @@ def _with_unlabelled(data: TaskData, unlabelled: Sequence[Text]) -> TaskData:
     return replace(data, train=Examples([*train.texts, *unlabelled], [*train.labels, *([0] * len(unlabelled))]))
 
 
-def _answered(data: TaskData, teacher: NDArray[np.float32], labelled: int) -> TaskData:
+def _with_answers(data: TaskData, teacher: NDArray[np.float32], labelled: int) -> TaskData:
     """Return the data with the teacher's answers as the labels of the unlabelled texts, which are the last."""
     labels = [*data.train.labels[:labelled], *teacher[labelled:].argmax(axis=-1).tolist()]
     return replace(data, train=Examples(data.train.texts, labels))
@@ -142,7 +179,7 @@ def _collected(runtime: CascadeRuntime, part: Examples) -> Collected:
     return collect(runtime, part.texts, np.array(part.labels, dtype=np.intp), cache=cache_folder())
 
 
-def _keep(path: Path, array: NDArray[np.float32]) -> None:
+def _write_array(path: Path, array: NDArray[np.float32]) -> None:
     """Write an array so that its file appears only when it is complete."""
     with (part := path.with_name(f".{path.name}")).open("wb") as stream:
         np.save(stream, array)
@@ -150,31 +187,41 @@ def _keep(path: Path, array: NDArray[np.float32]) -> None:
 
 
 class Journal:
-    """What a build has done so far, and how long it took, in a file that survives the build."""
+    """What a build has done so far: the settings and the time of each step, in a file that survives the build."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._kept: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-        self.seconds: dict[str, float] = self._kept.setdefault("seconds", {})
+        self._state: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        self._settings: dict[str, str] = self._state.setdefault("settings", {})
+        self.seconds: dict[str, float] = self._state.setdefault("seconds", {})
         """Time of each step, over all calls."""
 
-    def fact(self, name: str, value: bool) -> bool:
-        """Return what the first call had as `value`."""
-        found = bool(self._kept.setdefault(name, value))
-        write_json(self._path, self._kept)
-        return found
+    def bf16(self, measured: bool) -> bool:
+        """Return whether the first call trained in bfloat16; this call's measurement if there was none."""
+        first = bool(self._state.setdefault("bf16", measured))
+        write_json(self._path, self._state)
+        return first
 
     @contextmanager
-    def step(self, name: str, result: Path | None) -> Iterator[bool]:
-        """Announce a step and take its time; gives False if its result is there already."""
-        if result is not None and result.exists():
+    def step(self, name: str, result: Path | None, settings: object) -> Iterator[bool]:
+        """Announce a step and take its time; give False if its result, with these settings, is there already."""
+        now = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        if result is not None and self._settings.get(name, now) != now:
+            print(f"{name}: again, because its settings have changed", file=sys.stderr)
+            _remove(result)
+            _remove(result.with_name(f"{result.name}.training"))
+            self.seconds.pop(name, None)
+        elif result is not None and result.exists():
             print(f"{name}: done before", file=sys.stderr)
             yield False
             return
-        print(f"{name}", file=sys.stderr)
+        else:
+            print(name, file=sys.stderr)
+        self._settings[name] = now
+        write_json(self._path, self._state)
         started = perf_counter()
         try:
             yield True
         finally:  # also of a step that was interrupted
             self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - started
-            write_json(self._path, self._kept)
+            write_json(self._path, self._state)

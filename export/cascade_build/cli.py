@@ -36,7 +36,12 @@ EXAMPLE = "cascade-rt build --train-file tickets.csv --big bases/12L --small bas
 def add_arguments(parser: CommandParser) -> None:
     """Add the options."""
     add = parser.add_argument
-    add("--big", required=True, metavar="BASE", help="encoder of the biggest member: a Hugging Face folder or hub id")
+    add(
+        "--big",
+        required=True,
+        metavar="BASE",
+        help="encoder of the biggest member: a Hugging Face folder or hub id, or BASE=K",
+    )
     add(
         "--small",
         action="append",
@@ -46,6 +51,13 @@ def add_arguments(parser: CommandParser) -> None:
     )
     add("--output", required=True, type=Path, metavar="BUNDLE", help="the bundle's folder; work goes to BUNDLE.build")
     add("--unlabelled", type=Path, action="append", default=[], metavar="FILE", help="texts without labels; repeatable")
+    add(
+        "--augment",
+        type=int,
+        default=0,
+        metavar="N",
+        help="make N variants of each training text as texts without labels: words dropped, parts exchanged",
+    )
     add("--dry-run", action="store_true", help="show the plan, with estimated times, and do nothing")
     add("--overwrite", action="store_true", help="replace an existing bundle")
     add("--json", action="store_true", help="print the report, or the plan, as JSON")
@@ -71,7 +83,8 @@ def add_arguments(parser: CommandParser) -> None:
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--epochs", type=float, help="passes over the data (default: about 3,000 steps, 2 to 10)")
     recipe.add_argument("--small-epochs", type=float, help="of the small members (default: as the biggest)")
-    recipe.add_argument("--learning-rate", type=float, help="of all members (default: by their depth and width)")
+    recipe.add_argument("--learning-rate", type=float, help="of the biggest member (default: by depth and width)")
+    recipe.add_argument("--small-learning-rate", type=float, help="of the small members (default: likewise)")
     recipe.add_argument("--batch-size", type=int, default=32, help="texts per step, grouped by length")
     recipe.add_argument("--max-length", type=int, default=128, help="tokens; longer texts are cut")
     recipe.add_argument("--warmup-ratio", type=float, default=0.06, help="share of the steps that warm up")
@@ -81,9 +94,9 @@ def add_arguments(parser: CommandParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="train in bfloat16 (default: where it is faster, which is measured)",
     )
-    recipe.add_argument("--temperature", type=float, default=2.0, help="temperature of the distillation")
+    recipe.add_argument("--temperature", type=float, default=3.0, help="temperature of the distillation")
     recipe.add_argument(
-        "--distill-weight", type=float, default=0.7, help="weight of the biggest member's answers, out of 1"
+        "--distill-weight", type=float, default=0.9, help="weight of the biggest member's answers, out of 1"
     )
 
 
@@ -101,7 +114,14 @@ def run(options: argparse.Namespace) -> None:
     question = Question(max_drop=options.max_drop, confidence=options.confidence, cost=options.cost)
     data = data_from(options)
     unlabelled = _texts(options.unlabelled, data.pair, columns_from(options))
-    parts = split(data, unlabelled, share=options.reserve, seed=options.split_seed, built_in=options.task == SMART_HOME)
+    parts = split(
+        data,
+        unlabelled,
+        share=options.reserve,
+        seed=options.split_seed,
+        augment=options.augment,
+        built_in=options.task == SMART_HOME,
+    )
     recipe = Recipe(
         batch_size=options.batch_size,
         max_length=options.max_length,
@@ -118,12 +138,13 @@ def run(options: argparse.Namespace) -> None:
         epochs=options.epochs,
         small_epochs=options.small_epochs,
         learning_rate=options.learning_rate,
+        small_learning_rate=options.small_learning_rate,
     )
-    plan = Plan(parts, members, options.distill_weight, options.temperature, options.precision, question)
+    plan = Plan(parts, members, options.distill_weight, options.temperature, options.precision, question, options.bf16)
     if options.dry_run:
         found = steps(plan, estimated=True)
         if options.json:
-            print(json.dumps({"plan": plan.described(), "steps": [vars(step) for step in found]}))
+            print(json.dumps({"data": plan.data_settings(), "steps": [vars(step) for step in found]}))
         else:
             print(_plan(plan, found))
         return
@@ -140,7 +161,7 @@ def _texts(files: Sequence[Path], pair: bool, columns: tuple[str, ...] | None) -
     found: list[Text] = []
     for file in files:
         named = None if file.suffix.lower() == ".txt" else columns
-        found += [row.text for row in read_examples(file, pair=pair, columns=named)]
+        found += [row.text for row in read_examples(file, pair=pair, columns=named) if "".join(row.text).strip()]
     return found
 
 
@@ -193,7 +214,7 @@ def _result(report: BuildReport) -> str:
         )
     lines = [
         table(["", "layers", "exits", "accuracy", "F1", "DIS", "ECE", "ms per text", "speed-up"], rows),
-        f"{report.texts['certification']} texts that nothing was chosen by; figures in %; thresholds "
+        f"{report.texts['certification']} test texts, used for no choice; figures in %; thresholds "
         + (", ".join(f"{tau:.4f}" for tau in cascade.thresholds) or "none")
         + f", layer speed-up {cascade.layer_speedup:.2f}x",
         f"verdict: {report.tuning.verdict}",

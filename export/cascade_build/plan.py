@@ -11,20 +11,31 @@ from typing import Any
 
 import numpy as np
 import torch
+from cascade_export.checkpoint import member_name
 from cascade_export.export import AUTO
 from cascade_export.precision import PRECISIONS
-from cascade_train.finetune import Objective, Recipe, collator, described_examples, features, load_base
+from cascade_train.finetune import (
+    Objective,
+    Recipe,
+    check_length,
+    collator,
+    described_examples,
+    device,
+    features,
+    load_base,
+)
 from cascade_train.tasks import Examples, TaskData, load_part, reserve
 from transformers import AutoConfig, AutoTokenizer
 
+from cascade_build.augment import variants
 from cascade_rt.errors import InputError, InvalidOption, first_line
 from cascade_rt.tuning.collect import FEWEST_TEXTS
 from cascade_rt.tuning.report import Question
 from cascade_rt.types import Text
 
-_STEPS = 3000  # of the biggest member, unless the epochs are given
-_EPOCHS = (2, 10)
-_RATE, _HIGHEST_RATE = 5e-5, 2e-4  # of 12 layers of 384; the highest of all
+_STEPS = 3000  # of a member, about, unless the epochs are given
+_MOST_EPOCHS = 10
+_RATE, _HIGHEST_RATE = 7.5e-5, 6e-4  # of 12 layers of 384; the highest of all
 
 
 @dataclass(frozen=True)
@@ -38,7 +49,7 @@ class Parts:
     certification: Examples
     """What nothing is chosen by: it certifies and measures the result."""
     unlabelled: list[Text]
-    """What small members learn from the biggest one's answers."""
+    """Texts to which small members learn the biggest one's answers: without labels, or variants of training texts."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,8 @@ class Plan:
     temperature: float
     precision: str
     question: Question
+    bf16: bool | None = None
+    """As asked; None leaves the choice to a measurement, whose result may be another one later."""
 
     def __post_init__(self) -> None:
         """Raise InvalidOption for what would only fail after hours of training."""
@@ -73,23 +86,26 @@ class Plan:
         if self.precision not in (*PRECISIONS, AUTO):
             raise InvalidOption("precision", self.precision, f"one of {', '.join((*PRECISIONS, AUTO))}")
 
-    def described(self) -> dict[str, Any]:
-        """Return what a later run must share to continue this one."""
+    def data_settings(self) -> dict[str, Any]:
+        """Return what identifies the labelled data and their split."""
         parts = self.parts
+        examples = {"train": parts.data.train, "validation": parts.data.validation}
+        examples |= {"tuning": parts.tuning, "certification": parts.certification}
         return {
             "task": parts.data.name,
             "labels": list(parts.data.labels),
-            "data": {
-                "train": described_examples(parts.data.train),
-                "validation": described_examples(parts.data.validation),
-                "tuning": described_examples(parts.tuning),
-                "certification": described_examples(parts.certification),
-                "unlabelled": described_examples(Examples(parts.unlabelled, [0] * len(parts.unlabelled))),
-            },
-            "members": [asdict(replace(member, recipe=replace(member.recipe, bf16=False))) for member in self.members],
+            "data": {name: described_examples(part) for name, part in examples.items()},
+        }
+
+    def member_settings(self, member: MemberPlan) -> dict[str, Any]:
+        """Return what a member's weights depend on; a small member's depend on the biggest one's."""
+        own = asdict(replace(member, recipe=replace(member.recipe, bf16=bool(self.bf16))))
+        if member is self.members[0]:
+            return own
+        return own | {
+            "teacher": self.member_settings(self.members[0]),
+            "unlabelled": described_examples(Examples(self.parts.unlabelled, [0] * len(self.parts.unlabelled))),
             "distillation": {"weight": self.distill_weight, "temperature": self.temperature},
-            "precision": self.precision,
-            "question": asdict(self.question),
         }
 
 
@@ -104,33 +120,55 @@ class Step:
     """Estimated; None where it was not."""
 
 
-def split(data: TaskData, unlabelled: Sequence[Text], *, share: float, seed: int, built_in: bool = False) -> Parts:
+def split(
+    data: TaskData,
+    unlabelled: Sequence[Text],
+    *,
+    share: float,
+    seed: int,
+    augment: int = 0,
+    built_in: bool = False,
+) -> Parts:
     """Split the data once.
 
     Tuning and certification take about a `share` each; the built-in task brings its own parts. Of texts that occur more
     than once the first is kept, and unlabelled texts that are labelled elsewhere are left out: a text that a member has
-    learnt says nothing about others. Raises InputError for too few texts, or too few of a label.
+    learnt says nothing about others. `augment` adds that many variants of each training text to the unlabelled ones.
+    Raises InputError for too few texts, or too few of a label.
     """
+    if not 0 <= augment <= 100:
+        raise InvalidOption("augment", augment, "a whole number from 0 to 100")
     if not 0 < share < 0.4:
         raise InvalidOption("reserve", share, "a number above 0 and below 0.4 (0.1 is usual)")
-    rows = dict(zip(reversed(data.train.texts), reversed(range(len(data.train))), strict=True))  # of each first one
-    data = replace(data, train=data.train.take(sorted(rows[text] for text in rows.keys() - set(data.validation.texts))))
+    seen = {_spelling(text) for text in data.validation.texts}
+    rows = []
+    for row, text in enumerate(data.train.texts):
+        if (key := _spelling(text)) not in seen:
+            seen.add(key)
+            rows.append(row)
+    data = replace(data, train=data.train.take(rows))
     if built_in:
         tuning, certification = load_part("tuning"), load_part("heldout")
     else:
         _check_size(data, share)
         data, tuning, certification = reserve(data, share, seed)
-    known = {text for part in (data.train, data.validation, tuning, certification) for text in part.texts}
-    return Parts(data, tuning, certification, [text for text in dict.fromkeys(unlabelled) if text not in known])
+    seen |= {_spelling(text) for part in (tuning, certification) for text in part.texts}
+    more = {_spelling(text): text for text in reversed([*unlabelled, *variants(data.train.texts, augment, seed)])}
+    return Parts(data, tuning, certification, [text for key, text in reversed(more.items()) if key not in seen])
+
+
+def _spelling(text: Text) -> str:
+    """Return a text without what most tokenizers ignore, case and spacing, to find duplicates."""
+    return "\t".join(" ".join(part.lower().split()) for part in ([text] if isinstance(text, str) else text))
 
 
 def _check_size(data: TaskData, share: float) -> None:
     """Raise InputError where a part would be too small to choose by, or a label too rare to be in every part."""
-    texts = len(data.train) + len(data.validation)
-    if share * texts < FEWEST_TEXTS:
+    least = math.ceil(FEWEST_TEXTS * (1 - share) / share) + 1
+    if len(data.train) < least:
         raise InputError(
-            f"found {texts} texts, expected at least {math.ceil(FEWEST_TEXTS / share)}: {share:.0%} of them choose "
-            f"thresholds, and that takes {FEWEST_TEXTS} or more; add texts, or set aside a larger `reserve`"
+            f"found {len(data.train)} training texts, expected at least {least}, to set aside twice {FEWEST_TEXTS} for "
+            "thresholds and for the measurement; add texts, or set aside a larger `reserve`"
         )
     counts = np.bincount(data.train.labels, minlength=len(data.labels))
     least = math.ceil((1 - share) / share)
@@ -138,8 +176,7 @@ def _check_size(data: TaskData, share: float) -> None:
         some = ", ".join(f"{data.labels[index]!r} {counts[index]}" for index in rare[:5]) + ", ..." * (len(rare) > 5)
         raise InputError(
             f"found labels with few training texts ({some}), expected at least {least} of each, so that some are in "
-            "every part; add texts of these labels, merge them into others, or set aside a "
-            "larger `reserve`"
+            "every part; add texts of these labels, merge them into others, or set aside a larger `reserve`"
         )
 
 
@@ -153,47 +190,53 @@ def plan_members(
     epochs: float | None = None,
     small_epochs: float | None = None,
     learning_rate: float | None = None,
+    small_learning_rate: float | None = None,
 ) -> tuple[MemberPlan, ...]:
     """Return the members, the biggest first, from bases written as DIR or DIR=LAYERS.
 
-    Without `epochs` the biggest member takes about 3,000 steps, in 2 to 10 epochs; `small_epochs`, of the others, are
-    as many unless given. Without `learning_rate` deeper and wider members get lower ones. Raises InputError for a base
-    that cannot be read, and InvalidOption for a small member that is not smaller.
+    Without `epochs` a member takes about 3,000 steps, in at most 10 epochs, and the biggest in at least 2.
+    `small_epochs` and `small_learning_rate` are for the others. Without learning rates deeper and wider members get
+    lower ones. Raises InputError for a base that cannot be read, and InvalidOption for a small member that is not
+    smaller.
     """
-    read = [_base(written) for written in (big, *small)]
-    biggest = read[0]
+    read = [_base("big", big), *(_base("small", written) for written in small)]
+    shared = read[1][0] if len(read) > 1 else read[0][0]  # the bundle's tokenizer: that of a small member, as in export
     members: list[MemberPlan] = []
     for base, truncated, config in read:
         layers = truncated or int(config.num_hidden_layers)
-        if members and layers >= members[0].layers:
-            raise InvalidOption(
-                "small", base, f"encoders with fewer layers than the {members[0].layers} of {biggest[0]}"
-            )
-        if recipe.max_length > (most := getattr(config, "max_position_embeddings", recipe.max_length)):
-            raise InvalidOption("max_length", recipe.max_length, f"at most {most}, the positions of {base}")
-        rate = learning_rate or min(_HIGHEST_RATE, _RATE * (12 / layers) * (384 / config.hidden_size))
-        steps = -(-(train if not members else train + unlabelled) // recipe.batch_size)
-        own = (
-            (small_epochs if members else None)
-            or epochs
-            or float(np.clip(round(_STEPS / -(-train // recipe.batch_size)), *_EPOCHS))
-        )
+        size = (layers, layers * config.hidden_size**2)
+        if not members:
+            biggest = size
+        elif size[0] > biggest[0] or size[1] >= biggest[1]:
+            raise InvalidOption("small", base, f"an encoder that is smaller than {read[0][0]} ({biggest[0]} layers)")
+        asked_rate, asked_epochs = (learning_rate, epochs) if not members else (small_learning_rate, small_epochs)
+        rate = min(_HIGHEST_RATE, _RATE * (12 / layers) * (384 / config.hidden_size))
+        each = -(-(train + (unlabelled if members else 0)) // recipe.batch_size)
+        usual = float(np.clip(round(_STEPS / each), 1 if members else 2, _MOST_EPOCHS))
+        own = usual if asked_epochs is None else asked_epochs
         members.append(
             MemberPlan(
                 name=_name(layers, base, members),
                 base=base,
                 truncated=truncated,
                 layers=layers,
-                tokenizer=None if _same_tokenizer(base, biggest[0]) else biggest[0],
+                tokenizer=None if _same_tokenizer(base, shared) else shared,
                 recipe=replace(
                     recipe,
                     epochs=own,
-                    learning_rate=float(f"{rate:.2g}"),
-                    evaluations_per_epoch=max(1, min(4, round(4 / own), steps)),
+                    learning_rate=float(f"{rate:.2g}") if asked_rate is None else asked_rate,
+                    evaluations_per_epoch=max(1, min(4, round(4 / own))) if own else 1,
                 ),
             )
         )
     return tuple(members)
+
+
+def preflight(plan: Plan) -> None:
+    """Load every base under the bundle's tokenizer, so that what does not fit is found before anything is trained."""
+    for member in plan.members:
+        tokenizer, model = load_base(member.base, plan.parts.data.labels, member.truncated, member.tokenizer)
+        check_length(member.recipe.max_length, member.base, tokenizer, model)
 
 
 def steps(plan: Plan, estimated: bool) -> list[Step]:
@@ -227,9 +270,9 @@ def steps(plan: Plan, estimated: bool) -> list[Step]:
     return found
 
 
-def _base(written: str) -> tuple[str, int | None, Any]:
+def _base(role: str, written: str) -> tuple[str, int | None, Any]:
     base, equals, layers = written.rpartition("=")
-    if not equals or not layers.isdecimal():
+    if not equals or not layers.isdecimal() or Path(written).is_dir():
         base, layers = written, ""
     try:
         config = AutoConfig.from_pretrained(base)
@@ -239,7 +282,7 @@ def _base(written: str) -> tuple[str, int | None, Any]:
             "and a network, with =K behind it to keep only the first K layers"
         ) from error
     if layers and not 1 <= int(layers) <= config.num_hidden_layers:
-        raise InvalidOption("small", written, f"1 to {config.num_hidden_layers} layers of {base}")
+        raise InvalidOption(role, written, f"1 to {config.num_hidden_layers} layers of {base}")
     return base, int(layers) if layers else None, config
 
 
@@ -248,7 +291,7 @@ def _name(layers: int, base: str, others: Sequence[MemberPlan]) -> str:
     name = f"{layers}L"
     taken = {member.name for member in others}
     if name in taken:
-        name = f"{name}-{Path(base).name}"
+        name = f"{name}-{member_name(base)}"
     while name in taken:
         name += "-2"
     return name
@@ -257,7 +300,10 @@ def _name(layers: int, base: str, others: Sequence[MemberPlan]) -> str:
 def _same_tokenizer(one: str, other: str) -> bool:
     if one == other:
         return True
-    first, second = (AutoTokenizer.from_pretrained(base) for base in (one, other))
+    try:
+        first, second = (AutoTokenizer.from_pretrained(base) for base in (one, other))
+    except Exception as error:
+        raise InputError(f"cannot read the tokenizers of {one} and {other} ({first_line(error)})") from error
     texts = ["A first text, and then some 1,234 more.", "naïve Zürich 🙂 don't"]
     return bool(
         first.get_vocab() == second.get_vocab()
@@ -268,18 +314,22 @@ def _same_tokenizer(one: str, other: str) -> bool:
 
 def _seconds_per_text(member: MemberPlan, data: TaskData) -> float:
     """Return the time of a training step here, per text, with texts of usual length."""
-    tokenizer, model = load_base(member.base, data.labels, member.truncated, tokenizer=member.tokenizer)
+    tokenizer, model = load_base(member.base, data.labels, member.truncated, member.tokenizer)
+    model.to(device())
     size = min(member.recipe.batch_size, len(data.train))
     some = data.train.take(np.linspace(0, len(data.train) - 1, 4 * size).astype(int).tolist())
     rows = features(tokenizer, model, some, member.recipe.max_length)
     rows.sort(key=lambda row: len(row["input_ids"]))
     collate: Callable[[Any], Any] = collator(tokenizer)
-    batches = [collate(rows[start : start + size]) for start in range(0, 4 * size, size)]  # of all lengths
+    batches = [  # of all lengths
+        {name: values.to(device()) for name, values in collate(rows[start : start + size]).items()}
+        for start in range(0, 4 * size, size)
+    ]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9)
     model.train()
 
     def step(batch: Any) -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=member.recipe.bf16):
+        with torch.autocast(device(), torch.bfloat16, enabled=member.recipe.bf16):
             loss = model(**batch).loss
         loss.backward()
         optimizer.step()

@@ -18,9 +18,11 @@ from cascade_rt.benchmark.machine import describe
 from cascade_rt.engine.exit_rules import MaximumProbability
 from cascade_rt.engine.probabilities import confidence, softmax
 from cascade_rt.io.writers import open_output
+from cascade_rt.tuning.collect import Collected
 from cascade_rt.tuning.evaluation import CascadeQuality, MemberQuality, evaluate
 from cascade_rt.tuning.plot import draw_front
 from cascade_rt.tuning.report import TuningReport
+from cascade_rt.tuning.tune import members_alone
 from cascade_rt.types import Text
 
 if TYPE_CHECKING:
@@ -86,13 +88,15 @@ def make_report(
     plan: Plan,
     found: TuningReport,
     runtime: CascadeRuntime,
+    held_out: Collected,
     *,
     records: Mapping[str, Mapping[str, Any]],
     seconds: Mapping[str, float],
 ) -> BuildReport:
     """Measure the chosen point on the certification part, and collect what a reader wants to know.
 
-    `runtime`: with all members; `records`: what training recorded of each, by name.
+    `runtime`: with all members; `held_out`: their answers to the certification part; `records`: what training recorded
+    of each, by name.
     """
     if found.chosen is None or found.held_out is None:
         raise ValueError("a report needs a chosen point")
@@ -123,7 +127,9 @@ def make_report(
             member.other.get("temperature", {}).get("value"),
             alone.latency_ms,
         )
-        for member, quality, alone in zip(members, everything.members, found.alone, strict=True)
+        for member, quality, alone in zip(
+            members, everything.members, members_alone(runtime.bundle, held_out), strict=True
+        )
     ]
     report = BuildReport(
         task=plan.parts.data.name,
@@ -211,11 +217,12 @@ def _advice(report: BuildReport, records: Mapping[str, Mapping[str, Any]]) -> li
         history = record["validation"]["history"]
         values = [entry[f"eval_{record['metric']}"] for entry in history]
         if len(values) > 2 and values[-1] == max(values) and values[-1] > values[-2]:
-            found.append(f"{name} was best at its last validation: more epochs (--epochs) may help.")
-    if chosen is not None and len(chosen.members) == 1:
+            option = "--epochs" if name == biggest.quality.name else "--small-epochs"
+            found.append(f"{name} was best at its last validation: more epochs ({option}) may help.")
+    if chosen is not None and chosen.members == [biggest.quality.name]:
         found.append(
-            "A cascade does not pay with these members. A better small member changes that: give unlabelled texts "
-            "(--unlabelled) or start it from an encoder that cascade-rt distil made from the biggest one."
+            "No cascade of these members is better. A better small member changes that: give unlabelled texts "
+            "(--unlabelled, --augment), or start it from an encoder that cascade-rt distil made from the biggest one."
         )
     elif report.early_errors:
         found.append(
@@ -225,7 +232,7 @@ def _advice(report: BuildReport, records: Mapping[str, Mapping[str, Any]]) -> li
     if not report.texts["unlabelled"] and len(report.members) > 1:
         found.append(
             "Texts without labels (--unlabelled), for instance from your logs, let small members learn the biggest "
-            "one's answers: that is often the cheapest accuracy."
+            "one's answers. --augment makes such texts from the training texts."
         )
     if (error := biggest.quality.ece) > _OVERCONFIDENT:
         found.append(

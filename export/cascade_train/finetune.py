@@ -155,9 +155,7 @@ def finetune(
     }
     set_seed(recipe.seed)
     member_tokenizer, model = load_base(base, data.labels, layers, tokenizer)
-    longest = int(min(usable_positions(model), member_tokenizer.model_max_length))
-    if recipe.max_length > longest:
-        raise InvalidOption("max_length", recipe.max_length, f"at most {longest}, the positions of {base}")
+    check_length(recipe.max_length, base, member_tokenizer, model)
     claim(work, run)
     trainer = _trainer(model, member_tokenizer, data, recipe, objective, output, work)
     resume = last_whole_checkpoint(work)
@@ -180,6 +178,13 @@ def finetune(
     finished.rename(output)
     shutil.rmtree(work)
     return record
+
+
+def check_length(max_length: int, base: str, tokenizer: PreTrainedTokenizerFast, model: Any) -> None:
+    """Raise InvalidOption for more tokens than the model has positions for."""
+    longest = int(min(usable_positions(model), tokenizer.model_max_length))
+    if max_length > longest:
+        raise InvalidOption("max_length", max_length, f"at most {longest}, the positions of {base}")
 
 
 def last_linear(model: Any) -> torch.nn.Linear:
@@ -236,7 +241,7 @@ def logits_of(
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForSequenceClassification.from_pretrained(source).eval()
+        model = AutoModelForSequenceClassification.from_pretrained(source).eval().to(device())
     except Exception as error:
         raise cannot_load(source, error) from error
     found = tuple(model.config.id2label[index] for index in range(model.config.num_labels))
@@ -246,6 +251,11 @@ def logits_of(
         )
     with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
         return answers(tokenizer, model, features(tokenizer, model, examples, max_length))
+
+
+def device() -> str:
+    """Return where models are trained and run: where the Trainer puts them."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def answers(tokenizer: PreTrainedTokenizerFast, model: Any, rows: list[dict[str, Any]]) -> NDArray[np.float32]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -11,12 +12,14 @@ from random import Random
 import cascade_build.build as module
 import numpy as np
 import pytest
+import torch
 from cascade_build.plan import plan_members, split
 from cascade_build.report import BuildReport, WrongEarly, write_report
 from cascade_train.finetune import Recipe
 from cascade_train.tasks import Examples, TaskData
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from cascade_rt import CascadeRuntime, read_bundle
 from cascade_rt.cli import main
@@ -94,7 +97,7 @@ def test_no_text_is_in_two_parts(built: Path) -> None:
     assert [len(part) for part in parts] == [70, 70, 70]
     everything = {text for text, _ in rows(700, 1)}
     assert set(held) < everything
-    recorded = json.loads((work / "run.json").read_text("utf-8"))["data"]
+    recorded = json.loads((work / "data.json").read_text("utf-8"))["data"]
     assert recorded["train"]["rows"] == 490
 
 
@@ -102,7 +105,7 @@ def test_the_small_member_learns_from_unlabelled_texts_too(built: Path) -> None:
     record = json.loads((built / "bundle.build/members/1L/cascade_train.json").read_text("utf-8"))
     unlabelled = {text for text, _ in rows(60, 2)} - {text for text, _ in rows(700, 1)}
     assert record["data"]["train"]["rows"] == 490 + len(unlabelled) > 490
-    assert record["objective"]["distillation"] == {"temperature": 2.0, "weight": 0.7}
+    assert record["objective"]["distillation"] == {"temperature": 3.0, "weight": 0.9}
     answers = np.load(built / "bundle.build/answers-4L.npy")
     assert answers.shape == (490 + len(unlabelled), 2)
 
@@ -145,6 +148,23 @@ def test_texts_are_escaped_in_the_page(built: Path, tmp_path: Path) -> None:
     assert "&lt;script&gt;x" in page
 
 
+def test_a_member_cut_out_of_the_big_one_starts_from_its_fine_tuned_layers(
+    bases: tuple[str, str], tmp_path: Path
+) -> None:
+    _write(tmp_path / "data.csv", rows(600, 5))
+    still = "--small-epochs 0.001 --small-learning-rate 1e-12"
+    arguments = (
+        f"--train-file data.csv --big {bases[0]} --small {bases[0]}=1 --output bundle --augment 1 {TRAINED} {still}"
+    )
+    assert main(["build", *arguments.split()]) == 0
+    members = tmp_path / "bundle.build/members"
+    big, small = (load_file(members / name / "model.safetensors") for name in ("4L", "1L"))
+    assert set(small) < set(big)
+    assert all(torch.allclose(small[name], big[name], atol=1e-6) for name in small)
+    record = json.loads((members / "1L/cascade_train.json").read_text("utf-8"))
+    assert record["data"]["train"]["rows"] > 420 * 1.7, "with a variant of almost every text"
+
+
 class _Killed(BaseException):
     pass
 
@@ -183,13 +203,39 @@ def test_a_killed_build_goes_on_where_it_was(
     assert "bundle exists" in capsys.readouterr().err
 
 
-def test_another_build_does_not_continue_it(
-    built: Path, bases: tuple[str, str], capsys: pytest.CaptureFixture[str]
+def test_a_build_on_other_data_does_not_continue_it(
+    built: Path, bases: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = f"--train-file {built}/data.csv --big {bases[0]} --small {bases[1]} --output {built}/bundle {TRAINED}"
+    _write(tmp_path / "data.csv", rows(650, 9))
+    arguments = f"--train-file data.csv --big {bases[0]} --small {bases[1]} --output {built}/bundle {TRAINED}"
     assert main(["build", *arguments.split(), "--overwrite"]) == 2
-    assert "unfinished" in (error := capsys.readouterr().err)
+    assert "belongs to a build on other data" in (error := capsys.readouterr().err)
     assert error.count("\n") == 1
+
+
+def test_steps_whose_settings_changed_are_repeated_and_only_those(
+    built: Path, bases: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(built, tmp_path / "again")
+    arguments = (
+        f"build --train-file {built}/data.csv --big {bases[0]} --small {bases[1]} --output {folder}/bundle {TRAINED}"
+    )
+    arguments += f" --unlabelled {built}/more.txt --max-drop 0.05 --confidence 0.999 --cost layers --small-epochs 1"
+    capsys.readouterr()
+    assert main([*arguments.split(), "--overwrite"]) == 0
+    steps = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("training ")]
+    assert steps == [
+        "train 4L: done before",
+        "answers of 4L: done before",
+        "train 1L: again, because its settings have changed",
+        "export: again, because its settings have changed",
+        "tune",
+    ]
+    report = json.loads((folder / "bundle.build/report.json").read_text("utf-8"))
+    assert report["tuning"]["guarantee"]["certified"] == 0, "70 texts cannot certify that"
+    assert report["tuning"]["chosen"]["members"] == ["4L"]
+    assert report["cascade"]["accuracy"] == report["members"][-1]["quality"]["accuracy"]
+    assert read_bundle(folder / "bundle").members[0].precision == "fp32"
 
 
 def test_a_dry_run_shows_the_plan_and_writes_nothing(
@@ -220,7 +266,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(
         ("--small SMALL --max-length 100", "--max-length: found 100, expected at most 64"),
         ("--small SMALL --precision int3", "--precision: found 'int3', expected one of fp32"),
         ("--small SMALL --reserve 0.5", "--reserve: found 0.5"),
-        ("--small SMALL --reserve 0.05", "found 600 texts, expected at least 1000: 5% of them"),
+        ("--small SMALL --reserve 0.05", "found 540 training texts, expected at least 951"),
         ("--small SMALL --distill-weight 2", "--distill-weight: found 2"),
         ("--small SMALL --max-drop 2", "--max-drop: found 2"),
     ],
@@ -276,5 +322,5 @@ def test_deeper_and_wider_members_get_lower_rates(bases: tuple[str, str], tmp_pa
     assert (big.name, small.name) == ("4L", "3L")
     assert small.recipe.learning_rate >= big.recipe.learning_rate
     assert big.recipe.epochs == 10, "3,000 steps would be 23 epochs"
-    with pytest.raises(InvalidOption, match="fewer layers than the 4"):
+    with pytest.raises(InvalidOption, match="smaller than"):
         plan_members(bases[0], [bases[0]], 100, 0, recipe=Recipe(max_length=16))

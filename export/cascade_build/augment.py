@@ -1,0 +1,45 @@
+"""Variants of training texts: what small members learn the biggest one's answers to where unlabelled texts lack."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+
+from cascade_rt.types import Text
+
+_DROPPED = 0.2  # of the words, in every other variant
+
+
+def variants(texts: Sequence[Text], each: int, seed: int) -> list[Text]:
+    """Return up to `each` variants of every text that differ from all texts and from one another.
+
+    Half of them lack about a fifth of their words; in the other half, the first or last third is that of another text.
+    A variant need not make sense: it has no label, but the biggest member's answer. The same `seed` gives the same
+    variants. Of a pair, one text is varied.
+    """
+    draw = Random(seed)
+    found: dict[Text, None] = {}
+    for text in texts:
+        for _ in range(each):
+            other = draw.choice(texts)
+            if isinstance(text, str) or isinstance(other, str):
+                found[_varied(_side(text, 0), _side(other, 0), draw)] = None
+                continue
+            side = draw.randrange(2)
+            varied = _varied(text[side], other[side], draw)
+            found[(varied, text[1]) if side == 0 else (text[0], varied)] = None
+    known = set(texts)
+    return [text for text in found if text not in known and "".join(text).strip()]
+
+
+def _side(text: Text, side: int) -> str:
+    return text if isinstance(text, str) else text[side]
+
+
+def _varied(text: str, other: str, draw: Random) -> str:
+    words, others = text.split(), other.split()
+    if draw.random() < 0.5:
+        return " ".join(word for word in words if draw.random() >= _DROPPED)
+    if draw.random() < 0.5:
+        return " ".join(words[: -(-2 * len(words) // 3)] + others[-(-2 * len(others) // 3) :])
+    return " ".join(others[: len(others) // 3] + words[len(words) // 3 :])
