@@ -15,7 +15,6 @@ from cascade_rt.io.readers import read_examples
 from cascade_rt.types import Text
 
 RESULTS = Path(__file__).parent / "results"
-TASKS = (*GLUE, "sick", "banking77", "clinc150")
 
 _RESERVED = 0.1  # for each part: checkpoints are chosen by one, thresholds by the next, and one certifies
 _SMALL = 6000  # training examples; with fewer, no part certifies

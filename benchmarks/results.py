@@ -24,7 +24,7 @@ from cascade_export.export import export_bundle
 from cascade_train import RECORD
 from cascade_train.finetune import Objective, Recipe, finetune, logits_of
 from cascade_train.tasks import Examples, TaskData
-from common import RESULTS, TASKS, Parts, read_parts, run_command
+from common import RESULTS, Parts, read_parts, run_command
 from numpy.typing import NDArray
 
 from cascade_rt import CascadeRuntime
@@ -74,11 +74,15 @@ def main() -> None:
         "rows": _rows(parts),
         "reported_on": parts.reported_on,
         "bases": {kind.name: Path(kind.base).name for kind in kinds},
+        "distillation": {"weight": options.distill_weight, "temperature": options.temperature},
+        "big_seeds": options.big_seeds,
         "seeds": [],
     }
     output: Path = options.output or RESULTS / f"results-{options.task}.json"
     for seed in range(options.seeds):
         folders = _trained(kinds, parts.data, work, seed, options)
+        recipes = {name: json.loads((folder / RECORD).read_text("utf-8")) for name, folder in folders.items()}
+        report["recipes"] = {name: record["recipe"] for name, record in recipes.items()}
         report["seeds"].append(_figures(folders, parts, work))
         write_json(output, report)
         _show(report)
@@ -136,14 +140,16 @@ def _trained(
     for kind in kinds:
         own = seed if kind.teacher or seed < options.big_seeds else 0
         folders[kind.name] = folder = work / f"{kind.name}-{own}"
-        if folder.exists():
-            continue
         layers = kind.layers or transformers.AutoConfig.from_pretrained(kind.base).num_hidden_layers
         recipe = _recipe(kind, own, layers, options)
+        if folder.exists():
+            if json.loads((folder / RECORD).read_text("utf-8"))["recipe"] != asdict(recipe):
+                raise InputError(f"{folder} was trained with another recipe; delete it, or choose another --work")
+            continue
         objective = Objective()
         if kind.teacher:
             soft = _logits(folders[kinds[0].name], data, data.train, "train", work)
-            objective = Objective(teacher=soft, distill_weight=options.distill_weight)
+            objective = Objective(teacher=soft, distill_weight=options.distill_weight, temperature=options.temperature)
         finetune(kind.base, data, folder, layers=kind.layers, recipe=recipe, objective=objective)
     return folders
 
@@ -264,7 +270,8 @@ def _show(report: Mapping[str, Any]) -> None:
 
     def over(values: Sequence[float | None]) -> str:
         known = [100 * value for value in values if value is not None]
-        return f"{np.mean(known):6.2f} +- {np.std(known):4.2f}" if known else "     -"
+        spread = f" +- {np.std(known):4.2f}" if len(set(known)) > 1 else ""
+        return f"{np.mean(known):6.2f}{spread}" if known else "     -"
 
     print(f"\n{report['task']}, {report['rows']}, {len(seeds)} seed(s), {metric}, DIS, ECE in %")
     for name in seeds[0]["alone"]:
@@ -289,7 +296,7 @@ def _show_exported(precision: str, found: Mapping[str, Any]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--task", required=True, choices=TASKS)
+    add("--task", required=True, choices=list(EPOCHS))
     add("--data", type=Path, required=True, help="folder with the task's files")
     add("--base", action="append", required=True, metavar="NAME=DIR", help="encoder of a member, the biggest first")
     add("--truncated", type=int, action="append", default=[], metavar="K", help="also the biggest's first K layers")
@@ -299,7 +306,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--longer", type=float, default=1.0, help="epochs of the others, times those of the biggest")
     add("--big-learning-rate", type=float, default=5e-5)
     add("--learning-rate", type=float, default=1e-4, help="of the others; twice as much up to 3 layers")
-    add("--distill-weight", type=float, default=0.7)
+    add("--distill-weight", type=float, default=0.9)
+    add("--temperature", type=float, default=3.0)
     add("--max-length", type=int, default=128)
     add("--bf16", action="store_true", help="train in bfloat16")
     add("--no-exported", dest="exported", action="store_false", help="train and measure in torch alone")

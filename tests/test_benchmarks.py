@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import LABELS, WORDS
+from .conftest import LABELS, WORDS, make_member
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -68,3 +68,29 @@ def test_peers_meet_in_one_run(member_folders: list[Path], tmp_path: Path) -> No
     assert len(exact) == 4
     assert len({contestants[name]["accuracy"] for name in exact}) == 1, "all run the same biggest model"
     assert report["cold_start"]["times_faster"]["median"] > 0
+
+
+def test_results_go_from_training_to_figures(tmp_path: Path) -> None:
+    bases = [make_member(tmp_path / f"base-{layers}", layers=layers, spread=0.05) for layers in (4, 1)]
+    fillers = [word for word in WORDS if word not in {"good", "bad"}]
+    rows = [
+        f"{fillers[row % 31]} {'good' if row % 2 else 'bad'} {fillers[row * 7 % 37]} {fillers[row // 31]},{row % 2}"
+        for row in range(800)
+    ]
+    (tmp_path / "train.csv").write_text("\n".join(["text,category", *rows]))
+    arguments = ["--task", "banking77", "--data", tmp_path, "--base", f"4L={bases[0]}", "--base", f"1L={bases[1]}"]
+    recipe = ["--epochs", 1, "--learning-rate", 1e-3, "--big-learning-rate", 1e-3, "--max-length", 16]
+    report = run("results.py", *arguments, "--truncated", 2, "--seeds", 2, *recipe, "--work", tmp_path / "work")
+    assert [sorted(seed["alone"]) for seed in report["seeds"]] == [["1L", "2L-truncated", "4L"]] * 2
+    assert report["seeds"][0]["alone"]["4L"] == report["seeds"][1]["alone"]["4L"], "one seed of the biggest"
+    assert report["recipes"]["1L"]["learning_rate"] == 2e-3
+    assert report["rows"]["reported"] == 108
+    for seed in report["seeds"]:
+        assert seed["cascades"].keys() == {"1L + 4L", "2L-truncated + 4L"}
+        assert seed["cascades"]["1L + 4L"].keys() == {"2", "3", "4"}
+        assert seed["cascades"]["2L-truncated + 4L"].keys() == {"2"}
+    for precision in ("fp32", "int8"):
+        ways = report["exported"][precision]["ways"]
+        assert {"1L-0", "4L-0", "2x by layers"} <= ways.keys()
+        assert ways["4L-0"]["layers"] == 4
+        assert ways["4L-0"]["bulk_speedup"]["median"] == 1

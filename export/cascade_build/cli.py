@@ -1,7 +1,7 @@
 """Build the best bundle from labelled texts: split once, train, export, tune, report.
 
 The biggest member learns the labels, the small ones its answers too, on texts without labels (--unlabelled) as well.
-Thresholds are chosen on texts that no member saw, and the result is measured on others that nothing was chosen by. A
+Thresholds are chosen on texts that no member saw, and the result is measured on a test set, used for no choice. A
 killed build continues when the same command is given again.
 """
 

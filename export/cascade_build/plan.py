@@ -47,7 +47,7 @@ class Parts:
     tuning: Examples
     """What thresholds are chosen by."""
     certification: Examples
-    """What nothing is chosen by: it certifies and measures the result."""
+    """A test set, used for no choice: it certifies and measures the result."""
     unlabelled: list[Text]
     """Texts to which small members learn the biggest one's answers: without labels, or variants of training texts."""
 

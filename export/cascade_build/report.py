@@ -61,7 +61,7 @@ class BuiltMember:
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What a build found. Qualities are on the certification part, which nothing was chosen by."""
+    """What a build found. Qualities are on the certification part, which is used for no choice."""
 
     task: str
     metric: str
@@ -227,7 +227,7 @@ def _advice(report: BuildReport, records: Mapping[str, Mapping[str, Any]]) -> li
     elif report.early_errors:
         found.append(
             f"{report.early_errors} of {report.texts['certification']} texts left early with a wrong answer; the most "
-            "confident ones are below. Look for wrong labels and for kinds of texts that training lacks."
+            "confident ones are above. Look for wrong labels and for kinds of texts that training lacks."
         )
     if not report.texts["unlabelled"] and len(report.members) > 1:
         found.append(

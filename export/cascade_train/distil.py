@@ -38,7 +38,7 @@ from cascade_rt.errors import InputError, InvalidOption
 from cascade_rt.io.readers import read_examples
 from cascade_rt.io.writers import write_json
 from cascade_train import RECORD
-from cascade_train.finetune import cannot_load, claim, last_whole_checkpoint
+from cascade_train.finetune import RECIPE_RANGES, cannot_load, check_length, check_ranges, claim, last_whole_checkpoint
 from cascade_train.hardware import bf16_pays
 from cascade_train.losses import hidden_state_error, mean_vector_cosine, relation_divergence
 from cascade_train.progress import Progress
@@ -66,19 +66,7 @@ class Distillation:
 
     def __post_init__(self) -> None:
         """Raise InvalidOption for a value out of range."""
-        for name, lowest, highest in (
-            ("epochs", 1e-3, 1e4),
-            ("steps", 1, 1e9),
-            ("learning_rate", 0, 1),
-            ("batch_size", 1, 1e5),
-            ("max_length", 3, 1e6),
-            ("warmup_ratio", 0, 1),
-            ("weight_decay", 0, 1),
-            ("seed", 0, 2**32 - 1),
-        ):
-            value = getattr(self, name)
-            if value is not None and not lowest <= value <= highest:
-                raise InvalidOption(name, value, f"a number from {lowest:g} to {highest:g}")
+        check_ranges(self, {**RECIPE_RANGES, "steps": (1, 1e9)})
 
 
 _EVALUATIONS = 10  # in a run, each with a checkpoint
@@ -124,9 +112,7 @@ def distil(
     deep = teacher.config.num_hidden_layers
     if not 1 <= layers < deep:
         raise InvalidOption("layers", layers, f"1 to {deep - 1}, fewer than the {deep} layers of {base}")
-    longest = int(min(teacher.config.max_position_embeddings, tokenizer.model_max_length))
-    if recipe.max_length > longest:
-        raise InvalidOption("max_length", recipe.max_length, f"at most {longest}, the positions of {base}")
+    check_length(recipe.max_length, base, tokenizer, teacher)
     picked = pick_layers(deep, layers)
     student = make_student(teacher, picked, base)
     if recipe.relations:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -40,6 +40,25 @@ from cascade_train.losses import difficulty_aware_regularization, distillation
 from cascade_train.progress import Progress
 from cascade_train.tasks import Examples, TaskData, write_examples
 
+RECIPE_RANGES: Mapping[str, tuple[float, float]] = {
+    "epochs": (1e-3, 1e4),
+    "learning_rate": (0, 1),
+    "batch_size": (1, 1e5),
+    "max_length": (3, 1e6),
+    "warmup_ratio": (0, 1),
+    "weight_decay": (0, 1),
+    "seed": (0, 2**32 - 1),
+}
+"""The lowest and the highest value of each setting of a recipe."""
+
+
+def check_ranges(settings: object, ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Raise InvalidOption for an attribute that is out of its range; None is in every range."""
+    for name, (lowest, highest) in ranges.items():
+        value = getattr(settings, name)
+        if value is not None and not lowest <= value <= highest:
+            raise InvalidOption(name, value, f"a number from {lowest:g} to {highest:g}")
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -59,19 +78,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Raise InvalidOption for a value out of range."""
-        for name, lowest, highest in (
-            ("epochs", 1e-3, 1e4),
-            ("learning_rate", 0, 1),
-            ("batch_size", 1, 1e5),
-            ("max_length", 3, 1e6),
-            ("warmup_ratio", 0, 1),
-            ("weight_decay", 0, 1),
-            ("seed", 0, 2**32 - 1),
-            ("evaluations_per_epoch", 1, 1e4),
-        ):
-            value = getattr(self, name)
-            if not lowest <= value <= highest:
-                raise InvalidOption(name, value, f"a number from {lowest:g} to {highest:g}")
+        check_ranges(self, {**RECIPE_RANGES, "evaluations_per_epoch": (1, 1e4)})
 
 
 @dataclass(frozen=True)
@@ -93,15 +100,8 @@ class Objective:
 
     def __post_init__(self) -> None:
         """Raise InvalidOption for a value out of range."""
-        for name, lowest, highest in (
-            ("dar_margin", 0, 1),
-            ("dar_weight", 0, 1e3),
-            ("temperature", 1e-2, 1e3),
-            ("distill_weight", 0, 1),
-        ):
-            value = getattr(self, name)
-            if not lowest <= value <= highest:
-                raise InvalidOption(name, value, f"a number from {lowest:g} to {highest:g}")
+        ranges = {"dar_margin": (0, 1), "dar_weight": (0, 1e3), "temperature": (1e-2, 1e3), "distill_weight": (0, 1)}
+        check_ranges(self, ranges)
 
     def described(self) -> dict[str, Any]:
         """Return the settings that a training record keeps."""
