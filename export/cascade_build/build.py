@@ -194,7 +194,7 @@ class Journal:
         self._state: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
         self._settings: dict[str, str] = self._state.setdefault("settings", {})
         self.seconds: dict[str, float] = self._state.setdefault("seconds", {})
-        """Time of each step, over all calls."""
+        """Time of each step, over all calls that could still write it down."""
 
     def bf16(self, measured: bool) -> bool:
         """Return whether the first call trained in bfloat16; this call's measurement if there was none."""
