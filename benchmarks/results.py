@@ -1,4 +1,4 @@
-"""Complete members on a real task, from training to figures: docs/results.md has the tables.
+"""Complete members on a real task, from training to figures.
 
     python benchmarks/results.py --task sst-2 --data DATA/sst2 --base 12L=E5 --base 6L=MINILM --base 3L=MINILM-L3
 
@@ -81,8 +81,8 @@ def main() -> None:
     output: Path = options.output or RESULTS / f"results-{options.task}.json"
     for seed in range(options.seeds):
         folders = _trained(kinds, parts.data, work, seed, options)
-        recipes = {name: json.loads((folder / RECORD).read_text("utf-8")) for name, folder in folders.items()}
-        report["recipes"] = {name: record["recipe"] for name, record in recipes.items()}
+        records = {name: json.loads((folder / RECORD).read_text("utf-8")) for name, folder in folders.items()}
+        report["recipes"] = {name: record["recipe"] for name, record in records.items()}
         report["seeds"].append(_figures(folders, parts, work))
         write_json(output, report)
         _show(report)
@@ -114,15 +114,10 @@ def _rows(parts: Parts) -> dict[str, int]:
 
 def _recipe(kind: Kind, seed: int, layers: int, options: argparse.Namespace) -> Recipe:
     epochs = options.epochs or EPOCHS[options.task]
-    rate = (
-        options.big_learning_rate
-        if not kind.teacher
-        else options.learning_rate
-        if layers > 3
-        else 2 * options.learning_rate
-    )
+    factor = 1 if layers > 3 else 2
+    rate = options.learning_rate * factor if kind.teacher else options.big_learning_rate
     return Recipe(
-        epochs=epochs if not kind.teacher else epochs * options.longer,
+        epochs=epochs * options.longer if kind.teacher else epochs,
         learning_rate=rate,
         max_length=options.max_length,
         warmup_ratio=0.06,

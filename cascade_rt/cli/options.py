@@ -94,10 +94,14 @@ def examples(options: argparse.Namespace, pair: bool, *, labelled: bool = False)
     """Yield the examples of the input file; `labelled` says that txt, which has no labels, will not do."""
     if labelled and options.input == "-" and options.format is None:
         raise InputError("found labelled texts on standard input without --format, expected --format jsonl, csv or tsv")
+    return read_examples(options.input, pair=pair, format=options.format, columns=columns_from(options))
+
+
+def columns_from(options: argparse.Namespace) -> tuple[str, ...] | None:
+    """Return the columns of the text, or of the pair; None for the usual names."""
     if options.pair_column and not options.text_column:
         raise InputError(f"found --pair-column {options.pair_column} alone, expected --text-column with it")
-    columns = tuple(column for column in (options.text_column, options.pair_column) if column) or None
-    return read_examples(options.input, pair=pair, format=options.format, columns=columns)
+    return tuple(column for column in (options.text_column, options.pair_column) if column) or None
 
 
 @contextmanager

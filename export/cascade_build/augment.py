@@ -1,4 +1,4 @@
-"""Variants of training texts: what small members learn the biggest one's answers to where unlabelled texts lack."""
+"""Variants of training texts, for distillation when there are no unlabelled texts."""
 
 from __future__ import annotations
 

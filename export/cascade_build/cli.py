@@ -1,6 +1,7 @@
 """Build the best bundle from labelled texts: split once, train, export, tune, report.
 
-The biggest member learns the labels, the small ones its answers too, on texts without labels (--unlabelled) as well.
+The biggest member is trained on the labels, the small ones also on its predictions, for texts without labels
+(--unlabelled) too.
 Thresholds are chosen on texts that no member saw, and the result is measured on a test set, used for no choice. A
 killed build continues when the same command is given again.
 """
@@ -15,9 +16,10 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cascade_train.cli.options import add_data, columns_from, data_from, need_training
+from cascade_train.cli.options import add_data, data_from, need_training
 from cascade_train.tasks import SMART_HOME
 
+from cascade_rt.cli.options import columns_from
 from cascade_rt.cli.parser import CommandParser
 from cascade_rt.cli.rendering import percent, table
 from cascade_rt.errors import MissingExtraError
@@ -142,7 +144,7 @@ def run(options: argparse.Namespace) -> None:
     )
     plan = Plan(parts, members, options.distill_weight, options.temperature, options.precision, question, options.bf16)
     if options.dry_run:
-        found = steps(plan, estimated=True)
+        found = steps(plan)
         if options.json:
             print(json.dumps({"data": plan.data_settings(), "steps": [vars(step) for step in found]}))
         else:
@@ -175,14 +177,12 @@ def _plan(plan: Plan, found: Sequence[Step]) -> str:
             ["step", "about", "what"],
             [[step.name, _duration(step.seconds), step.what] for step in found],
         ),
-        f"together about {_duration(sum(step.seconds or 0 for step in found))} on this machine",
+        f"together about {_duration(sum(step.seconds for step in found))} on this machine",
     ]
     return "\n".join(lines)
 
 
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
+def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 

@@ -116,8 +116,8 @@ class Step:
     name: str
     what: str
     texts: int
-    seconds: float | None
-    """Estimated; None where it was not."""
+    seconds: float
+    """Estimated from a few training steps here."""
 
 
 def split(
@@ -239,34 +239,30 @@ def preflight(plan: Plan) -> None:
         check_length(member.recipe.max_length, member.base, tokenizer, model)
 
 
-def steps(plan: Plan, estimated: bool) -> list[Step]:
-    """Return what a build does, in order; with `estimated`, how long it takes, from a few training steps here."""
+def steps(plan: Plan) -> list[Step]:
+    """Return what a build does, in order, and how long each step takes, from a few training steps here."""
     parts, found = plan.parts, []
     big, *small = plan.members
     train, fresh = len(parts.data.train), len(parts.unlabelled)
     forward: dict[str, float] = {}
     for member in plan.members:
         texts = train + (fresh if member is not big else 0)
-        seconds = None
-        if estimated:
-            each = _seconds_per_text(member, parts.data)
-            forward[member.name] = each / 3  # a training step is about three forward passes
-            validations = member.recipe.epochs * member.recipe.evaluations_per_epoch * len(parts.data.validation)
-            seconds = each * texts * member.recipe.epochs + forward[member.name] * validations
+        each = _seconds_per_text(member, parts.data)
+        forward[member.name] = each / 3  # a training step is about three forward passes
+        validations = member.recipe.epochs * member.recipe.evaluations_per_epoch * len(parts.data.validation)
+        seconds = each * texts * member.recipe.epochs + forward[member.name] * validations
         what = f"fine-tune {member.layers} layers of {Path(member.base).name}, {member.recipe.epochs:g} epochs at "
         what += f"{member.recipe.learning_rate:g}" + (f", with the answers of {big.name}" if member is not big else "")
         found.append(Step(f"train {member.name}", what, texts, seconds))
         if member is big and small:
             what = f"its answers to {train} training" + (f" and {fresh} unlabelled" if fresh else "") + " texts"
-            teacher = forward[big.name] * (train + fresh) if estimated else None
-            found.append(Step(f"answers of {big.name}", what, train + fresh, teacher))
+            found.append(Step(f"answers of {big.name}", what, train + fresh, forward[big.name] * (train + fresh)))
     checked, tuned = len(parts.data.validation), len(parts.tuning) + len(parts.certification)
     everything = sum(forward.values())
     what = f"{len(plan.members)} members in {plan.precision}, calibrated and checked on {checked} texts"
-    exported = 15.0 * len(plan.members) + 4 * everything * checked if estimated else None
-    found.append(Step("export", what, checked, exported))
+    found.append(Step("export", what, checked, 15.0 * len(plan.members) + 4 * everything * checked))
     what = f"choose on {len(parts.tuning)} texts, measure on {len(parts.certification)} others"
-    found.append(Step("tune", what, tuned, 10.0 + everything * tuned if estimated else None))
+    found.append(Step("tune", what, tuned, 10.0 + everything * tuned))
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from cascade_rt import CascadeRuntime
 from cascade_rt.benchmark.machine import describe
-from cascade_rt.engine.exit_rules import MaximumProbability
+from cascade_rt.engine.exit_rules import MaximumProbability, exits
 from cascade_rt.engine.probabilities import confidence, softmax
 from cascade_rt.io.writers import open_output
 from cascade_rt.tuning.collect import Collected
@@ -117,7 +117,7 @@ def make_report(
     ).cascade
     probabilities = softmax(logits)
     sure, answers = confidence(probabilities), probabilities.argmax(axis=-1)
-    wrong = _wrong_early(found, chosen, names, sure, answers, labels)
+    wrong = _wrong_early(chosen, found.chosen.thresholds, sure, answers != labels)
     report_members = [
         BuiltMember(
             quality,
@@ -156,13 +156,12 @@ def make_report(
             for member, row in wrong[:_WRONG_SHOWN]
         ],
         early_errors=len(wrong),
-        advice=[],
+        advice=[],  # from the rest, below
         seconds=dict(seconds),
         machine=describe(),
         reliability={name: reliability(sure[index], answers[index] == labels) for index, name in enumerate(names)},
     )
-    report.advice.extend(_advice(report, records))
-    return report
+    return replace(report, advice=_advice(report, records))
 
 
 def write_report(report: BuildReport, path: Path) -> None:
@@ -191,22 +190,19 @@ def _inline(svg: Path) -> str:
 
 
 def _wrong_early(
-    found: TuningReport,
-    chosen: list[int],
-    names: list[str],
-    sure: NDArray[np.float64],
-    answers: NDArray[np.intp],
-    labels: NDArray[np.intp],
+    chosen: list[int], thresholds: list[float], sure: NDArray[np.float64], wrong: NDArray[np.bool_]
 ) -> list[tuple[int, int]]:
-    """Return (member, row) of texts that left before the last chosen member with a wrong answer, surest first."""
-    if found.chosen is None:
-        return []
-    wrong, staying = [], np.ones(len(labels), dtype=bool)
-    for member, tau in zip(chosen[:-1], found.chosen.thresholds, strict=True):
-        leaving = staying & (sure[member] > tau)
-        wrong += [(member, int(row)) for row in np.flatnonzero(leaving & (answers[member] != labels))]
-        staying &= ~leaving
-    return sorted(wrong, key=lambda place: -sure[place])
+    """Return (member, row) of texts that left before the last chosen member with a wrong answer, surest first.
+
+    `sure` and `wrong`: (members, texts).
+    """
+    left_at = exits(sure[chosen], thresholds)
+    early = [
+        (chosen[place], int(row))
+        for row, place in enumerate(left_at)
+        if place < len(thresholds) and wrong[chosen[place], row]
+    ]
+    return sorted(early, key=lambda place: -sure[place])
 
 
 def _advice(report: BuildReport, records: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -1,7 +1,7 @@
 """General distillation: a complete k-layer encoder that learns a big encoder's hidden states on plain text.
 
 For encoders without a small sibling. The student has some of the big encoder's layers, picked across its depth, and its
-embeddings; it learns to end in the same hidden states. The result is a normal encoder folder, to fine-tune with
+embeddings; it is trained to match the last hidden states. The result is a normal encoder folder, to fine-tune with
 `cascade-rt train`. The training loop is transformers' `Trainer`; a killed run resumes where it was.
 """
 

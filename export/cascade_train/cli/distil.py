@@ -1,4 +1,4 @@
-"""Make a small encoder that computes what a big one does, from plain text (general distillation).
+"""Make a small encoder that matches a big one's hidden states on plain text (general distillation).
 
 For encoders without a small sibling. A killed run resumes when the same command is given again.
 """

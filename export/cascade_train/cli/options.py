@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from cascade_rt.cli.options import columns_from
 from cascade_rt.cli.parser import CommandParser
 from cascade_rt.errors import InputError, MissingExtraError
 from cascade_train.tasks import TASKS, TaskData, load_file, load_task
@@ -112,10 +113,3 @@ def data_from(options: argparse.Namespace) -> TaskData:
         holdout=options.holdout,
         split_seed=options.split_seed,
     )
-
-
-def columns_from(options: argparse.Namespace) -> tuple[str, ...] | None:
-    """Return the columns of the text, or of the pair; None for the usual names."""
-    if options.pair_column and not options.text_column:
-        raise InputError("found --pair-column alone, expected --text-column with it")
-    return tuple(column for column in (options.text_column, options.pair_column) if column) or None
