@@ -38,7 +38,15 @@ from cascade_rt.errors import InputError, InvalidOption
 from cascade_rt.io.readers import read_examples
 from cascade_rt.io.writers import write_json
 from cascade_train import RECORD
-from cascade_train.finetune import RECIPE_RANGES, cannot_load, check_length, check_ranges, claim, last_whole_checkpoint
+from cascade_train.finetune import (
+    OPTIMIZER,
+    RECIPE_RANGES,
+    cannot_load,
+    check_length,
+    check_ranges,
+    claim,
+    last_whole_checkpoint,
+)
 from cascade_train.hardware import bf16_pays
 from cascade_train.losses import hidden_state_error, mean_vector_cosine, relation_divergence
 from cascade_train.progress import Progress
@@ -490,6 +498,7 @@ def _trainer(
             max_steps=total,
             learning_rate=recipe.learning_rate,
             lr_scheduler_type="linear",
+            optim=OPTIMIZER,
             warmup_ratio=recipe.warmup_ratio,
             weight_decay=recipe.weight_decay,
             per_device_train_batch_size=recipe.batch_size,

@@ -115,6 +115,7 @@ class Objective:
 
 
 LABELS_ALONE = Objective()
+OPTIMIZER = "adamw_torch_fused"  # on CPUs, a step of a 3-layer member takes 0.6 times as long as with "adamw_torch"
 _TEACHER_BATCH = 64
 _LOGGED = 20  # steps between two updates of the loss on the progress bar
 
@@ -431,6 +432,7 @@ def arguments(recipe: Recipe, work: Path, **more: Any) -> TrainingArguments:
         group_by_length=True,
         seed=recipe.seed,
         bf16=recipe.bf16,
+        optim=OPTIMIZER,
         use_cpu=not torch.cuda.is_available(),
         report_to="none",
         disable_tqdm=True,
