@@ -16,7 +16,7 @@ from cascade_rt.types import Text
 
 RESULTS = Path(__file__).parent / "results"
 
-_RESERVED = 0.1  # for each part: checkpoints are chosen by one, thresholds by the next, and one certifies
+_RESERVED = 0.05  # for each part: checkpoints are chosen by one, thresholds by the next, and one certifies
 _SMALL = 6000  # training examples; with fewer, no part certifies
 
 
@@ -41,7 +41,7 @@ def read_parts(task: str, folder: Path) -> Parts:
     if len(data.train) >= _SMALL:
         return Parts(*reserve(data, _RESERVED, 0), reported, name)
     kept, one, other = reserve(data, _RESERVED / 2, 0)
-    return Parts(kept, _joined(one, other), None, reported, name)
+    return Parts(kept, joined(one, other), None, reported, name)
 
 
 def read_task(task: str, folder: Path) -> tuple[TaskData, Examples, str]:
@@ -80,7 +80,8 @@ def _held_out(
     return TaskData(task, names, pair, "accuracy", *hold_out(indexed(train), 0.1, 0)), indexed(reported)
 
 
-def _joined(one: Examples, other: Examples) -> Examples:
+def joined(one: Examples, other: Examples) -> Examples:
+    """Return the examples of both."""
     return Examples([*one.texts, *other.texts], [*one.labels, *other.labels])
 
 

@@ -3,17 +3,20 @@
     python benchmarks/results.py --task sst-2 --data DATA/sst2 --base 12L=E5 --base 6L=MINILM --base 3L=MINILM-L3
 
 The biggest base is fine-tuned on labels. The others learn its answers too (knowledge distillation), and so do members
-that are cut out of the biggest base (--truncated K: BERT-kL). Thresholds come from the tuning part, one tau for all
-members, and figures from the reported part, for several seeds. The members of the first seed are exported in fp32 and
-int8 and timed, all in turn. It resumes: members, their logits and bundles lie under --work.
+that are cut out of the biggest base (--truncated K: BERT-kL). --plain trains the smallest of both on labels alone as
+well, and --dar the smallest complete one with difficulty-aware regularization, with and without distillation.
+One tau for all members comes from texts that were not trained on, and figures from the reported part, for each seed.
+The complete members of the first seed are exported in fp32 and int8 and timed, all in turn. It resumes: members, logits
+and bundles lie under --work.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -21,10 +24,13 @@ from typing import Any
 import numpy as np
 import transformers
 from cascade_export.export import export_bundle
+from cascade_export.temperature import fit_temperature
 from cascade_train import RECORD
+from cascade_train.analysis import draw_curves, speedup_curve
+from cascade_train.difficulty import label_difficulty, read_difficulty
 from cascade_train.finetune import Objective, Recipe, finetune, logits_of
 from cascade_train.tasks import Examples, TaskData
-from common import RESULTS, Parts, read_parts, run_command
+from common import RESULTS, Parts, joined, read_parts, run_command
 from numpy.typing import NDArray
 
 from cascade_rt import CascadeRuntime
@@ -35,13 +41,14 @@ from cascade_rt.engine.exit_rules import MaximumProbability
 from cascade_rt.engine.probabilities import confidence, softmax
 from cascade_rt.errors import InputError, InvalidOption
 from cascade_rt.io.writers import write_json
-from cascade_rt.tuning.collect import collect, open_whole
+from cascade_rt.tuning.collect import Collected, collect, open_whole
 from cascade_rt.tuning.evaluation import evaluate
+from cascade_rt.tuning.metrics import ece
 from cascade_rt.tuning.operating_points import threshold_for_speedup
 from cascade_rt.tuning.report import Question
 from cascade_rt.tuning.tune import tune
 
-EPOCHS = {"sst-2": 1, "rte": 10, "mrpc": 6, "sick": 6, "banking77": 10, "clinc150": 6}
+EPOCHS = {"sst-2": 2, "rte": 8, "mrpc": 5, "sick": 6, "banking77": 8, "clinc150": 5}
 SPEEDUPS = (2.0, 3.0, 4.0)
 PRECISIONS = ("fp32", "int8")
 CONFIDENCE, MAX_DROP = 0.95, 0.01
@@ -55,8 +62,19 @@ class Kind:
 
     name: str
     base: str
-    layers: int | None  # None: all
-    teacher: bool
+    layers: int | None = None
+    """The first ones of the base; None: all."""
+    teacher: bool = True
+    """Whether it learns the biggest member's answers."""
+    dar: bool = False
+    compared: bool = False
+    """Whether it is there only to be compared with one that is trained otherwise."""
+    once: bool = False
+    """Whether all seeds share the first one's member."""
+
+    def folder(self, seed: int) -> str:
+        """Return the name of a member's folder."""
+        return f"{re.sub(r'[^A-Za-z0-9]+', '-', self.name)}-{0 if self.once else seed}"
 
 
 def main() -> None:
@@ -66,7 +84,7 @@ def main() -> None:
     parts = read_parts(options.task, options.data)
     work: Path = options.work or Path("runs") / "results" / options.task
     work.mkdir(parents=True, exist_ok=True)
-    kinds = _kinds(options.base, options.truncated)
+    kinds = _kinds(options)
     report: dict[str, Any] = {
         "machine": describe(),
         "task": options.task,
@@ -75,7 +93,7 @@ def main() -> None:
         "reported_on": parts.reported_on,
         "bases": {kind.name: Path(kind.base).name for kind in kinds},
         "distillation": {"weight": options.distill_weight, "temperature": options.temperature},
-        "big_seeds": options.big_seeds,
+        "once": [kind.name for kind in kinds if kind.once],
         "seeds": [],
     }
     output: Path = options.output or RESULTS / f"results-{options.task}.json"
@@ -83,11 +101,15 @@ def main() -> None:
         folders = _trained(kinds, parts.data, work, seed, options)
         records = {name: json.loads((folder / RECORD).read_text("utf-8")) for name, folder in folders.items()}
         report["recipes"] = {name: record["recipe"] for name, record in records.items()}
-        report["seeds"].append(_figures(folders, parts, work))
+        figures = _figures(kinds, folders, parts, work)
+        if seed:
+            del figures["curves"]
+        report["seeds"].append(figures)
         write_json(output, report)
         _show(report)
+    draw_curves(report["seeds"][0]["curves"], output.with_suffix(".svg"))
     folders = _trained(kinds, parts.data, work, 0, options)
-    names = [kind.name for kind in reversed(kinds) if kind.layers is None]
+    names = [kind.name for kind in _complete(kinds)]
     for precision in PRECISIONS if options.exported else ():
         report.setdefault("exported", {})[precision] = _exported(
             [folders[name] for name in names], parts, work / f"bundle-{precision}", precision
@@ -97,14 +119,29 @@ def main() -> None:
     print(f"written: {output}")
 
 
-def _kinds(bases: Sequence[str], truncated: Sequence[int]) -> list[Kind]:
+def _kinds(options: argparse.Namespace) -> list[Kind]:
     """Return the kinds of members, the biggest first: the one that teaches the others."""
-    named = [base.partition("=")[::2] for base in bases]
+    named = [base.partition("=")[::2] for base in options.base]
     if not all(name and base for name, base in named):
-        raise InputError(f"found --base {' '.join(bases)}, expected NAME=DIR, the biggest first")
+        raise InputError(f"found --base {' '.join(options.base)}, expected NAME=DIR, the biggest first")
     (big, base), *others = named
-    kinds = [Kind(big, base, None, False), *(Kind(name, path, None, True) for name, path in others)]
-    return kinds + [Kind(f"{layers}L-truncated", base, layers, True) for layers in truncated]
+    complete = [Kind(name, path, once=name in options.once) for name, path in others]
+    kinds = complete + [_truncated(base, layers, options) for layers in options.truncated]
+    if options.plain:
+        smallest = complete[-1:] + kinds[len(complete) :][-1:]
+        kinds += [replace(kind, name=f"{kind.name}, plain", teacher=False, compared=True) for kind in smallest]
+    if options.dar:
+        for name, teacher in (("DAR", False), ("KD + DAR", True)):
+            kinds += [
+                replace(kind, name=f"{kind.name}, {name}", teacher=teacher, dar=True, compared=True)
+                for kind in complete[-1:]
+            ]
+    return [Kind(big, base, teacher=False, once=True), *kinds]
+
+
+def _truncated(base: str, layers: int, options: argparse.Namespace) -> Kind:
+    name = f"{layers}L truncated"
+    return Kind(name, base, layers, once=name in options.once)
 
 
 def _rows(parts: Parts) -> dict[str, int]:
@@ -112,17 +149,21 @@ def _rows(parts: Parts) -> dict[str, int]:
     return found | {"certification": len(parts.certification or ()), "reported": len(parts.reported)}
 
 
-def _recipe(kind: Kind, seed: int, layers: int, options: argparse.Namespace) -> Recipe:
-    epochs = options.epochs or EPOCHS[options.task]
-    factor = 1 if layers > 3 else 2
-    rate = options.learning_rate * factor if kind.teacher else options.big_learning_rate
+def _recipe(kind: Kind, seed: int, biggest: bool, options: argparse.Namespace) -> Recipe:
+    """Return how to train a member; small ones learn at higher rates than the biggest."""
+    epochs, rate = options.epochs or EPOCHS[options.task], options.big_learning_rate
+    interval = 4 if epochs <= 2 else 1
+    if not biggest:
+        layers = kind.layers or transformers.AutoConfig.from_pretrained(kind.base).num_hidden_layers
+        epochs, rate = epochs * options.longer, options.learning_rate * (1 if layers > 3 else 2)
     return Recipe(
-        epochs=epochs * options.longer if kind.teacher else epochs,
+        epochs=epochs,
         learning_rate=rate,
+        batch_size=options.batch_size,
         max_length=options.max_length,
         warmup_ratio=0.06,
-        evaluations_per_epoch=4 if epochs <= 2 else 1,
-        seed=seed,
+        evaluations_per_epoch=interval,
+        seed=0 if kind.once else seed,
         bf16=options.bf16,
     )
 
@@ -133,20 +174,32 @@ def _trained(
     """Train what is not there yet; return the folders by kind."""
     folders: dict[str, Path] = {}
     for kind in kinds:
-        own = seed if kind.teacher or seed < options.big_seeds else 0
-        folders[kind.name] = folder = work / f"{kind.name}-{own}"
-        layers = kind.layers or transformers.AutoConfig.from_pretrained(kind.base).num_hidden_layers
-        recipe = _recipe(kind, own, layers, options)
+        folders[kind.name] = folder = work / kind.folder(seed)
+        recipe = _recipe(kind, seed, kind is kinds[0], options)
         if folder.exists():
             if json.loads((folder / RECORD).read_text("utf-8"))["recipe"] != asdict(recipe):
                 raise InputError(f"{folder} was trained with another recipe; delete it, or choose another --work")
             continue
-        objective = Objective()
-        if kind.teacher:
-            soft = _logits(folders[kinds[0].name], data, data.train, "train", work)
-            objective = Objective(teacher=soft, distill_weight=options.distill_weight, temperature=options.temperature)
-        finetune(kind.base, data, folder, layers=kind.layers, recipe=recipe, objective=objective)
+        objective = Objective(
+            difficulty=_difficulty(kind, data, work, replace(recipe, seed=0), options) if kind.dar else None,
+            teacher=_logits(folders[kinds[0].name], data, data.train, "train", work) if kind.teacher else None,
+            distill_weight=options.distill_weight,
+            temperature=options.temperature,
+        )
+        tokenizer = options.tokenizer if kind is kinds[0] else None
+        finetune(kind.base, data, folder, layers=kind.layers, tokenizer=tokenizer, recipe=recipe, objective=objective)
     return folders
+
+
+def _difficulty(kind: Kind, data: TaskData, work: Path, recipe: Recipe, options: argparse.Namespace) -> list[int]:
+    """Return the difficulty of the training examples for a member's architecture, labelled once for all seeds."""
+    labels = work / "difficulty"
+    if not labels.exists():
+        recipe = replace(recipe, epochs=recipe.epochs * options.label_epochs)
+        label_difficulty(
+            kind.base, data, labels, layers=kind.layers, recipe=recipe, folds=options.folds, seeds=options.label_seeds
+        )
+    return read_difficulty(labels, data.train)
 
 
 def _logits(folder: Path, data: TaskData, examples: Examples, part: str, work: Path) -> NDArray[np.float32]:
@@ -161,11 +214,15 @@ def _logits(folder: Path, data: TaskData, examples: Examples, part: str, work: P
     return np.asarray(np.load(kept))
 
 
-def _figures(folders: Mapping[str, Path], parts: Parts, work: Path) -> dict[str, Any]:
-    """Return the figures of each member alone, and of cascades of a small member, or two, and the biggest."""
-    tuning, seen = (
+def _figures(kinds: Sequence[Kind], folders: Mapping[str, Path], parts: Parts, work: Path) -> dict[str, Any]:
+    """Return the figures of each member alone, and of cascades of a small member, or several, and the biggest."""
+    validation, tuning, seen = (
         {name: _logits(folder, parts.data, examples, part, work) for name, folder in folders.items()}
-        for part, examples in (("tuning", parts.tuning), ("reported", parts.reported))
+        for part, examples in (
+            ("validation", parts.data.validation),
+            ("tuning", parts.tuning),
+            ("reported", parts.reported),
+        )
     )
     layers = {
         name: int(json.loads((folder / "config.json").read_text("utf-8"))["num_hidden_layers"])
@@ -174,21 +231,34 @@ def _figures(folders: Mapping[str, Path], parts: Parts, work: Path) -> dict[str,
     big, *small = folders
     labels = np.array(parts.reported.labels)
     lengths = np.ones(len(labels), dtype=np.intp)  # FLOPs are not reported here
-    complete = [name for name in small if not name.endswith("truncated")]
-    cascades = [[name, big] for name in small] + ([[*reversed(complete), big]] if len(complete) > 1 else [])
-    found: dict[str, Any] = {"layers": layers, "alone": {}, "cascades": {}}
+    complete = [kind.name for kind in _complete(kinds)]
+    cascades = [[name, big] for name in small] + ([complete] if len(complete) > 2 else [])
+    found: dict[str, Any] = {"layers": layers, "alone": {}, "cascades": {}, "curves": {}}
     for names in cascades:
         members = [MemberEntry(name, "", "", layers[name], 1, 1, "fp32", None) for name in names]
         logits = np.stack([seen[name] for name in names])
-        sure = confidence(softmax(np.stack([tuning[name] for name in names])))
+        # A tau for a speed-up needs no labels, so the texts that chose the checkpoints serve too.
+        sure = [confidence(softmax(np.concatenate([validation[name], tuning[name]]))) for name in names]
         for speedup in SPEEDUPS:
             if speedup > members[-1].layers / members[0].layers:
                 continue
-            taus = [threshold_for_speedup(members, sure, speedup)] * (len(members) - 1)
+            taus = [threshold_for_speedup(members, np.stack(sure), speedup)] * (len(members) - 1)
             row = evaluate(members, MaximumProbability(taus), logits, labels, lengths).to_json()
             found["alone"] |= {member["name"]: member for member in row["members"]}
             found["cascades"].setdefault(" + ".join(names), {})[f"{speedup:g}"] = row["cascade"]
+        if not any(kind.compared for kind in kinds if kind.name in names):
+            found["curves"][" + ".join(names)] = speedup_curve(members, softmax(logits), labels)
+    for name, figures in found["alone"].items():
+        temperature = fit_temperature(validation[name].astype(np.float64), np.array(parts.data.validation.labels))
+        scaled = softmax(seen[name] / temperature)
+        figures["temperature"] = temperature
+        figures["ece_scaled"] = ece(scaled.argmax(axis=-1) == labels, confidence(scaled))
     return found
+
+
+def _complete(kinds: Sequence[Kind]) -> list[Kind]:
+    """Return the complete members as they are deployed, small to big."""
+    return [kind for kind in reversed(kinds[1:]) if kind.layers is None and not kind.compared] + [kinds[0]]
 
 
 def _exported(folders: Sequence[Path], parts: Parts, model_dir: Path, precision: str) -> dict[str, Any]:
@@ -199,12 +269,13 @@ def _exported(folders: Sequence[Path], parts: Parts, model_dir: Path, precision:
         )
     runtime = open_whole(model_dir, preload=True)
     names = [member.name for member in runtime.bundle.members]
-    tuning = collect(runtime, parts.tuning.texts, np.array(parts.tuning.labels), cache=None)
+    tuning = _collected(runtime, parts.tuning)
+    both = _collected(runtime, joined(parts.data.validation, parts.tuning))
     ways: dict[str, CascadeRuntime] = {name: runtime.with_members([name]) for name in names}
     for cost in ("layers", "latency"):
         for speedup in SPEEDUPS:
             try:
-                chosen = tune(runtime.bundle, tuning, Question(speedup=speedup, cost=cost)).chosen
+                chosen = tune(runtime.bundle, both, Question(speedup=speedup, cost=cost)).chosen
             except InvalidOption:
                 continue
             if chosen is not None:
@@ -212,7 +283,7 @@ def _exported(folders: Sequence[Path], parts: Parts, model_dir: Path, precision:
                 ways[f"{speedup:g}x by {cost}"] = way
     found: dict[str, Any] = {"members": [_member(member) for member in runtime.bundle.members]}
     if parts.certification is not None:
-        other = collect(runtime, parts.certification.texts, np.array(parts.certification.labels), cache=None)
+        other = _collected(runtime, parts.certification)
         question = Question(max_drop=MAX_DROP, confidence=CONFIDENCE, cost="latency")
         report = tune(runtime.bundle, tuning, question, held_out=other)
         if report.chosen is not None:
@@ -221,6 +292,10 @@ def _exported(folders: Sequence[Path], parts: Parts, model_dir: Path, precision:
         found["guarantee"] = asdict(report.guarantee) if report.guarantee else None
     found["ways"] = _raced(ways, names[-1], parts.reported)
     return found
+
+
+def _collected(runtime: CascadeRuntime, examples: Examples) -> Collected:
+    return collect(runtime, examples.texts, np.array(examples.labels), cache=None)
 
 
 def _member(member: MemberEntry) -> dict[str, Any]:
@@ -268,10 +343,11 @@ def _show(report: Mapping[str, Any]) -> None:
         spread = f" +- {np.std(known):4.2f}" if len(set(known)) > 1 else ""
         return f"{np.mean(known):6.2f}{spread}" if known else "     -"
 
-    print(f"\n{report['task']}, {report['rows']}, {len(seeds)} seed(s), {metric}, DIS, ECE in %")
+    print(f"\n{report['task']}, {report['rows']}, {len(seeds)} seed(s), {metric}, DIS, ECE, ECE scaled, in %")
     for name in seeds[0]["alone"]:
         rows = [seed["alone"][name] for seed in seeds]
-        print(f"{name:30} " + "  ".join(over([row[key] for row in rows]) for key in (metric, "dis", "ece")))
+        columns = [over([row[key] for row in rows]) for key in (metric, "dis", "ece", "ece_scaled")]
+        print(f"{name:30} " + "  ".join(columns))
     for name, speedups in seeds[0]["cascades"].items():
         for speedup in speedups:
             rows = [seed["cascades"][name][speedup] for seed in seeds]
@@ -295,12 +371,19 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", type=Path, required=True, help="folder with the task's files")
     add("--base", action="append", required=True, metavar="NAME=DIR", help="encoder of a member, the biggest first")
     add("--truncated", type=int, action="append", default=[], metavar="K", help="also the biggest's first K layers")
-    add("--seeds", type=int, default=3)
-    add("--big-seeds", type=int, default=1, help="seeds of the biggest member; later seeds take its first")
+    add("--plain", action="store_true", help="the smallest members on labels alone too")
+    add("--dar", action="store_true", help="the smallest complete member with DAR too")
+    add("--tokenizer", metavar="DIR", help="align the biggest base to this tokenizer")
+    add("--seeds", type=int, default=3, help="members of each kind; the biggest is trained once")
+    add("--once", action="append", default=[], metavar="NAME", help="also train this one once")
+    add("--folds", type=int, default=8, help="of the difficulty labels")
+    add("--label-seeds", type=int, default=5)
+    add("--label-epochs", type=float, default=1.0, help="of a fold, times those of the member")
     add("--epochs", type=float, help="of the biggest member (default: by task)")
     add("--longer", type=float, default=1.0, help="epochs of the others, times those of the biggest")
     add("--big-learning-rate", type=float, default=5e-5)
     add("--learning-rate", type=float, default=1e-4, help="of the others; twice as much up to 3 layers")
+    add("--batch-size", type=int, default=32)
     add("--distill-weight", type=float, default=0.9)
     add("--temperature", type=float, default=3.0)
     add("--max-length", type=int, default=128)

@@ -74,21 +74,24 @@ def test_results_go_from_training_to_figures(tmp_path: Path) -> None:
     bases = [make_member(tmp_path / f"base-{layers}", layers=layers, spread=0.05) for layers in (4, 1)]
     fillers = [word for word in WORDS if word not in {"good", "bad"}]
     rows = [
-        f"{fillers[row % 31]} {'good' if row % 2 else 'bad'} {fillers[row * 7 % 37]} {fillers[row // 31]},{row % 2}"
-        for row in range(800)
+        f"{fillers[row % 31]} {'good' if row % 2 else 'bad'} {fillers[row * 7 % 37]} {fillers[row // 31 % 37]},{row % 2}"
+        for row in range(1300)
     ]
     (tmp_path / "train.csv").write_text("\n".join(["text,category", *rows]))
     arguments = ["--task", "banking77", "--data", tmp_path, "--base", f"4L={bases[0]}", "--base", f"1L={bases[1]}"]
     recipe = ["--epochs", 1, "--learning-rate", 1e-3, "--big-learning-rate", 1e-3, "--max-length", 16]
-    report = run("results.py", *arguments, "--truncated", 2, "--seeds", 2, *recipe, "--work", tmp_path / "work")
-    assert [sorted(seed["alone"]) for seed in report["seeds"]] == [["1L", "2L-truncated", "4L"]] * 2
+    dar = ["--dar", "--folds", 2, "--label-seeds", 1]
+    report = run("results.py", *arguments, "--truncated", 2, "--seeds", 2, *dar, *recipe, "--work", tmp_path / "work")
+    small = {"1L", "2L truncated", "1L, DAR", "1L, KD + DAR"}
+    assert [seed["alone"].keys() for seed in report["seeds"]] == [small | {"4L"}] * 2
     assert report["seeds"][0]["alone"]["4L"] == report["seeds"][1]["alone"]["4L"], "one seed of the biggest"
     assert report["recipes"]["1L"]["learning_rate"] == 2e-3
-    assert report["rows"]["reported"] == 108
+    assert report["rows"]["reported"] == 176
     for seed in report["seeds"]:
-        assert seed["cascades"].keys() == {"1L + 4L", "2L-truncated + 4L"}
+        assert seed["cascades"].keys() == {f"{name} + 4L" for name in small}
+        assert all(0 <= member["ece_scaled"] <= 1 for member in seed["alone"].values())
         assert seed["cascades"]["1L + 4L"].keys() == {"2", "3", "4"}
-        assert seed["cascades"]["2L-truncated + 4L"].keys() == {"2"}
+        assert seed["cascades"]["2L truncated + 4L"].keys() == {"2"}
     for precision in ("fp32", "int8"):
         ways = report["exported"][precision]["ways"]
         assert {"1L-0", "4L-0", "2x by layers"} <= ways.keys()
