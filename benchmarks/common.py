@@ -14,6 +14,7 @@ from cascade_rt import CascadeError
 from cascade_rt.io.readers import read_examples
 from cascade_rt.types import Text
 
+TASKS = ("sst-2", "rte", "mrpc", "sick", "banking77", "clinc150")
 RESULTS = Path(__file__).parent / "results"
 
 _RESERVED = 0.05  # for each part: checkpoints are chosen by one, thresholds by the next, and one certifies

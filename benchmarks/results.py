@@ -30,7 +30,7 @@ from cascade_train.analysis import draw_curves, speedup_curve
 from cascade_train.difficulty import label_difficulty, read_difficulty
 from cascade_train.finetune import Objective, Recipe, finetune, logits_of
 from cascade_train.tasks import Examples, TaskData
-from common import RESULTS, Parts, joined, read_parts, run_command
+from common import RESULTS, TASKS, Parts, joined, read_parts, run_command
 from numpy.typing import NDArray
 
 from cascade_rt import CascadeRuntime
@@ -367,7 +367,7 @@ def _show_exported(precision: str, found: Mapping[str, Any]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--task", required=True, choices=list(EPOCHS))
+    add("--task", required=True, choices=TASKS)
     add("--data", type=Path, required=True, help="folder with the task's files")
     add("--base", action="append", required=True, metavar="NAME=DIR", help="encoder of a member, the biggest first")
     add("--truncated", type=int, action="append", default=[], metavar="K", help="also the biggest's first K layers")

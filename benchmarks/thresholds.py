@@ -1,18 +1,16 @@
 """What `cascade-rt tune` promises and what comes of it on texts that it never saw.
 
-    python benchmarks/thresholds.py --task sst-2 --data DATA/sst2 --base MINILM
+    python benchmarks/thresholds.py --task sst-2 --data DATA/sst2 --model-dir runs/results/sst-2/bundle-fp32
 
-Trains the members (or takes `--members`), exports them, and then, for several random halves of the reported texts:
-tunes on one half, freely, with a guarantee, and with all members kept, at one tau or one each, and measures the drop
-of accuracy and the speed-up on the other half. Without a guarantee the part that training held out, by which
-checkpoints were chosen, helps to tune; a guarantee needs texts that nothing was chosen by. Choices of the first split
-are also timed.
+Takes a bundle that results.py left, and for several random halves of the reported texts tunes on one half, freely, with
+a guarantee, and with all members kept, at one tau or one each. The other half measures the drop of accuracy and the
+speed-up. Without a guarantee, all that training held out helps to tune; a guarantee takes the untouched half alone.
+Choices of the first split are also timed.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,17 +18,14 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-import transformers
-from cascade_export.export import export_bundle
-from cascade_train.finetune import Recipe, finetune
-from cascade_train.tasks import GLUE
-from common import RESULTS, read_task, run_command
+from cascade_train.tasks import Examples
+from common import RESULTS, TASKS, joined, read_parts, run_command
 from numpy.typing import NDArray
 
 from cascade_rt import CascadeRuntime
 from cascade_rt.benchmark.machine import describe
 from cascade_rt.benchmark.workload import spread
-from cascade_rt.bundle import MANIFEST, Bundle
+from cascade_rt.bundle import Bundle
 from cascade_rt.io.writers import write_json
 from cascade_rt.tuning.collect import Collected, cache_folder, collect, open_whole
 from cascade_rt.tuning.operating_points import measure
@@ -44,37 +39,20 @@ CONFIDENCE = 0.95
 
 
 def main() -> None:
-    """Train, export, tune and measure; print and write the report."""
+    """Tune, measure and time; print and write the report."""
     options = _parser().parse_args()
-    transformers.logging.set_verbosity_error()
-    data, reported, reported_on = read_task(options.task, options.data)
-    work: Path = options.work or Path("runs") / f"thresholds-{options.task}"
-    folders = []
-    for layers, given in zip(options.layers, options.members or [None] * len(options.layers), strict=True):
-        folder = work / f"{layers}L"
-        if not folder.exists():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            if given:
-                shutil.copytree(given, folder)  # under its name here: it becomes the member's
-            else:
-                recipe = Recipe(
-                    epochs=options.epochs, learning_rate=options.learning_rate, warmup_ratio=0.1, bf16=options.bf16
-                )
-                finetune(options.base, data, folder, layers=layers, recipe=recipe)
-        folders.append(str(folder))
-    model_dir = work / "bundle"
-    if not (model_dir / MANIFEST).is_file():
-        export_bundle(folders, model_dir, max_length=options.max_length)
-    runtime = open_whole(model_dir, threads=options.threads, preload=True)
-    texts = [*data.validation.texts, *reported.texts]
-    labels = np.array([*data.validation.labels, *reported.labels], dtype=np.intp)
-    seen = collect(runtime, texts, labels, cache=cache_folder())
-    held = len(data.validation)
+    parts = read_parts(options.task, options.data)
+    reported = parts.reported
+    held_out = joined(joined(parts.data.validation, parts.tuning), parts.certification or Examples([], []))
+    runtime = open_whole(options.model_dir, threads=options.threads, preload=True)
+    texts, labels = (list(values) for values in vars(joined(held_out, reported)).values())
+    seen = collect(runtime, texts, np.array(labels, dtype=np.intp), cache=cache_folder())
+    held = len(held_out)
     report: dict[str, Any] = {
         "machine": describe(),
         "task": options.task,
         "rows": {"held out of training": held, "reported": len(reported)},
-        "reported_on": reported_on,
+        "reported_on": parts.reported_on,
         "splits": options.splits,
         "threads": options.threads,
         "confidence": CONFIDENCE,
@@ -100,7 +78,7 @@ def main() -> None:
     front = tune(runtime.bundle, seen.take(halves[0][0]), Question(cost=options.cost))
     report["tuned_on"], report["tested_on"] = (len(half) for half in halves[0])
     report["timed"] = _timed(
-        model_dir, runtime.bundle.members[-1].name, choices, [texts[row] for row in halves[0][1]], options
+        options.model_dir, runtime.bundle.members[-1].name, choices, [texts[row] for row in halves[0][1]], options
     )
     output: Path = options.output or RESULTS / f"thresholds-{options.task}.json"
     write_json(output, report)
@@ -219,21 +197,14 @@ def _show(report: dict[str, Any]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--task", required=True, choices=[*GLUE, "banking77"])
+    add("--task", required=True, choices=TASKS)
     add("--data", type=Path, required=True, help="folder with the task's official files")
-    add("--base", help="encoder to start from: a Hugging Face folder or hub id")
-    add("--layers", type=int, nargs="+", default=[1, 2, 6])
-    add("--members", type=Path, nargs="+", metavar="DIR", help="trained already, one per --layers")
-    add("--epochs", type=float, default=8)
-    add("--learning-rate", type=float, default=2e-4)
-    add("--max-length", type=int, help="tokens; default: what training recorded")
-    add("--bf16", action="store_true", help="train in bfloat16 where that is safe")
+    add("--model-dir", type=Path, required=True, help="bundle of this task, by results.py")
     add("--cost", choices=COSTS, default="layers")
     add("--splits", type=int, default=10)
     add("--threads", type=int, default=1)
     add("--rounds", type=int, default=5)
     add("--timed", type=int, default=200, help="texts timed one by one")
-    add("--work", type=Path, help="members and bundle; default: runs/thresholds-TASK")
     add("--output", type=Path, help="default: results/thresholds-TASK.json beside this script")
     return parser
 
