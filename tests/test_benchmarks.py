@@ -74,7 +74,7 @@ def test_results_go_from_training_to_figures(tmp_path: Path) -> None:
     bases = [make_member(tmp_path / f"base-{layers}", layers=layers, spread=0.05) for layers in (4, 1)]
     fillers = [word for word in WORDS if word not in {"good", "bad"}]
     rows = [
-        f"{fillers[row % 31]} {'good' if row % 2 else 'bad'} {fillers[row * 7 % 37]} {fillers[row // 31 % 37]},{row % 2}"
+        f"{fillers[row % 31]} {('bad', 'good')[row % 2]} {fillers[row * 7 % 37]} {fillers[row // 31 % 37]},{row % 2}"
         for row in range(1300)
     ]
     (tmp_path / "train.csv").write_text("\n".join(["text,category", *rows]))
