@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -18,12 +18,11 @@ from cascade_train.finetune import (
     Objective,
     Recipe,
     check_length,
-    collator,
     described_examples,
     device,
-    features,
     load_base,
 )
+from cascade_train.inference import collator, features
 from cascade_train.tasks import Examples, TaskData, load_part, reserve
 from transformers import AutoConfig, AutoTokenizer
 
@@ -316,7 +315,7 @@ def _seconds_per_text(member: MemberPlan, data: TaskData) -> float:
     some = data.train.take(np.linspace(0, len(data.train) - 1, 4 * size).astype(int).tolist())
     rows = features(tokenizer, model, some, member.recipe.max_length)
     rows.sort(key=lambda row: len(row["input_ids"]))
-    collate: Callable[[Any], Any] = collator(tokenizer)
+    collate = collator(tokenizer)
     batches = [  # of all lengths
         {name: values.to(device()) for name, values in collate(rows[start : start + size]).items()}
         for start in range(0, 4 * size, size)

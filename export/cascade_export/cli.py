@@ -140,7 +140,7 @@ def _alignment(member: MemberEntry) -> str:
     found: Mapping[str, Any] = member.other["alignment"]
     return (
         f"{member.name}: aligned to the tokenizer of {found['tokenizer_of']} ({found['moved']} of {found['tokens']} "
-        f"ids changed); {found['cut_alike']} of {found['texts']} texts cut alike, logits differ by up to "
+        f"ids changed); {found['same_tokens']} of {found['texts']} texts have the same tokens, logits differ by up to "
         f"{found['max_logit_difference']:.1e}"
     )
 

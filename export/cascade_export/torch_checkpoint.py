@@ -75,19 +75,19 @@ def open_torch(source: str, *, pair: bool | None = None, max_length: int | None 
 def align_checkpoint(checkpoint: TorchCheckpoint, first: TorchCheckpoint, texts: Sequence[Text]) -> TorchCheckpoint:
     """Return `checkpoint` with the tokenizer of `first`, compared with the original on `texts`.
 
-    Raises InputError if the vocabularies do not have the same words or no text is cut alike, and CascadeError if the
-    two answer differently.
+    Raises InputError if the vocabularies do not have the same words or no text has the same tokens, and CascadeError if
+    the two answer differently.
     """
     aligned = align(checkpoint.model, checkpoint.tokenizer, first.tokenizer)
     check = check_alignment(
         checkpoint.model, checkpoint.tokenizer, aligned, first.tokenizer, texts, checkpoint.max_length
     )
-    if not check.cut_alike:
-        found, expected = _cuts(checkpoint, first, texts)
+    if not check.same_tokens:
+        found, expected = _tokens(checkpoint, first, texts)
         raise InputError(
-            f"member {checkpoint.name!r} cannot be aligned to the tokenizer of {first.name!r}, which cuts none of "
-            f"{len(texts)} texts as its own does (found {found!r}, expected {expected!r}); fine-tune it again with "
-            f"cascade-rt train and `tokenizer` {first.source}"
+            f"member {checkpoint.name!r} cannot be aligned to the tokenizer of {first.name!r}, which gives none of "
+            f"{len(texts)} texts the same tokens as its own (found {found!r}, expected {expected!r}); fine-tune it "
+            f"again with cascade-rt train and `tokenizer` {first.source}"
         )
     return replace(
         checkpoint,
@@ -101,17 +101,17 @@ def align_checkpoint(checkpoint: TorchCheckpoint, first: TorchCheckpoint, texts:
     )
 
 
-def _cuts(checkpoint: TorchCheckpoint, first: TorchCheckpoint, texts: Sequence[Text]) -> tuple[str, str]:
+def _tokens(checkpoint: TorchCheckpoint, first: TorchCheckpoint, texts: Sequence[Text]) -> tuple[str, str]:
     """Return the tokens of a short text under the tokenizer of `first`, and under the member's own."""
     shown = ("", "")
     shortest = min(texts, key=lambda text: len("".join(text)))
     for text in (("a", "b") if checkpoint.pair else "a", shortest):
         first_text, second_text = (text, None) if isinstance(text, str) else text
-        cuts = [
+        tokens = [
             side.tokenizer.tokenize(first_text, second_text, add_special_tokens=True) for side in (first, checkpoint)
         ]
-        shown = (" ".join(cuts[0][:_SHOWN_TOKENS]), " ".join(cuts[1][:_SHOWN_TOKENS]))
-        if len(cuts[0]) != len(cuts[1]):
+        shown = (" ".join(tokens[0][:_SHOWN_TOKENS]), " ".join(tokens[1][:_SHOWN_TOKENS]))
+        if len(tokens[0]) != len(tokens[1]):
             break  # the templates differ, not the words
     return shown
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from cascade_train.alignment import text_logits
+from cascade_train.inference import text_logits
 from numpy.typing import NDArray
 
 from cascade_export.checkpoint import SENTENCES
@@ -58,4 +58,4 @@ def verify(checkpoint: TorchCheckpoint, member: Stage, tokenizer: TextTokenizer,
 
 def torch_probabilities(checkpoint: TorchCheckpoint, texts: Sequence[Text]) -> NDArray[np.float64]:
     """Return the original's answers, float64 (texts, labels), from its own tokenizer and torch."""
-    return softmax(text_logits(checkpoint.model, checkpoint.tokenizer, texts, checkpoint.max_length))
+    return softmax(text_logits(checkpoint.tokenizer, checkpoint.model, texts, checkpoint.max_length))

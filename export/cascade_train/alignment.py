@@ -7,7 +7,6 @@ own; its embedding table is re-indexed here, so that it takes BERT's ids.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,11 +19,11 @@ from transformers import PreTrainedTokenizerFast
 
 from cascade_rt.errors import CascadeError, InputError
 from cascade_rt.types import Text
+from cascade_train.inference import text_logits, tokenize
 
 TOLERANCE = 1e-4
 """Largest allowed |difference of a logit| between a model under its own tokenizer and the aligned one."""
 
-_BATCH = 16
 _EXAMPLES = 5
 _ROLES = {
     "cls_token": "bos_token",
@@ -62,8 +61,8 @@ class AlignmentCheck:
     """How an aligned model compares with the original under its own tokenizer."""
 
     texts: int
-    cut_alike: int
-    """Texts that both tokenizers cut into the same tokens."""
+    same_tokens: int
+    """Texts that both tokenizers give the same tokens."""
     max_logit_difference: float | None
     """On those; None if there are none."""
 
@@ -113,43 +112,25 @@ def check_alignment(
     texts: Sequence[Text],
     max_length: int,
 ) -> AlignmentCheck:
-    """Compare the aligned model's logits with the original's on the texts that both tokenizers cut alike.
+    """Compare the logits of the aligned model and the original on the texts that both tokenizers give the same tokens.
 
     Raises CascadeError, which names the text, if a logit differs by more than TOLERANCE.
     """
-    alike = _cut_alike(model, own, aligned, target, texts, max_length)
-    if not alike:
+    equal = _same_tokens(model, own, aligned, target, texts, max_length)
+    if not equal:
         return AlignmentCheck(len(texts), 0, None)
-    same = [texts[row] for row in alike]
+    same = [texts[row] for row in equal]
     difference = np.abs(
-        text_logits(model, own, same, max_length) - text_logits(aligned.model, target, same, max_length)
+        text_logits(own, model, same, max_length) - text_logits(target, aligned.model, same, max_length)
     ).max(axis=1)
     worst = int(difference.argmax())
     if not difference[worst] <= TOLERANCE:
         raise CascadeError(
             f"{own.name_or_path}: under the tokenizer of {target.name_or_path} its logits differ by "
-            f"{difference[worst]:.2e} (allowed {TOLERANCE:.0e}) for check text {alike[worst]}; this model cannot be "
+            f"{difference[worst]:.2e} (allowed {TOLERANCE:.0e}) for check text {equal[worst]}; this model cannot be "
             "aligned, use members of one family"
         )
-    return AlignmentCheck(len(texts), len(alike), float(difference[worst]))
-
-
-def text_logits(
-    model: Any, tokenizer: PreTrainedTokenizerFast, texts: Sequence[Text], max_length: int
-) -> NDArray[np.float32]:
-    """Return a classifier's logits for texts or pairs, float32 (texts, labels), padded on the right in batches."""
-    taken = inspect.signature(model.forward).parameters  # DistilBERT, for one, takes no token types
-    order = sorted(range(len(texts)), key=lambda row: len("".join(texts[row])))
-    logits = np.empty((len(texts), model.config.num_labels), dtype=np.float32)
-    for start in range(0, len(order), _BATCH):
-        rows = order[start : start + _BATCH]
-        batch = _encoded(
-            tokenizer, [texts[row] for row in rows], max_length, padding=True, padding_side="right", return_tensors="pt"
-        )
-        with torch.inference_mode():
-            output = model(**{name: array for name, array in batch.items() if name in taken})
-        logits[rows] = output.logits.float().numpy()
-    return logits
+    return AlignmentCheck(len(texts), len(equal), float(difference[worst]))
 
 
 def usable_positions(model: Any) -> int:
@@ -257,7 +238,7 @@ def _rows(table: torch.nn.Embedding, indices: Sequence[int] | NDArray[np.int64])
         return table.weight[chosen.clamp(min=0)] * (chosen >= 0).unsqueeze(1)
 
 
-def _cut_alike(
+def _same_tokens(
     model: Any,
     own: PreTrainedTokenizerFast,
     aligned: Aligned,
@@ -266,7 +247,7 @@ def _cut_alike(
     max_length: int,
 ) -> list[int]:
     """Return the rows of the texts that give the same tokens, and the same token types if the model has several."""
-    ours, theirs = _encoded(own, texts, max_length), _encoded(target, texts, max_length)
+    ours, theirs = tokenize(own, texts, max_length), tokenize(target, texts, max_length)
     types = _table(model, "token_type_embeddings")
     typed = types is not None and types.num_embeddings > 1
     return [
@@ -280,9 +261,3 @@ def _types_of(encoded: Any, row: int) -> list[int]:
     """Return the token types that a model gets for a row: zeros where the tokenizer gives none."""
     types = encoded.get("token_type_ids")
     return [0] * len(encoded["input_ids"][row]) if types is None else list(types[row])
-
-
-def _encoded(tokenizer: PreTrainedTokenizerFast, texts: Sequence[Text], max_length: int, **settings: Any) -> Any:
-    first = [text if isinstance(text, str) else text[0] for text in texts]
-    second = [text[1] for text in texts if not isinstance(text, str)] or None
-    return tokenizer(first, second, truncation=True, max_length=max_length, **settings)

@@ -32,14 +32,12 @@ from cascade_train.finetune import (
     LABELS_ALONE,
     ObjectiveTrainer,
     Recipe,
-    answers,
     arguments,
     claim,
-    collator,
     described_examples,
-    features,
     load_base,
 )
+from cascade_train.inference import answers, collator, features
 from cascade_train.tasks import Examples, TaskData
 
 LABELS_FILE = "difficulty.jsonl"

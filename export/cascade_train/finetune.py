@@ -6,7 +6,6 @@ The training loop is transformers' `Trainer`. This module gives it the recipe an
 
 from __future__ import annotations
 
-import inspect
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,6 @@ from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    DataCollatorWithPadding,
     EvalPrediction,
     PreTrainedTokenizerFast,
     PrinterCallback,
@@ -36,6 +34,7 @@ from cascade_rt.io.writers import write_json
 from cascade_rt.tuning.metrics import accuracy, f1
 from cascade_train import RECORD, VALIDATION
 from cascade_train.alignment import align, usable_positions
+from cascade_train.inference import answers, collator, features
 from cascade_train.losses import difficulty_aware_regularization, distillation
 from cascade_train.progress import Progress
 from cascade_train.tasks import Examples, TaskData, write_examples
@@ -116,7 +115,6 @@ class Objective:
 
 LABELS_ALONE = Objective()
 OPTIMIZER = "adamw_torch_fused"  # on CPUs, a step of a 3-layer member takes 0.6 times as long as with "adamw_torch"
-_TEACHER_BATCH = 64
 _LOGGED = 20  # steps between two updates of the loss on the progress bar
 
 
@@ -257,24 +255,6 @@ def logits_of(
 def device() -> str:
     """Return where models are trained and run: where the Trainer puts them."""
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def answers(tokenizer: PreTrainedTokenizerFast, model: Any, rows: list[dict[str, Any]]) -> NDArray[np.float32]:
-    """Return the logits of a model for the rows of `features`, float32 (rows, labels), in their order.
-
-    The Trainer's `predict` is not used: with `group_by_length` it returns rows in the order of their lengths.
-    """
-    model.eval()
-    order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]))
-    logits = np.empty((len(rows), model.config.num_labels), dtype=np.float32)
-    collate = collator(tokenizer)
-    for start in range(0, len(order), _TEACHER_BATCH):
-        some = order[start : start + _TEACHER_BATCH]
-        batch = {name: values.to(model.device) for name, values in collate([rows[row] for row in some]).items()}
-        batch.pop("labels")
-        with torch.inference_mode():
-            logits[some] = model(**batch).logits.float().cpu().numpy()
-    return logits
 
 
 def described_examples(examples: Examples) -> dict[str, Any]:
@@ -440,34 +420,6 @@ def arguments(recipe: Recipe, work: Path, **more: Any) -> TrainingArguments:
         remove_unused_columns=False,  # the objective's columns are not the model's
         **more,
     )
-
-
-def features(
-    tokenizer: PreTrainedTokenizerFast, model: Any, examples: Examples, max_length: int
-) -> list[dict[str, Any]]:
-    """Tokenize each example once, unpadded: the collator pads to the longest of a batch."""
-    single = [text if isinstance(text, str) else text[0] for text in examples.texts]
-    second = [text[1] for text in examples.texts if not isinstance(text, str)] or None
-    encoded = tokenizer(single, second, truncation=True, max_length=max_length)
-    taken = inspect.signature(model.forward).parameters  # DistilBERT, for one, takes no token types
-    return [
-        {name: values[row] for name, values in encoded.items() if name in taken} | {"label": label}
-        for row, label in enumerate(examples.labels)
-    ]
-
-
-def collator(tokenizer: PreTrainedTokenizerFast) -> Any:
-    """Return the collator: it pads tokens and stacks the objective's values."""
-    pad = DataCollatorWithPadding(tokenizer)
-
-    def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
-        extras = {
-            name: torch.stack([row[name] for row in batch]) for name in ("difficulty", "teacher") if name in batch[0]
-        }
-        padded = pad([{name: value for name, value in row.items() if name not in extras} for row in batch])
-        return dict(padded) | extras
-
-    return collate
 
 
 def _measured(outcome: EvalPrediction, classes: int) -> dict[str, float]:

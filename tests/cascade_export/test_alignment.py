@@ -16,9 +16,10 @@ from cascade_export.export import export_bundle
 from cascade_export.torch_checkpoint import align_checkpoint, open_torch
 from cascade_export.verify import torch_probabilities
 from cascade_train import RECORD
-from cascade_train.alignment import Aligned, align, check_alignment, text_logits, usable_positions
+from cascade_train.alignment import Aligned, align, check_alignment, usable_positions
 from cascade_train.difficulty import label_difficulty
 from cascade_train.finetune import Recipe, finetune
+from cascade_train.inference import text_logits
 from cascade_train.tasks import Examples, TaskData
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -143,7 +144,7 @@ def bundle(root: Path, small: Path, big: Path) -> Path:
 def test_an_aligned_member_answers_in_a_bundle_as_the_original_under_its_own_tokenizer(bundle: Path, big: Path) -> None:
     runtime = CascadeRuntime(bundle)
     original = open_torch(str(big))
-    expected = text_logits(original.model, original.tokenizer, TEXTS, LENGTH)
+    expected = text_logits(original.tokenizer, original.model, TEXTS, LENGTH)
     assert np.ptp(expected[:, 0] - expected[:, 1]) > 0.1, "the texts get different answers"
     np.testing.assert_allclose(runtime.member_logits(TEXTS)[0][1], expected, atol=1e-4)
     for text, logits in zip(TEXTS, expected, strict=True):
@@ -155,7 +156,7 @@ def test_the_bundle_has_the_first_members_tokenizer_and_says_what_was_aligned(bu
     assert "alignment" not in first.other, "its tokenizer is the bundle's"
     found = second.other["alignment"]
     assert found.pop("max_logit_difference") <= 1e-4
-    assert found == {"tokenizer_of": "small", "tokens": len(BERT), "moved": len(BERT), "texts": 5, "cut_alike": 5}
+    assert found == {"tokenizer_of": "small", "tokens": len(BERT), "moved": len(BERT), "texts": 5, "same_tokens": 5}
     assert second.other["check"]["labels_agree"] == 1
     ours = json.loads((bundle / "tokenizer.json").read_text("utf-8"))
     assert ours["model"] == json.loads((small / "tokenizer.json").read_text("utf-8"))["model"]
@@ -189,11 +190,11 @@ def test_any_numbering_of_the_words_gives_the_same_logits(root: Path, ids: list[
     aligned = align(model, own, target)
     assert aligned.moved == sum(index != new for index, new in enumerate(ids))
     for texts in (TEXTS, PAIRS):
-        before = text_logits(model, own, texts, LENGTH)
+        before = text_logits(own, model, texts, LENGTH)
         assert np.ptp(before, axis=0).max() > 0.05
-        np.testing.assert_allclose(text_logits(aligned.model, target, texts, LENGTH), before, atol=1e-4)
+        np.testing.assert_allclose(text_logits(target, aligned.model, texts, LENGTH), before, atol=1e-4)
         found = check_alignment(model, own, aligned, target, texts, LENGTH)
-        assert found.texts == found.cut_alike == len(texts)
+        assert found.texts == found.same_tokens == len(texts)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -211,7 +212,7 @@ def test_every_family_can_be_aligned_and_saved(family: str, tmp_path: Path) -> N
     assert usable_positions(reloaded) == usable_positions(model)
     for texts in (TEXTS, PAIRS):
         found = check_alignment(model, own, replace(aligned, model=reloaded), target, texts, LENGTH)
-        assert found.cut_alike == len(texts)
+        assert found.same_tokens == len(texts)
 
 
 def test_positions_move_with_the_padding_id_and_a_model_without_token_types_takes_them(root: Path) -> None:
@@ -223,9 +224,9 @@ def test_positions_move_with_the_padding_id_and_a_model_without_token_types_take
     assert torch.equal(before.weight[1:], after.weight)
     assert usable_positions(aligned.model) == LENGTH
     found = check_alignment(model, own, aligned, target, TEXTS, LENGTH)
-    assert (found.texts, found.cut_alike) == (len(TEXTS), len(TEXTS))
+    assert (found.texts, found.same_tokens) == (len(TEXTS), len(TEXTS))
     assert set(target(*PAIRS[0])["token_type_ids"]) == {0, 1}
-    typed = text_logits(aligned.model, target, PAIRS, LENGTH)
+    typed = text_logits(target, aligned.model, PAIRS, LENGTH)
     untyped = [torch.tensor([target(*pair)["input_ids"]]) for pair in PAIRS[:2]]
     with torch.inference_mode():
         plain = torch.cat([aligned.model(input_ids=ids).logits for ids in untyped]).numpy()
@@ -264,7 +265,7 @@ def test_a_model_that_is_not_the_same_is_refused(small: Path, big: Path) -> None
     with pytest.raises(CascadeError, match=r"logits differ by .* \(allowed 1e-04\) for check text 1; .*cannot be"):
         check_alignment(original.model, original.tokenizer, aligned, target, TEXTS, LENGTH)
     found = check_alignment(original.model, original.tokenizer, aligned, target, [TEXTS[0], *TEXTS[2:]], LENGTH)
-    assert found.cut_alike == len(TEXTS) - 1, "no other text has this word"
+    assert found.same_tokens == len(TEXTS) - 1, "no other text has this word"
 
 
 def test_texts_that_are_cut_differently_are_counted_and_left_out(
@@ -279,7 +280,9 @@ def test_texts_that_are_cut_differently_are_counted_and_left_out(
     assert main(["export", *members, *options]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("more: aligned"))
     changed = f"({len(BERT) - 20} of {len(BERT)} ids changed)"
-    assert line.startswith(f"more: aligned to the tokenizer of small {changed}; 2 of 3 texts cut alike, logits differ")
+    assert line.startswith(
+        f"more: aligned to the tokenizer of small {changed}; 2 of 3 texts have the same tokens, logits differ"
+    )
     check = CascadeRuntime("made").bundle.members[1].other["check"]
     assert check["max_probability_difference"] > 1e-3, "the finished member is compared with the original tokenizer"
 
@@ -289,7 +292,7 @@ def test_pairs_under_another_template_are_refused(
 ) -> None:
     assert main(["export", "--member", str(small), "--member", str(big), "--pair", "--output", "made"]) == 2
     error = capsys.readouterr().err
-    assert "cuts none of 16 texts as its own does" in error
+    assert "gives none of 16 texts the same tokens as its own" in error
     assert "(found '[CLS] a [SEP] b [SEP]', expected '<s> a </s> </s> b </s>')" in error
     assert f"cascade-rt train and --tokenizer {small}" in error
     assert not (tmp_path / "made").exists()

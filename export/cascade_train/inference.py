@@ -1,0 +1,80 @@
+"""Tokenize examples once, put them into batches, and compute a classifier's logits for them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerFast
+
+from cascade_rt.types import Text
+from cascade_train.tasks import Examples
+
+_BATCH = 64
+_EXTRAS = ("difficulty", "teacher")
+"""What an objective takes of each example besides its label."""
+
+Row = dict[str, Any]
+"""An example as a model takes it, unpadded: token ids, mask and types as lists, `label`, and an objective's values."""
+
+
+def tokenize(tokenizer: PreTrainedTokenizerFast, texts: Sequence[Text], max_length: int) -> Any:
+    """Return what a tokenizer makes of texts or pairs, each a list of ids, cut off after `max_length` tokens."""
+    first = [text if isinstance(text, str) else text[0] for text in texts]
+    second = [text[1] for text in texts if not isinstance(text, str)] or None
+    return tokenizer(first, second, truncation=True, max_length=max_length)
+
+
+def features(tokenizer: PreTrainedTokenizerFast, model: Any, examples: Examples, max_length: int) -> list[Row]:
+    """Tokenize each example once; batches are padded by `collator`."""
+    encoded = tokenize(tokenizer, examples.texts, max_length)
+    taken = inspect.signature(model.forward).parameters  # DistilBERT, for one, takes no token types
+    return [
+        {name: values[row] for name, values in encoded.items() if name in taken} | {"label": label}
+        for row, label in enumerate(examples.labels)
+    ]
+
+
+def collator(tokenizer: PreTrainedTokenizerFast) -> Callable[[list[Row]], dict[str, Tensor]]:
+    """Return what makes a batch of rows: it pads on the right, as the runtime does, to the longest row."""
+    padding = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": tokenizer.pad_token_type_id}
+
+    def collate(rows: list[Row]) -> dict[str, Tensor]:
+        batch = {"labels": torch.tensor([row["label"] for row in rows])}
+        for name in rows[0].keys() - {"label"}:
+            values = [torch.as_tensor(row[name]) for row in rows]
+            batch[name] = torch.stack(values) if name in _EXTRAS else pad_sequence(values, True, padding.get(name, 0))
+        return batch
+
+    return collate
+
+
+def answers(tokenizer: PreTrainedTokenizerFast, model: Any, rows: list[Row]) -> NDArray[np.float32]:
+    """Return the logits of a model for the rows of `features`, float32 (rows, labels), in their order.
+
+    The Trainer's `predict` is not used: with `group_by_length` it returns rows in the order of their lengths.
+    """
+    model.eval()
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]))
+    logits = np.empty((len(rows), model.config.num_labels), dtype=np.float32)
+    collate = collator(tokenizer)
+    for start in range(0, len(order), _BATCH):
+        some = order[start : start + _BATCH]
+        batch = {name: values.to(model.device) for name, values in collate([rows[row] for row in some]).items()}
+        batch.pop("labels")
+        with torch.inference_mode():
+            logits[some] = model(**batch).logits.float().cpu().numpy()
+    return logits
+
+
+def text_logits(
+    tokenizer: PreTrainedTokenizerFast, model: Any, texts: Sequence[Text], max_length: int
+) -> NDArray[np.float32]:
+    """Return the logits of a model for texts or pairs, float32 (texts, labels)."""
+    return answers(tokenizer, model, features(tokenizer, model, Examples(texts, [0] * len(texts)), max_length))
