@@ -24,7 +24,7 @@ from common import RESULTS, run_command
 
 from cascade_rt import CascadeRuntime
 from cascade_rt.benchmark.machine import describe
-from cascade_rt.engine.exit_rules import MaximumProbability
+from cascade_rt.engine.exit_rules import Thresholds
 from cascade_rt.engine.probabilities import confidence, softmax
 from cascade_rt.errors import InputError
 from cascade_rt.io.writers import write_json
@@ -80,9 +80,7 @@ def _measured(folder: Path, task: TaskData, reported: dict[str, Examples], speed
         logits, lengths = runtime.member_logits(examples.texts)
         labels = np.array(examples.labels)
         sets[name] = {
-            str(speedup): evaluate(
-                members, MaximumProbability([tau] * (len(members) - 1)), logits, labels, lengths
-            ).to_json()
+            str(speedup): evaluate(members, Thresholds([tau] * (len(members) - 1)), logits, labels, lengths).to_json()
             for speedup, tau in taus.items()
         }
     return {

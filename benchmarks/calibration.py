@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from cascade_rt.benchmark.machine import describe
 from cascade_rt.bundle import MemberEntry
-from cascade_rt.engine.exit_rules import MaximumProbability
+from cascade_rt.engine.exit_rules import Thresholds
 from cascade_rt.engine.probabilities import confidence, softmax
 from cascade_rt.io.writers import write_json
 from cascade_rt.tuning.evaluation import evaluate
@@ -182,7 +182,7 @@ def _cascades(
     for speedup in speedups:
         taus = [threshold_for_speedup(members, held_sure, speedup)] * (len(members) - 1)
         gain = expected_gain(members, probabilities, labels, taus)
-        report = evaluate(members, MaximumProbability(taus), logits, labels, lengths)
+        report = evaluate(members, Thresholds(taus), logits, labels, lengths)
         rows[str(speedup)] = report.to_json() | {"gain": gain[0] if gain else None}
     return rows
 

@@ -79,7 +79,7 @@ def main() -> None:
         for member in members:
             contestants[f"cascade-rt{suffix}, {member.name} alone"] = _ours(runtime.with_members([member.name]))
         logits, _ = runtime.member_logits(texts)
-        taus[folder.name] = taus_for(runtime.bundle, logits, reachable(runtime.bundle, options.speedup))
+        taus[folder.name] = taus_for(runtime, logits, reachable(runtime.bundle, options.speedup))
         for speedup, tau in taus[folder.name].items():
             contestants[f"cascade-rt{suffix}, cascade {speedup:g}x"] = _ours(runtime.with_thresholds(tau))
     report: dict[str, Any] = {

@@ -37,7 +37,7 @@ from cascade_rt import CascadeRuntime
 from cascade_rt.benchmark.machine import describe
 from cascade_rt.benchmark.workload import spread
 from cascade_rt.bundle import MANIFEST, MemberEntry
-from cascade_rt.engine.exit_rules import MaximumProbability
+from cascade_rt.engine.exit_rules import Thresholds
 from cascade_rt.engine.probabilities import confidence, softmax
 from cascade_rt.errors import InputError, InvalidOption
 from cascade_rt.io.writers import write_json
@@ -243,7 +243,7 @@ def _figures(kinds: Sequence[Kind], folders: Mapping[str, Path], parts: Parts, w
             if speedup > members[-1].layers / members[0].layers:
                 continue
             taus = [threshold_for_speedup(members, np.stack(sure), speedup)] * (len(members) - 1)
-            row = evaluate(members, MaximumProbability(taus), logits, labels, lengths).to_json()
+            row = evaluate(members, Thresholds(taus), logits, labels, lengths).to_json()
             found["alone"] |= {member["name"]: member for member in row["members"]}
             found["cascades"].setdefault(" + ".join(names), {})[f"{speedup:g}"] = row["cascade"]
         if not any(kind.compared for kind in kinds if kind.name in names):

@@ -7,6 +7,7 @@ texts -> token ids (once) -> micro-batches by length -> stage 1 -> exit rule -> 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from numbers import Integral
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bundle import Bundle, MemberEntry
-from .bundle.manifest import HIDDEN_STATES, MAXIMUM_PROBABILITY, TOKENS
+from .bundle.manifest import HIDDEN_STATES, PATIENCE, THRESHOLD_RULES, TOKENS
 from .engine.batching import by_length, micro_batches
 from .engine.cost import cumulative_layers, whole_model
 from .engine.drift import exit_shift
@@ -101,7 +102,7 @@ class CascadeRuntime:
         trace: Callable[[Trace], object] | None,
     ) -> None:
         """Set the state of a new runtime: what it shares, the members that it uses, and how texts leave."""
-        if bundle.exit_rule["kind"] != MAXIMUM_PROBABILITY and thresholds is not None:
+        if bundle.exit_rule["kind"] not in THRESHOLD_RULES and thresholds is not None:
             expected = f"none: the exit rule {bundle.exit_rule['kind']} has no thresholds"
             raise InvalidOption("thresholds", thresholds, expected)
         self._opened = opened
@@ -262,6 +263,25 @@ class CascadeRuntime:
         `thresholds`: a float, a list, or None for the bundle's. The counts of `stats` start from zero.
         """
         return self._with(self._bundle, thresholds, self._trace)
+
+    def with_patience(self, patience: int) -> CascadeRuntime:
+        """Return a runtime with another patience, which shares the sessions; for bundles with that exit rule.
+
+        `patience`: how many members in a row must agree with the one before them. The counts of `stats` start from
+        zero.
+        """
+        rule = self._bundle.exit_rule
+        if rule["kind"] != PATIENCE:
+            raise InvalidOption("patience", patience, f"none: the exit rule {rule['kind']} has thresholds")
+        if isinstance(patience, bool) or not isinstance(patience, Integral) or patience < 1:
+            raise InvalidOption("patience", patience, "a whole number from 1")
+        return self._with(replace(self._bundle, exit_rule={**rule, "patience": int(patience)}), None, self._trace)
+
+    def without_exits(self) -> CascadeRuntime:
+        """Return a runtime in which no text leaves before the last member, which shares the sessions."""
+        if self._bundle.exit_rule["kind"] == PATIENCE:
+            return self.with_patience(len(self._stages))
+        return self.with_thresholds(1.0)
 
     def with_members(self, members: Sequence[str] | None) -> CascadeRuntime:
         """Return a runtime with other members, by name, which shares the sessions; None for all that were opened.

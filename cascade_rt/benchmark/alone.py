@@ -15,8 +15,7 @@ _ROUNDS = 5  # after one that warms up
 
 def time_alone(runtime: CascadeRuntime, texts: Sequence[Text]) -> list[float]:
     """Return seconds per text of each member alone, then of the cascade: one text per call, the median of 5 rounds."""
-    names = [member.name for member in runtime.bundle.members]
-    contestants = [*(runtime.with_members([name]) for name in names), runtime.with_trace(None)]
+    contestants = [*(alone(runtime, index) for index in range(len(runtime.bundle.members))), runtime.with_trace(None)]
     rounds = []
     for _ in range(1 + _ROUNDS):
         seconds = []
@@ -27,3 +26,10 @@ def time_alone(runtime: CascadeRuntime, texts: Sequence[Text]) -> list[float]:
             seconds.append(perf_counter() - started)
         rounds.append(seconds)
     return (np.median(rounds[1:], axis=0) / len(texts)).tolist()  # type: ignore[no-any-return]
+
+
+def alone(runtime: CascadeRuntime, index: int) -> CascadeRuntime:
+    """Return a runtime in which one member answers every text; a segment runs those before it too."""
+    bundle = runtime.bundle
+    names = [member.name for member in bundle.members[bundle.chains[index] : index + 1]]
+    return runtime.with_members(names).without_exits()

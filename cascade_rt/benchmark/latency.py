@@ -18,9 +18,10 @@ from ..engine.cost import flops_speedup, layer_speedup
 from ..engine.cpus import usable_threads
 from ..errors import InvalidOption
 from ..runtime import CascadeRuntime
-from ..tuning.collect import check_cascade, open_whole
+from ..tuning.collect import check_thresholds, open_whole
 from ..tuning.plot import pyplot
 from ..types import Text, Trace
+from .alone import alone
 from .machine import describe
 from .workload import peak_memory_mb, predict_command, reachable, seconds_of, spread, taus_for, texts_for
 
@@ -48,7 +49,7 @@ def measure_latency(
     All members of the bundle take part, whatever tuning chose; thresholds are those that reach the speed-ups. `data`:
     file of texts, None for synthetic ones with `words` words ("MEAN:SD"); `count`: how many texts; `rounds`: after one
     that warms up; `progress` is called with the rounds done and their total. Raises InvalidOption for a value out of
-    range, and InputError for a bundle of segments or without thresholds.
+    range, and InputError for a bundle without thresholds.
     """
     for field, least in (("rounds", rounds), ("batch_sizes", min(batch_sizes, default=1))):
         if least < 1:
@@ -56,12 +57,12 @@ def measure_latency(
     settings: dict[str, Any] = {"provider": provider, "threads": threads, "provider_options": provider_options}
     cascade = open_whole(model_dir, preload=True, verify=verify, **settings)
     bundle = cascade.bundle
-    check_cascade(bundle)
+    check_thresholds(bundle)
     name = (bundle.folder or Path(model_dir)).resolve().name
     texts = texts_for(bundle, data, words, count)
     logits, lengths = cascade.member_logits(texts)
-    taus = taus_for(bundle, logits, reachable(bundle, list(speedups)))
-    contestants = {BIG: cascade.with_members([bundle.members[-1].name])}
+    taus = taus_for(cascade, logits, reachable(bundle, list(speedups)))
+    contestants = {BIG: alone(cascade, len(bundle.members) - 1)}
     contestants |= {str(speedup): cascade.with_thresholds(tau) for speedup, tau in taus.items()}
     report: dict[str, Any] = {
         "machine": describe(),

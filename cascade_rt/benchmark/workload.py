@@ -14,9 +14,12 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ..bundle import Bundle
-from ..engine.probabilities import confidence, softmax
+from ..engine.cost import whole_model
+from ..engine.exit_rules import SCORES
+from ..engine.probabilities import softmax
 from ..errors import InputError, InvalidOption
 from ..io.readers import read_examples
+from ..runtime import CascadeRuntime
 from ..tuning.operating_points import threshold_for_speedup
 from ..types import Text
 
@@ -60,14 +63,15 @@ def texts_for(bundle: Bundle, data: Path | None, words: str, count: int, seed: i
 
 def reachable(bundle: Bundle, wanted: list[float]) -> list[float]:
     """Return the layer speed-ups below that of the first member alone."""
-    fastest = bundle.members[-1].layers / bundle.members[0].layers
+    fastest = sum(member.layers for member in whole_model(bundle.members)) / bundle.members[0].layers
     return [speedup for speedup in wanted if speedup < fastest]
 
 
-def taus_for(bundle: Bundle, logits: np.ndarray, speedups: list[float]) -> dict[float, float]:
+def taus_for(runtime: CascadeRuntime, logits: np.ndarray, speedups: list[float]) -> dict[float, float]:
     """Return the tau that reaches each layer speed-up, from the logits of `CascadeRuntime.member_logits`."""
-    confidences = confidence(softmax(logits))
-    return {speedup: threshold_for_speedup(bundle.members, confidences, speedup) for speedup in speedups}
+    bundle = runtime.bundle
+    scores = SCORES[bundle.exit_rule["kind"]](softmax(logits))
+    return {speedup: threshold_for_speedup(bundle.members, scores, speedup) for speedup in speedups}
 
 
 def spread(values: np.ndarray) -> Spread:

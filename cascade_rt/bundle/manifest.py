@@ -28,8 +28,11 @@ BATCH_TOLERANCE = 1e-4
 TOKENS, HIDDEN_STATES = "tokens", "hidden_states"
 """What a member reads: token ids, or the hidden states that the member before it left."""
 
-MAXIMUM_PROBABILITY, PATIENCE = "maximum_probability", "patience"
+MAXIMUM_PROBABILITY, ENTROPY, PATIENCE = "maximum_probability", "entropy", "patience"
 """Kinds of exit rules."""
+
+THRESHOLD_RULES = (MAXIMUM_PROBABILITY, ENTROPY)
+"""Those that compare a score with a threshold for each member."""
 
 _VERSIONS = (1, 2)
 _SEAL = "sha256"  # of the manifest without this key; manifests of other writers may have none
@@ -75,7 +78,7 @@ class Tuning:
     members: list[str]
     """Names of the members to use, small to big."""
     thresholds: list[float]
-    """One for each of them but the last."""
+    """One for each of them but the last; none under exit rules without thresholds."""
     exits: list[int]
     """Texts that each of them answered when it was tuned."""
 
@@ -117,6 +120,14 @@ class Bundle:
     def thresholds(self) -> list[float]:
         """The thresholds of all members but the last; empty under exit rules without thresholds."""
         return [member.threshold for member in self.members if member.threshold is not None]
+
+    @property
+    def chains(self) -> list[int]:
+        """For each member, where its model starts: its own index, or that of the first segment before it."""
+        starts: list[int] = []
+        for index, member in enumerate(self.members):
+            starts.append(index if member.reads == TOKENS else starts[-1])
+        return starts
 
     @property
     def tuning(self) -> Tuning | None:
@@ -228,7 +239,7 @@ def _parse(manifest: dict[str, Any]) -> Bundle:
     entries = top.take("members", list)
     if not entries:
         raise BundleError(f"{MANIFEST}: members: found none, expected at least one")
-    has_thresholds = exit_rule["kind"] == MAXIMUM_PROBABILITY
+    has_thresholds = exit_rule["kind"] in THRESHOLD_RULES
     with_thresholds = [has_thresholds and index < len(entries) - 1 for index in range(len(entries))]
     members = tuple(
         _parse_member(entry, f"{MANIFEST}: members[{index}]", version, thresholds)
@@ -265,12 +276,12 @@ def _parse_exit_rule(entry: Any) -> dict[str, Any]:
         raise BundleError(f"{where}: found a {type(entry).__name__}, expected an object; export the bundle again")
     fields = _Fields(entry, where)
     kind = fields.take("kind", str)
-    if kind == MAXIMUM_PROBABILITY:
+    if kind in THRESHOLD_RULES:
         return {"kind": kind, **fields.rest}
     if kind == PATIENCE:
         return {"kind": kind, "patience": fields.take("patience", int, at_least=1), **fields.rest}
     raise BundleError(
-        f"{where}: found the kind {kind[:80]!r}, this cascade-rt knows {MAXIMUM_PROBABILITY!r} and {PATIENCE!r}; "
+        f"{where}: found the kind {kind[:80]!r}, this cascade-rt knows {', '.join((*THRESHOLD_RULES, PATIENCE))}; "
         "install a newer cascade-rt"
     )
 
@@ -323,12 +334,13 @@ def _check_tuning(tuning: Any, members: Sequence[MemberEntry]) -> None:
         raise BundleError(f"{where}: found a {type(tuning).__name__}, expected an object; tune the bundle again")
     fields = _Fields(tuning, where)
     names, taus, counts = (fields.take(key, list) for key in ("members", "thresholds", "exits"))
-    if any(member.reads != TOKENS for member in members):
-        raise BundleError(f"{where}: found a tuning of segments, which cannot be tuned; delete it")
     chosen = [member for member in members if member.name in names]
     if not names or names != [member.name for member in chosen]:
         raise BundleError(f"{where}: found the members {str(names)[:80]}, expected some of the bundle's, in order")
-    if taus != [member.threshold for member in chosen[:-1]]:
+    before = [members[max(0, members.index(member) - 1)] for member in chosen if member.reads == HIDDEN_STATES]
+    if not all(member in chosen for member in before):
+        raise BundleError(f"{where}: found the members {str(names)[:80]}, expected each segment after the one it reads")
+    if taus != [member.threshold for member in chosen[:-1] if member.threshold is not None]:
         raise BundleError(f"{where}: found thresholds {str(taus)[:80]} unlike the members' own; tune the bundle again")
     whole = all(type(count) is int and 0 <= count < 2**31 for count in counts)
     if len(counts) != len(names) or not whole or sum(counts) == 0:

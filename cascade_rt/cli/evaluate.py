@@ -13,7 +13,6 @@ import numpy as np
 
 from ..benchmark.alone import time_alone
 from ..errors import InputError
-from ..tuning.collect import check_cascade
 from ..tuning.evaluation import evaluate, label_ids
 from ..types import Text
 from .options import (
@@ -54,8 +53,6 @@ def run(options: argparse.Namespace) -> None:
     """Run every member on every text, and measure."""
     runtime = open_runtime(options)
     bundle = runtime.bundle
-    if options.timed:
-        check_cascade(bundle)
     parts, lengths, labels = [], [], []
     timed: list[Text] = []
     records = examples(options, bundle.pair, labelled=True)

@@ -42,13 +42,19 @@ def add_running(parser: CommandParser) -> None:
 
 
 def add_threshold(parser: CommandParser) -> None:
-    """Add one threshold for all members."""
+    """Add one threshold for all members, or another patience."""
     parser.add_argument(
         "--threshold",
         dest="thresholds",
         type=float,
         metavar="TAU",
         help="one threshold for all members, also those that tuning left out (default: the bundle's)",
+    )
+    parser.add_argument(
+        "--patience",
+        type=int,
+        metavar="N",
+        help="for bundles with this exit rule: how many members in a row must agree (default: the bundle's)",
     )
 
 
@@ -86,8 +92,9 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def open_runtime(options: argparse.Namespace) -> CascadeRuntime:
-    """Open the bundle with the settings and the threshold of the options."""
-    return CascadeRuntime(options.model_dir, thresholds=options.thresholds, **settings(options))
+    """Open the bundle with the settings and the threshold or patience of the options."""
+    runtime = CascadeRuntime(options.model_dir, thresholds=options.thresholds, **settings(options))
+    return runtime if options.patience is None else runtime.with_patience(options.patience)
 
 
 def examples(options: argparse.Namespace, pair: bool, *, labelled: bool = False) -> Iterator[Example]:

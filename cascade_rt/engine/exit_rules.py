@@ -14,9 +14,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..bundle.manifest import MAXIMUM_PROBABILITY
+from ..bundle.manifest import ENTROPY, MAXIMUM_PROBABILITY, PATIENCE
 from ..errors import InvalidOption
-from .probabilities import confidence
+from .probabilities import certainty, confidence
+
+SCORES = {MAXIMUM_PROBABILITY: confidence, ENTROPY: certainty}
+"""What a rule with thresholds compares with them: float64 (texts,) from 0 to 1, from probabilities (texts, labels)."""
 
 
 class Decisions(Protocol):
@@ -39,26 +42,33 @@ class ExitRule(Protocol):
         """Return the decisions for a call with this many texts."""
 
 
-class MaximumProbability:
-    """Leave where the maximum class probability exceeds the stage's threshold, strictly (paper, Algorithm 1)."""
+class Thresholds:
+    """Leave where a score exceeds the stage's threshold, strictly.
 
-    def __init__(self, thresholds: Sequence[float]) -> None:
+    "maximum_probability": the largest class probability (paper, Algorithm 1). "entropy": the certainty, 1 minus the
+    normalised entropy (DeeBERT, FastBERT).
+    """
+
+    def __init__(self, thresholds: Sequence[float], kind: str = MAXIMUM_PROBABILITY) -> None:
         """`thresholds`: one for each stage but the last."""
         self.thresholds = tuple(thresholds)
+        self.score = SCORES[kind]
+        self._largest = kind == MAXIMUM_PROBABILITY
         self._all = (*self.thresholds, -math.inf)
 
-    def begin(self, texts: int) -> MaximumProbability:
+    def begin(self, texts: int) -> Thresholds:
         """Return the rule itself: it keeps no state."""
         return self
 
     def leaving(self, stage: int, rows: NDArray[np.intp], probabilities: NDArray[np.float64]) -> NDArray[np.bool_]:
         """Return which texts leave after `stage`, bool (rows,)."""
-        decisions: NDArray[np.bool_] = confidence(probabilities) > self._all[stage]
+        decisions: NDArray[np.bool_] = self.score(probabilities) > self._all[stage]
         return decisions
 
     def leaves_alone(self, stage: int, probabilities: list[float]) -> bool:
         """Return whether the only text of a call leaves after `stage`."""
-        return max(probabilities) > self._all[stage]
+        score = max(probabilities) if self._largest else float(self.score(np.array(probabilities)))
+        return score > self._all[stage]
 
 
 class Patience:
@@ -96,9 +106,9 @@ class _Agreements:
 
 def exit_rule(settings: Mapping[str, Any], thresholds: Sequence[float], stages: int) -> ExitRule:
     """Return the rule that a manifest's `exit_rule` describes, for this many stages."""
-    if settings["kind"] == MAXIMUM_PROBABILITY:
-        return MaximumProbability(thresholds)
-    return Patience(settings["patience"], stages)
+    if settings["kind"] == PATIENCE:
+        return Patience(settings["patience"], stages)
+    return Thresholds(thresholds, settings["kind"])
 
 
 def exits_under(rule: ExitRule, probabilities: NDArray[np.float64]) -> NDArray[np.intp]:
@@ -114,15 +124,26 @@ def exits_under(rule: ExitRule, probabilities: NDArray[np.float64]) -> NDArray[n
     return exits
 
 
-def exits(confidences: NDArray[np.float64], thresholds: Sequence[float]) -> NDArray[np.intp]:
-    """Return the exit of each text, int (texts,), under maximum probability, from confidences (members, texts).
+def exits(scores: NDArray[np.float64], thresholds: Sequence[float]) -> NDArray[np.intp]:
+    """Return the exit of each text, int (texts,), from the scores that thresholds are compared with, (members, texts).
 
     `thresholds`: one per member but the last, which always answers.
     """
-    leaving = [row > threshold for row, threshold in zip(confidences[:-1], thresholds, strict=True)]
-    everyone = np.ones(confidences.shape[1], dtype=bool)
+    leaving = [row > threshold for row, threshold in zip(scores[:-1], thresholds, strict=True)]
+    everyone = np.ones(scores.shape[1], dtype=bool)
     first: NDArray[np.intp] = np.argmax(np.stack([*leaving, everyone]), axis=0)
     return first
+
+
+def patient_exits(classes: NDArray[np.intp], patience: int) -> NDArray[np.intp]:
+    """Return the exit of each text, int (texts,), under patience, from the class of each stage, int (stages, texts)."""
+    last = len(classes) - 1
+    found = np.full(classes.shape[1], last, dtype=np.intp)
+    counts = np.zeros(classes.shape[1], dtype=np.intp)
+    for stage in range(1, last):
+        counts = np.where(classes[stage] == classes[stage - 1], counts + 1, 0)
+        found = np.where((counts >= patience) & (found == last), stage, found)
+    return found
 
 
 def checked_thresholds(

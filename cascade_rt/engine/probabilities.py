@@ -1,4 +1,4 @@
-"""From logits to class probabilities and confidence."""
+"""From logits to class probabilities, and to the scores that exit rules compare with thresholds."""
 
 from __future__ import annotations
 
@@ -28,3 +28,15 @@ def confidence(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
     """Confidence c(x): the maximum class probability, over the last axis (paper, Eq. 4)."""
     maximum: NDArray[np.float64] = probabilities.max(axis=-1)
     return maximum
+
+
+def certainty(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
+    """1 minus the entropy as a share of the largest possible one, over the last axis: 0 if all classes are equal, to 1.
+
+    1 minus FastBERT's uncertainty (Liu et al., 2020, Eq. 7); entropy = (1 - certainty) * ln(labels) is what DeeBERT
+    compares with its threshold S (Xin et al., 2020, Algorithm 1).
+    """
+    logarithms = np.log(np.where(probabilities > 0, probabilities, 1.0))
+    entropy = -(probabilities * logarithms).sum(axis=-1)
+    certain: NDArray[np.float64] = np.clip(1 - entropy / math.log(probabilities.shape[-1]), 0.0, 1.0)
+    return certain

@@ -56,7 +56,7 @@ def certify(
     `max_risk` is at most 1 - `confidence`, whatever the texts. Returns None if not even the first is certified; the
     last member alone needs no test and is never returned.
     """
-    last_alone = (len(search.confidences) - 1,)
+    last_alone = (len(search.scores) - 1,)
     points = operating_points(search, shared=shared, subsets=subsets)
     cost = measure(search, last_alone, ()).cost
     front = pareto_front((point for point in points if point.members != last_alone and point.cost < cost), by="risk")
@@ -66,7 +66,7 @@ def certify(
     losses, p_value = 0, 1.0
     for point in sequence:
         tested += 1
-        found = measure(test, point.members, point.thresholds)
+        found = measure(test, *point.way)
         now = round(found.risk * texts)
         p = binomial_cdf(now, texts, max_risk)
         if tested == 1 or p <= 1 - confidence:
@@ -130,11 +130,11 @@ def _more_careful(answers: Answers, first: Sequence[OperatingPoint]) -> Iterator
     """Yield points with the same members and decreasing thresholds, from where almost no text leaves early."""
     for point in first:
         early = list(zip(point.members[:-1], point.thresholds, strict=True))
-        stay = [float(np.mean(answers.confidences[member] <= tau)) for member, tau in early]
+        stay = [float(np.mean(answers.scores[member] <= tau)) for member, tau in early]
         for step in range(_CAREFUL, 0, -1):
             levels = [share + (1 - share) * step / (_CAREFUL + 1) for share in stay]
             taus = tuple(
-                float(np.quantile(answers.confidences[member], level))
+                float(np.quantile(answers.scores[member], level))
                 for (member, _), level in zip(early, levels, strict=True)
             )
             if taus:

@@ -19,7 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..bundle import Bundle, read_bundle
+from ..bundle.manifest import THRESHOLD_RULES
 from ..engine.cost import member_flops
+from ..engine.exit_rules import Thresholds
 from ..engine.probabilities import confidence, softmax
 from ..errors import InputError, TextError
 from ..runtime import CascadeRuntime
@@ -52,12 +54,12 @@ def open_whole(model_dir: str | Path, **settings: Any) -> CascadeRuntime:
     return CascadeRuntime(model_dir, members=names, **settings)
 
 
-def check_cascade(bundle: Bundle) -> None:
-    """Raise InputError for a bundle of segments, or with another exit rule than maximum probability."""
-    if not bundle.is_cascade:
+def check_thresholds(bundle: Bundle) -> None:
+    """Raise InputError for a bundle whose exit rule has no thresholds."""
+    if bundle.exit_rule["kind"] not in THRESHOLD_RULES:
         raise InputError(
-            f"found a bundle of segments or with the exit rule {bundle.exit_rule['kind']}, expected a cascade of "
-            "complete members with thresholds"
+            f"found a bundle with the exit rule {bundle.exit_rule['kind']}, expected one with thresholds "
+            f"({', '.join(THRESHOLD_RULES)})"
         )
 
 
@@ -77,10 +79,8 @@ def collect(
     """Run every member on every text, and time some texts.
 
     `labels`: class ids, (texts,), or None to compare with the last member's answers. `cache`: folder to cache logits
-    in, None for no cache. Raises InputError for too few texts, a class without a text, and an exit rule without
-    thresholds.
+    in, None for no cache. Raises InputError for too few texts, and for a class without a text.
     """
-    check_cascade(runtime.bundle)
     if len(texts) < FEWEST_TEXTS:
         raise InputError(f"found {len(texts)} texts, expected at least {FEWEST_TEXTS} to choose thresholds from")
     names = runtime.bundle.labels
@@ -95,16 +95,21 @@ def collect(
     predictions = probabilities.argmax(axis=-1)
     members = runtime.bundle.members
     tokenization, seconds, noise = _latencies(runtime, texts, lengths)
-    sure, right = confidence(probabilities), predictions == (predictions[-1] if labels is None else labels)
+    right = predictions == (predictions[-1] if labels is None else labels)
+    rule = runtime.exit_rule
+    scores = rule.score(probabilities) if isinstance(rule, Thresholds) else confidence(probabilities)
+    shared: dict[str, Any] = {"classes": None if isinstance(rule, Thresholds) else predictions}
+    if runtime.bundle.chains != list(range(len(members))):
+        shared["chains"] = runtime.bundle.chains
     nothing = np.zeros(len(texts))
     layers = np.repeat([[float(member.layers)] for member in members], len(texts), axis=1)
     flops = np.stack([member_flops(member, lengths) for member in members])
     written = [None] * len(texts) if labels is None else [names[label] for label in labels.tolist()]
     return Collected(
         {
-            "layers": Answers(sure, right, layers, nothing),
-            "flops": Answers(sure, right, flops, nothing),
-            "latency": Answers(sure, right, 1000 * seconds, 1000 * tokenization, noise),
+            "layers": Answers(scores, right, layers, nothing, **shared),
+            "flops": Answers(scores, right, flops, nothing, **shared),
+            "latency": Answers(scores, right, 1000 * seconds, 1000 * tokenization, noise, **shared),
         },
         _digest(zip(texts, written, strict=True)),
         labels is not None,
@@ -172,7 +177,7 @@ def _latencies(
     lengths is timed, one at a time, the median of several rounds; a line over the length gives the other texts.
     """
     traces: list[Trace] = []
-    every_member = runtime.with_thresholds(1.0).with_trace(traces.append)
+    every_member = runtime.without_exits().with_trace(traces.append)
     order = np.argsort(lengths, kind="stable")
     sample = order[np.unique(np.linspace(0, len(order) - 1, min(_TIMED, len(order))).astype(int))]
 

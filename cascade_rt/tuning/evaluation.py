@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ..bundle import MemberEntry
 from ..engine.cost import cumulative_layers, flops_speedup, layer_speedup
-from ..engine.exit_rules import ExitRule, MaximumProbability, exits_under
+from ..engine.exit_rules import ExitRule, Thresholds, exits_under
 from ..engine.probabilities import confidence, softmax
 from ..errors import InputError
 from .metrics import accuracy, dis, ece, f1
@@ -108,7 +108,7 @@ def evaluate(
     ]
     cascade = CascadeQuality(
         **vars(quality(labels, predictions[exits, rows], confidences[exits, rows], classes)),
-        thresholds=list(rule.thresholds) if isinstance(rule, MaximumProbability) else [],
+        thresholds=list(rule.thresholds) if isinstance(rule, Thresholds) else [],
         exits=np.bincount(exits, minlength=len(members)).tolist(),
         mean_layers=float(cumulative_layers(members)[exits].mean()),
         layer_speedup=layer_speedup(members, exits, original),

@@ -90,6 +90,15 @@ class Choice:
     latency_speedup: float
     latency_ms: float
     latency_p95_ms: float
+    patience: int | None = None
+    """Of the exit rule; None under rules with thresholds."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether the last of the members answers every text."""
+        if self.patience is not None:
+            return self.patience >= len(self.members)
+        return all(threshold >= 1 for threshold in self.thresholds)
 
     def speedup(self, cost: str) -> float:
         """Return the speed-up ratio by one of COSTS."""
@@ -151,22 +160,22 @@ def verdict(chosen: Choice | None, alone: list[Choice], guarantee: Guarantee | N
     if chosen is None and guarantee is None:
         return "nothing was asked, so nothing was chosen: these are the best trade-offs"
     if chosen is None:
-        return f"do not cascade on this evidence: nothing faster than {last.members[0]} alone can be guaranteed"
-    if chosen.members == last.members:
-        return f"do not cascade: use {last.members[0]} alone"
-    if len(chosen.members) == 1:
+        return f"do not cascade on this evidence: nothing faster than {last.members[-1]} alone can be guaranteed"
+    if chosen.alone and chosen.members == last.members:
+        return f"do not cascade: use {last.members[-1]} alone"
+    if chosen.alone:
         return (
-            f"do not cascade: use {chosen.members[0]} alone, {chosen.latency_speedup:.2f}x as fast as "
-            f"{last.members[0]} here, {_lost(chosen)}"
+            f"do not cascade: use {chosen.members[-1]} alone, {chosen.latency_speedup:.2f}x as fast as "
+            f"{last.members[-1]} here, {_lost(chosen)}"
         )
     for rival in alone:
         if rival.accuracy >= chosen.accuracy and rival.latency_ms <= chosen.latency_ms:
             return (
-                f"do not cascade: {rival.members[0]} alone is as accurate ({100 * rival.accuracy:.2f}%) and as fast "
+                f"do not cascade: {rival.members[-1]} alone is as accurate ({100 * rival.accuracy:.2f}%) and as fast "
                 f"here ({rival.latency_ms:.2f} ms against {chosen.latency_ms:.2f}); tune by measured latency"
             )
     slower = "do not cascade, tune by measured latency" if chosen.latency_speedup <= 1 else "cascade"
-    return f"{slower}: {chosen.latency_speedup:.2f}x as fast as {last.members[0]} alone here, {_lost(chosen)}"
+    return f"{slower}: {chosen.latency_speedup:.2f}x as fast as {last.members[-1]} alone here, {_lost(chosen)}"
 
 
 def _lost(chosen: Choice) -> str:

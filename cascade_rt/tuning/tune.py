@@ -15,6 +15,7 @@ import numpy as np
 
 from ..bundle import MANIFEST, TUNING, Bundle, write_manifest
 from ..bundle.files import file_identity
+from ..bundle.manifest import PATIENCE
 from ..errors import BundleError, InputError, InvalidOption
 from .certify import certify, texts_needed
 from .collect import Collected
@@ -60,9 +61,9 @@ def tune(bundle: Bundle, data: Collected, question: Question, *, held_out: Colle
         if point is None:
             least = min(point.cost_p95 if question.p95 else point.cost for point in points)
             raise InvalidOption("budget_ms", question.budget_ms, f"at least {least:.3g}: the fastest member's here")
-    chosen = None if point is None else choice(bundle, data, point.members, point.thresholds)
+    chosen = None if point is None else choice(bundle, data, *point.way)
     alone = members_alone(bundle, data)
-    confirmed = None if point is None or held_out is None else choice(bundle, held_out, point.members, point.thresholds)
+    confirmed = None if point is None or held_out is None else choice(bundle, held_out, *point.way)
     judged = (chosen, alone) if confirmed is None or held_out is None else (confirmed, members_alone(bundle, held_out))
     return TuningReport(
         question=question,
@@ -72,34 +73,52 @@ def tune(bundle: Bundle, data: Collected, question: Question, *, held_out: Colle
         chosen=chosen,
         held_out=confirmed,
         guarantee=guarantee,
-        front=[choice(bundle, data, point.members, point.thresholds) for point in pareto_front(points)],
+        front=[choice(bundle, data, *point.way) for point in pareto_front(points)],
         verdict=verdict(*judged, guarantee),
     )
 
 
-def choice(bundle: Bundle, data: Collected, members: tuple[int, ...], thresholds: tuple[float, ...]) -> Choice:
-    """Return what one way to run the bundle does on the data: quality, exits, and speed-ups over its last member."""
+def choice(
+    bundle: Bundle,
+    data: Collected,
+    members: tuple[int, ...],
+    thresholds: tuple[float, ...],
+    patience: int | None = None,
+) -> Choice:
+    """Return what one way to run the bundle does on the data: quality, exits, and speed-ups over its last member.
+
+    `members`: those that may answer. A choice lists those that run: a segment that no text leaves has the threshold 1.
+    """
     latency = data.answers["latency"]
-    point, whole = measure(latency, members, thresholds), measure(latency, (len(bundle.members) - 1,), ())
-    place = left_at(latency, members, thresholds)
+    whole = measure(latency, (len(bundle.members) - 1,), ())
+    point = measure(latency, members, thresholds, patience)
+    place = left_at(latency, members, thresholds, patience)
     rows = np.arange(len(place))
     lost = latency.right[-1].astype(int) - latency.right[list(members)][place, rows]
     speedups = {}
     for kind, answers in data.answers.items():
-        executed = answers.overhead + np.cumsum(answers.costs[list(members)], axis=0)
-        alone = answers.overhead + answers.costs[-1]
+        executed, (alone,) = answers.paths(members), answers.paths([len(bundle.members) - 1])
         speedups[f"{kind}_speedup"] = float(alone.sum() / executed[place, rows].sum())
+    chains = bundle.chains
+    running = sorted({index for member in members for index in range(chains[member], member + 1)})
+    if bundle.exit_rule["kind"] == PATIENCE:
+        thresholds, patience = (), patience or len(running)
+    else:
+        taus = dict(zip(members, thresholds, strict=False))
+        thresholds = tuple(taus.get(index, 1.0) for index in running[:-1])
+    counts = dict(zip(members, np.bincount(place, minlength=len(members)).tolist(), strict=True))
     return Choice(
-        members=[bundle.members[index].name for index in members],
+        members=[bundle.members[index].name for index in running],
         thresholds=list(thresholds),
         accuracy=point.accuracy,
         drop=whole.accuracy - point.accuracy,
         drop_error=float(np.std(lost) / math.sqrt(len(lost))),
         risk=point.risk,
-        exits=np.bincount(place, minlength=len(members)).tolist(),
+        exits=[counts.get(index, 0) for index in running],
         **speedups,
         latency_ms=point.cost,
         latency_p95_ms=point.cost_p95,
+        patience=patience,
     )
 
 
@@ -119,13 +138,17 @@ def write_tuning(folder: Path, bundle: Bundle, report: TuningReport) -> None:
         raise InputError("found a report without a chosen point, expected one to write")
     if file_identity(folder / MANIFEST) != bundle.identity:
         raise BundleError(f"{folder}: replaced while it was tuned; tune it again")
-    taus = dict(zip(report.chosen.members, [*report.chosen.thresholds, 0.0], strict=True))
-    *others, last = bundle.members
-    members = (*(replace(member, threshold=taus.get(member.name, 1.0)) for member in others), last)
+    members, rule = bundle.members, dict(bundle.exit_rule)
+    if report.chosen.patience is not None:
+        rule["patience"] = report.chosen.patience
+    else:
+        taus = dict(zip(report.chosen.members, [*report.chosen.thresholds, 0.0], strict=True))
+        *others, last = members
+        members = (*(replace(member, threshold=taus.get(member.name, 1.0)) for member in others), last)
     written = report.to_json()
     tuning: dict[str, Any] = asdict(report.chosen) | {"last_alone": {"accuracy": report.alone[-1].accuracy}}
     tuning |= {key: written[key] for key in ("question", "data", "compared_with", "guarantee", "verdict")}
-    write_manifest(folder, replace(bundle, members=members, other={**bundle.other, TUNING: tuning}))
+    write_manifest(folder, replace(bundle, members=members, exit_rule=rule, other={**bundle.other, TUNING: tuning}))
 
 
 def local_folder(model_dir: str) -> Path:
@@ -147,10 +170,10 @@ def _guaranteed(
         half = len(rows) // 2
         search, test = search.take(rows[:half]), search.take(rows[half:])
     chosen, certificate, sequence = certify(search, test, max_risk, confidence, **options)
-    last = measure(test, (len(test.confidences) - 1,), ())
+    last = measure(test, (len(test.scores) - 1,), ())
     promising = []
     for point in sequence:
-        seen = measure(test, point.members, point.thresholds)  # points look better on the half that proposed them
+        seen = measure(test, *point.way)  # points look better on the half that proposed them
         needed = texts_needed(seen.risk, max_risk, confidence)
         if needed is not None and needed > certificate.texts and (chosen is None or seen.cost < chosen.cost):
             promising.append(MoreTexts(last.cost / seen.cost, seen.risk, halves * needed))

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from cascade_rt import CascadeRuntime
 from cascade_rt.benchmark.machine import describe
-from cascade_rt.engine.exit_rules import MaximumProbability, exits
+from cascade_rt.engine.exit_rules import Thresholds, exits
 from cascade_rt.engine.probabilities import confidence, softmax
 from cascade_rt.io.writers import open_output
 from cascade_rt.tuning.collect import Collected
@@ -106,10 +106,10 @@ def make_report(
     members = runtime.bundle.members
     names = [member.name for member in members]
     chosen = [names.index(name) for name in found.chosen.members]
-    everything = evaluate(members, MaximumProbability([1.0] * (len(members) - 1)), logits, labels, lengths)
+    everything = evaluate(members, Thresholds([1.0] * (len(members) - 1)), logits, labels, lengths)
     cascade = evaluate(
         [members[index] for index in chosen],
-        MaximumProbability(found.chosen.thresholds),
+        Thresholds(found.chosen.thresholds),
         logits[chosen],
         labels,
         lengths,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import random
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +15,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cascade_rt import BundleError, CascadeRuntime, InputError, InvalidOption, Prediction, Trace, read_bundle
+from cascade_rt import BundleError, CascadeRuntime, InvalidOption, Prediction, Trace, read_bundle
 from cascade_rt.bundle import sha256_of
 from cascade_rt.cli import main
 from cascade_rt.engine.cost import layer_speedup
 from cascade_rt.engine.probabilities import softmax
-from cascade_rt.tuning.collect import collect
 from cascade_rt.tuning.evaluation import evaluate
 
 from ..toy import LABELS, WORDS, Member, cascade_members, segment_members, write_bundle, write_segments
@@ -227,20 +228,44 @@ def test_thresholds_are_refused_where_another_rule_decides(
     assert error.count("\n") == 1
 
 
-def test_tuning_is_refused_where_there_are_no_thresholds(
-    four_segments: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_tuning_finds_the_patience(
+    four_segments: Path, expected: NDArray[np.float64], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    says = "found a bundle of segments or with the exit rule patience, expected a cascade of complete members"
-    with pytest.raises(InputError, match=says):
-        collect(CascadeRuntime(four_segments), TEXTS, None, cache=None)
+    """Of all numbers, the fastest that is allowed, by counting text by text; the tuned bundle answers as promised."""
+    classes = expected.argmax(axis=-1)
+    by_patience = {}
+    for patience in (1, 2, 3, 4):
+        left = np.array([patience_exit(column.tolist(), patience) for column in classes.T])
+        by_patience[patience] = (left + 1).mean(), float(np.mean(classes[left, range(len(TEXTS))] != classes[-1])), left
+    drop = by_patience[2][1] + 1e-9
+    best = min(patience for patience, (_, lost, _) in by_patience.items() if lost <= drop)
+    folder = shutil.copytree(four_segments, tmp_path / "tuned")
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
-    before = (four_segments / "cascade.json").read_bytes()
-    arguments = ["--model-dir", str(four_segments), "--input", "texts.txt", "--agreement", "--max-drop", "0.1"]
-    assert main(["tune", *arguments, "--no-cache"]) == 2
-    error = capsys.readouterr().err
-    assert says in error
-    assert error.count("\n") == 1
-    assert (four_segments / "cascade.json").read_bytes() == before
+    arguments = ["--model-dir", str(folder), "--input", "texts.txt", "--agreement", "--max-drop", str(drop), "--json"]
+    assert main(["tune", *arguments, "--no-cache"]) == 0
+    chosen = json.loads(capsys.readouterr().out)["chosen"]
+    layers, lost, left = by_patience[best]
+    assert (chosen["patience"], chosen["thresholds"]) == (best, [])
+    assert chosen["drop"] == pytest.approx(lost)
+    assert chosen["layers_speedup"] == pytest.approx(4 / layers)
+    runtime = CascadeRuntime(folder)
+    assert [answer.exit for answer in runtime.predict(TEXTS)] == left.tolist()
+    assert runtime.stats().exits == chosen["exits"]
+    assert read_bundle(folder).exit_rule == {"kind": "patience", "patience": best}
+
+
+def test_patience_can_be_changed(four_segments: Path, expected: NDArray[np.float64], tmp_path: Path) -> None:
+    runtime = CascadeRuntime(four_segments)
+    classes = expected.argmax(axis=-1)
+    for patience in (1, 2, 3):
+        wanted = [patience_exit(column.tolist(), patience) for column in classes.T]
+        assert [answer.exit for answer in runtime.with_patience(patience).predict(TEXTS)] == wanted
+    assert {answer.exit for answer in runtime.without_exits().predict(TEXTS)} == {3}
+    with pytest.raises(InvalidOption, match="`patience`: found 0, expected a whole number from 1"):
+        runtime.with_patience(0)
+    other = CascadeRuntime(by_confidence(tmp_path / "other", segment_members(), [0.9]))
+    with pytest.raises(InvalidOption, match="expected none: the exit rule maximum_probability has thresholds"):
+        other.with_patience(2)
 
 
 def test_a_benchmark_of_thresholds_is_refused_in_one_line(
@@ -282,15 +307,50 @@ def test_segments_can_exit_by_confidence(expected: NDArray[np.float64], tmp_path
     assert {(answer.exit, answer.layers) for answer in lowest} == {(0, 1)}
 
 
-def test_segments_with_thresholds_are_not_tuned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Tuning leaves members out and counts each alone, which segments cannot be."""
-    folder = by_confidence(tmp_path / "segments", segment_members(), [0.9])
-    with pytest.raises(InputError, match="found a bundle of segments.*, expected a cascade of complete members"):
-        collect(CascadeRuntime(folder), TEXTS, None, cache=None)
+@pytest.mark.parametrize("kind", ["maximum_probability", "entropy"])
+def test_segments_with_thresholds_are_tuned(
+    kind: str, expected: NDArray[np.float64], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What tuning promises is what the tuned bundle does; a segment that no text leaves runs with threshold 1."""
+    extra = {"format_version": 2, "exit_rule": {"kind": kind}}
+    members = segment_members(segments=4, layers_each=1)
+    folder = write_bundle(tmp_path / "segments", members, thresholds=[0.9] * 3, extra=extra)
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
-    arguments = ["--model-dir", str(folder), "--input", "texts.txt", "--agreement", "--max-drop", "0.1", "--no-cache"]
-    assert main(["tune", *arguments]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    arguments = ["--model-dir", str(folder), "--input", "texts.txt", "--agreement", "--no-cache", "--json"]
+    assert main(["tune", *arguments, "--max-drop", "0.1"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    chosen = report["chosen"]
+    assert chosen["drop"] <= 0.1 + 1e-9
+    assert chosen["layers_speedup"] > 1
+    assert [alone["members"] for alone in report["alone"]] == [
+        [f"segment-{index}" for index in range(1, last + 1)] for last in range(1, 5)
+    ]
+    assert [alone["layers_speedup"] for alone in report["alone"]] == pytest.approx([4, 2, 4 / 3, 1])
+    runtime = CascadeRuntime(folder)
+    answers = runtime.predict(TEXTS)
+    assert runtime.thresholds == chosen["thresholds"]
+    assert runtime.stats().exits == chosen["exits"]
+    assert 4 * len(TEXTS) / sum(answer.layers for answer in answers) == pytest.approx(chosen["layers_speedup"])
+    classes = expected.argmax(axis=-1)
+    agreeing = [LABELS[chosen] == answer.label for chosen, answer in zip(classes[-1], answers, strict=True)]
+    assert np.mean(agreeing) == pytest.approx(chosen["accuracy"])
+    assert main(["benchmark", "--model-dir", str(folder), "--texts", "8", "--rounds", "1", "--batch-size", "4"]) == 0
+
+
+def test_texts_leave_by_entropy_where_a_plain_loop_says(expected: NDArray[np.float64], tmp_path: Path) -> None:
+    """DeeBERT: leave at the first exit whose entropy is below S; FastBERT: the same, as a share of the largest one."""
+    s = 0.25
+    extra = {"format_version": 2, "exit_rule": {"kind": "entropy"}}
+    tau = 1 - s / math.log(len(LABELS))
+    members = segment_members(segments=4, layers_each=1)
+    runtime = CascadeRuntime(write_bundle(tmp_path / "segments", members, thresholds=[tau] * 3, extra=extra))
+    wanted = [
+        next((exit for exit in range(3) if -sum(p * math.log(p) for p in column[exit]) < s), 3)
+        for column in expected.swapaxes(0, 1)
+    ]
+    assert len(set(wanted)) == 4
+    assert [answer.exit for answer in runtime.predict(TEXTS)] == wanted
+    assert [runtime.predict([text])[0].exit for text in TEXTS] == wanted
 
 
 def test_a_member_before_a_chain_costs_its_layers_and_hands_nothing_on(tmp_path: Path) -> None:

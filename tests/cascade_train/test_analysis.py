@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from cascade_rt import CascadeRuntime
 from cascade_rt.bundle import MemberEntry
 from cascade_rt.cli import main
-from cascade_rt.engine.exit_rules import MaximumProbability
+from cascade_rt.engine.exit_rules import Thresholds
 from cascade_rt.engine.probabilities import softmax
 from cascade_rt.tuning.evaluation import evaluate
 from cascade_rt.tuning.metrics import ece
@@ -45,7 +45,7 @@ def test_the_curve_is_what_evaluating_at_its_taus_finds() -> None:
     curve = speedup_curve(members, softmax(logits), labels)
     assert curve[0]["layer_speedup"] < 1 < curve[-1]["layer_speedup"] == 6
     for point in curve:
-        found = evaluate(members, MaximumProbability([point["tau"]] * 2), logits, labels, np.full(90, 7)).cascade
+        found = evaluate(members, Thresholds([point["tau"]] * 2), logits, labels, np.full(90, 7)).cascade
         assert point["accuracy"] == pytest.approx(found.accuracy)
         assert point["layer_speedup"] == pytest.approx(found.layer_speedup)
 

@@ -14,7 +14,7 @@ from cascade_rt.cli.parser import CommandParser
 from cascade_rt.errors import InputError
 from cascade_rt.io.readers import read_examples
 from cascade_rt.io.writers import write_json
-from cascade_rt.tuning.collect import check_cascade, open_whole
+from cascade_rt.tuning.collect import open_whole
 from cascade_rt.tuning.evaluation import label_ids
 from cascade_rt.tuning.plot import pyplot
 from cascade_train.cli.options import need_training
@@ -55,7 +55,8 @@ def run(options: argparse.Namespace) -> None:
 
     runtime = open_whole(options.model_dir, thresholds=options.thresholds)
     bundle = runtime.bundle
-    check_cascade(bundle)
+    if not bundle.is_cascade:
+        raise InputError("found a bundle of segments or with another exit rule, expected a cascade of complete members")
     examples = list(read_examples(options.input, pair=bundle.pair))
     if not examples:
         raise InputError(f"{options.input}: found no examples, expected at least one")

@@ -182,8 +182,8 @@ def test_unknown_keys_of_version_2_are_kept(two_segments: Path, tmp_path: Path) 
     ("change", "says"),
     [
         (
-            set_to("exit_rule", "kind", to="entropy"),
-            "exit_rule: found the kind 'entropy', this cascade-rt knows 'maximum_probability' and 'patience'; install",
+            set_to("exit_rule", "kind", to="margin"),
+            "exit_rule: found the kind 'margin', this cascade-rt knows maximum_probability, entropy, patience; install",
         ),
         (set_to("exit_rule", "kind", to=3), "exit_rule: kind: found '3', expected str"),
         (set_to("exit_rule", to="patience"), "exit_rule: found a str, expected an object"),
@@ -203,6 +203,7 @@ def test_unknown_keys_of_version_2_are_kept(two_segments: Path, tmp_path: Path) 
             set_to("exit_rule", "kind", to="maximum_probability"),
             r"members\[0\]: threshold: found null, expected a number",
         ),
+        (set_to("exit_rule", "kind", to="entropy"), r"members\[0\]: threshold: found null, expected a number"),
         (delete("members", 1, "reads"), "has the inputs hidden_states, attention_mask; expected input_ids"),
         (set_to("members", 0, "file", to="segment-2.onnx"), "segment-2.onnx: truncated or altered"),
     ],

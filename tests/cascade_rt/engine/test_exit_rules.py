@@ -10,8 +10,8 @@ from hypothesis.extra.numpy import arrays
 
 from cascade_rt.engine.exit_rules import (
     ExitRule,
-    MaximumProbability,
     Patience,
+    Thresholds,
     checked_thresholds,
     exit_rule,
     exits,
@@ -28,7 +28,7 @@ many_logits = arrays(np.float32, (4, 12, 3), elements=st.floats(-3, 3, width=32)
 
 def leaves(probabilities: np.ndarray, threshold: float) -> np.ndarray:
     """Ask a rule with one threshold which rows leave, in both of its ways, which must agree."""
-    rule = MaximumProbability([threshold])
+    rule = Thresholds([threshold])
     leaving = rule.leaving(0, np.arange(len(probabilities)), probabilities)
     assert leaving.tolist() == [rule.leaves_alone(0, row) for row in probabilities.tolist()]
     return leaving
@@ -47,8 +47,8 @@ def test_the_threshold_is_strict() -> None:
 
 def test_everyone_leaves_at_the_last_stage() -> None:
     even = np.full((5, 4), 0.25)
-    assert MaximumProbability([1.0]).leaving(1, np.arange(5), even).all()
-    assert MaximumProbability([1.0]).leaves_alone(1, [0.25] * 4)
+    assert Thresholds([1.0]).leaving(1, np.arange(5), even).all()
+    assert Thresholds([1.0]).leaves_alone(1, [0.25] * 4)
     decisions = Patience(3, stages=2).begin(5)
     assert not decisions.leaving(0, np.arange(5), even).any()
     assert decisions.leaving(1, np.arange(5), even).all()
@@ -72,7 +72,7 @@ def test_patience_is_pabees_counter_text_by_text(values: np.ndarray, patience: i
 @given(many_logits, st.one_of(st.integers(1, 4), st.lists(st.floats(0.3, 1), min_size=3, max_size=3)))
 def test_one_text_alone_leaves_where_it_leaves_among_others(values: np.ndarray, setting: int | list[float]) -> None:
     probabilities = softmax(values)
-    rule: ExitRule = Patience(setting, stages=4) if isinstance(setting, int) else MaximumProbability(setting)
+    rule: ExitRule = Patience(setting, stages=4) if isinstance(setting, int) else Thresholds(setting)
     together = exits_under(rule, probabilities).tolist()
     for text, wanted in enumerate(together):
         decisions = rule.begin(1)
@@ -83,7 +83,7 @@ def test_one_text_alone_leaves_where_it_leaves_among_others(values: np.ndarray, 
 @given(many_logits, st.lists(st.floats(0.3, 1), min_size=3, max_size=3))
 def test_exits_under_maximum_probability_are_those_from_confidences(values: np.ndarray, taus: list[float]) -> None:
     probabilities = softmax(values)
-    rule = MaximumProbability(taus)
+    rule = Thresholds(taus)
     assert exits_under(rule, probabilities).tolist() == exits(confidence(probabilities), taus).tolist()
 
 
@@ -97,7 +97,7 @@ def test_two_calls_of_one_rule_share_no_state() -> None:
 
 
 def test_a_manifest_names_its_rule() -> None:
-    assert isinstance(exit_rule({"kind": "maximum_probability"}, [0.5], 2), MaximumProbability)
+    assert isinstance(exit_rule({"kind": "maximum_probability"}, [0.5], 2), Thresholds)
     patient = exit_rule({"kind": "patience", "patience": 2}, [], 3)
     assert isinstance(patient, Patience)
     assert patient.patience == 2

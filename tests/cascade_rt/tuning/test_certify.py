@@ -59,7 +59,7 @@ def test_the_promise_holds_in_simulation(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(certify_module, "operating_points", recorded)
     everyone, max_risk, draws = drawn(0, 50_000, members=2), 0.06, 1000
-    lost = np.sort(everyone.confidences[0][everyone.right[1] & ~everyone.right[0]])  # where leaving early is wrong
+    lost = np.sort(everyone.scores[0][everyone.right[1] & ~everyone.right[0]])  # where leaving early is wrong
 
     def true_risk(point: OperatingPoint) -> float:
         if point.members == (1,):
@@ -110,7 +110,7 @@ def test_what_cannot_be_certified_is_not() -> None:
 
 def test_a_small_member_that_is_never_worse_is_certified_alone() -> None:
     answers = drawn(0, 1000, members=2)
-    same = Answers(answers.confidences, answers.right[[1, 1]], answers.costs, answers.overhead)
+    same = Answers(answers.scores, answers.right[[1, 1]], answers.costs, answers.overhead)
     chosen, certificate, _ = certify(same, same, 0.01, 0.95)
     assert chosen is not None
     assert chosen.members == (0,)

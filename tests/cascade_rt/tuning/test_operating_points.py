@@ -24,6 +24,7 @@ from cascade_rt.tuning.operating_points import (
     threshold_for_speedup,
 )
 
+from ..reference import patience_exit
 from .drawn import drawn
 
 
@@ -41,7 +42,7 @@ def test_a_point_measures_what_a_loop_over_the_texts_counts(
         cost = answers.overhead[text]
         for place, member in enumerate(members):
             cost += answers.costs[member, text]
-            if place == len(members) - 1 or answers.confidences[member, text] > taus[place]:
+            if place == len(members) - 1 or answers.scores[member, text] > taus[place]:
                 break
         costs.append(cost)
         rights += bool(answers.right[member, text])
@@ -50,6 +51,30 @@ def test_a_point_measures_what_a_loop_over_the_texts_counts(
     assert (found.accuracy, found.risk) == (rights / 40, losses / 40)
     assert found.cost == pytest.approx(np.mean(costs))
     assert found.cost_p95 == pytest.approx(sorted(costs)[38])
+
+
+@given(st.integers(0, 50), st.floats(0.5, 1.0), st.sampled_from([(0, 2, 3), (1, 3), (0, 1, 2, 3), (2,)]))
+def test_a_text_that_leaves_a_chain_ran_all_its_segments(seed: int, tau: float, members: tuple[int, ...]) -> None:
+    """A complete member, which runs only if texts may leave there, and a model of three segments."""
+    answers = replace(drawn(seed, 40, members=4), chains=[0, 1, 1, 1])
+    costs = []
+    for text in range(40):
+        at = next((m for m in members[:-1] if answers.scores[m, text] > tau), members[-1])
+        ran = {member for exit in members if exit <= at for member in range(0 if exit == 0 else 1, exit + 1)}
+        costs.append(answers.overhead[text] + sum(answers.costs[member, text] for member in ran))
+    found = measure(answers, members, [tau] * (len(members) - 1))
+    assert found.cost == pytest.approx(np.mean(costs))
+
+
+@given(st.integers(0, 50), st.integers(1, 4))
+def test_patience_measures_what_a_loop_counts(seed: int, patience: int) -> None:
+    answers = drawn(seed, 40, members=4)
+    classes = np.random.default_rng(seed).integers(0, 3, (4, 40))
+    answers = replace(answers, classes=classes, chains=[0, 0, 0, 0])
+    left = [patience_exit(column.tolist(), patience) for column in classes.T]
+    found = measure(answers, range(4), (), patience)
+    assert found.accuracy == np.mean(answers.right[left, range(40)])
+    assert {point.patience for point in operating_points(answers)} == {None, 1, 2}
 
 
 def test_points_hold_every_member_alone_and_every_way_to_combine_them() -> None:
@@ -70,7 +95,7 @@ def test_choices_are_what_trying_all_finds(seed: int) -> None:
     points = operating_points(answers)
     whole = measure(answers, (1,), ())
     # every text's confidence is tried as a tau, so no other threshold can do better
-    tried = [measure(answers, (0, 1), [tau]) for tau in answers.confidences[0]]
+    tried = [measure(answers, (0, 1), [tau]) for tau in answers.scores[0]]
     tried += [whole, measure(answers, (0,), ())]
     floor = whole.accuracy - 0.03
     assert fastest(points, floor).cost == min(point.cost for point in tried if point.accuracy >= floor)
@@ -97,8 +122,8 @@ def test_taus_lie_between_the_texts() -> None:
     answers = drawn(2, 50)
     for point in operating_points(answers):
         for gate, tau in zip(point.members[:-1], point.thresholds, strict=True):
-            nearest = np.abs(answers.confidences[gate] - tau).min()
-            assert nearest > 1e-9 or tau == answers.confidences[gate].max()
+            nearest = np.abs(answers.scores[gate] - tau).min()
+            assert nearest > 1e-9 or tau == answers.scores[gate].max()
 
 
 def test_noise_widens_the_tail_alone() -> None:
