@@ -13,11 +13,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from cascade_export.check import MAX_ACCURACY_DROP
+from cascade_export.checkpoint import training_record
 from cascade_export.export import DEFAULT_THRESHOLD, export_bundle
-from cascade_rt.bundle import MemberEntry
+from cascade_rt.bundle import Bundle, MemberEntry
 from cascade_rt.cli.parser import CommandParser
 from cascade_rt.cli.rendering import table
-from cascade_rt.errors import InvalidOption, MissingExtraError
+from cascade_rt.errors import InputError, InvalidOption, MissingExtraError
 
 SUMMARY = "export fine-tuned members as a bundle (extra: export)"
 EXAMPLE = "cascade-rt export --member members/2L --member members/12L --output bundle/"
@@ -79,6 +80,11 @@ def add_arguments(parser: CommandParser) -> None:
         action="store_true",
         help="divide each member's logits by the temperature that fits the labels of the check data best",
     )
+    add(
+        "--exit-rule",
+        choices=("maximum_probability", "entropy", "patience"),
+        help="of a multi-exit model that cascade-rt train-exits made (default: that of its paper)",
+    )
     add("--provider", default="cpu", help="where finished members are checked and timed")
     add("--overwrite", action="store_true", help="replace an existing bundle")
     add("--json", action="store_true", help="print the manifest as JSON")
@@ -88,19 +94,24 @@ def run(options: argparse.Namespace) -> None:
     """Export, and print a table: the members, and how they compare with their originals on the check data."""
     with TemporaryDirectory(prefix="cascade-export-") as folder:
         members = options.member or _random_members(options, Path(folder))
-        bundle = export_bundle(
-            members,
-            options.output,
-            threshold=options.threshold,
-            pair=options.pair,
-            max_length=options.max_length,
-            precision=_precisions(options.precision),
-            check_data=options.check_data,
-            max_accuracy_drop=options.max_accuracy_drop,
-            provider=options.provider,
-            calibrate=options.calibrate,
-            overwrite=options.overwrite,
-        )
+        if any("exits" in training_record(member) for member in members):
+            bundle = _segments(members, options)
+        else:
+            if options.exit_rule:
+                raise InputError(f"found --exit-rule {options.exit_rule}, expected it with a multi-exit model alone")
+            bundle = export_bundle(
+                members,
+                options.output,
+                threshold=options.threshold,
+                pair=options.pair,
+                max_length=options.max_length,
+                precision=_precisions(options.precision),
+                check_data=options.check_data,
+                max_accuracy_drop=options.max_accuracy_drop,
+                provider=options.provider,
+                calibrate=options.calibrate,
+                overwrite=options.overwrite,
+            )
     if options.json:
         print(json.dumps(bundle.to_json(), ensure_ascii=False))
         return
@@ -113,6 +124,33 @@ def run(options: argparse.Namespace) -> None:
         print("\nchecked against the originals (diff: of a class probability; original -> exported, in %):")
         print(_table(checks))
     print(f"\n{options.output}: {len(bundle.members)} members, {len(bundle.labels)} labels")
+
+
+def _segments(members: Sequence[str], options: argparse.Namespace) -> Bundle:
+    """Export one multi-exit model as a bundle of segments."""
+    unused = {
+        "--pair": options.pair,
+        "--max-length": options.max_length,
+        "--calibrate": options.calibrate or None,
+        "--provider": None if options.provider == "cpu" else options.provider,
+    }
+    given = [option for option, value in unused.items() if value is not None]
+    if len(members) > 1 or given:
+        found = f"{len(members)} members" if len(members) > 1 else ", ".join(given)
+        raise InputError(f"found {found} with a multi-exit model, expected that one alone, as it was trained")
+    from cascade_export.exits import export_exits  # noqa: PLC0415 - loads torch
+
+    precisions = _precisions(options.precision)
+    return export_exits(
+        members[0],
+        options.output,
+        rule=options.exit_rule,
+        threshold=options.threshold,
+        precision=precisions.get("", "fp32"),
+        check_data=options.check_data,
+        max_accuracy_drop=options.max_accuracy_drop,
+        overwrite=options.overwrite,
+    )
 
 
 def _table(rows: Sequence[Mapping[str, str]]) -> str:

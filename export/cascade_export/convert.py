@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import onnx
+import torch
 from onnx import helper
 from onnxruntime.transformers.fusion_options import FusionOptions
 from onnxruntime.transformers.optimizer import optimize_model
 from optimum.exporters.onnx import main_export
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
+from cascade_export.segments import Segment
 from cascade_export.torch_checkpoint import TorchCheckpoint
+
+_OPSET = 18  # what the precisions are written for
 
 
 def convert(checkpoint: TorchCheckpoint, path: Path) -> dict[str, int]:
@@ -36,32 +43,61 @@ def convert(checkpoint: TorchCheckpoint, path: Path) -> dict[str, int]:
             do_validation=False,  # the finished, fused graph is verified, not this one
             no_post_process=True,
         )
-        fusions = FusionOptions("bert")  # of all BERT-like encoders
-        fusions.enable_embed_layer_norm = False  # it hides the tables, and takes more inputs than some models have
-        optimized = optimize_model(
+        return _fuse(Path(folder) / "model.onnx", path, checkpoint.config)
+
+
+def convert_segment(segment: Segment, path: Path, tokens: int) -> dict[str, int]:
+    """Write a segment's fused fp32 graph to `path`; `tokens`: length of the example that is traced.
+
+    Returns how often each fused operator occurs in it.
+    """
+    names, values = zip(*segment.example(tokens).items(), strict=True)
+    outputs = ["logits", "last_hidden_state"][: 1 + segment.hands_on]
+    shape = {0: "rows", 1: "tokens"}
+    axes = dict.fromkeys(names, shape) | {"logits": {0: "rows"}, "last_hidden_state": shape}
+    with TemporaryDirectory(prefix="cascade-export-") as folder, _quiet(), torch.inference_mode():
+        torch.onnx.export(
+            segment,
+            values,
             str(Path(folder) / "model.onnx"),
-            model_type="bert",
-            optimization_options=fusions,
-            num_heads=checkpoint.config.num_attention_heads,
-            hidden_size=checkpoint.config.hidden_size,
-            opt_level=0,
+            input_names=list(names),
+            output_names=outputs,
+            dynamic_axes={name: axes[name] for name in [*names, *outputs]},
+            opset_version=_OPSET,
+            dynamo=False,
         )
-        _take_layer_norms_apart(optimized.model)
-        optimized.save_model_to_file(str(path))
+        return _fuse(Path(folder) / "model.onnx", path, segment.config)
+
+
+def _fuse(source: Path, target: Path, config: Any) -> dict[str, int]:
+    fusions = FusionOptions("bert")  # of all BERT-like encoders
+    fusions.enable_embed_layer_norm = False  # it hides the tables, and takes more inputs than some models have
+    optimized = optimize_model(
+        str(source),
+        model_type="bert",
+        optimization_options=fusions,
+        num_heads=config.num_attention_heads,
+        hidden_size=config.hidden_size,
+        opt_level=0,
+    )
+    _take_layer_norms_apart(optimized.model)
+    optimized.save_model_to_file(str(target))
     return {name: count for name, count in optimized.get_fused_operator_statistics().items() if count}
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence the exporters, which warn about their own internals."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.set_verbosity(verbosity)
+        logging.disable(logging.NOTSET)
+        transformers_logging.set_verbosity(verbosity)
 
 
 def _take_layer_norms_apart(model: onnx.ModelProto) -> None:

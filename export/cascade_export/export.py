@@ -134,13 +134,18 @@ def export_bundle(
             tokenizer_file=TOKENIZER_FILE,
             tokenizer_sha256=sha256_of(folder / TOKENIZER_FILE),
             members=tuple(members),
-            provenance={
-                "versions": {tool: found for tool in _TOOLS if (found := _version(tool))},
-                "checkpoints": {checkpoint.name: _origin(checkpoint) for checkpoint in checkpoints},
-            },
+            provenance=provenance(checkpoints),
         )
         write_manifest(folder, bundle)
     return bundle
+
+
+def provenance(checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
+    """Return what a manifest says about where members come from, and the tools that made them."""
+    return {
+        "versions": {tool: found for tool in _TOOLS if (found := _version(tool))},
+        "checkpoints": {checkpoint.name: _origin(checkpoint) for checkpoint in checkpoints},
+    }
 
 
 def _built_in(pair: bool) -> list[Text]:
@@ -377,7 +382,7 @@ def _reference(checkpoint: Checkpoint, path: Path) -> Stage:
 def _origin(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return where a member comes from, without paths of the machine that exported it."""
     record = checkpoint.training
-    kept = ("layers", "task", "recipe", "data", "metric")
+    kept = ("layers", "task", "recipe", "data", "metric", "exits")
     training: dict[str, Any] = {key: record[key] for key in kept if key in record}
     training |= {key: _public(record[key]) for key in ("base", "tokenizer") if record.get(key)}
     if "validation" in record:

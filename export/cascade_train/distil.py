@@ -195,7 +195,7 @@ def make_student(teacher: Any, picked: Sequence[int], base: str) -> Any:
     Works for every family whose layers are in lists of modules as long as the encoder is deep; raises InputError for
     others.
     """
-    lists = [f"{name}." for name, _ in _layer_lists(teacher)]
+    lists = [f"{name}." for name, _ in layer_lists(teacher)]
     config = copy.deepcopy(teacher.config)
     config.num_hidden_layers = len(picked)
     weights: dict[str, Tensor] = {}
@@ -222,7 +222,7 @@ def make_student(teacher: Any, picked: Sequence[int], base: str) -> Any:
 
 def projections(model: Any, base: str) -> list[nn.Linear]:
     """Return the linear modules of the last layer's queries, keys and values; raise InputError if there are none."""
-    for _, layers in _layer_lists(model):
+    for _, layers in layer_lists(model):
         found = {
             name.rpartition(".")[2]: module
             for name, module in layers[-1].named_modules()
@@ -237,7 +237,8 @@ def projections(model: Any, base: str) -> list[nn.Linear]:
     )
 
 
-def _layer_lists(model: Any) -> list[tuple[str, nn.ModuleList]]:
+def layer_lists(model: Any) -> list[tuple[str, nn.ModuleList]]:
+    """Return the lists of modules, with their names, that have as many as the encoder has layers."""
     deep = model.config.num_hidden_layers
     return [
         (name, module)

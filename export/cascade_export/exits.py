@@ -1,0 +1,164 @@
+"""A multi-exit model -> one bundle of segments, checked before it appears."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from cascade_train.exits import PABEE, MultiExitClassifier, open_exits
+from cascade_train.inference import collator, features
+from cascade_train.tasks import Examples
+from numpy.typing import NDArray
+
+from cascade_export.check import check_drop, compare, load_check_data
+from cascade_export.convert import convert_segment
+from cascade_export.export import DEFAULT_THRESHOLD, TOKENIZER_FILE, provenance
+from cascade_export.precision import PRECISIONS, write_precision
+from cascade_export.segments import Segment
+from cascade_export.torch_checkpoint import TorchCheckpoint, open_torch
+from cascade_export.verify import TOLERANCE, check_texts
+from cascade_rt import CascadeRuntime
+from cascade_rt.bundle import Bundle, MemberEntry, sha256_of, write_bundle, write_manifest
+from cascade_rt.bundle.manifest import ENTROPY, HIDDEN_STATES, MAXIMUM_PROBABILITY, PATIENCE, THRESHOLD_RULES, TOKENS
+from cascade_rt.engine.probabilities import softmax
+from cascade_rt.errors import CascadeError, InvalidOption
+from cascade_rt.types import Text
+
+RULES = (MAXIMUM_PROBABILITY, ENTROPY, PATIENCE)
+_TRACED = 16  # tokens
+_PATIENCE = 2  # until tuning finds a better one
+
+
+def export_exits(
+    source: str,
+    output: Path,
+    *,
+    rule: str | None = None,
+    threshold: float = DEFAULT_THRESHOLD,
+    precision: str = "fp32",
+    check_data: Path | None = None,
+    max_accuracy_drop: float,
+    overwrite: bool = False,
+) -> Bundle:
+    """Export a multi-exit model as a bundle of segments, one for each exit.
+
+    `source`: a folder that `train_exits` wrote. `rule`: the exit rule, one of RULES; None for that of its paper:
+    patience for PABEE, else entropy. `threshold`: of each exit, until tuning finds better ones. `precision`: of all
+    segments. Every exit is compared with torch in one piece, and with itself in other batches. In other precisions than
+    fp32, none may lose more than `max_accuracy_drop` percentage points on `check_data` (None: what training held out).
+    Raises CascadeError where a check fails; nothing is written then.
+    """
+    checkpoint = open_torch(source)
+    whole = open_exits(source)
+    rule = rule or (PATIENCE if whole.kind == PABEE else ENTROPY)
+    if rule not in RULES:
+        raise InvalidOption("exit_rule", rule, f"one of {', '.join(RULES)}")
+    if precision not in PRECISIONS:
+        raise InvalidOption("precision", precision, f"one of {', '.join(PRECISIONS)}, for all segments")
+    segments = [Segment(whole, index) for index in range(1 + len(whole.after))]
+    settings: dict[str, Any] = {"kind": rule} | ({"patience": _PATIENCE} if rule == PATIENCE else {})
+    texts = check_texts(checkpoint)
+    expected = softmax(_in_one_piece(checkpoint, whole, texts))
+    with write_bundle(output, overwrite=overwrite) as folder:
+        checkpoint.write_tokenizer(folder / TOKENIZER_FILE)
+
+        def written(kind: str) -> Bundle:
+            members = []
+            for index, segment in enumerate(segments):
+                entry = _write(checkpoint, segment, f"exit-{index + 1}", folder, kind)
+                early = index < len(segments) - 1 and rule in THRESHOLD_RULES
+                members.append(replace(entry, threshold=threshold if early else None))
+            bundle = Bundle(
+                labels=checkpoint.labels,
+                pair=checkpoint.pair,
+                max_length=checkpoint.max_length,
+                tokenizer_file=TOKENIZER_FILE,
+                tokenizer_sha256=sha256_of(folder / TOKENIZER_FILE),
+                members=tuple(members),
+                provenance=provenance([checkpoint]),
+                exit_rule=settings,
+            )
+            write_manifest(folder, bundle)
+            return bundle
+
+        bundle = written("fp32")
+        differences = _compared(checkpoint, folder, texts, expected)
+        if precision != "fp32":
+            bundle = written(precision)
+        with CascadeRuntime(folder) as runtime:
+            facts: list[dict[str, Any]] = [{"max_probability_difference": difference} for difference in differences]
+            for fact, batched in zip(facts, _batch_differences(runtime, texts), strict=True):
+                fact["batch_difference"] = batched
+            data = load_check_data(check_data, checkpoint)
+            if data is not None:
+                original = softmax(_in_one_piece(checkpoint, whole, data.texts))
+                finished = softmax(runtime.member_logits(data.texts)[0])
+                for fact, member, ours, theirs in zip(facts, bundle.members, finished, original, strict=True):
+                    fact["check"] = report = compare(theirs, ours, data.labels)
+                    check_drop(member.name, precision, report, max_accuracy_drop)
+        members = tuple(
+            replace(member, other={**member.other, **fact}) for member, fact in zip(bundle.members, facts, strict=True)
+        )
+        bundle = replace(bundle, members=members)
+        write_manifest(folder, bundle)
+    return bundle
+
+
+def _write(checkpoint: TorchCheckpoint, segment: Segment, name: str, folder: Path, precision: str) -> MemberEntry:
+    with TemporaryDirectory(prefix="cascade-export-") as work:
+        source = Path(work) / f"{name}.onnx"
+        fused = convert_segment(segment, source, _TRACED)
+        example = {name: values.numpy() for name, values in segment.example(_TRACED).items()}
+        write_precision(source, folder / source.name, precision, example)
+    return MemberEntry(
+        name=name,
+        file=f"{name}.onnx",
+        sha256=sha256_of(folder / f"{name}.onnx"),
+        layers=len(segment.layers),
+        hidden_size=checkpoint.hidden_size,
+        parameters=sum(weight.numel() for weight in segment.parameters()),
+        precision=precision,
+        threshold=None,
+        intermediate_size=checkpoint.intermediate_size,
+        reads=TOKENS if segment.reads_tokens else HIDDEN_STATES,
+        other={"fused": fused},
+    )
+
+
+def _in_one_piece(
+    checkpoint: TorchCheckpoint, whole: MultiExitClassifier, texts: Sequence[Text]
+) -> NDArray[np.float32]:
+    """Return the logits of all exits, float32 (exits, texts, labels), from torch, each text alone."""
+    rows = features(checkpoint.tokenizer, whole.model, Examples(texts, [0] * len(texts)), checkpoint.max_length)
+    collate = collator(checkpoint.tokenizer)
+    with torch.inference_mode():
+        logits = [whole(**collate([row])) for row in rows]
+    return np.concatenate([found.float().numpy() for found in logits], axis=1)
+
+
+def _compared(
+    checkpoint: TorchCheckpoint, folder: Path, texts: Sequence[Text], expected: NDArray[np.float64]
+) -> list[float]:
+    """Return the largest difference of a probability from torch, for each exit; raise CascadeError beyond TOLERANCE."""
+    with CascadeRuntime(folder) as runtime:
+        found = softmax(runtime.member_logits(texts)[0])
+    differences = np.abs(found - expected).max(axis=(1, 2))
+    if not differences.max() <= TOLERANCE:
+        exit = int(differences.argmax())
+        raise CascadeError(
+            f"{checkpoint.source}: after exit {exit + 1} the exported graph differs from torch, probabilities by "
+            f"{differences[exit]:.2e} (allowed {TOLERANCE:.0e}); this model cannot be exported"
+        )
+    return [float(difference) for difference in differences]
+
+
+def _batch_differences(runtime: CascadeRuntime, texts: Sequence[Text]) -> list[float]:
+    """Return how much a probability of each exit depends on the other texts of a call."""
+    together = softmax(runtime.member_logits(texts)[0])
+    alone = np.concatenate([softmax(runtime.member_logits([text])[0]) for text in texts], axis=1)
+    return [float(difference) for difference in np.abs(together - alone).max(axis=(1, 2))]
