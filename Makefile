@@ -61,7 +61,7 @@ docs: .venv/dev-ready
 # Every command of README and docs that is not marked as a recipe (after `make demo`).
 docs-test: .venv/dev-ready
 	$(BIN)/python docs/run_blocks.py README.md docs/index.md $(addprefix docs/guide/,predict.md build.md make-a-cascade.md \
-		precision.md confidence.md thresholds.md onnx-models.md providers.md families.md share.md bundle-format.md \
+		precision.md confidence.md thresholds.md early-exits.md onnx-models.md providers.md families.md share.md bundle-format.md \
 		benchmarks.md) examples/README.md CONTRIBUTING.md
 
 # Accuracy against speed-up on SST-2 with real weights (about 40 minutes on 2 cores).
