@@ -29,7 +29,6 @@ from cascade_rt.tuning.metrics import accuracy
 from cascade_train import RECORD, VALIDATION
 from cascade_train.finetune import (
     Recipe,
-    arguments,
     cannot_load,
     check_length,
     claim,
@@ -37,6 +36,7 @@ from cascade_train.finetune import (
     finetune,
     last_whole_checkpoint,
     load_base,
+    validated_arguments,
 )
 from cascade_train.inference import collator, features
 from cascade_train.losses import distillation
@@ -50,7 +50,6 @@ EXITS_FILE = "exits.safetensors"
 
 _NARROW = 128  # FastBERT's student classifiers compute with vectors of this size (section 3.2.2)
 _NARROW_HEADS = 2
-_LOGGED = 20  # steps between two updates of the loss on the progress bar
 
 
 class PooledExit(nn.Module):  # type: ignore[misc]  # the library has no types
@@ -259,24 +258,9 @@ def _trainer(
 ) -> _ExitTrainer:
     if model.kind != PABEE:
         model.model.requires_grad_(False)
-    steps_per_epoch = -(-len(data.train) // recipe.batch_size)
-    interval = max(1, min(steps_per_epoch, int(steps_per_epoch * recipe.epochs)) // recipe.evaluations_per_epoch)
     trainer = _ExitTrainer(
         model=model,
-        args=arguments(
-            recipe,
-            work,
-            eval_strategy="steps",
-            eval_steps=interval,
-            save_strategy="steps",
-            save_steps=interval,
-            save_total_limit=2,
-            logging_steps=min(interval, _LOGGED),
-            load_best_model_at_end=True,
-            metric_for_best_model="accuracy",
-            greater_is_better=True,
-            label_names=["labels"],
-        ),
+        args=validated_arguments(recipe, work, len(data.train), "accuracy", label_names=["labels"]),
         train_dataset=features(tokenizer, model.model, data.train, recipe.max_length),
         eval_dataset=features(tokenizer, model.model, data.validation, recipe.max_length),
         data_collator=collator(tokenizer),

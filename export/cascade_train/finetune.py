@@ -366,8 +366,6 @@ def _trainer(
     output: Path,
     work: Path,
 ) -> Trainer:
-    steps_per_epoch = -(-len(data.train) // recipe.batch_size)
-    interval = max(1, min(steps_per_epoch, int(steps_per_epoch * recipe.epochs)) // recipe.evaluations_per_epoch)
     train = features(tokenizer, model, data.train, recipe.max_length)
     for name, values in (("difficulty", objective.difficulty), ("teacher", objective.teacher)):
         for example, value in zip(train, [] if values is None else values, strict=values is not None):
@@ -375,19 +373,7 @@ def _trainer(
     trainer = ObjectiveTrainer(
         objective,
         model=model,
-        args=arguments(
-            recipe,
-            work,
-            eval_strategy="steps",
-            eval_steps=interval,
-            save_strategy="steps",
-            save_steps=interval,
-            save_total_limit=2,  # the best so far and the last
-            logging_steps=min(interval, _LOGGED),
-            load_best_model_at_end=True,
-            metric_for_best_model=data.metric,
-            greater_is_better=True,
-        ),
+        args=validated_arguments(recipe, work, len(data.train), data.metric),
         train_dataset=train,
         eval_dataset=features(tokenizer, model, data.validation, recipe.max_length),
         data_collator=collator(tokenizer),
@@ -397,6 +383,26 @@ def _trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress(output.name, data.metric))
     return trainer
+
+
+def validated_arguments(recipe: Recipe, work: Path, examples: int, metric: str, **more: Any) -> TrainingArguments:
+    """Return the Trainer's arguments for a recipe that validates, and keeps the checkpoint with the best `metric`."""
+    steps_per_epoch = -(-examples // recipe.batch_size)
+    interval = max(1, min(steps_per_epoch, int(steps_per_epoch * recipe.epochs)) // recipe.evaluations_per_epoch)
+    return arguments(
+        recipe,
+        work,
+        eval_strategy="steps",
+        eval_steps=interval,
+        save_strategy="steps",
+        save_steps=interval,
+        save_total_limit=2,  # the best so far and the last
+        logging_steps=min(interval, _LOGGED),
+        load_best_model_at_end=True,
+        metric_for_best_model=metric,
+        greater_is_better=True,
+        **more,
+    )
 
 
 def arguments(recipe: Recipe, work: Path, **more: Any) -> TrainingArguments:
