@@ -161,12 +161,16 @@ def latency_summary(report: Mapping[str, Any]) -> str:
 def _choice_cells(choice: Choice) -> list[str]:
     return [
         "+".join(choice.members),
-        " ".join(f"{tau:.4f}" for tau in choice.thresholds) or "-",
+        " ".join(f"{tau:.4f}" for tau in choice.thresholds) or _patience(choice),
         *map(percent, (choice.accuracy, choice.drop, choice.risk)),
         *(f"{choice.speedup(cost):.2f}x" for cost in _COSTS),
         f"{choice.latency_ms:.2f}",
         f"{choice.latency_p95_ms:.2f}",
     ]
+
+
+def _patience(choice: Choice) -> str:
+    return "-" if choice.patience is None or choice.alone else f"patience {choice.patience}"
 
 
 def _guarantee(found: Guarantee) -> str:

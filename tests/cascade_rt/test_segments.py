@@ -252,6 +252,9 @@ def test_tuning_finds_the_patience(
     assert [answer.exit for answer in runtime.predict(TEXTS)] == left.tolist()
     assert runtime.stats().exits == chosen["exits"]
     assert read_bundle(folder).exit_rule == {"kind": "patience", "patience": best}
+    shown = [*arguments[:-1], "--no-cache", "--dry-run"]
+    assert main(["tune", *shown]) == 0
+    assert f"patience {best}" in capsys.readouterr().out
 
 
 def test_patience_can_be_changed(four_segments: Path, expected: NDArray[np.float64], tmp_path: Path) -> None:
