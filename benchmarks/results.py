@@ -67,7 +67,7 @@ class Kind:
     teacher: bool = True
     """Whether it learns the biggest member's answers."""
     dar: bool = False
-    compared: bool = False
+    for_comparison: bool = False
     """Whether it is there only to be compared with one that is trained otherwise."""
     once: bool = False
     """Whether all seeds share the first one's member."""
@@ -129,11 +129,11 @@ def _kinds(options: argparse.Namespace) -> list[Kind]:
     kinds = complete + [_truncated(base, layers, options) for layers in options.truncated]
     if options.plain:
         smallest = complete[-1:] + kinds[len(complete) :][-1:]
-        kinds += [replace(kind, name=f"{kind.name}, plain", teacher=False, compared=True) for kind in smallest]
+        kinds += [replace(kind, name=f"{kind.name}, plain", teacher=False, for_comparison=True) for kind in smallest]
     if options.dar:
         for name, teacher in (("DAR", False), ("KD + DAR", True)):
             kinds += [
-                replace(kind, name=f"{kind.name}, {name}", teacher=teacher, dar=True, compared=True)
+                replace(kind, name=f"{kind.name}, {name}", teacher=teacher, dar=True, for_comparison=True)
                 for kind in complete[-1:]
             ]
     return [Kind(big, base, teacher=False, once=True), *kinds]
@@ -246,7 +246,7 @@ def _figures(kinds: Sequence[Kind], folders: Mapping[str, Path], parts: Parts, w
             row = evaluate(members, Thresholds(taus), logits, labels, lengths).to_json()
             found["alone"] |= {member["name"]: member for member in row["members"]}
             found["cascades"].setdefault(" + ".join(names), {})[f"{speedup:g}"] = row["cascade"]
-        if not any(kind.compared for kind in kinds if kind.name in names):
+        if not any(kind.for_comparison for kind in kinds if kind.name in names):
             found["curves"][" + ".join(names)] = speedup_curve(members, softmax(logits), labels)
     for name, figures in found["alone"].items():
         temperature = fit_temperature(validation[name].astype(np.float64), np.array(parts.data.validation.labels))
@@ -258,7 +258,7 @@ def _figures(kinds: Sequence[Kind], folders: Mapping[str, Path], parts: Parts, w
 
 def _deployed(kinds: Sequence[Kind]) -> list[Kind]:
     """Return the members that are deployed, small to big: complete ones, or truncated ones where there is no other."""
-    small = [kind for kind in reversed(kinds[1:]) if not kind.compared]
+    small = [kind for kind in reversed(kinds[1:]) if not kind.for_comparison]
     return ([kind for kind in small if kind.layers is None] or small) + [kinds[0]]
 
 

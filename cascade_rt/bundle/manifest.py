@@ -34,6 +34,8 @@ MAXIMUM_PROBABILITY, ENTROPY, PATIENCE = "maximum_probability", "entropy", "pati
 THRESHOLD_RULES = (MAXIMUM_PROBABILITY, ENTROPY)
 """Those that compare a score with a threshold for each member."""
 
+EXIT_RULES = (*THRESHOLD_RULES, PATIENCE)
+
 _VERSIONS = (1, 2)
 _SEAL = "sha256"  # of the manifest without this key; manifests of other writers may have none
 _MANIFEST_BYTES = 16 * 2**20  # far above any real manifest
@@ -281,7 +283,7 @@ def _parse_exit_rule(entry: Any) -> dict[str, Any]:
     if kind == PATIENCE:
         return {"kind": kind, "patience": fields.take("patience", int, at_least=1), **fields.rest}
     raise BundleError(
-        f"{where}: found the kind {kind[:80]!r}, this cascade-rt knows {', '.join((*THRESHOLD_RULES, PATIENCE))}; "
+        f"{where}: found the kind {kind[:80]!r}, this cascade-rt knows {', '.join(EXIT_RULES)}; "
         "install a newer cascade-rt"
     )
 

@@ -16,6 +16,7 @@ from cascade_export.check import MAX_ACCURACY_DROP
 from cascade_export.checkpoint import training_record
 from cascade_export.export import DEFAULT_THRESHOLD, export_bundle
 from cascade_rt.bundle import Bundle, MemberEntry
+from cascade_rt.bundle.manifest import EXIT_RULES
 from cascade_rt.cli.parser import CommandParser
 from cascade_rt.cli.rendering import table
 from cascade_rt.errors import InputError, InvalidOption, MissingExtraError
@@ -82,7 +83,7 @@ def add_arguments(parser: CommandParser) -> None:
     )
     add(
         "--exit-rule",
-        choices=("maximum_probability", "entropy", "patience"),
+        choices=EXIT_RULES,
         help="of a multi-exit model that cascade-rt train-exits made (default: that of its paper)",
     )
     add("--provider", default="cpu", help="where finished members are checked and timed")

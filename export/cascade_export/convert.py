@@ -52,7 +52,7 @@ def convert_segment(segment: Segment, path: Path, tokens: int) -> dict[str, int]
     Returns how often each fused operator occurs in it.
     """
     names, values = zip(*segment.example(tokens).items(), strict=True)
-    outputs = ["logits", "last_hidden_state"][: 1 + segment.hands_on]
+    outputs = ["logits", "last_hidden_state"][: 1 + segment.leaves_hidden_states]
     shape = {0: "rows", 1: "tokens"}
     axes = dict.fromkeys(names, shape) | {"logits": {0: "rows"}, "last_hidden_state": shape}
     with TemporaryDirectory(prefix="cascade-export-") as folder, _quiet(), torch.inference_mode():

@@ -17,19 +17,20 @@ from numpy.typing import NDArray
 
 from cascade_export.check import check_drop, compare, load_check_data
 from cascade_export.convert import convert_segment
-from cascade_export.export import DEFAULT_THRESHOLD, TOKENIZER_FILE, provenance
+from cascade_export.export import DEFAULT_THRESHOLD, TOKENIZER_FILE, bundle_of
 from cascade_export.precision import PRECISIONS, write_precision
 from cascade_export.segments import Segment
 from cascade_export.torch_checkpoint import TorchCheckpoint, open_torch
 from cascade_export.verify import TOLERANCE, check_texts
 from cascade_rt import CascadeRuntime
 from cascade_rt.bundle import Bundle, MemberEntry, sha256_of, write_bundle, write_manifest
-from cascade_rt.bundle.manifest import ENTROPY, HIDDEN_STATES, MAXIMUM_PROBABILITY, PATIENCE, THRESHOLD_RULES, TOKENS
+from cascade_rt.bundle.manifest import ENTROPY, EXIT_RULES, HIDDEN_STATES, PATIENCE, THRESHOLD_RULES, TOKENS
 from cascade_rt.engine.probabilities import softmax
 from cascade_rt.errors import CascadeError, InvalidOption
 from cascade_rt.types import Text
 
-RULES = (MAXIMUM_PROBABILITY, ENTROPY, PATIENCE)
+PRECISIONS_OF_SEGMENTS = tuple(name for name in PRECISIONS if name != "int8-static")
+"""All but the one that draws ranges from texts: a segment alone does not see any."""
 _TRACED = 16  # tokens
 _PATIENCE = 2  # until tuning finds a better one
 
@@ -47,7 +48,7 @@ def export_exits(
 ) -> Bundle:
     """Export a multi-exit model as a bundle of segments, one for each exit.
 
-    `source`: a folder that `train_exits` wrote. `rule`: the exit rule, one of RULES; None for that of its paper:
+    `source`: a folder that `train_exits` wrote. `rule`: the exit rule, one of EXIT_RULES; None for that of its paper:
     patience for PABEE, else entropy. `threshold`: of each exit, until tuning finds better ones. `precision`: of all
     segments. Every exit is compared with torch in one piece, and with itself in other batches. In other precisions than
     fp32, none may lose more than `max_accuracy_drop` percentage points on `check_data` (None: what training held out).
@@ -56,33 +57,40 @@ def export_exits(
     checkpoint = open_torch(source)
     whole = open_exits(source)
     rule = rule or (PATIENCE if whole.kind == PABEE else ENTROPY)
-    if rule not in RULES:
-        raise InvalidOption("exit_rule", rule, f"one of {', '.join(RULES)}")
-    if precision not in PRECISIONS:
-        raise InvalidOption("precision", precision, f"one of {', '.join(PRECISIONS)}, for all segments")
+    if rule not in EXIT_RULES:
+        raise InvalidOption("exit_rule", rule, f"one of {', '.join(EXIT_RULES)}")
+    if precision not in PRECISIONS_OF_SEGMENTS:
+        raise InvalidOption("precision", precision, f"one of {', '.join(PRECISIONS_OF_SEGMENTS)}, for all segments")
     segments = [Segment(whole, index) for index in range(1 + len(whole.after))]
     settings: dict[str, Any] = {"kind": rule} | ({"patience": _PATIENCE} if rule == PATIENCE else {})
     texts = check_texts(checkpoint)
     expected = softmax(_in_one_piece(checkpoint, whole, texts))
-    with write_bundle(output, overwrite=overwrite) as folder:
+    with write_bundle(output, overwrite=overwrite) as folder, TemporaryDirectory(prefix="cascade-export-") as work:
         checkpoint.write_tokenizer(folder / TOKENIZER_FILE)
+        fused = [convert_segment(segment, Path(work) / _file(index), _TRACED) for index, segment in enumerate(segments)]
 
         def written(kind: str) -> Bundle:
             members = []
             for index, segment in enumerate(segments):
-                entry = _write(checkpoint, segment, f"exit-{index + 1}", folder, kind)
+                example = {name: values.numpy() for name, values in segment.example(_TRACED).items()}
+                write_precision(Path(work) / _file(index), folder / _file(index), kind, example)
                 early = index < len(segments) - 1 and rule in THRESHOLD_RULES
-                members.append(replace(entry, threshold=threshold if early else None))
-            bundle = Bundle(
-                labels=checkpoint.labels,
-                pair=checkpoint.pair,
-                max_length=checkpoint.max_length,
-                tokenizer_file=TOKENIZER_FILE,
-                tokenizer_sha256=sha256_of(folder / TOKENIZER_FILE),
-                members=tuple(members),
-                provenance=provenance([checkpoint]),
-                exit_rule=settings,
-            )
+                members.append(
+                    MemberEntry(
+                        name=Path(_file(index)).stem,
+                        file=_file(index),
+                        sha256=sha256_of(folder / _file(index)),
+                        layers=len(segment.layers),
+                        hidden_size=checkpoint.hidden_size,
+                        parameters=sum(weight.numel() for weight in segment.parameters()),
+                        precision=kind,
+                        threshold=threshold if early else None,
+                        intermediate_size=checkpoint.intermediate_size,
+                        reads=TOKENS if segment.reads_tokens else HIDDEN_STATES,
+                        other={"fused": fused[index]},
+                    )
+                )
+            bundle = replace(bundle_of([checkpoint], members, folder), exit_rule=settings)
             write_manifest(folder, bundle)
             return bundle
 
@@ -109,25 +117,8 @@ def export_exits(
     return bundle
 
 
-def _write(checkpoint: TorchCheckpoint, segment: Segment, name: str, folder: Path, precision: str) -> MemberEntry:
-    with TemporaryDirectory(prefix="cascade-export-") as work:
-        source = Path(work) / f"{name}.onnx"
-        fused = convert_segment(segment, source, _TRACED)
-        example = {name: values.numpy() for name, values in segment.example(_TRACED).items()}
-        write_precision(source, folder / source.name, precision, example)
-    return MemberEntry(
-        name=name,
-        file=f"{name}.onnx",
-        sha256=sha256_of(folder / f"{name}.onnx"),
-        layers=len(segment.layers),
-        hidden_size=checkpoint.hidden_size,
-        parameters=sum(weight.numel() for weight in segment.parameters()),
-        precision=precision,
-        threshold=None,
-        intermediate_size=checkpoint.intermediate_size,
-        reads=TOKENS if segment.reads_tokens else HIDDEN_STATES,
-        other={"fused": fused},
-    )
+def _file(index: int) -> str:
+    return f"exit-{index + 1}.onnx"
 
 
 def _in_one_piece(

@@ -127,25 +127,26 @@ def export_bundle(
             checks = Checks(data, max_accuracy_drop, running, calibrate, batched)
             tau = None if checkpoint is checkpoints[-1] else threshold
             members.append(_export_member(checkpoint, folder, tokenizer, tau, wanted[checkpoint.name], checks))
-        bundle = Bundle(
-            labels=first.labels,
-            pair=first.pair,
-            max_length=first.max_length,
-            tokenizer_file=TOKENIZER_FILE,
-            tokenizer_sha256=sha256_of(folder / TOKENIZER_FILE),
-            members=tuple(members),
-            provenance=provenance(checkpoints),
-        )
+        bundle = bundle_of(checkpoints, members, folder)
         write_manifest(folder, bundle)
     return bundle
 
 
-def provenance(checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
-    """Return what a manifest says about where members come from, and the tools that made them."""
-    return {
-        "versions": {tool: found for tool in _TOOLS if (found := _version(tool))},
-        "checkpoints": {checkpoint.name: _origin(checkpoint) for checkpoint in checkpoints},
-    }
+def bundle_of(checkpoints: Sequence[Checkpoint], members: Sequence[MemberEntry], folder: Path) -> Bundle:
+    """Return the manifest of members in `folder`, where the tokenizer is too, with the facts of their checkpoints."""
+    first = checkpoints[0]
+    return Bundle(
+        labels=first.labels,
+        pair=first.pair,
+        max_length=first.max_length,
+        tokenizer_file=TOKENIZER_FILE,
+        tokenizer_sha256=sha256_of(folder / TOKENIZER_FILE),
+        members=tuple(members),
+        provenance={
+            "versions": {tool: found for tool in _TOOLS if (found := _version(tool))},
+            "checkpoints": {checkpoint.name: _origin(checkpoint) for checkpoint in checkpoints},
+        },
+    )
 
 
 def _built_in(pair: bool) -> list[Text]:

@@ -11,7 +11,7 @@ import inspect
 from typing import Any
 
 import torch
-from cascade_train.distil import layer_lists
+from cascade_train.distil import embeddings_name, layer_lists
 from cascade_train.exits import MultiExitClassifier
 from torch import Tensor, nn
 
@@ -26,16 +26,16 @@ class Segment(nn.Module):  # type: ignore[misc]  # the library has no types
         super().__init__()
         bounds = [0, *whole.after, whole.config.num_hidden_layers]
         self.layers = range(bounds[index], bounds[index + 1])
-        self.hands_on = index < len(whole.after)
+        self.leaves_hidden_states = index < len(whole.after)
         self.config = whole.config
         model = copy.deepcopy(whole.model).eval()
         self._keep_layers(model)
         if index:
             _pass_hidden_states(model)
         self.reads_tokens = index == 0
-        self.exit = copy.deepcopy(whole.exits[index]).eval() if self.hands_on else None
+        self.exit = copy.deepcopy(whole.exits[index]).eval() if self.leaves_hidden_states else None
         # Where the model goes on, its own head has no place in the segment.
-        self.model = model.base_model if self.hands_on else model
+        self.model = model.base_model if self.leaves_hidden_states else model
         self.types = "token_type_ids" in inspect.signature(model.forward).parameters and self.reads_tokens
 
     def _keep_layers(self, model: Any) -> None:
@@ -67,8 +67,8 @@ class Segment(nn.Module):  # type: ignore[misc]  # the library has no types
         return batch | ({"token_type_ids": torch.zeros_like(mask)} if self.types else {})
 
 
-class _Passing(nn.Module):  # type: ignore[misc]  # the library has no types
-    """Stands where the embeddings were, and returns the hidden states that it is given."""
+class _NoEmbeddings(nn.Module):  # type: ignore[misc]  # the library has no types
+    """In place of the embeddings: returns the hidden states that it is given."""
 
     def forward(self, *places: Any, inputs_embeds: Tensor | None = None, **_: Any) -> Any:
         # DistilBERT gives token ids, which are None here, and hidden states by their places.
@@ -77,11 +77,10 @@ class _Passing(nn.Module):  # type: ignore[misc]  # the library has no types
 
 def _pass_hidden_states(model: Any) -> None:
     encoder = model.base_model
-    words = encoder.get_input_embeddings()
-    name = next(name for name, module in encoder.named_modules() if any(child is words for child in module.children()))
+    name = embeddings_name(encoder)
     if not name:
         raise InputError(f"a {type(model).__name__} has no module of embeddings, so it cannot be cut into segments")
     owner, _, attribute = name.rpartition(".")
-    setattr(encoder.get_submodule(owner), attribute, _Passing())
+    setattr(encoder.get_submodule(owner), attribute, _NoEmbeddings())
     if hasattr(encoder, "embeddings_project"):  # ELECTRA's, where embeddings are smaller than hidden states
         del encoder.embeddings_project

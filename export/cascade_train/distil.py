@@ -249,9 +249,15 @@ def layer_lists(model: Any) -> list[tuple[str, nn.ModuleList]]:
 
 def _freeze_embeddings(model: Any) -> None:
     """Freeze the module that holds the word embeddings: with BERT, positions, token types and their norm too."""
+    name = embeddings_name(model)
+    (model.get_submodule(name) if name else model.get_input_embeddings()).requires_grad_(False)
+
+
+def embeddings_name(model: Any) -> str:
+    """Return the name of the module that holds an encoder's word embeddings; "" where that is the encoder itself."""
     words = model.get_input_embeddings()
-    owner = next(module for module in model.modules() if any(child is words for child in module.children()))
-    (words if owner is model else owner).requires_grad_(False)
+    owners = (name for name, module in model.named_modules() if any(child is words for child in module.children()))
+    return str(next(owners))
 
 
 @dataclass(frozen=True)

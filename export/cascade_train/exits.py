@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PrinterCallback, Trainer, set_seed
+from transformers import AutoModelForSequenceClassification, PrinterCallback, Trainer, set_seed
 
 from cascade_rt.errors import InputError, InvalidOption
 from cascade_rt.io.writers import write_json
@@ -36,6 +36,7 @@ from cascade_train.finetune import (
     finetune,
     last_whole_checkpoint,
     load_base,
+    load_member,
     validated_arguments,
 )
 from cascade_train.inference import collator, features
@@ -180,7 +181,7 @@ def train_exits(
     if kind == PABEE:
         tokenizer, model = load_base(base, data.labels, None)
     else:
-        tokenizer, model = _fine_tuned(member, data.labels)
+        tokenizer, model = load_member(member, data.labels, "base")
     layers = model.config.num_hidden_layers
     if not 1 <= every < layers:
         raise InvalidOption("every", every, f"1 to {layers - 1}, fewer than the {layers} layers of {base}")
@@ -226,18 +227,6 @@ def open_exits(source: str | Path) -> MultiExitClassifier:
         raise cannot_load(str(source), error) from error
     found.eval()
     return found
-
-
-def _fine_tuned(source: str, labels: tuple[str, ...]) -> tuple[Any, Any]:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForSequenceClassification.from_pretrained(source, dtype="float32")
-    except Exception as error:
-        raise cannot_load(source, error) from error
-    found = tuple(model.config.id2label[index] for index in range(model.config.num_labels))
-    if found != labels:
-        raise InvalidOption("base", source, f"a member with the labels {', '.join(labels[:6])}, or an encoder")
-    return tokenizer, model
 
 
 class _ExitTrainer(Trainer):  # type: ignore[misc]  # the library has no types

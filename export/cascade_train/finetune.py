@@ -238,18 +238,25 @@ def logits_of(
 
     `bf16` computes in bfloat16, for answers that are only learnt from.
     """
+    tokenizer, model = load_member(source, data.labels, "teacher")
+    model.eval().to(device())
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+        return answers(tokenizer, model, features(tokenizer, model, examples, max_length))
+
+
+def load_member(source: str, labels: tuple[str, ...], option: str) -> tuple[PreTrainedTokenizerFast, Any]:
+    """Load a fine-tuned member; raise InputError where that fails, and InvalidOption for one with other labels."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForSequenceClassification.from_pretrained(source).eval().to(device())
+        model = AutoModelForSequenceClassification.from_pretrained(source)
     except Exception as error:
         raise cannot_load(source, error) from error
     found = tuple(model.config.id2label[index] for index in range(model.config.num_labels))
-    if found != data.labels:
+    if found != labels:
         raise InvalidOption(
-            "teacher", source, f"a member with the labels {', '.join(data.labels[:6])}, not {', '.join(found[:6])}"
+            option, source, f"a member with the labels {', '.join(labels[:6])}, not {', '.join(found[:6])}"
         )
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-        return answers(tokenizer, model, features(tokenizer, model, examples, max_length))
+    return tokenizer, model
 
 
 def device() -> str:
