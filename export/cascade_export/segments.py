@@ -11,8 +11,8 @@ import inspect
 from typing import Any
 
 import torch
-from cascade_train.distil import embeddings_name, layer_lists
 from cascade_train.exits import MultiExitClassifier
+from cascade_train.layers import embeddings_name, layer_lists
 from torch import Tensor, nn
 
 from cascade_rt.errors import InputError

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -36,18 +35,19 @@ from transformers import (
 
 from cascade_rt.errors import InputError, InvalidOption
 from cascade_rt.io.readers import read_examples
-from cascade_rt.io.writers import write_json
-from cascade_train import RECORD
 from cascade_train.finetune import (
     OPTIMIZER,
     RECIPE_RANGES,
+    TRAINED_ATTENTION,
     cannot_load,
     check_length,
     check_ranges,
     claim,
+    finish,
     last_whole_checkpoint,
 )
 from cascade_train.hardware import bf16_pays
+from cascade_train.layers import embeddings_name, layer_lists
 from cascade_train.losses import hidden_state_error, mean_vector_cosine, relation_divergence
 from cascade_train.progress import Progress
 
@@ -155,13 +155,7 @@ def distil(
         "steps": trainer.state.global_step,
         "versions": {name: version(name) for name in ("torch", "transformers", "cascade-rt")},
     }
-    finished = work / "model"
-    shutil.rmtree(finished, ignore_errors=True)
-    student.save_pretrained(finished)
-    tokenizer.save_pretrained(finished)
-    write_json(finished / RECORD, record)
-    finished.rename(output)
-    shutil.rmtree(work)
+    finish(work, output, student.save_pretrained, tokenizer, record)
     return record
 
 
@@ -206,8 +200,7 @@ def make_student(teacher: Any, picked: Sequence[int], base: str) -> Any:
             continue
         index, _, rest = name.removeprefix(prefix).partition(".")
         weights |= {f"{prefix}{place}.{rest}": weight for place, layer in enumerate(picked) if layer == int(index)}
-    # On CPUs, torch's fused attention has a slow backward pass: in bfloat16, half of a step.
-    student = AutoModel.from_config(config, attn_implementation=None if torch.cuda.is_available() else "eager")
+    student = AutoModel.from_config(config, attn_implementation=TRAINED_ATTENTION)
     try:
         if not lists:
             raise RuntimeError("it has no list of layers")
@@ -237,27 +230,10 @@ def projections(model: Any, base: str) -> list[nn.Linear]:
     )
 
 
-def layer_lists(model: Any) -> list[tuple[str, nn.ModuleList]]:
-    """Return the lists of modules, with their names, that have as many as the encoder has layers."""
-    deep = model.config.num_hidden_layers
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == deep
-    ]
-
-
 def _freeze_embeddings(model: Any) -> None:
     """Freeze the module that holds the word embeddings: with BERT, positions, token types and their norm too."""
     name = embeddings_name(model)
     (model.get_submodule(name) if name else model.get_input_embeddings()).requires_grad_(False)
-
-
-def embeddings_name(model: Any) -> str:
-    """Return the name of the module that holds an encoder's word embeddings; "" where that is the encoder itself."""
-    words = model.get_input_embeddings()
-    owners = (name for name, module in model.named_modules() if any(child is words for child in module.children()))
-    return str(next(owners))
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,8 @@ from torch.nn import functional
 from transformers import AutoModelForSequenceClassification, PrinterCallback, Trainer, set_seed
 
 from cascade_rt.errors import InputError, InvalidOption
-from cascade_rt.io.writers import write_json
 from cascade_rt.tuning.metrics import accuracy
-from cascade_train import RECORD, VALIDATION
+from cascade_train import RECORD
 from cascade_train.finetune import (
     Recipe,
     cannot_load,
@@ -34,6 +33,7 @@ from cascade_train.finetune import (
     claim,
     described_examples,
     finetune,
+    finish,
     last_whole_checkpoint,
     load_base,
     load_member,
@@ -42,7 +42,7 @@ from cascade_train.finetune import (
 from cascade_train.inference import collator, features
 from cascade_train.losses import distillation
 from cascade_train.progress import Progress
-from cascade_train.tasks import TaskData, write_examples
+from cascade_train.tasks import TaskData
 
 DEEBERT, PABEE, FASTBERT = "deebert", "pabee", "fastbert"
 KINDS = (DEEBERT, PABEE, FASTBERT)
@@ -201,15 +201,12 @@ def train_exits(
         "steps": trainer.state.global_step,
         "versions": {name: version(name) for name in ("torch", "transformers", "cascade-rt")},
     }
-    finished = work / "model"
-    shutil.rmtree(finished, ignore_errors=True)
-    trainer.model.model.save_pretrained(finished)
-    tokenizer.save_pretrained(finished)
-    save_file(trainer.model.exits.state_dict(), str(finished / EXITS_FILE))
-    write_json(finished / RECORD, record)
-    write_examples(finished / VALIDATION, data.validation, data.labels)
-    finished.rename(output)
-    shutil.rmtree(work)
+
+    def save(folder: Path) -> None:
+        trainer.model.model.save_pretrained(folder)
+        save_file(trainer.model.exits.state_dict(), str(folder / EXITS_FILE))
+
+    finish(work, output, save, tokenizer, record, data)
     if member != base:
         shutil.rmtree(member)
     return record

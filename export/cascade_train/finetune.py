@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -34,10 +34,11 @@ from cascade_rt.io.writers import write_json
 from cascade_rt.tuning.metrics import accuracy, f1
 from cascade_train import RECORD, VALIDATION
 from cascade_train.alignment import align, usable_positions
-from cascade_train.inference import answers, collator, features
-from cascade_train.losses import difficulty_aware_regularization, distillation
+from cascade_train.inference import EXTRAS, answers, collator, features, first_token_states
+from cascade_train.losses import difficulty_aware_regularization, distillation, patient_distillation
 from cascade_train.progress import Progress
 from cascade_train.tasks import Examples, TaskData, write_examples
+from cascade_train.theseus import ModuleReplacing
 
 RECIPE_RANGES: Mapping[str, tuple[float, float]] = {
     "epochs": (1e-3, 1e4),
@@ -81,11 +82,21 @@ class Recipe:
 
 
 @dataclass(frozen=True)
+class TeacherStates:
+    """What a student's layers learn from a teacher's under patient distillation (BERT-PKD; Sun et al., 2019)."""
+
+    layers: Sequence[int]
+    """The teacher's layer for each of the student's but the last, counted from 1."""
+    states: NDArray[np.float16]
+    """Of the first token after these layers, for each training example: (examples, layers, hidden)."""
+
+
+@dataclass(frozen=True)
 class Objective:
     """What a member learns besides its labels; by default nothing.
 
-    The loss is (1 - distill_weight) * cross entropy + distill_weight * distillation + dar_weight * DAR, without the
-    terms that are not used.
+    The loss is (1 - distill_weight) * cross entropy + distill_weight * distillation + patient_weight * patient
+    distillation + dar_weight * DAR, without the terms that are not used.
     """
 
     difficulty: Sequence[int] | None = None
@@ -96,11 +107,13 @@ class Objective:
     """The teacher's logits for each training example, (examples, labels)."""
     temperature: float = 2.0
     distill_weight: float = 0.5
+    patient: TeacherStates | None = None
+    patient_weight: float = 0.5
 
     def __post_init__(self) -> None:
         """Raise InvalidOption for a value out of range."""
-        ranges = {"dar_margin": (0, 1), "dar_weight": (0, 1e3), "temperature": (1e-2, 1e3), "distill_weight": (0, 1)}
-        check_ranges(self, ranges)
+        weights = {"dar_weight": (0, 1e3), "distill_weight": (0, 1), "patient_weight": (0, 1e3)}
+        check_ranges(self, {"dar_margin": (0, 1), "temperature": (1e-2, 1e3), **weights})
 
     def described(self) -> dict[str, Any]:
         """Return the settings that a training record keeps."""
@@ -110,11 +123,15 @@ class Objective:
             settings["dar"] = {"margin": self.dar_margin, "weight": self.dar_weight, "difficult": difficult}
         if self.teacher is not None:
             settings["distillation"] = {"temperature": self.temperature, "weight": self.distill_weight}
+        if self.patient is not None:
+            settings["patient"] = {"weight": self.patient_weight, "layers": list(self.patient.layers)}
         return settings
 
 
 LABELS_ALONE = Objective()
 OPTIMIZER = "adamw_torch_fused"  # on CPUs, a step of a 3-layer member takes 0.6 times as long as with "adamw_torch"
+# On CPUs, torch's fused attention has a slow backward pass: in bfloat16, half of a step.
+TRAINED_ATTENTION = None if torch.cuda.is_available() else "eager"
 _LOGGED = 20  # steps between two updates of the loss on the progress bar
 
 
@@ -125,6 +142,7 @@ def finetune(
     *,
     layers: int | None = None,
     tokenizer: str | None = None,
+    module_replacing: bool = False,
     recipe: Recipe,
     objective: Objective = LABELS_ALONE,
 ) -> dict[str, Any]:
@@ -132,7 +150,8 @@ def finetune(
 
     `layers` keeps only the first k encoder layers (the paper's BERT-kL, section 2.1). `tokenizer` is the folder or hub
     id of another tokenizer than the base's, with the same words under any ids: the member is trained and written with
-    it, so it fits into a cascade of that tokenizer. The folder holds the checkpoint that was best on validation, and
+    it, so it fits into a cascade of that tokenizer. `module_replacing`: `base` is a fine-tuned member, and the k layers
+    replace its modules (`theseus.py`). The folder holds the checkpoint that was best on validation, and
     the record. A killed run resumes from its last checkpoint when it is called again with the same arguments. Returns
     the record; raises CascadeError if `output` exists, another run's unfinished work is there, or `base` cannot be
     loaded or aligned to `tokenizer`.
@@ -144,6 +163,7 @@ def finetune(
         "base": str(base),
         "layers": layers,
         "tokenizer": None if tokenizer is None else str(tokenizer),
+        "module_replacing": module_replacing,
         "task": data.name,
         "labels": list(data.labels),
         "pair": data.pair,
@@ -155,8 +175,13 @@ def finetune(
     set_seed(recipe.seed)
     member_tokenizer, model = load_base(base, data.labels, layers, tokenizer)
     check_length(recipe.max_length, base, member_tokenizer, model)
+    replacing = [_module_replacing(base, data.labels, model, tokenizer)] if module_replacing else []
+    if objective.patient is not None:
+        _check_patient(objective.patient, model, base)
     claim(work, run)
     trainer = _trainer(model, member_tokenizer, data, recipe, objective, output, work)
+    for callback in replacing:
+        trainer.add_callback(callback)
     resume = last_whole_checkpoint(work)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
 
@@ -167,16 +192,48 @@ def finetune(
         "steps": trainer.state.global_step,
         "versions": {name: version(name) for name in ("torch", "transformers", "cascade-rt")},
     }
+    finish(work, output, model.save_pretrained, member_tokenizer, record, data)
+    return record
+
+
+def finish(
+    work: Path,
+    output: Path,
+    save: Callable[[Path], object],
+    tokenizer: PreTrainedTokenizerFast,
+    record: dict[str, Any],
+    data: TaskData | None = None,
+) -> None:
+    """Write a model's folder with `save`, its tokenizer, record and validation examples; it appears when complete."""
     finished = work / "model"
     shutil.rmtree(finished, ignore_errors=True)
-    trainer.save_model(str(finished))
-    (finished / "training_args.bin").unlink(missing_ok=True)  # a pickle, of no further use
-    member_tokenizer.save_pretrained(finished)
+    save(finished)
+    tokenizer.save_pretrained(finished)
     write_json(finished / RECORD, record)
-    write_examples(finished / VALIDATION, data.validation, data.labels)
+    if data is not None:
+        write_examples(finished / VALIDATION, data.validation, data.labels)
     finished.rename(output)
     shutil.rmtree(work)
-    return record
+
+
+def _module_replacing(base: str, labels: tuple[str, ...], model: Any, tokenizer: str | None) -> ModuleReplacing:
+    if tokenizer is not None:
+        raise InvalidOption("tokenizer", tokenizer, "none with `module_replacing`: the member has its own")
+    _, predecessor = load_member(base, labels, "base", attention=TRAINED_ATTENTION)  # as the successor's layers
+    if model.config.num_hidden_layers >= predecessor.config.num_hidden_layers:
+        deep = predecessor.config.num_hidden_layers
+        raise InvalidOption("layers", model.config.num_hidden_layers, f"fewer than the {deep} layers of {base}")
+    return ModuleReplacing(predecessor.to(device()), model)
+
+
+def _check_patient(patient: TeacherStates, model: Any, base: str) -> None:
+    layers, hidden = model.config.num_hidden_layers, model.config.hidden_size
+    if (len(patient.layers), patient.states.shape[-1]) != (layers - 1, hidden):
+        raise InvalidOption(
+            "patient",
+            [len(patient.layers), patient.states.shape[-1]],
+            f"[{layers - 1}, {hidden}], the layers and dimensions to match in {base}",
+        )
 
 
 def check_length(max_length: int, base: str, tokenizer: PreTrainedTokenizerFast, model: Any) -> None:
@@ -231,6 +288,31 @@ def teacher_logits(source: str, data: TaskData, recipe: Recipe) -> NDArray[np.fl
     return logits_of(source, data, data.train, recipe.max_length, bf16=recipe.bf16)
 
 
+def patient_layers(deep: int, layers: int, strategy: str) -> list[int]:
+    """Return the layer of a teacher of `deep` layers for each of a student's but the last, counted from 1.
+
+    "skip": evenly spread over the teacher; "last": the ones before its last (Sun et al., 2019, section 3.2).
+    """
+    if not 1 < layers <= deep:
+        raise InvalidOption("layers", layers, f"2 to {deep}, the layers of the teacher, for patient distillation")
+    if strategy == "skip":
+        return [layer * deep // layers for layer in range(1, layers)]
+    return list(range(deep - layers + 1, deep))
+
+
+def teacher_states(source: str, data: TaskData, recipe: Recipe, layers: int, strategy: str = "skip") -> TeacherStates:
+    """Return the hidden states of a fine-tuned member that a student of `layers` layers learns.
+
+    `strategy`: that of `patient_layers`.
+    """
+    tokenizer, model = load_member(source, data.labels, "teacher")
+    model.to(device())
+    matched = patient_layers(model.config.num_hidden_layers, layers, strategy)
+    rows = features(tokenizer, model, data.train, recipe.max_length)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=recipe.bf16):
+        return TeacherStates(matched, first_token_states(tokenizer, model, rows, matched))
+
+
 def logits_of(
     source: str, data: TaskData, examples: Examples, max_length: int, *, bf16: bool = False
 ) -> NDArray[np.float32]:
@@ -244,11 +326,13 @@ def logits_of(
         return answers(tokenizer, model, features(tokenizer, model, examples, max_length))
 
 
-def load_member(source: str, labels: tuple[str, ...], option: str) -> tuple[PreTrainedTokenizerFast, Any]:
+def load_member(
+    source: str, labels: tuple[str, ...], option: str, *, attention: str | None = None
+) -> tuple[PreTrainedTokenizerFast, Any]:
     """Load a fine-tuned member; raise InputError where that fails, and InvalidOption for one with other labels."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForSequenceClassification.from_pretrained(source)
+        model = AutoModelForSequenceClassification.from_pretrained(source, attn_implementation=attention)
     except Exception as error:
         raise cannot_load(source, error) from error
     found = tuple(model.config.id2label[index] for index in range(model.config.num_labels))
@@ -313,8 +397,7 @@ def load_base(
             base,
             config=config,
             ignore_mismatched_sizes=True,
-            # On CPUs, torch's fused attention has a slow backward pass: in bfloat16, half of a step.
-            attn_implementation=None if torch.cuda.is_available() else "eager",
+            attn_implementation=TRAINED_ATTENTION,
         )
     except Exception as error:
         raise cannot_load(base, error) from error
@@ -352,12 +435,15 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]  # the library has no typ
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the loss of a batch; of validation batches, which carry no more than labels, the cross entropy."""
-        difficulty, teacher = inputs.pop("difficulty", None), inputs.pop("teacher", None)
-        outputs = model(**inputs)
+        difficulty, teacher, states = (inputs.pop(name, None) for name in EXTRAS)
+        outputs = model(**inputs, output_hidden_states=states is not None)
         loss, objective = outputs.loss, self._objective
         if teacher is not None:
             soft = distillation(outputs.logits, teacher, objective.temperature)
             loss = (1 - objective.distill_weight) * loss + objective.distill_weight * soft
+        if states is not None:
+            ours = torch.stack([layer[:, 0] for layer in outputs.hidden_states[1:-1]], 1)
+            loss = loss + objective.patient_weight * patient_distillation(ours, states)
         if difficulty is not None:
             regularization = difficulty_aware_regularization(outputs.logits, difficulty, objective.dar_margin)
             loss = loss + objective.dar_weight * regularization
@@ -374,7 +460,8 @@ def _trainer(
     work: Path,
 ) -> Trainer:
     train = features(tokenizer, model, data.train, recipe.max_length)
-    for name, values in (("difficulty", objective.difficulty), ("teacher", objective.teacher)):
+    states = None if objective.patient is None else objective.patient.states
+    for name, values in zip(EXTRAS, (objective.difficulty, objective.teacher, states), strict=True):
         for example, value in zip(train, [] if values is None else values, strict=values is not None):
             example[name] = torch.as_tensor(value)
     trainer = ObjectiveTrainer(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from cascade_rt.types import Text
 from cascade_train.tasks import Examples
 
 _BATCH = 64
-_EXTRAS = ("difficulty", "teacher")
+EXTRAS = ("difficulty", "teacher", "teacher_states")
 """What an objective takes of each example besides its label."""
 
 Row = dict[str, Any]
@@ -49,7 +49,7 @@ def collator(tokenizer: PreTrainedTokenizerFast) -> Callable[[list[Row]], dict[s
         batch = {"labels": torch.tensor([row["label"] for row in rows])}
         for name in rows[0].keys() - {"label"}:
             values = [torch.as_tensor(row[name]) for row in rows]
-            batch[name] = torch.stack(values) if name in _EXTRAS else pad_sequence(values, True, padding.get(name, 0))
+            batch[name] = torch.stack(values) if name in EXTRAS else pad_sequence(values, True, padding.get(name, 0))
         return batch
 
     return collate
@@ -60,17 +60,35 @@ def answers(tokenizer: PreTrainedTokenizerFast, model: Any, rows: list[Row]) -> 
 
     The Trainer's `predict` is not used: with `group_by_length` it returns rows in the order of their lengths.
     """
+    logits = np.empty((len(rows), model.config.num_labels), dtype=np.float32)
+    for some, found in _outputs(tokenizer, model, rows):
+        logits[some] = found.logits.float().cpu().numpy()
+    return logits
+
+
+def first_token_states(
+    tokenizer: PreTrainedTokenizerFast, model: Any, rows: list[Row], layers: Sequence[int]
+) -> NDArray[np.float16]:
+    """Return the hidden states of the first token after some layers, counted from 1: float16 (rows, layers, hidden)."""
+    states = np.empty((len(rows), len(layers), model.config.hidden_size), dtype=np.float16)
+    for some, found in _outputs(tokenizer, model, rows, output_hidden_states=True):
+        states[some] = torch.stack([found.hidden_states[layer][:, 0] for layer in layers], 1).half().cpu().numpy()
+    return states
+
+
+def _outputs(
+    tokenizer: PreTrainedTokenizerFast, model: Any, rows: list[Row], **wanted: bool
+) -> Iterator[tuple[list[int], Any]]:
+    """Yield what a model computes, in batches of like length, each with the places of its rows."""
     model.eval()
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]))
-    logits = np.empty((len(rows), model.config.num_labels), dtype=np.float32)
     collate = collator(tokenizer)
     for start in range(0, len(order), _BATCH):
         some = order[start : start + _BATCH]
         batch = {name: values.to(model.device) for name, values in collate([rows[row] for row in some]).items()}
         batch.pop("labels")
         with torch.inference_mode():
-            logits[some] = model(**batch).logits.float().cpu().numpy()
-    return logits
+            yield some, model(**batch, **wanted)
 
 
 def text_logits(

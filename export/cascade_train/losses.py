@@ -1,7 +1,7 @@
 """Training losses: how confident a member may be (DAR), what a bigger member answers, what a bigger encoder computes.
 
 All are plain functions of a batch: the first three of logits, so any member can be trained with them; the others of
-hidden states, for general distillation (`distil.py`).
+hidden states, for patient distillation, and for general distillation (`distil.py`).
 """
 
 from __future__ import annotations
@@ -41,6 +41,17 @@ def distillation(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     student = functional.log_softmax(logits.float() / temperature, dim=-1)
     target = functional.log_softmax(teacher.float() / temperature, dim=-1)
     return functional.kl_div(student, target, reduction="batchmean", log_target=True) * temperature**2
+
+
+def patient_distillation(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the patient loss (BERT-PKD; Sun et al., 2019, Eq. 7), a scalar from 0 to 4.
+
+    The squared distance of the student's first-token hidden states from the teacher's, both scaled to length 1. Eq. 7
+    is a sum over texts and layers; this is the mean, so that its weight holds for any batch and depth. `student` and
+    `teacher`: (batch, layers, hidden), of the layers that are matched.
+    """
+    ours, theirs = functional.normalize(student.float(), dim=-1), functional.normalize(teacher.float(), dim=-1)
+    return (ours - theirs).square().sum(-1).mean()
 
 
 def hidden_state_error(student: Tensor, teacher: Tensor, mask: Tensor, variance: float) -> Tensor:

@@ -38,6 +38,17 @@ def add_arguments(parser: CommandParser) -> None:
     distillation.add_argument("--teacher", metavar="DIR", help="a fine-tuned member with the same labels")
     distillation.add_argument("--temperature", type=float, default=2.0, help="temperature of the distillation")
     distillation.add_argument("--distill-weight", type=float, default=0.5, help="weight of the soft loss, out of 1")
+    distillation.add_argument(
+        "--patient",
+        choices=("skip", "last"),
+        help="learn the teacher's hidden states too (BERT-PKD): those of layers across its depth, or of the last ones",
+    )
+    distillation.add_argument("--patient-weight", type=float, default=0.5, help="weight of that loss")
+    parser.add_argument(
+        "--module-replacing",
+        action="store_true",
+        help="BERT-of-Theseus: --base is a fine-tuned member, and K layers (--layers) replace its modules bit by bit",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -49,6 +60,10 @@ def run(options: argparse.Namespace) -> None:
     data, recipe = data_from(options), recipe_from(options)
     if options.dar_grid and not options.difficulty:
         raise InputError("found --dar-grid alone, expected --difficulty FOLDER with it")
+    if options.patient and not options.teacher:
+        raise InputError("found --patient alone, expected --teacher DIR with it")
+    if options.module_replacing and not options.layers:
+        raise InputError("found --module-replacing alone, expected --layers K with it")
     objective = Objective(
         difficulty=read_difficulty(options.difficulty, data.train) if options.difficulty else None,
         dar_margin=_MARGINS.get(data.name, _OTHER_MARGIN) if options.dar_margin is None else options.dar_margin,
@@ -56,10 +71,13 @@ def run(options: argparse.Namespace) -> None:
         teacher=teacher_logits(options.teacher, data, recipe) if options.teacher else None,
         temperature=options.temperature,
         distill_weight=options.distill_weight,
+        patient=_teacher_states(options, data, recipe) if options.patient else None,
+        patient_weight=options.patient_weight,
     )
     settings: dict[str, Any] = {
         "layers": options.layers,
         "tokenizer": options.tokenizer,
+        "module_replacing": options.module_replacing,
         "recipe": recipe,
         "objective": objective,
     }
@@ -75,6 +93,13 @@ def run(options: argparse.Namespace) -> None:
             f"{options.output}: {data.name}, {len(data.train)} training and {len(data.validation)} validation "
             f"examples, best validation {data.metric} {record['validation']['best']:.4f}" + _objective(record)
         )
+
+
+def _teacher_states(options: argparse.Namespace, data: Any, recipe: Any) -> Any:
+    from cascade_train.finetune import load_base, teacher_states  # noqa: PLC0415 - loads torch
+
+    layers = options.layers or load_base(options.base, data.labels, None)[1].config.num_hidden_layers
+    return teacher_states(options.teacher, data, recipe, layers, options.patient)
 
 
 def _objective(record: dict[str, Any]) -> str:
