@@ -69,6 +69,8 @@ class MemberEntry:
     """External data of the ONNX file."""
     reads: str = TOKENS
     """What it starts from: "tokens", or "hidden_states" for a segment of a multi-exit model."""
+    exit_flops: tuple[int, ...] = ()
+    """FLOPs of a segment's exit for a text of n tokens: the factors of 1, n and n^2; () where they are not counted."""
     other: Mapping[str, Any] = field(default_factory=dict)
     """Keys unknown to this version, kept as they are."""
 
@@ -179,6 +181,7 @@ class Bundle:
                     **({} if member.intermediate_size is None else {"intermediate_size": member.intermediate_size}),
                     **({"data": [vars(file) for file in member.data]} if member.data else {}),
                     **({} if member.reads == TOKENS else {"reads": member.reads}),
+                    **({"exit_flops": list(member.exit_flops)} if member.exit_flops else {}),
                     **member.other,
                 }
                 for member in self.members
@@ -304,6 +307,9 @@ def _parse_member(entry: Any, where: str, version: int, with_threshold: bool) ->
     reads = fields.take("reads", str) if version > 1 and "reads" in entry else TOKENS
     if reads not in (TOKENS, HIDDEN_STATES):
         raise BundleError(f"{where}: reads: found {reads[:80]!r}, expected {TOKENS!r} or {HIDDEN_STATES!r}")
+    exit_flops = fields.take("exit_flops", list) if version > 1 and "exit_flops" in entry else []
+    if len(exit_flops) > 3 or not all(type(factor) is int and 0 <= factor < 2**63 for factor in exit_flops):
+        raise BundleError(f"{where}: exit_flops: found {str(exit_flops)[:80]}, expected at most three whole numbers")
     return MemberEntry(
         name=fields.take("name", str),
         file=checked_relative(fields.take("file", str), MANIFEST),
@@ -316,6 +322,7 @@ def _parse_member(entry: Any, where: str, version: int, with_threshold: bool) ->
         intermediate_size=fields.take("intermediate_size", int, at_least=1) if "intermediate_size" in entry else None,
         data=tuple(_parse_data(file, where) for file in fields.take("data", list)) if "data" in entry else (),
         reads=reads,
+        exit_flops=tuple(exit_flops),
         other=fields.rest,
     )
 

@@ -39,7 +39,8 @@ def member_flops(member: MemberEntry, lengths: NDArray[np.intp]) -> NDArray[np.f
 
     A layer of hidden size h and inner size i does 4 h^2 + 2 h i multiply-adds per token in its projections, and
     2 h per pair of tokens in its attention, at two FLOPs each. For h = 768 and 128 tokens the projections take
-    1811.9M (the paper quotes 1809.9M a layer). Embeddings, pooler and classifier are left out, as in the paper.
+    1811.9M (the paper quotes 1809.9M a layer). Embeddings, pooler and classifier are left out, as in the paper; the
+    exits of a multi-exit model before its last are counted.
     """
     hidden = float(member.hidden_size)
     inner = float(member.intermediate_size or 4 * hidden)
@@ -47,7 +48,7 @@ def member_flops(member: MemberEntry, lengths: NDArray[np.intp]) -> NDArray[np.f
     flops: NDArray[np.float64] = (
         2 * member.layers * (tokens * (4 * hidden**2 + 2 * hidden * inner) + 2 * hidden * tokens**2)
     )
-    return flops
+    return flops + np.polynomial.polynomial.polyval(tokens, member.exit_flops or (0,))
 
 
 def flops_speedup(

@@ -87,6 +87,7 @@ def export_exits(
                         threshold=threshold if early else None,
                         intermediate_size=checkpoint.intermediate_size,
                         reads=TOKENS if segment.reads_tokens else HIDDEN_STATES,
+                        exit_flops=() if segment.exit is None else segment.exit.flops,
                         other={"fused": fused[index]},
                     )
                 )

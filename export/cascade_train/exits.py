@@ -65,6 +65,11 @@ class PooledExit(nn.Module):  # type: ignore[misc]  # the library has no types
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(hidden, labels)
 
+    @property
+    def flops(self) -> tuple[int, ...]:
+        """FLOPs for a text of n tokens, as factors of 1, n and n^2."""
+        return (2 * (self.pooler.weight.numel() + self.classifier.weight.numel()),)
+
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
         """Return the logits, (batch, labels), from hidden states (batch, tokens, hidden)."""
         return self.classifier(self.dropout(torch.tanh(self.pooler(states[:, 0]))))
@@ -79,6 +84,12 @@ class AttentionExit(nn.Module):  # type: ignore[misc]  # the library has no type
         self.query, self.key, self.value, self.output = (nn.Linear(_NARROW, _NARROW) for _ in range(4))
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(_NARROW, labels)
+
+    @property
+    def flops(self) -> tuple[int, ...]:
+        """FLOPs for a text of n tokens, as factors of 1, n and n^2."""
+        each = (self.narrow, self.query, self.key, self.value, self.output)
+        return 2 * self.classifier.weight.numel(), 2 * sum(layer.weight.numel() for layer in each), 4 * _NARROW
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
         """Return the logits, (batch, labels), from hidden states (batch, tokens, hidden) and an attention mask."""

@@ -17,9 +17,10 @@ from cascade_train.inference import text_logits
 from cascade_train.tasks import Examples, TaskData
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from cascade_rt import CascadeRuntime, InputError, InvalidOption
+from cascade_rt import CascadeRuntime, InputError, InvalidOption, read_bundle
 from cascade_rt.engine.probabilities import softmax
 from cascade_rt.types import Text
 
@@ -59,6 +60,15 @@ def trained(base: str, member: str, data: TaskData, tmp_path_factory: pytest.Tem
     return {kind: root / kind for kind in KINDS}
 
 
+@pytest.mark.parametrize("kind", [DEEBERT, FASTBERT])
+@pytest.mark.parametrize("tokens", [1, 7, 40])
+def test_the_flops_of_an_exit_are_those_that_torch_counts(kind: str, tokens: int, trained: dict[str, Path]) -> None:
+    head = open_exits(trained[kind]).exits[0]
+    with FlopCounterMode(display=False) as counter:
+        head(torch.randn(1, tokens, 32), torch.ones(1, tokens))
+    assert counter.get_total_flops() == np.polynomial.polynomial.polyval(tokens, head.flops)
+
+
 def one_piece(folder: Path, texts: Sequence[Text]) -> np.ndarray:
     """The probabilities of every exit, (exits, texts, labels), from torch in one piece, text by text."""
     whole, tokenizer = open_exits(folder), AutoTokenizer.from_pretrained(folder)
@@ -75,6 +85,8 @@ def test_every_exit_answers_as_torch_in_one_piece(kind: str, trained: dict[str, 
     np.testing.assert_allclose(found, one_piece(trained[kind], texts), atol=1e-5)
     assert bundle.exit_rule["kind"] == ("patience" if kind == PABEE else "entropy")
     assert [entry.layers for entry in bundle.members] == [1, 1, 1]
+    assert [bool(entry.exit_flops) for entry in bundle.members] == [True, True, False]
+    assert read_bundle(tmp_path / "bundle").members == bundle.members
     assert all(entry.other["max_probability_difference"] <= 1e-4 for entry in bundle.members)
     assert all(entry.other["check"]["labels_agree"] == 1 for entry in bundle.members)
 

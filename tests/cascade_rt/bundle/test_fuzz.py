@@ -109,11 +109,20 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
 @pytest.fixture(scope="module")
 def small(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle with its two smaller members, whose files are quickly copied, and a seal."""
-    target = tmp_path_factory.mktemp("fuzz") / "bundle"
-    kept = read_bundle(bundle, ["tiny", "small"])
+    return _sealed(bundle, ["tiny", "small"], tmp_path_factory.mktemp("fuzz") / "bundle")
+
+
+@pytest.fixture(scope="module")
+def segments(two_segments: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two segments, of format version 2, with a seal."""
+    return _sealed(two_segments, ["segment-1", "segment-2"], tmp_path_factory.mktemp("fuzz") / "segments")
+
+
+def _sealed(source: Path, members: list[str], target: Path) -> Path:
+    kept = read_bundle(source, members)
     with write_bundle(target) as folder:
-        for name in ("tokenizer.json", "tiny.onnx", "small.onnx"):
-            shutil.copy(bundle / name, folder)
+        for name in ("tokenizer.json", *(member.file for member in kept.members)):
+            shutil.copy(source / name, folder)
         write_manifest(folder, kept)
     return target
 
@@ -128,14 +137,16 @@ def _answers(folder: Path) -> list[tuple[Any, ...]]:
     return [tuple(answer) for answer in CascadeRuntime(folder, threads=1).predict(_TEXTS)]
 
 
+@pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize(("alteration", "times"), _ALTERATIONS)
 def test_an_altered_bundle_is_refused_or_its_answers_are_unchanged(
-    small: Path, tmp_path: Path, alteration: Alteration, times: int
+    small: Path, segments: Path, tmp_path: Path, alteration: Alteration, times: int, version: int
 ) -> None:
-    right = _answers(small)
+    bundle = small if version == 1 else segments
+    right = _answers(bundle)
     refused = 0
     for number in range(times):
-        folder = _altered(small, tmp_path, alteration, f"{alteration.__name__} {number}")
+        folder = _altered(bundle, tmp_path, alteration, f"{alteration.__name__} {number}")
         try:
             assert _answers(folder) == right, f"alteration {number} changed an answer"
         except CascadeError as error:  # anything else fails the test
@@ -147,7 +158,7 @@ def test_an_altered_bundle_is_refused_or_its_answers_are_unchanged(
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_an_invalid_manifest_without_a_seal_never_crashes(
-    small: Path, two_segments: Path, tmp_path: Path, version: int
+    small: Path, segments: Path, tmp_path: Path, version: int
 ) -> None:
     """Other writers need not seal theirs; values of wrong types and sizes are then still refused, or harmless."""
 
@@ -161,7 +172,7 @@ def test_an_invalid_manifest_without_a_seal_never_crashes(
 
     refused = 0
     for number in range(250):
-        folder = _altered(small if version == 1 else two_segments, tmp_path, unsealed, f"unsealed {number}")
+        folder = _altered(small if version == 1 else segments, tmp_path, unsealed, f"unsealed {number}")
         try:
             _answers(folder)
         except CascadeError:

@@ -199,6 +199,8 @@ def test_unknown_keys_of_version_2_are_kept(two_segments: Path, tmp_path: Path) 
             r"members\[0\]: reads hidden states, but no member is before",
         ),
         (set_to("members", 0, "threshold", to=0.5), r"members\[0\]: threshold: found 0\.5, expected null"),
+        (set_to("members", 0, "exit_flops", to=[1, -2]), r"exit_flops: found \[1, -2\], expected at most three whole"),
+        (set_to("members", 0, "exit_flops", to=5), "exit_flops: found '5', expected list"),
         (
             set_to("exit_rule", "kind", to="maximum_probability"),
             r"members\[0\]: threshold: found null, expected a number",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -37,6 +39,19 @@ def test_the_original_can_be_named() -> None:
     # The first member alone, of a bundle whose biggest has 12 layers.
     assert layer_speedup([entry(2)], np.array([0, 0]), [entry(12)]) == pytest.approx(6)
     assert flops_speedup([entry(2)], np.array([0, 0]), np.array([5, 9]), [entry(12)]) == pytest.approx(6)
+
+
+def test_the_flops_of_exits_are_those_that_ran() -> None:
+    chain = [replace(entry(1), exit_flops=(7, 5, 3)), entry(1, reads="hidden_states")]
+    lengths = np.array([2, 10])
+    np.testing.assert_allclose(
+        member_flops(chain[0], lengths) - member_flops(entry(1), lengths), [7 + 5 * 2 + 3 * 4, 7 + 50 + 300]
+    )
+    whole = member_flops(entry(2), lengths).sum() + 29 + 357
+    assert flops_speedup(chain, np.array([1, 1]), lengths) == pytest.approx(1), "the original has its exits too"
+    assert flops_speedup(chain, np.array([1, 1]), lengths, [entry(2)]) == pytest.approx(
+        member_flops(entry(2), lengths).sum() / whole
+    )
 
 
 def test_flops_of_a_bert_base_layer_are_the_papers() -> None:
