@@ -1,21 +1,27 @@
-"""What the benchmark scripts share: tasks in parts that do not overlap, and how a script ends."""
+"""What the benchmark scripts share: tasks in parts that do not overlap, timing in turn, and how a script ends."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from time import perf_counter
+from typing import TypeVar
 
+import numpy as np
 from cascade_train.tasks import GLUE, Examples, TaskData, hold_out, load_evaluation, load_file, load_task, reserve
 
-from cascade_rt import CascadeError
+from cascade_rt import CascadeError, CascadeRuntime
+from cascade_rt.benchmark.workload import Spread, spread
 from cascade_rt.io.readers import read_examples
 from cascade_rt.types import Text
 
 TASKS = ("sst-2", "rte", "mrpc", "sick", "banking77", "clinc150")
 RESULTS = Path(__file__).parent / "results"
+
+Way = TypeVar("Way", bound=Hashable)
 
 _RESERVED = 0.05  # for each part: checkpoints are chosen by one, thresholds by the next, and one certifies
 _SMALL = 6000  # training examples; with fewer, no part certifies
@@ -34,6 +40,16 @@ class Parts:
     reported: Examples
     """For figures alone."""
     reported_on: str
+
+    def rows(self) -> dict[str, int]:
+        """Return the number of examples in each part."""
+        return {
+            "train": len(self.data.train),
+            "validation": len(self.data.validation),
+            "tuning": len(self.tuning),
+            "certification": len(self.certification or ()),
+            "reported": len(self.reported),
+        }
 
 
 def read_parts(task: str, folder: Path) -> Parts:
@@ -84,6 +100,35 @@ def _held_out(
 def joined(one: Examples, other: Examples) -> Examples:
     """Return the examples of both."""
     return Examples([*one.texts, *other.texts], [*one.labels, *other.labels])
+
+
+def race(
+    ways: Mapping[Way, CascadeRuntime], base: Way, texts: Sequence[Text], single: int, rounds: int
+) -> dict[Way, dict[str, Spread]]:
+    """Time all ways in turn, the first `single` texts one by one and all texts in one call; one round warms up.
+
+    Returns milliseconds per text and the speed-up over `base`, each round's ratio on its own.
+    """
+    seconds: dict[Way, list[tuple[float, float]]] = {way: [] for way in ways}
+    for _ in range(1 + rounds):
+        for way, runtime in ways.items():
+            started = perf_counter()
+            for text in texts[:single]:
+                runtime.predict([text])
+            alone = perf_counter() - started
+            started = perf_counter()
+            runtime.predict(texts)
+            seconds[way].append((alone / len(texts[:single]), (perf_counter() - started) / len(texts)))
+    times = {way: 1000 * np.array(measured[1:]) for way, measured in seconds.items()}
+    return {
+        way: {
+            "single_ms": spread(found[:, 0]),
+            "bulk_ms": spread(found[:, 1]),
+            "single_speedup": spread(times[base][:, 0] / found[:, 0]),
+            "bulk_speedup": spread(times[base][:, 1] / found[:, 1]),
+        }
+        for way, found in times.items()
+    }
 
 
 def run_command(main: Callable[[], None]) -> None:

@@ -18,7 +18,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -30,12 +29,11 @@ from cascade_train.analysis import draw_curves, speedup_curve
 from cascade_train.difficulty import label_difficulty, read_difficulty
 from cascade_train.finetune import Objective, Recipe, finetune, logits_of
 from cascade_train.tasks import Examples, TaskData
-from common import RESULTS, TASKS, Parts, joined, read_parts, run_command
+from common import RESULTS, TASKS, Parts, joined, race, read_parts, run_command
 from numpy.typing import NDArray
 
 from cascade_rt import CascadeRuntime
 from cascade_rt.benchmark.machine import describe
-from cascade_rt.benchmark.workload import spread
 from cascade_rt.bundle import MANIFEST, MemberEntry
 from cascade_rt.engine.exit_rules import Thresholds
 from cascade_rt.engine.probabilities import confidence, softmax
@@ -89,7 +87,7 @@ def main() -> None:
         "machine": describe(),
         "task": options.task,
         "metric": parts.data.metric,
-        "rows": _rows(parts),
+        "rows": parts.rows(),
         "reported_on": parts.reported_on,
         "bases": {kind.name: Path(kind.base).name for kind in kinds},
         "distillation": {"weight": options.distill_weight, "temperature": options.temperature},
@@ -142,11 +140,6 @@ def _kinds(options: argparse.Namespace) -> list[Kind]:
 def _truncated(base: str, layers: int, options: argparse.Namespace) -> Kind:
     name = f"{layers}L truncated"
     return Kind(name, base, layers, once=name in options.once)
-
-
-def _rows(parts: Parts) -> dict[str, int]:
-    found = {"train": len(parts.data.train), "validation": len(parts.data.validation), "tuning": len(parts.tuning)}
-    return found | {"certification": len(parts.certification or ()), "reported": len(parts.reported)}
 
 
 def _recipe(kind: Kind, seed: int, biggest: bool, options: argparse.Namespace) -> Recipe:
@@ -307,20 +300,8 @@ def _raced(ways: Mapping[str, CascadeRuntime], big: str, reported: Examples) -> 
     """Return accuracy, layers and milliseconds of each way, text by text and in bulk, all in turn."""
     labels = np.array(reported.labels)
     rows = np.random.default_rng(0).permutation(len(labels))[:TIMED_IN_BULK]
-    texts = [reported.texts[row] for row in rows]
-    single = texts[:TIMED]
-    seconds: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
     answers = {way: runtime.predict(reported.texts) for way, runtime in ways.items()}
-    for _ in range(1 + ROUNDS):
-        for way, runtime in ways.items():
-            started = perf_counter()
-            for text in single:
-                runtime.predict([text])
-            alone = perf_counter() - started
-            started = perf_counter()
-            runtime.predict(texts)
-            seconds[way].append((alone / len(single), (perf_counter() - started) / len(texts)))
-    times = {way: 1000 * np.array(rounds[1:]) for way, rounds in seconds.items()}
+    times = race(ways, big, [reported.texts[row] for row in rows], TIMED, ROUNDS)
     names = ways[big].bundle.labels
     return {
         way: {
@@ -328,10 +309,7 @@ def _raced(ways: Mapping[str, CascadeRuntime], big: str, reported: Examples) -> 
             "thresholds": list(ways[way].thresholds),
             "accuracy": float(np.mean([names.index(answer.label) for answer in answers[way]] == labels)),
             "layers": float(np.mean([answer.layers for answer in answers[way]])),
-            "single_ms": spread(times[way][:, 0]),
-            "bulk_ms": spread(times[way][:, 1]),
-            "single_speedup": spread(times[big][:, 0] / times[way][:, 0]),
-            "bulk_speedup": spread(times[big][:, 1] / times[way][:, 1]),
+            **times[way],
         }
         for way in ways
     }

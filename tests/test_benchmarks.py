@@ -70,18 +70,58 @@ def test_peers_meet_in_one_run(member_folders: list[Path], tmp_path: Path) -> No
     assert report["cold_start"]["times_faster"]["median"] > 0
 
 
-def test_results_go_from_training_to_figures(tmp_path: Path) -> None:
-    bases = [make_member(tmp_path / f"base-{layers}", layers=layers, spread=0.05) for layers in (4, 1)]
+@pytest.fixture
+def task(tmp_path: Path) -> list[object]:
+    """A learnable task as a benchmark's options."""
     fillers = [word for word in WORDS if word not in {"good", "bad"}]
     rows = [
         f"{fillers[row % 31]} {('bad', 'good')[row % 2]} {fillers[row * 7 % 37]} {fillers[row // 31 % 37]},{row % 2}"
         for row in range(1300)
     ]
     (tmp_path / "train.csv").write_text("\n".join(["text,category", *rows]))
-    arguments = ["--task", "banking77", "--data", tmp_path, "--base", f"4L={bases[0]}", "--base", f"1L={bases[1]}"]
     recipe = ["--epochs", 1, "--learning-rate", 1e-3, "--big-learning-rate", 1e-3, "--max-length", 16]
+    return ["--task", "banking77", "--data", tmp_path, *recipe]
+
+
+def test_all_systems_go_from_training_to_figures(task: list[object], tmp_path: Path) -> None:
+    big, small, distilled = (
+        make_member(tmp_path / f"base-{seed}", layers=layers, spread=0.05, seed=seed)
+        for seed, layers in enumerate((4, 1, 2))
+    )
+    models = ["--base", big, "--complete", f"1={small}", "--distilled", distilled, "--first", 2, "--compressed", 2]
+    options = ["--big-epochs", 1, "--batch-size", 64, "--work", tmp_path / "work"]
+    report = run("systems.py", *task, *models, *options)
+    (seed,) = report["seeds"]
+    alone = {"big model", "BERT-2L", "complete 1L", "BERT-PD 1L", "BERT-PKD 2L", "BERT-of-Theseus 2L", "DistilBERT 2L"}
+    multi_exit, cascades = {"DeeBERT", "PABEE", "FastBERT"}, {"CascadeBERT", "CascadeBERT, distilled"}
+    assert seed["systems"].keys() == alone | multi_exit | cascades
+    for name, points in seed["systems"].items():
+        assert points.keys() >= ({"alone"} if name in alone | {"PABEE"} else {"1.5x", "2x"})
+        for point in points.values():
+            assert point["bulk_speedup"]["median"] > 0
+            assert sum(point["exits"]) == report["rows"]["reported"]
+    assert seed["systems"]["big model"]["alone"]["layer_speedup"] == 1
+    assert seed["systems"]["BERT-2L"]["alone"]["layer_speedup"] == 2
+    assert seed["systems"]["DeeBERT"]["alone"]["layer_speedup"] == 1
+    assert seed["systems"]["DeeBERT"]["alone"]["flops_speedup"] < 1, "the exits are counted"
+    by_layer = seed["by_layer"]
+    assert by_layer.keys() == {"BERT-kL", "complete", *multi_exit}
+    assert by_layer["DeeBERT"].keys() == {"1", "2", "3", "4"}
+    assert by_layer["BERT-kL"].keys() == {"2", "4"}
+    emitted = [row["emitted_texts"] for row in by_layer["DeeBERT"].values()]
+    assert sum(emitted) == report["rows"]["reported"]
+    assert by_layer["DeeBERT"]["4"]["accuracy"] == by_layer["BERT-kL"]["4"]["accuracy"], (
+        "its last exit is the big model"
+    )
+    for picture in ("report.svg", "report-layers.svg", "report-dis.svg"):
+        assert Path(picture).stat().st_size > 5000
+
+
+def test_results_go_from_training_to_figures(task: list[object], tmp_path: Path) -> None:
+    bases = [make_member(tmp_path / f"base-{layers}", layers=layers, spread=0.05) for layers in (4, 1)]
+    members = ["--base", f"4L={bases[0]}", "--base", f"1L={bases[1]}"]
     dar = ["--dar", "--folds", 2, "--label-seeds", 1]
-    report = run("results.py", *arguments, "--truncated", 2, "--seeds", 2, *dar, *recipe, "--work", tmp_path / "work")
+    report = run("results.py", *task, *members, "--truncated", 2, "--seeds", 2, *dar, "--work", tmp_path / "work")
     small = {"1L", "2L truncated", "1L, DAR", "1L, KD + DAR"}
     assert [seed["alone"].keys() for seed in report["seeds"]] == [small | {"4L"}] * 2
     assert report["seeds"][0]["alone"]["4L"] == report["seeds"][1]["alone"]["4L"], "one seed of the biggest"
