@@ -152,7 +152,8 @@ def _trainings(options: argparse.Namespace, data: TaskData, work: Path, seed: in
 
     def exits(kind: str) -> Training:
         # PABEE trains the whole model, so it takes the big model's recipe; the others train their exits alone.
-        base, how = (options.base, whole) if kind == PABEE else (big, recipe)
+        alone = replace(recipe, learning_rate=options.exit_learning_rate, epochs=options.exit_epochs)
+        base, how = (options.base, whole) if kind == PABEE else (big, alone)
         return lambda to: train_exits(base, data, to, kind=kind, recipe=how)
 
     found: dict[str, Training] = {BIG: lambda to: finetune(options.base, data, to, recipe=replace(whole, seed=0))}
@@ -344,8 +345,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, default=1, help="of all models but the big one; the first is timed")
     add("--big-epochs", type=float, default=3, help="of the big model and PABEE")
     add("--big-learning-rate", type=float, default=5e-5)
-    add("--epochs", type=float, default=3, help="of the others")
+    add("--epochs", type=float, default=3, help="of the small models")
     add("--learning-rate", type=float, default=1e-4)
+    add("--exit-epochs", type=float, default=3, help="of the exits of DeeBERT and FastBERT")
+    add("--exit-learning-rate", type=float, default=1e-3)
     add("--batch-size", type=int, default=32)
     add("--distill-weight", type=float, default=0.9)
     add("--temperature", type=float, default=3.0)
