@@ -7,9 +7,18 @@ runtime.predict(["a text", "another"])
 """
 
 import os
+import sys
+import warnings
 from importlib.metadata import version
 
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime reads it when it is imported
+if "ORT_DISABLE_TELEMETRY" not in os.environ:  # ONNX Runtime reads it when it is imported
+    if "onnxruntime" in sys.modules:
+        warnings.warn(
+            "onnxruntime was imported before cascade_rt, so its telemetry (since 1.32, on Linux) may be on; import "
+            "cascade_rt first, or set ORT_DISABLE_TELEMETRY=1 in the environment",
+            stacklevel=2,
+        )
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 from .bundle import Bundle, MemberEntry, read_bundle
 from .errors import (
