@@ -25,7 +25,7 @@ from .engine.cost import cumulative_layers, whole_model
 from .engine.drift import exit_shift
 from .engine.exit_rules import ExitRule, checked_thresholds, exit_rule
 from .engine.hidden_states import HiddenStates
-from .engine.inputs import iterated, listed, unwrapped
+from .engine.inputs import check_types, iterated, listed, unwrapped
 from .engine.opened import Opened
 from .engine.probabilities import softmax, softmax_row
 from .engine.stage import Stage
@@ -87,6 +87,14 @@ class CascadeRuntime:
             BundleError: The bundle cannot be used.
             InvalidOption: An argument cannot be used.
         """
+        check_types(
+            model_dir=model_dir,
+            members=members,
+            preload=preload,
+            provider_options=provider_options,
+            verify=verify,
+            trace=trace,
+        )
         opened = Opened.open(model_dir, members, provider, threads, provider_options, verify)
         bundle = opened.bundle.tuned() if members is None and thresholds is None else opened.bundle
         self._become(opened, bundle, thresholds, trace)

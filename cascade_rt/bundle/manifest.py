@@ -69,6 +69,8 @@ class MemberEntry:
     """External data of the ONNX file."""
     reads: str = TOKENS
     """What it starts from: "tokens", or "hidden_states" for a segment of a multi-exit model."""
+    positions: int | None = None
+    """How many tokens it can take; None where that is not known."""
     exit_flops: tuple[int, ...] = ()
     """FLOPs of a segment's exit for a text of n tokens: the factors of 1, n and n^2; () where they are not counted."""
     other: Mapping[str, Any] = field(default_factory=dict)
@@ -179,6 +181,7 @@ class Bundle:
                     "precision": member.precision,
                     "threshold": member.threshold,
                     **({} if member.intermediate_size is None else {"intermediate_size": member.intermediate_size}),
+                    **({} if member.positions is None else {"positions": member.positions}),
                     **({"data": [vars(file) for file in member.data]} if member.data else {}),
                     **({} if member.reads == TOKENS else {"reads": member.reads}),
                     **({"exit_flops": list(member.exit_flops)} if member.exit_flops else {}),
@@ -261,11 +264,18 @@ def _parse(manifest: dict[str, Any]) -> Bundle:
         layers[-1] += member.layers
     if sorted(layers) != layers:
         raise BundleError(f"{MANIFEST}: members: expected ascending numbers of layers, small to big")
+    max_length = top.take("max_length", int, at_least=3)
+    for member in members:
+        if member.positions is not None and max_length > member.positions:
+            raise BundleError(
+                f"{MANIFEST}: max_length: found {max_length}, expected at most {member.positions}, the positions of "
+                f"member {member.name!r}; export the bundle again"
+            )
     _check_tuning(top.rest.get(TUNING), members)
     return Bundle(
         labels=tuple(labels),
         pair=top.take("pair", bool),
-        max_length=top.take("max_length", int, at_least=3),
+        max_length=max_length,
         tokenizer_file=checked_relative(tokenizer.take("file", str), MANIFEST),
         tokenizer_sha256=tokenizer.take("sha256", str),
         members=members,
@@ -322,6 +332,7 @@ def _parse_member(entry: Any, where: str, version: int, with_threshold: bool) ->
         intermediate_size=fields.take("intermediate_size", int, at_least=1) if "intermediate_size" in entry else None,
         data=tuple(_parse_data(file, where) for file in fields.take("data", list)) if "data" in entry else (),
         reads=reads,
+        positions=fields.take("positions", int, at_least=3) if "positions" in entry else None,
         exit_flops=tuple(exit_flops),
         other=fields.rest,
     )

@@ -1,13 +1,17 @@
-"""What counts as texts: any iterable for `predict`, and for `__call__` what a transformers pipeline takes."""
+"""What counts as texts: any iterable for `predict`, and for `__call__` what a transformers pipeline takes.
+
+And which types a runtime's arguments may have: others would fail late, or pass for something else.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, InvalidOption
 from ..types import Text
 
 
@@ -43,3 +47,32 @@ def unwrapped(item: Any) -> Any:
     if not {"text"} <= item.keys() <= {"text", "text_pair"}:
         raise InputError(f"found a dict with the keys {', '.join(map(repr, item))}, expected 'text' and 'text_pair'")
     return (item["text"], item["text_pair"]) if "text_pair" in item else item["text"]
+
+
+def check_types(**arguments: object) -> None:
+    """Raise InvalidOption for an argument of `CascadeRuntime` that has another type than it should."""
+    for field, value in arguments.items():
+        fits, expected = _TYPES[field]
+        if not fits(value):
+            raise InvalidOption(field, value, expected)
+
+
+def _names(value: object) -> bool:
+    return isinstance(value, Sequence | Mapping) and all(isinstance(name, str) for name in value)
+
+
+_FLAG = (lambda value: isinstance(value, bool), "True or False")
+_TYPES: Mapping[str, tuple[Callable[[object], bool], str]] = {
+    "model_dir": (
+        lambda value: isinstance(value, str | os.PathLike) and bool(str(value)),
+        "a path, or org/name on the Hugging Face hub",
+    ),
+    "members": (lambda value: value is None or _names(value), "names of members, or None"),
+    "preload": _FLAG,
+    "provider_options": (
+        lambda value: value is None or (isinstance(value, Mapping) and _names(value)),
+        'names and values, for instance {"device_id": "1"}, or None',
+    ),
+    "verify": _FLAG,
+    "trace": (lambda value: value is None or callable(value), "a function, or None"),
+}

@@ -53,7 +53,7 @@ def check_precision(name: str, precision: str, provider: str) -> None:
 
 def options_for(provider: str, options: Mapping[str, str] | None) -> dict[str, str]:
     """Return the options to hand to a provider: ours, then the user's."""
-    return _FIXED_OPTIONS.get(provider, {}) | dict(options or {})
+    return _FIXED_OPTIONS.get(provider, {}) | {name: str(value) for name, value in (options or {}).items()}
 
 
 def products_on_cpu(session: Any, provider: str) -> set[str]:

@@ -41,6 +41,8 @@ class Checkpoint:
     labels: tuple[str, ...]
     pair: bool
     max_length: int
+    positions: int
+    """How many tokens it can take."""
     layers: int
     hidden_size: int
     intermediate_size: int | None

@@ -86,6 +86,7 @@ def export_exits(
                         precision=kind,
                         threshold=threshold if early else None,
                         intermediate_size=checkpoint.intermediate_size,
+                        positions=checkpoint.positions,
                         reads=TOKENS if segment.reads_tokens else HIDDEN_STATES,
                         exit_flops=() if segment.exit is None else segment.exit.flops,
                         other={"fused": fused[index]},

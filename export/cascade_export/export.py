@@ -240,6 +240,7 @@ def _export_member(
                 precision=name,
                 threshold=threshold,
                 intermediate_size=checkpoint.intermediate_size,
+                positions=checkpoint.positions,
                 data=tuple(WeightFile(file, sha256_of(folder / file)) for file in data),
                 other=writer.facts,
             )

@@ -104,7 +104,8 @@ def open_onnx(source: str, *, pair: bool | None = None, max_length: int | None =
             f"{reserved - 1}; expected positive numbers"
         )
     graph = files.get("fp32", next(iter(files.values())))
-    length = checked_length(source, max_length, training, min(_positions(graph, says, reserved), model_length))
+    positions = _positions(graph, says, reserved)
+    length = checked_length(source, max_length, training, min(positions, model_length))
     backend.enable_truncation(length, direction=settings.get("truncation_side", "right"))
     return OnnxCheckpoint(
         source=source,
@@ -112,6 +113,7 @@ def open_onnx(source: str, *, pair: bool | None = None, max_length: int | None =
         labels=checked_labels(source, names),
         pair=bool(training.get("pair", False)) if pair is None else pair,
         max_length=length,
+        positions=positions,
         layers=layers,
         hidden_size=hidden,
         intermediate_size=inner,

@@ -59,6 +59,7 @@ def open_torch(source: str, *, pair: bool | None = None, max_length: int | None 
         labels=labels,
         pair=bool(training.get("pair", False)) if pair is None else pair,
         max_length=length,
+        positions=usable_positions(model),
         layers=int(config.num_hidden_layers),
         hidden_size=int(config.hidden_size),
         intermediate_size=getattr(config, "intermediate_size", None) or getattr(config, "hidden_dim", None),

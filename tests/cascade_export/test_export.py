@@ -37,6 +37,7 @@ def test_members_are_sorted_fused_and_described(bundle: Path) -> None:
         assert member.other["max_probability_difference"] <= 1e-4
         assert member.intermediate_size == 3 * member.hidden_size
         assert member.precision == "fp32"
+        assert member.positions == 64
 
 
 def test_order_on_the_command_line_does_not_matter(

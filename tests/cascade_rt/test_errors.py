@@ -86,7 +86,19 @@ def test_an_invalid_option_has_its_field_what_was_found_and_what_was_expected() 
         (lambda bundle: CascadeRuntime(bundle, thresholds="0.5"), "thresholds", "0.5"),  # type: ignore[arg-type]
         (lambda bundle: CascadeRuntime(bundle, thresholds=[0.1]), "thresholds", [0.1]),
         (lambda bundle: CascadeRuntime(bundle, members=["huge"]), "members", ["huge"]),
+        (lambda bundle: CascadeRuntime(bundle, members=5), "members", 5),  # type: ignore[arg-type]
+        (lambda bundle: CascadeRuntime(bundle, members=[5]), "members", [5]),  # type: ignore[list-item]
+        (lambda bundle: CascadeRuntime(bundle, threads="2"), "threads", "2"),  # type: ignore[arg-type]
+        (lambda bundle: CascadeRuntime(bundle, threads=1.5), "threads", 1.5),  # type: ignore[arg-type]
+        (lambda bundle: CascadeRuntime(bundle, preload="no"), "preload", "no"),  # type: ignore[arg-type]
+        (lambda bundle: CascadeRuntime(bundle, verify=None), "verify", None),  # type: ignore[arg-type]
+        (lambda bundle: CascadeRuntime(bundle, trace=5), "trace", 5),  # type: ignore[arg-type]
+        (lambda bundle: CascadeRuntime(bundle, provider_options="x"), "provider_options", "x"),  # type: ignore[arg-type]
+        (lambda _: CascadeRuntime(None), "model_dir", None),  # type: ignore[arg-type]
+        (lambda _: CascadeRuntime(""), "model_dir", ""),
+        (lambda _: CascadeRuntime(b"bundle"), "model_dir", b"bundle"),  # type: ignore[arg-type]
         (lambda bundle: CascadeRuntime(bundle).predict_iter([], chunk_size=0), "chunk_size", 0),
+        (lambda bundle: CascadeRuntime(bundle).predict_iter([], chunk_size=1.5), "chunk_size", 1.5),  # type: ignore[arg-type]
         (lambda bundle: CascadeRuntime(bundle)("a", top_k=0), "top_k", 0),
         (lambda bundle: CascadeRuntime(bundle)("a", batch_size=0), "batch_size", 0),
         (lambda _: Question(max_drop=-0.1), "max_drop", -0.1),

@@ -58,6 +58,7 @@ def test_unknown_keys_are_kept(copied: Path) -> None:
         (set_to("max_length", to=2), "expected int of at least 3"),
         (set_to("max_length", to=10**30), "max_length"),
         (set_to("max_length", to=32.5), "max_length"),
+        (set_to("members", 0, "positions", to=8), "found 32, expected at most 8, the positions of member 'tiny'"),
         (set_to("members", to=[]), "members: found none"),
         (set_to("members", 0, to="tiny"), "expected an object"),
         (
