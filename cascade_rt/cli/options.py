@@ -69,6 +69,9 @@ def add_input(parser: CommandParser, *, required: bool, help: str) -> None:
     parser.add_argument(
         "--text-column", metavar="NAME", help="column of the text (default: text, sentence, sentence1, premise, ...)"
     )
+    parser.add_argument(
+        "--encoding", metavar="NAME", help="encoding of a text file (default: utf-8, or utf-16 by its byte order mark)"
+    )
     parser.add_argument("--pair-column", metavar="NAME", help="column of the second text of a pair")
     parser.aliases["columns"] = "--text-column and --pair-column"
 
@@ -101,7 +104,12 @@ def examples(options: argparse.Namespace, pair: bool, *, labelled: bool = False)
     """Yield the examples of the input file; `labelled` says that txt, which has no labels, will not do."""
     if labelled and options.input == "-" and options.format is None:
         raise InputError("found labelled texts on standard input without --format, expected --format jsonl, csv or tsv")
-    return read_examples(options.input, pair=pair, format=options.format, columns=columns_from(options))
+    return read_examples(options.input, pair=pair, **reading(options))
+
+
+def reading(options: argparse.Namespace) -> dict[str, Any]:
+    """Return how to read the input."""
+    return {"format": options.format, "columns": columns_from(options), "encoding": options.encoding}
 
 
 def columns_from(options: argparse.Namespace) -> tuple[str, ...] | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +19,11 @@ from ..errors import BundleError, InferenceError, TextError
 from ..types import Text
 
 _CHARACTERS_AT_ONCE = 2**22  # bounds what the library holds before long texts are cut
+_LONGEST = 2**20  # characters that are tokenized of one text; the library takes 100 bytes for each
+_LONGEST_WORD = 2**16  # characters, between two spaces
+_WORD_END = re.compile(r"(?<=\S)[ \n]")
+_SPLIT_AT_SPACES = {"BertPreTokenizer", "ByteLevel", "Metaspace", "Whitespace", "WhitespaceSplit"}
+_SPLIT_FURTHER = {"Digits", "Punctuation"}
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,9 @@ class TextTokenizer:
     """The bundle's tokenizer: sides of padding and truncation from `tokenizer.json`, maximum length from the bundle.
 
     Texts are cut here and not by the library, which keeps the tokens that it cuts off, for a pair in every combination:
-    gigabytes for two texts of 50 kB.
+    gigabytes for two texts of 50 kB. Of a text of over a million characters only the beginning is tokenized, up to the
+    end of a word: the tokens that remain are the same. (Of a pair of two such texts, up to one token: which of them has
+    more tokens is not known.)
     """
 
     def __init__(self, file: Path, max_length: int, pair: bool) -> None:
@@ -90,6 +99,7 @@ class TextTokenizer:
             "direction": "right",
         }
         self._cuts_left = (self._tokenizer.truncation or {}).get("direction") == "left"
+        self._splits_at_spaces = _splits_at_spaces(json.loads(self._tokenizer.to_str())["pre_tokenizer"])
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self.max_length = max_length
@@ -100,6 +110,7 @@ class TextTokenizer:
         """Encode texts (or pairs); raise TextError for anything else, and for pairs where single texts are expected."""
         for index, text in enumerate(texts):
             self._check(text, index)
+        whole, texts = texts, [self._beginning_of(text, index) for index, text in enumerate(texts)]
         seconds = 0.0
         encodings: list[Encoding | _Cut] = []
         try:
@@ -107,7 +118,12 @@ class TextTokenizer:
                 started = perf_counter()
                 encoded = self._encode(part)
                 seconds += perf_counter() - started
-                encodings += map(self._cut, encoded)
+                for encoding in encoded:
+                    if texts[len(encodings)] is not whole[len(encodings)]:
+                        self._check_beginning(encoding, whole[len(encodings)], len(encodings))
+                    encodings.append(self._cut(encoding))
+        except TextError:
+            raise
         except (TypeError, UnicodeEncodeError) as error:
             raise _not_unicode(texts) from error
         except MemoryError as error:
@@ -115,6 +131,32 @@ class TextTokenizer:
         except Exception as error:  # the library raises bare Exceptions
             raise BundleError(f"the bundle's tokenizer cannot encode these texts ({error}); export it again") from error
         return Encoded(encodings, self._padding, seconds)
+
+    def _beginning_of(self, text: Text, index: int) -> Text:
+        """Return the beginning of a very long text, all others as they are; raise TextError where that is unsafe."""
+        if isinstance(text, str):
+            return text if len(text) <= _LONGEST else self._beginning(text, index)
+        first, second = text
+        if len(first) <= _LONGEST and len(second) <= _LONGEST:
+            return text
+        return self._beginning(first, index), self._beginning(second, index)
+
+    def _beginning(self, text: str, index: int) -> str:
+        if len(text) <= _LONGEST:
+            return text
+        if self._cuts_left or not self._splits_at_spaces:
+            raise _too_long(index, "this bundle's tokenizer needs all of it")
+        ends = [found.start() for found in _WORD_END.finditer(text, _LONGEST - _LONGEST_WORD, _LONGEST)]
+        if not ends:
+            raise _too_long(index, f"no word ends shortly before character {_LONGEST:,}")
+        return text[: ends[-1]]
+
+    def _check_beginning(self, encoding: Encoding, whole: Text, index: int) -> None:
+        """Raise TextError if the beginning of a text has fewer tokens than remain of it."""
+        sides = encoding.sequence_ids
+        for side, text in enumerate([whole] if isinstance(whole, str) else whole):
+            if len(text) > _LONGEST and (tokens := sides.count(side)) <= self.max_length:
+                raise _too_long(index, f"the first {_LONGEST:,} have only {tokens} tokens")
 
     def _encode(self, texts: list[Text]) -> list[Encoding]:
         if len(texts) == 1:  # not worth waking the library's threads
@@ -143,6 +185,19 @@ class TextTokenizer:
             raise TextError(index, f"found {_kind(text)}, expected a pair of texts: this bundle's task is on pairs")
         if not isinstance(text, str):
             raise TextError(index, f"found {_kind(text)}, expected a text: this bundle's task is on single texts")
+
+
+def _splits_at_spaces(pre_tokenizer: Mapping[str, Any] | None) -> bool:
+    """Return whether words are tokenized on their own, whatever follows them."""
+    if pre_tokenizer is None:
+        return False
+    parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    kinds = {part["type"] for part in parts if part.get("use_regex", True) and part.get("split", True)}
+    return len(parts) > 0 and bool(kinds & _SPLIT_AT_SPACES) and kinds <= _SPLIT_AT_SPACES | _SPLIT_FURTHER
+
+
+def _too_long(index: int, reason: str) -> TextError:
+    return TextError(index, f"found over {_LONGEST:,} characters, and {reason}; shorten the text")
 
 
 def _room(first: int, second: int, excess: int) -> tuple[int, int]:

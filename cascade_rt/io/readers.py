@@ -7,18 +7,18 @@ no quoting. CSV is quoted in the usual way. TXT holds one text per line, for pai
 from __future__ import annotations
 
 import csv
-import io
 import json
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple
 
 from ..errors import InputError, InvalidOption, MissingExtraError
 from ..types import Text
+from .lines import LONGEST_LINE, Line, named, read_lines
 
 FORMATS = ("jsonl", "csv", "tsv", "txt", "parquet")
+_TABLES = ("csv", "tsv", "parquet")
 
 _USUAL_COLUMNS: dict[bool, tuple[tuple[str, ...], ...]] = {
     False: (("text",), ("sentence",)),
@@ -46,20 +46,70 @@ class Example:
         return _field(self.fields, column, self.where)
 
 
+@dataclass(frozen=True)
+class Rejected:
+    """A record that cannot be used."""
+
+    where: str
+    """Its position ("file:line")."""
+    reason: str
+    row: str
+    """As the file has it; the fields as JSON for parquet."""
+    error: InputError
+    """What `read_examples` raises for it."""
+    fields: dict[str, Any] = field(default_factory=dict)
+    """Its fields, where they are known."""
+
+
+class _Record(NamedTuple):
+    """A record before it is checked."""
+
+    number: int
+    """The line it ends on, or the row of a parquet file, from 1."""
+    row: str
+    content: Any
+    """A line, or the fields."""
+    problem: str | None = None
+    """Why it cannot be used; None if nothing is known."""
+    cause: Exception | None = None
+    """Another library's error."""
+
+
 def read_examples(
     source: str | Path,
     *,
     pair: bool,
     format: str | None = None,
     columns: tuple[str, ...] | None = None,
+    encoding: str | None = None,
     skip_malformed: bool = False,
 ) -> Iterator[Example]:
     """Yield the examples of a file, or of standard input when `source` is "-".
 
     `format`: one of FORMATS, None for that of the file's extension (txt for standard input). `columns`: name of the
     text's column, or of the pair's two; None tries the usual names ("text", "sentence", "sentence1"/"sentence2",
-    "premise"/"hypothesis", ...). `skip_malformed` skips table rows with a wrong number of fields (QQP's official file
-    has some). Raises InputError for a missing file, a missing column, a malformed line or bytes that are not UTF-8.
+    "premise"/"hypothesis", ...). `encoding`: that of `read_lines`. `skip_malformed` skips table rows with a wrong
+    number of fields (QQP's official file has some). Raises InputError for a file or a record that cannot be used.
+    """
+    settings: dict[str, Any] = {"format": format, "columns": columns, "encoding": encoding}
+    for record in read_records(source, pair=pair, **settings, skip_malformed=skip_malformed):
+        if isinstance(record, Rejected):
+            raise record.error
+        yield record
+
+
+def read_records(
+    source: str | Path,
+    *,
+    pair: bool,
+    format: str | None = None,
+    columns: tuple[str, ...] | None = None,
+    encoding: str | None = None,
+    skip_malformed: bool = False,
+) -> Iterator[Example | Rejected]:
+    """Yield the records of a file, those that cannot be used too; arguments as for `read_examples`.
+
+    Raises InputError for a file that cannot be read, a wrong header, and a table without the columns.
     """
     expected = 2 if pair else 1
     if columns is not None and len(columns) != expected:
@@ -68,17 +118,29 @@ def read_examples(
     kind = format or _format_of(source)
     if kind not in FORMATS:
         raise InvalidOption("format", kind, f"one of {', '.join(FORMATS)}")
-    name = "standard input" if str(source) == "-" else str(source)
-    if kind == "txt":
-        for number, line in _read_lines(source, name):
-            where = f"{name}:{number}"
-            yield Example(_text_line(line, pair, where), {}, where)
-        return
-    for number, fields in _read_fields(source, name, kind, skip_malformed):
-        where = f"{name}:{number}"
-        columns = columns or _find_columns(fields, pair, where)
-        texts = tuple(_text_field(fields, column, where) for column in columns)
-        yield Example((texts[0], texts[1]) if pair else texts[0], fields, where)
+    name = named(source)
+    text: Text
+    fields: dict[str, Any]
+    for record in _read_records(source, kind, encoding, skip_malformed):
+        where = f"{name}:{record.number}"
+        if kind in _TABLES and record.problem is None:
+            columns = columns or _find_columns(record.content, pair, where)
+            for column in columns:
+                _check_column(record.content, column, where)
+        try:
+            if record.problem:
+                raise InputError(f"{where}: {record.problem}") from record.cause
+            if kind == "txt":
+                text, fields = _text_line(record.content, pair, where), {}
+            else:
+                fields = record.content if kind in _TABLES else _json_object(record.content, where)
+                columns = columns or _find_columns(fields, pair, where)
+                texts = tuple(_text_field(fields, column, where) for column in columns)
+                text = (texts[0], texts[1]) if pair else texts[0]
+        except InputError as error:
+            yield Rejected(where, str(error).removeprefix(f"{where}: "), record.row, error)
+        else:
+            yield Example(text, fields, where)
 
 
 def _format_of(source: str | Path) -> str:
@@ -93,35 +155,43 @@ def _format_of(source: str | Path) -> str:
     return ending
 
 
-def _read_fields(
-    source: str | Path, name: str, kind: str, skip_malformed: bool
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number, fields) of every record of a jsonl, csv, tsv or parquet file."""
+def _read_records(source: str | Path, kind: str, encoding: str | None, skip_malformed: bool) -> Iterator[_Record]:
     if kind == "parquet":
-        yield from _read_parquet(source, name)
-    elif kind == "jsonl":
-        for number, line in _read_lines(source, name):
-            if line.strip():
-                yield number, _json_object(line, f"{name}:{number}")
-    elif kind == "tsv":
-        rows = ((number, line.split("\t")) for number, line in _read_lines(source, name))
-        yield from _read_table(rows, name, skip_malformed)
+        yield from _read_parquet(source, named(source))
+    elif kind == "csv":
+        yield from _read_table(_csv_rows(source, encoding), named(source), skip_malformed)
     else:
-        yield from _read_table(_csv_rows(source, name), name, skip_malformed)
+        lines = (_record(line) for line in read_lines(source, encoding=encoding))
+        if kind == "tsv":
+            rows = (record._replace(content=record.content.split("\t")) for record in lines)
+            yield from _read_table(rows, named(source), skip_malformed)
+        elif kind == "jsonl":
+            yield from (record for record in lines if record.problem or record.content.strip())
+        else:
+            yield from lines
 
 
-def _read_table(
-    rows: Iterator[tuple[int, list[str]]], name: str, skip_malformed: bool
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    _, header = next(rows, (0, []))
+def _record(line: Line) -> _Record:
+    text = line.text.removesuffix("\n").removesuffix("\r")
+    return _Record(line.number, text, text, line.problem)
+
+
+def _read_table(rows: Iterator[_Record], name: str, skip_malformed: bool) -> Iterator[_Record]:
+    """Turn rows of a table into fields by the names of its header."""
+    first = next(rows, None)
+    if first is None:
+        return
+    if first.problem:
+        raise InputError(f"{name}:{first.number}: {first.problem}")
+    header: list[str] = first.content
     _check_header(header, name)
-    for number, row in rows:
-        if len(row) == len(header):
-            yield number, dict(zip(header, row, strict=True))
-        elif not skip_malformed and row not in ([], [""]):
-            raise InputError(
-                f"{name}:{number}: found {len(row)} fields, expected {len(header)} as in the header; correct that line"
-            )
+    for row in rows:
+        found, problem = len(row.content), row.problem
+        if problem is None and found != len(header):
+            if skip_malformed or row.content in ([], [""]):
+                continue
+            problem = f"found {found} fields, expected {len(header)} as in the header; correct that line"
+        yield row._replace(content=dict(zip(header, row.content, strict=False)), problem=problem)
 
 
 def _check_header(header: list[str], name: str) -> None:
@@ -129,42 +199,42 @@ def _check_header(header: list[str], name: str) -> None:
         raise InputError(f"{name}: a column name occurs twice in {_listed(header)}; rename one")
 
 
-def _csv_rows(source: str | Path, name: str) -> Iterator[tuple[int, list[str]]]:
-    csv.field_size_limit(2**31 - 1)  # the default refuses texts over 128 KiB
-    with _open_input(source, newline="") as stream:
-        reader = csv.reader(stream, strict=True)
+class _Fed:
+    """The lines that a CSV reader takes, which keeps those of the row that it is in."""
+
+    def __init__(self, lines: Iterator[Line]) -> None:
+        self._lines = lines
+        self._taken: list[Line] = []
+
+    def __iter__(self) -> Iterator[str]:
+        for line in self._lines:
+            self._taken.append(line)
+            yield line.text or "\n"
+
+    def record(self, content: list[str], problem: str | None = None, cause: Exception | None = None) -> _Record:
+        """Return what was read since the last record as one."""
+        taken, self._taken = self._taken, []
+        found = problem or next((line.problem for line in taken if line.problem), None)
+        number = taken[-1].number if taken else 0
+        return _Record(number, "".join(line.text for line in taken).rstrip("\r\n"), content, found, cause)
+
+
+def _csv_rows(source: str | Path, encoding: str | None) -> Iterator[_Record]:
+    csv.field_size_limit(LONGEST_LINE)  # the default refuses texts over 128 KiB
+    fed = _Fed(read_lines(source, encoding=encoding, newline=""))
+    reader = csv.reader(fed, strict=True)
+    while True:
         try:
-            for row in reader:
-                yield reader.line_num, row
-        except UnicodeDecodeError as error:
-            raise _not_utf8(name, reader.line_num + 1, error) from error
+            row = next(reader)
+        except StopIteration:
+            return
         except csv.Error as error:
-            raise InputError(f"{name}:{reader.line_num}: malformed CSV ({error}); quote the fields") from error
+            yield fed.record([], f"malformed CSV ({error}); quote the fields", error)
+        else:
+            yield fed.record(row)
 
 
-def _read_lines(source: str | Path, name: str) -> Iterator[tuple[int, str]]:
-    """Yield (number from 1, line without its end); only LF and CRLF end a line, as other tools count them."""
-    number = 0
-    with _open_input(source, newline="\n") as stream:
-        try:
-            for number, line in enumerate(stream, 1):
-                yield number, line.removesuffix("\n").removesuffix("\r")
-        except UnicodeDecodeError as error:
-            raise _not_utf8(name, number + 1, error) from error
-
-
-def _open_input(source: str | Path, newline: str) -> TextIO:
-    if str(source) == "-":
-        return io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig", newline=newline)
-    try:
-        return Path(source).open(encoding="utf-8-sig", newline=newline)
-    except FileNotFoundError as error:
-        raise InputError(f"{source}: no such file; check the path") from error
-    except OSError as error:
-        raise InputError(f"{source}: cannot be read ({error.strerror})") from error
-
-
-def _read_parquet(source: str | Path, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_parquet(source: str | Path, name: str) -> Iterator[_Record]:
     try:
         import pyarrow as arrow  # noqa: PLC0415 - an extra
         from pyarrow import parquet  # noqa: PLC0415
@@ -179,7 +249,7 @@ def _read_parquet(source: str | Path, name: str) -> Iterator[tuple[int, dict[str
             for batch in file.iter_batches(batch_size=1024):
                 for fields in batch.to_pylist():
                     number += 1
-                    yield number, fields
+                    yield _Record(number, json.dumps(fields, default=str), fields)
     except (arrow.ArrowException, ValueError, OverflowError, OSError) as error:
         raise InputError(f"{name}: not a readable parquet file ({error})") from error
 
@@ -228,9 +298,13 @@ def _find_columns(fields: dict[str, Any], pair: bool, where: str) -> tuple[str, 
 
 
 def _field(fields: dict[str, Any], column: str, where: str) -> str:
+    _check_column(fields, column, where)
+    return str(fields[column])
+
+
+def _check_column(fields: dict[str, Any], column: str, where: str) -> None:
     if column not in fields:
         raise InputError(f"{where}: no column {column!r}; found {_listed(fields)}; name one of these")
-    return str(fields[column])
 
 
 def _text_field(fields: dict[str, Any], column: str, where: str) -> str:
@@ -242,8 +316,3 @@ def _text_field(fields: dict[str, Any], column: str, where: str) -> str:
 
 def _listed(names: Any) -> str:
     return ", ".join(map(repr, names)) or "none"
-
-
-def _not_utf8(name: str, line: int, error: UnicodeDecodeError) -> InputError:
-    byte = error.object[error.start]
-    return InputError(f"{name}: found byte 0x{byte:02x} at or after line {line}, expected UTF-8; convert the file")

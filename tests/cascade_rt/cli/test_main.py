@@ -168,10 +168,6 @@ def test_a_command_of_another_distribution_is_found_and_run(
         ("predict --model-dir BUNDLE --input pairs.csv --pair-column b", "--text-column with it"),
         ("predict --model-dir BUNDLE --input two.jsonl", "found pairs ('text' and 'text_pair'), expected single texts"),
         ("predict --model-dir BUNDLE --input two.txt", "two.txt:1: found a pair"),
-        (
-            "predict --model-dir BUNDLE --output o.jsonl --input half.jsonl",
-            "half.jsonl:1031: found half a surrogate pair",
-        ),
         ("evaluate --model-dir BUNDLE --input many.csv", "many.csv:1032: found the label 'bogus'"),
         (
             "predict --model-dir BUNDLE --threads 99999999999 text",

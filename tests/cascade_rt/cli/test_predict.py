@@ -96,7 +96,7 @@ def test_no_field_is_lost_and_every_line_is_strict_json(
     assert line["label"] in LABELS
 
 
-def test_an_error_half_way_leaves_no_output_file(
+def test_an_error_half_way_keeps_the_answers_before_it_apart(
     capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path
 ) -> None:
     lines = ['{"text": "a film"}'] * 3000 + ['{"text": 1}']
@@ -106,7 +106,9 @@ def test_an_error_half_way_leaves_no_output_file(
     )
     assert status == 2
     assert "in.jsonl:3001" in error
-    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+    assert "the 3,000 answers before it are in" in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl.partial"]
+    assert len((tmp_path / "out.jsonl.partial").read_text("utf-8").splitlines()) == 3000
 
 
 def test_a_reader_that_closes_the_pipe_causes_no_traceback(bundle: Path, tmp_path: Path) -> None:

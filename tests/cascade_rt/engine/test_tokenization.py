@@ -5,17 +5,28 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import (
+    BertWordPieceTokenizer,
+    Regex,
+    Tokenizer,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 
+from cascade_rt.engine import tokenization
 from cascade_rt.engine.tokenization import TextTokenizer
 from cascade_rt.errors import InferenceError, TextError
+from cascade_rt.types import Text
 
-from ...toy import WORDS
+from ...toy import WORDS, vocabulary
 
 sides = st.lists(st.sampled_from(WORDS), max_size=60).map(" ".join)
 
@@ -54,6 +65,106 @@ def test_tokens_are_those_of_the_library_that_cuts_and_pads_itself(
         assert [encoded.truncated(row) for row in range(len(rows))] == [len(encoding.ids) > 32 for encoding in whole]
 
     compare()
+
+
+_PIECES = [*WORDS[:8], "naïve", "don't", "3.14", "...", " ", "  ", "\n", "\t ", "東京", "é", "☃", "[SEP]", "<mask>"]
+long_texts = st.lists(st.sampled_from(_PIECES) | st.text(max_size=3), min_size=20, max_size=60).flatmap(
+    lambda pieces: st.sampled_from([" ", "", "\n"]).map(lambda between: between.join(pieces))
+)
+
+
+def _library(kind: str) -> Tokenizer:
+    """A tokenizer of each kind that splits at spaces, trained on the words."""
+    if kind == "wordpiece":
+        return BertWordPieceTokenizer({piece: at for at, piece in enumerate(vocabulary())})._tokenizer
+    tokenizer, trainer = {
+        "byte pairs": (Tokenizer(models.BPE()), trainers.BpeTrainer(vocab_size=300, show_progress=False)),
+        "unigram": (
+            Tokenizer(models.Unigram()),
+            trainers.UnigramTrainer(
+                vocab_size=100, show_progress=False, unk_token="<unk>", special_tokens=["<unk>", "<mask>"]
+            ),
+        ),
+    }[kind]
+    if kind == "byte pairs":
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        trainer.initial_alphabet = pre_tokenizers.ByteLevel.alphabet()
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])
+    tokenizer.train_from_iterator([" ".join(WORDS[at : at + 9]) for at in range(0, len(WORDS), 3)], trainer)
+    return tokenizer
+
+
+@pytest.mark.parametrize("pair", [False, True])
+@pytest.mark.parametrize("kind", ["wordpiece", "byte pairs", "unigram"])
+def test_the_beginning_of_a_long_text_has_the_tokens_of_the_whole(
+    kind: str, pair: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _library(kind).save(str(tmp_path / "tokenizer.json"))
+    # Without the special tokens, an even number remains: an odd one would go to the side that has more tokens.
+    ours = TextTokenizer(tmp_path / "tokenizer.json", 7 if kind == "wordpiece" and pair else 6, pair)
+    compared = 0
+
+    @settings(max_examples=300, deadline=None)
+    @given(long_texts, long_texts)
+    def compare(first: str, second: str) -> None:
+        nonlocal compared
+        texts: list[Text] = [(first, second) if pair else first]
+        with monkeypatch.context() as patched:
+            patched.setattr(tokenization, "_LONGEST", 10**9)
+            whole = ours.encode(texts)
+            patched.setattr(tokenization, "_LONGEST", 48)
+            patched.setattr(tokenization, "_LONGEST_WORD", 24)
+            try:
+                beginning = ours.encode(texts)
+            except TextError:  # nothing was guessed
+                return
+        compared += max(len(first), len(second) * pair) > 48
+        for name, values in whole.batch(np.arange(1)).items():
+            np.testing.assert_array_equal(beginning.batch(np.arange(1))[name], values)
+        assert beginning.truncated(0) == whole.truncated(0)
+
+    compare()
+    assert compared > 10
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a" * 2**20 + " b", "no word ends shortly before character 1,048,576"),
+        (" " * 2**20 + "good film", "no word ends"),
+        (("a" + " " * 4000) * 500, "the first 1,048,576 have only 2[0-9]+ tokens"),
+    ],
+)
+def test_a_text_that_cannot_be_cut_safely_is_refused(bundle: Path, text: str, says: str) -> None:
+    with pytest.raises(TextError, match=f"text 1: found over 1,048,576 characters, and {says}.*shorten the text"):
+        TextTokenizer(bundle / "tokenizer.json", 300, pair=False).encode(["fine", text])
+
+
+@pytest.mark.parametrize(
+    ("pre_tokenizer", "safe"),
+    [
+        (None, False),
+        (pre_tokenizers.Metaspace(split=False), False),
+        (pre_tokenizers.ByteLevel(use_regex=False), False),
+        (pre_tokenizers.Split(" ", "removed"), False),
+        (pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]), True),
+        (pre_tokenizers.Sequence([pre_tokenizers.Punctuation()]), False),
+        (pre_tokenizers.Sequence([pre_tokenizers.Split("x", "removed"), pre_tokenizers.Whitespace()]), False),
+    ],
+)
+def test_only_tokenizers_that_split_at_spaces_take_a_beginning(pre_tokenizer: Any, safe: bool, tmp_path: Path) -> None:
+    library = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    if pre_tokenizer is not None:
+        library.pre_tokenizer = pre_tokenizer
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = TextTokenizer(tmp_path / "tokenizer.json", 8, pair=False)
+    if safe:
+        assert len(tokenizer.encode(["a " * 2**20]).batch(np.arange(1))["input_ids"][0]) == 8
+        return
+    with pytest.raises(TextError, match="this bundle's tokenizer needs all of it"):
+        tokenizer.encode(["a " * 2**20])
 
 
 def test_a_pair_of_megabytes_is_cut_in_bounded_memory(pair_bundle: Path) -> None:

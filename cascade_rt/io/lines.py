@@ -1,0 +1,93 @@
+"""Lines of a text file or of standard input: encoding, line ends, a bound on their length, and what is wrong with them.
+
+A line that cannot be decoded, or is too long, is yielded with the reason, so that a reader can go on after it.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, TextIO
+
+from ..errors import InputError, InvalidOption
+
+LONGEST_LINE = 2**25
+"""Characters; a longer line is not kept in memory."""
+
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+
+
+class Line(NamedTuple):
+    """One line of a file."""
+
+    number: int
+    """From 1."""
+    text: str
+    """With its end; bytes that cannot be decoded are lone surrogates (PEP 383). Empty if the line is too long."""
+    problem: str | None
+    """Why it cannot be used; None if it can."""
+
+
+def read_lines(source: str | Path, *, encoding: str | None = None, newline: str = "\n") -> Iterator[Line]:
+    """Yield the lines of a file, or of standard input when `source` is "-".
+
+    `encoding`: None for UTF-8, or UTF-16 where a byte order mark says so. `newline`: as for `open`; by default only LF
+    and CRLF end a line, as other tools count them. Raises InputError for a file that cannot be read, and InvalidOption
+    for an unknown encoding.
+    """
+    with _open_text(source, encoding, newline) as stream:
+        number = 0
+        while True:
+            try:
+                text = stream.readline(LONGEST_LINE + 1)
+            except UnicodeError as error:  # only of encodings that cannot mark single bytes
+                raise InputError(
+                    f"{named(source)}:{number + 1}: cannot be decoded at or after this line ({error}); name another "
+                    "`encoding`"
+                ) from error
+            if not text:
+                return
+            number += 1
+            problem = _undecoded(text, stream.encoding)
+            if len(text) > LONGEST_LINE:
+                text = ""
+                while (more := stream.readline(LONGEST_LINE)) and not more.endswith("\n"):
+                    pass
+                problem = f"found a line of over {LONGEST_LINE:,} characters, expected a shorter one; split it"
+            yield Line(number, text, problem)
+
+
+def named(source: str | Path) -> str:
+    """Return what messages call a source."""
+    return "standard input" if str(source) == "-" else str(source)
+
+
+def _open_text(source: str | Path, encoding: str | None, newline: str) -> TextIO:
+    try:
+        codecs.lookup(encoding or "utf-8")
+    except LookupError as error:
+        raise InvalidOption("encoding", encoding, "one that Python knows, for instance utf-8 or latin-1") from error
+    try:
+        stream: BinaryIO = sys.stdin.buffer if str(source) == "-" else Path(source).open("rb")  # noqa: SIM115 - returned
+    except FileNotFoundError as error:
+        raise InputError(f"{source}: no such file; check the path") from error
+    except OSError as error:
+        raise InputError(f"{source}: cannot be read ({error.strerror})") from error
+    start = stream.peek(2)[:2] if isinstance(stream, io.BufferedReader) else b""
+    chosen = encoding or ("utf-16" if start in _UTF16 else "utf-8-sig")
+    errors = "strict" if "16" in chosen or "32" in chosen else "surrogateescape"
+    return io.TextIOWrapper(stream, encoding=chosen, errors=errors, newline=newline)
+
+
+def _undecoded(text: str, encoding: str) -> str | None:
+    """Return which byte of a line was not decoded; None if there is none."""
+    if text.isascii():
+        return None
+    place = next((place for place, letter in enumerate(text) if "\udc80" <= letter <= "\udcff"), None)
+    if place is None:
+        return None
+    wanted = encoding.removesuffix("-sig").upper()
+    return f"found byte 0x{ord(text[place]) - 0xDC00:02x} at character {place + 1}, expected {wanted}; convert the file"
