@@ -66,12 +66,13 @@ class CascadeRuntime:
         preload: bool = False,
         provider_options: Mapping[str, str] | None = None,
         verify: bool = True,
+        expected_sha256: str | None = None,
         trace: Callable[[Trace], object] | None = None,
     ) -> None:
         """Read and verify a bundle; each member is loaded when a text first needs it.
 
         Args:
-            model_dir: A folder, or "org/name" or "org/name@revision" on the Hugging Face hub.
+            model_dir: A folder, or "hf:org/name" or "hf:org/name@revision" on the Hugging Face hub.
             provider: "cpu", "cuda", or any provider name of the installed ONNX Runtime.
             threads: Threads for each member's computation; None for all CPUs that this process may use.
             thresholds: None for the bundle's; a float in [0, 1] for one tau at every member; a list for one per member
@@ -81,6 +82,7 @@ class CascadeRuntime:
             preload: Load all members now.
             provider_options: Options for the provider, for instance {"device_id": "1"}.
             verify: Check the sha256 of the files; False is for huge models on a trusted disk.
+            expected_sha256: The bundle's, as `cascade-rt info` prints it; another bundle is refused.
             trace: Called after each call of `predict` with what was executed; its exceptions propagate.
 
         Raises:
@@ -93,9 +95,10 @@ class CascadeRuntime:
             preload=preload,
             provider_options=provider_options,
             verify=verify,
+            expected_sha256=expected_sha256,
             trace=trace,
         )
-        opened = Opened.open(model_dir, members, provider, threads, provider_options, verify)
+        opened = Opened.open(model_dir, members, provider, threads, provider_options, verify, expected_sha256)
         bundle = opened.bundle.tuned() if members is None and thresholds is None else opened.bundle
         self._become(opened, bundle, thresholds, trace)
         if preload:

@@ -38,9 +38,9 @@ def model_card(bundle: Bundle, name: str) -> str:
             ],
         ),
         "## Use\n\n```bash\npip install cascade-rt\n"
-        f"cascade-rt predict --model-dir {name} --input texts.txt\n```\n\n"
+        f"cascade-rt predict --model-dir hf:{name} --input texts.txt\n```\n\n"
         "```python\nfrom cascade_rt import CascadeRuntime\n\n"
-        f'runtime = CascadeRuntime("{name}")\nruntime.predict([{example}])\n```',
+        f'runtime = CascadeRuntime("hf:{name}")\nruntime.predict([{example}])\n```',
     ]
     if any(checks):
         sections.append(

@@ -11,33 +11,47 @@ from typing import Any
 
 from ..errors import BundleError, CascadeError, InvalidOption, first_line
 
-_REPOSITORY = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+_NAME = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*")
+_ASKED = re.compile(rf"hf:(?P<name>{_NAME.pattern})(?:@(?P<revision>[\w./-]+))?")
+
+
+def repository(source: str | Path) -> tuple[str, str | None] | None:
+    """Return name and revision of "hf:NAME" or "hf:NAME@REVISION", a repository of the hub; None for anything else."""
+    asked = _ASKED.fullmatch(source) if isinstance(source, str) else None
+    return None if asked is None else (asked["name"], asked["revision"])
 
 
 def locate(model_dir: str | Path) -> tuple[Path, Path]:
     """Return a bundle's folder, and the folder that its files must stay inside.
 
-    The two differ for bundles on the hub ("org/name" or "org/name@revision"): its cache keeps the files of all
+    The two differ for bundles on the hub ("hf:org/name" or "hf:org/name@revision"): its cache keeps the files of all
     revisions of a repository side by side and links to them. A repository that was fetched before is found without a
-    network. Raises BundleError if the bundle is neither a local folder nor on the hub.
+    network. Without the prefix nothing is looked for on the hub, so a mistyped path never fetches a stranger's bundle.
+    Raises BundleError if there is no such folder or repository.
     """
-    folder = Path(model_dir)
-    asked = _REPOSITORY.fullmatch(str(model_dir))
-    if asked is None or isinstance(model_dir, Path) or folder.exists() or folder.parent.is_dir():
+    asked = repository(model_dir)
+    if asked is None:
+        folder = Path(model_dir)
+        if _NAME.fullmatch(str(model_dir).partition("@")[0]) and not folder.exists():
+            raise BundleError(
+                f"{model_dir}: no bundle there (no such folder); a bundle on the Hugging Face hub is named "
+                f"hf:{model_dir}, since names without hf: are no longer looked for there"
+            )
         return folder, folder
     import huggingface_hub  # noqa: PLC0415 - slow to import, and only needed here
 
+    name, revision = asked
     try:
-        manifest = huggingface_hub.hf_hub_download(asked["name"], "cascade.json", revision=asked["revision"])
+        manifest = huggingface_hub.hf_hub_download(name, "cascade.json", revision=revision)
         snapshot = Path(
             huggingface_hub.snapshot_download(
-                asked["name"], revision=asked["revision"], allow_patterns=["cascade.json", *_named_in(Path(manifest))]
+                name, revision=revision, allow_patterns=["cascade.json", *_named_in(Path(manifest))]
             )
         )
     except Exception as error:  # its own errors, those of the HTTP library and of the disk
         raise BundleError(
-            f"{model_dir}: no such folder, and downloading it from the Hugging Face hub failed "
-            f"({first_line(error)}); check the name, the network and, for a private one, HF_TOKEN"
+            f"{model_dir}: downloading it from the Hugging Face hub failed ({first_line(error)}); check the name, the "
+            "network and, for a private one, HF_TOKEN"
         ) from error
     return snapshot, snapshot.parent.parent
 
@@ -53,25 +67,25 @@ def _named_in(manifest: Path) -> Iterator[str]:
             waiting += value.values() if isinstance(value, dict) else value
 
 
-def push(folder: Path, files: Iterable[str], card: str, repository: str, *, private: bool) -> str:
+def push(folder: Path, files: Iterable[str], card: str, name: str, *, private: bool) -> str:
     """Upload a bundle's files and its model card in one commit; return the repository's address.
 
     Creates the repository if it does not exist. Raises CascadeError if the hub refuses.
     """
     import huggingface_hub  # noqa: PLC0415
 
-    if not _REPOSITORY.fullmatch(repository) or "@" in repository:
-        raise InvalidOption("repository", repository, "org/name")
+    if not _NAME.fullmatch(name) or "/" not in name:
+        raise InvalidOption("repository", name, "org/name")
     hub = huggingface_hub.HfApi()
     try:
         additions: list[Any] = [
             huggingface_hub.CommitOperationAdd(path_in_repo=file, path_or_fileobj=str(folder / file)) for file in files
         ]
         additions.append(huggingface_hub.CommitOperationAdd(path_in_repo="README.md", path_or_fileobj=card.encode()))
-        address = str(hub.create_repo(repository, private=private, exist_ok=True))
-        hub.create_commit(repository, additions, commit_message="Add a cascade-rt bundle")
+        address = str(hub.create_repo(name, private=private, exist_ok=True))
+        hub.create_commit(name, additions, commit_message="Add a cascade-rt bundle")
     except Exception as error:
         raise CascadeError(
-            f"{repository}: the hub did not accept it ({first_line(error)}); check the network and HF_TOKEN"
+            f"{name}: the hub did not accept it ({first_line(error)}); check the network and HF_TOKEN"
         ) from error
     return address

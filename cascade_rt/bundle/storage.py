@@ -27,17 +27,29 @@ from .paths import checked_relative, resolved_inside
 _TOKENIZER_BYTES = 256 * 2**20  # the biggest multilingual ones have a tenth of it
 
 
-def read_bundle(model_dir: str | Path, members: Sequence[str] | None = None, *, verify: bool = True) -> Bundle:
+def read_bundle(
+    model_dir: str | Path,
+    members: Sequence[str] | None = None,
+    *,
+    verify: bool = True,
+    expected_sha256: str | None = None,
+) -> Bundle:
     """Read and verify a bundle.
 
-    `model_dir`: its folder, or "org/name" or "org/name@revision" on the Hugging Face hub. `members`: names of the
+    `model_dir`: its folder, or "hf:org/name" or "hf:org/name@revision" on the Hugging Face hub. `members`: names of the
     members to keep, None for all; files of the others are not looked at. `verify=False` skips the sha256 of the files,
-    for huge models on a trusted disk. Raises BundleError, which names the file and the remedy, and InvalidOption for an
-    unknown member.
+    for huge models on a trusted disk. `expected_sha256`: the bundle's, as `cascade-rt info` prints it, which covers the
+    hashes of all files; another bundle is refused. Raises BundleError, which names the file and the remedy, and
+    InvalidOption for an unknown member.
     """
     folder, root = locate(model_dir)
     identity = file_identity(folder / MANIFEST)
     bundle = replace(read_manifest(folder), folder=folder, identity=identity)
+    if expected_sha256 is not None and bundle.sha256 != expected_sha256.lower():
+        raise BundleError(
+            f"{model_dir}: another bundle than expected (found sha256 {bundle.sha256}, expected {expected_sha256}); "
+            "take the one that you trust"
+        )
     if members is not None:
         bundle = bundle.only(members)
     with ThreadPoolExecutor() as pool:  # hashing releases Python's lock, so big files are hashed in parallel

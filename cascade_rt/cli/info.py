@@ -22,9 +22,10 @@ def add_arguments(parser: CommandParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Read, verify and print."""
-    bundle = read_bundle(options.model_dir, verify=options.verify)
+    bundle = read_bundle(options.model_dir, verify=options.verify, expected_sha256=options.expected_sha256)
     if options.json:
         print(json.dumps(bundle.to_json(), ensure_ascii=False))
         return
     print(bundle_summary(bundle))
+    print(f"sha256 {bundle.sha256}")
     print("the sha256 of every file matches" if options.verify else "the sha256 of the files was not checked")

@@ -20,10 +20,16 @@ CHUNK = 1024
 def add_bundle(parser: CommandParser) -> None:
     """Add which bundle to open."""
     parser.add_argument(
-        "--model-dir", required=True, metavar="BUNDLE", help="the bundle's folder, or org/name[@revision] on the hub"
+        "--model-dir", required=True, metavar="BUNDLE", help="the bundle's folder, or hf:org/name[@revision] on the hub"
     )
     parser.add_argument(
         "--no-verify", dest="verify", action="store_false", help="do not check the sha256 of the bundle's files"
+    )
+    parser.add_argument(
+        "--expect-sha256",
+        dest="expected_sha256",
+        metavar="SHA256",
+        help="refuse another bundle than this one, as cascade-rt info prints it",
     )
 
 
@@ -91,6 +97,7 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
         "threads": options.threads,
         "provider_options": {key: value for key, _, value in pairs},
         "verify": options.verify,
+        "expected_sha256": options.expected_sha256,
     }
 
 

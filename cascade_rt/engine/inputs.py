@@ -65,7 +65,7 @@ _FLAG = (lambda value: isinstance(value, bool), "True or False")
 _TYPES: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "model_dir": (
         lambda value: isinstance(value, str | os.PathLike) and bool(str(value)),
-        "a path, or org/name on the Hugging Face hub",
+        "a path, or hf:org/name on the Hugging Face hub",
     ),
     "members": (lambda value: value is None or _names(value), "names of members, or None"),
     "preload": _FLAG,
@@ -74,5 +74,6 @@ _TYPES: Mapping[str, tuple[Callable[[object], bool], str]] = {
         'names and values, for instance {"device_id": "1"}, or None',
     ),
     "verify": _FLAG,
+    "expected_sha256": (lambda value: value is None or isinstance(value, str), "64 hexadecimal digits, or None"),
     "trace": (lambda value: value is None or callable(value), "a function, or None"),
 }

@@ -42,12 +42,13 @@ class Opened:
         threads: int | None,
         provider_options: Mapping[str, str] | None,
         verify: bool,
+        expected_sha256: str | None,
     ) -> Opened:
         """Read and verify a bundle; arguments as for `CascadeRuntime`."""
         wanted, count = provider_name(provider), usable_threads(threads)
         if Path(model_dir).exists():  # else it may be on the hub
             model_dir = Path(model_dir).absolute()  # members are loaded later, perhaps from another working directory
-        bundle = read_bundle(model_dir, members, verify=verify)
+        bundle = read_bundle(model_dir, members, verify=verify, expected_sha256=expected_sha256)
         folder = bundle.folder or Path(model_dir)
         tokenizer = TextTokenizer(folder / bundle.tokenizer_file, bundle.max_length, bundle.pair)
         if tokenizer.pads_left and any(entry.reads == HIDDEN_STATES for entry in bundle.members):

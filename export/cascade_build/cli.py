@@ -42,7 +42,7 @@ def add_arguments(parser: CommandParser) -> None:
         "--big",
         required=True,
         metavar="BASE",
-        help="encoder of the biggest member: a Hugging Face folder or hub id, or BASE=K",
+        help="encoder of the biggest member: a Hugging Face folder or hf:NAME, or BASE=K",
     )
     add(
         "--small",

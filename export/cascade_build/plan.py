@@ -23,6 +23,7 @@ from cascade_train.finetune import (
     load_base,
 )
 from cascade_train.inference import collator, features
+from cascade_train.sources import pretrained
 from cascade_train.tasks import Examples, TaskData, load_part, reserve
 from transformers import AutoConfig, AutoTokenizer
 
@@ -270,10 +271,10 @@ def _base(role: str, written: str) -> tuple[str, int | None, Any]:
     if not equals or not layers.isdecimal() or Path(written).is_dir():
         base, layers = written, ""
     try:
-        config = AutoConfig.from_pretrained(base)
+        config = pretrained(AutoConfig, base)
     except Exception as error:  # a folder can be broken in many ways, and each library has its own errors
         raise InputError(
-            f"cannot read the base model {base!r} ({first_line(error)}); expected a Hugging Face folder, or a hub id "
+            f"cannot read the base model {base!r} ({first_line(error)}); expected a Hugging Face folder, or hf:NAME "
             "and a network, with =K behind it to keep only the first K layers"
         ) from error
     if layers and not 1 <= int(layers) <= config.num_hidden_layers:
@@ -296,7 +297,7 @@ def _same_tokenizer(one: str, other: str) -> bool:
     if one == other:
         return True
     try:
-        first, second = (AutoTokenizer.from_pretrained(base) for base in (one, other))
+        first, second = (pretrained(AutoTokenizer, base) for base in (one, other))
     except Exception as error:
         raise InputError(f"cannot read the tokenizers of {one} and {other} ({first_line(error)})") from error
     texts = ["A first text, and then some 1,234 more.", "naïve Zürich 🙂 don't"]

@@ -70,7 +70,8 @@ def training_record(source: str) -> dict[str, Any]:
 def member_name(source: str) -> str:
     """Return a member's name: that of its folder, or of its hub repository."""
     path = Path(source)
-    return re.sub(r"[^\w.-]", "-", path.resolve().name if path.is_dir() else path.stem if path.is_file() else source)
+    name = path.resolve().name if path.is_dir() else path.stem if path.is_file() else source.removeprefix("hf:")
+    return re.sub(r"[^\w.-]", "-", name)
 
 
 def checked_length(source: str, asked: int | None, recorded: Mapping[str, Any], longest: int) -> int:

@@ -35,7 +35,7 @@ def add_arguments(parser: CommandParser) -> None:
         "--member",
         action="append",
         metavar="DIR",
-        help="a Hugging Face folder or hub id, or an ONNX file or folder; repeat for each member",
+        help="a Hugging Face folder or hf:NAME, or an ONNX file or folder; repeat for each member",
     )
     members.add_argument(
         "--random",

@@ -88,7 +88,7 @@ def export_bundle(
     """Export fine-tuned classifiers as the members of one bundle; each is checked before the bundle appears.
 
     Args:
-        sources: Hugging Face folders or hub ids, or ONNX files or folders; they are sorted by their number of layers.
+        sources: Hugging Face folders or hf:NAME, or ONNX files or folders; they are sorted by their number of layers.
             Those with another tokenizer than the first, but the same words, are aligned to it (torch weights only).
         output: The bundle's folder.
         threshold: Threshold of every member but the last, until tuning finds better ones.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from cascade_train.sources import pretrained
 from tokenizers import BertWordPieceTokenizer
 from transformers import (
     AutoTokenizer,
@@ -27,10 +28,10 @@ def write_random_members(
     """Write a random BERT classifier per shape (layers, hidden size) into `folder`; return the paths.
 
     Each has BERT's proportions: 64 units per attention head (12 heads of 32 for MiniLM's 384), an inner size of four
-    times the hidden one, 512 positions. `tokenizer` names a Hugging Face folder or hub id to take the vocabulary
+    times the hidden one, 512 positions. `tokenizer` names a Hugging Face folder or hf:NAME to take the vocabulary
     from; by default it is made up, so that texts in a real language are cut into more tokens than BERT's would.
     """
-    words = AutoTokenizer.from_pretrained(tokenizer) if tokenizer else _made_up_tokenizer(seed)
+    words = pretrained(AutoTokenizer, tokenizer) if tokenizer else _made_up_tokenizer(seed)
     if not isinstance(words, PreTrainedTokenizerFast):
         raise InputError(f"{tokenizer}: has no fast tokenizer (tokenizer.json); cascade-rt needs one")
     paths = []

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cascade_train.alignment import align, check_alignment, usable_positions
+from cascade_train.sources import pretrained
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -29,16 +30,16 @@ class TorchCheckpoint(Checkpoint):
 
 
 def open_torch(source: str, *, pair: bool | None = None, max_length: int | None = None) -> TorchCheckpoint:
-    """Open a fine-tuned classifier, a Hugging Face folder or hub id.
+    """Open a fine-tuned classifier, a Hugging Face folder or hf:NAME.
 
     `pair` and `max_length` override what training recorded; for a checkpoint without a record the defaults are
     single texts, and as many tokens as the model takes. Raises InputError where it cannot be opened.
     """
     try:
-        config = AutoConfig.from_pretrained(source)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
-            source, dtype="float32", output_loading_info=True
+        config = pretrained(AutoConfig, source)
+        tokenizer = pretrained(AutoTokenizer, source)
+        model, loading = pretrained(
+            AutoModelForSequenceClassification, source, dtype="float32", output_loading_info=True
         )
         training = training_record(source)
     except Exception as error:  # a folder can be broken in many ways, and each library has its own errors

@@ -18,6 +18,7 @@ from cascade_rt.tuning.metrics import equal_width_bins
 from cascade_rt.tuning.plot import pyplot
 from cascade_rt.types import Text
 from cascade_train.finetune import last_linear
+from cascade_train.sources import pretrained
 
 _CURVE_POINTS = 60
 
@@ -208,8 +209,8 @@ def representations(source: str, texts: Sequence[Text], max_length: int) -> NDAr
     import torch  # noqa: PLC0415 - slow to import
     from transformers import AutoModelForSequenceClassification, AutoTokenizer  # noqa: PLC0415
 
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    model = AutoModelForSequenceClassification.from_pretrained(source).eval()
+    tokenizer = pretrained(AutoTokenizer, source)
+    model = pretrained(AutoModelForSequenceClassification, source).eval()
     seen: list[NDArray[np.float32]] = []
     head = last_linear(model)
     head.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0].float().cpu().numpy()))

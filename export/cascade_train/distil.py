@@ -50,6 +50,7 @@ from cascade_train.hardware import bf16_pays
 from cascade_train.layers import embeddings_name, layer_lists
 from cascade_train.losses import hidden_state_error, mean_vector_cosine, relation_divergence
 from cascade_train.progress import Progress
+from cascade_train.sources import pretrained
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def distil(
     text_column: str | None = None,
     recipe: Distillation,
 ) -> dict[str, Any]:
-    """Distil `base` (a hub id or a local folder) into an encoder of `layers` layers; write it to `output`.
+    """Distil `base` (a folder or hf:NAME) into an encoder of `layers` layers; write it to `output`.
 
     `texts`: files with one text per record, in any format that `read_examples` reads; `text_column` names the column
     of those that have columns. `output` is a Hugging Face encoder folder with the record, cascade_train.json. A killed
@@ -162,9 +163,9 @@ def distil(
 def load_encoder(base: str) -> tuple[PreTrainedTokenizerFast, Any]:
     """Load an encoder without a head, and its tokenizer; raise InputError where that fails."""
     try:
-        config = AutoConfig.from_pretrained(base)
-        tokenizer = AutoTokenizer.from_pretrained(base)
-        model = AutoModel.from_pretrained(base, config=config)
+        config = pretrained(AutoConfig, base)
+        tokenizer = pretrained(AutoTokenizer, base)
+        model = pretrained(AutoModel, base, config=config)
     except Exception as error:  # a folder can be broken in many ways, and each library has its own errors
         raise cannot_load(base, error) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):

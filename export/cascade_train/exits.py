@@ -162,7 +162,7 @@ def train_exits(
 ) -> dict[str, Any]:
     """Train a multi-exit model, and write its folder to `output`.
 
-    `base`: an encoder (a hub id or a local folder), or for DeeBERT and FastBERT a member that `finetune` trained on
+    `base`: an encoder (a folder or hf:NAME), or for DeeBERT and FastBERT a member that `finetune` trained on
     this task, whose weights stay as they are; these two fine-tune an encoder first. PABEE trains encoder and all exits
     together. `every`: layers between two exits. The folder is that of a normal member, the last exit, with the other
     exits in EXITS_FILE. A killed run resumes. Returns the record; raises CascadeError as `finetune` does.

@@ -37,6 +37,7 @@ from cascade_train.alignment import align, usable_positions
 from cascade_train.inference import EXTRAS, answers, collator, features, first_token_states
 from cascade_train.losses import difficulty_aware_regularization, distillation, patient_distillation
 from cascade_train.progress import Progress
+from cascade_train.sources import pretrained
 from cascade_train.tasks import Examples, TaskData, write_examples
 from cascade_train.theseus import ModuleReplacing
 
@@ -146,12 +147,12 @@ def finetune(
     recipe: Recipe,
     objective: Objective = LABELS_ALONE,
 ) -> dict[str, Any]:
-    """Fine-tune `base` (a hub id or a local folder) on `data` and write a Hugging Face folder to `output`.
+    """Fine-tune `base` (a folder or hf:NAME) on `data` and write a Hugging Face folder to `output`.
 
-    `layers` keeps only the first k encoder layers (the paper's BERT-kL, section 2.1). `tokenizer` is the folder or hub
-    id of another tokenizer than the base's, with the same words under any ids: the member is trained and written with
-    it, so it fits into a cascade of that tokenizer. `module_replacing`: `base` is a fine-tuned member, and the k layers
-    replace its modules (`theseus.py`). The folder holds the checkpoint that was best on validation, and
+    `layers` keeps only the first k encoder layers (the paper's BERT-kL, section 2.1). `tokenizer` is the folder or
+    hf:NAME of another tokenizer than the base's, with the same words under any ids: the member is trained and written
+    with it, so it fits into a cascade of that tokenizer. `module_replacing`: `base` is a fine-tuned member, and the k
+    layers replace its modules (`theseus.py`). The folder holds the checkpoint that was best on validation, and
     the record. A killed run resumes from its last checkpoint when it is called again with the same arguments. Returns
     the record; raises CascadeError if `output` exists, another run's unfinished work is there, or `base` cannot be
     loaded or aligned to `tokenizer`.
@@ -331,8 +332,8 @@ def load_member(
 ) -> tuple[PreTrainedTokenizerFast, Any]:
     """Load a fine-tuned member; raise InputError where that fails, and InvalidOption for one with other labels."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForSequenceClassification.from_pretrained(source, attn_implementation=attention)
+        tokenizer = pretrained(AutoTokenizer, source)
+        model = pretrained(AutoModelForSequenceClassification, source, attn_implementation=attention)
     except Exception as error:
         raise cannot_load(source, error) from error
     found = tuple(model.config.id2label[index] for index in range(model.config.num_labels))
@@ -378,8 +379,8 @@ def load_base(
     With `tokenizer`, the encoder is aligned to that one.
     """
     try:
-        config = AutoConfig.from_pretrained(base)
-        own = AutoTokenizer.from_pretrained(base)
+        config = pretrained(AutoConfig, base)
+        own = pretrained(AutoTokenizer, base)
     except Exception as error:  # a folder can be broken in many ways, and each library has its own errors
         raise cannot_load(base, error) from error
     if not isinstance(own, PreTrainedTokenizerFast):
@@ -393,7 +394,8 @@ def load_base(
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: index for index, label in enumerate(labels)}
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(
+        model = pretrained(
+            AutoModelForSequenceClassification,
             base,
             config=config,
             ignore_mismatched_sizes=True,
@@ -406,7 +408,7 @@ def load_base(
 
 def _load_tokenizer(source: str) -> PreTrainedTokenizerFast:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = pretrained(AutoTokenizer, source)
     except Exception as error:
         raise InvalidOption(
             "tokenizer", source, f"a Hugging Face folder with a tokenizer ({first_line(error)})"
@@ -419,8 +421,8 @@ def _load_tokenizer(source: str) -> PreTrainedTokenizerFast:
 def cannot_load(base: str, error: Exception) -> InputError:
     """Return the error of an encoder that cannot be loaded."""
     return InputError(
-        f"cannot load the base model {base!r} ({first_line(error)}); expected a Hugging Face folder, or a hub "
-        "id and a network"
+        f"cannot load the base model {base!r} ({first_line(error)}); expected a Hugging Face folder, or hf:NAME and a "
+        "network"
     )
 
 

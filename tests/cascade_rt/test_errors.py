@@ -211,7 +211,7 @@ def _stream(copied: Path) -> None:
         (_run, InferenceError, Exception),
         (_stream, TextError, TextError),
         (lambda copied: CascadeRuntime(copied).predict(["half \ud800"]), TextError, (TypeError, UnicodeEncodeError)),
-        (lambda _: CascadeRuntime("team/commands"), BundleError, Exception),
+        (lambda _: CascadeRuntime("hf:team/commands"), BundleError, Exception),
         (_read(b"\xff\xfea", "a.txt"), InputError, UnicodeDecodeError),
         (_read(b'text\n"x\n', "a.csv"), InputError, Exception),
         (_read(b"{\n", "a.jsonl"), InputError, ValueError),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from cascade_train import RECORD, VALIDATION
 from cascade_train import finetune as module
 from cascade_train.finetune import Objective, ObjectiveTrainer, Recipe, finetune
+from cascade_train.sources import pretrained
 from cascade_train.tasks import Examples, TaskData
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
@@ -133,7 +135,7 @@ def test_a_run_that_cannot_be_is_refused(base: str, data: TaskData, trained: Pat
         finetune(base, data, trained, recipe=RECIPE)
     with pytest.raises(InputError, match="`layers`: found 5, expected 1 to 4"):
         finetune(base, data, tmp_path / "a", layers=5, recipe=RECIPE)
-    with pytest.raises(InputError, match="cannot load the base model 'no/such'"):
+    with pytest.raises(InputError, match="cannot load .* 'no/such' .no such folder; .* hub it would be hf:no/such"):
         finetune("no/such", data, tmp_path / "b", recipe=RECIPE)
     with pytest.raises(InputError, match="`max_length`: found 65, expected at most 64"):
         finetune(base, data, tmp_path / "c", recipe=Recipe(max_length=65))
@@ -225,3 +227,15 @@ def test_the_command_refuses_in_one_line(arguments: str, says: str, capsys: pyte
     error = capsys.readouterr().err
     assert says in error
     assert error.count("\n") == 1
+
+
+def test_only_names_with_the_prefix_are_looked_for_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, dict[str, Any]]] = []
+    kind = type("Kind", (), {"from_pretrained": lambda source, **settings: asked.append((source, settings))})
+    for source in ("hf:bert-base-uncased", "hf:org/name@v1.2", "org/name", "bert-base-uncased", "hf:../x", "hf:"):
+        with contextlib.suppress(InputError):
+            pretrained(kind, source, dtype="float32")
+    assert asked == [
+        ("bert-base-uncased", {"revision": "main", "dtype": "float32"}),
+        ("org/name", {"revision": "v1.2", "dtype": "float32"}),
+    ]

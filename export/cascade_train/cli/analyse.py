@@ -26,7 +26,7 @@ EXAMPLE = "cascade-rt analyse --model-dir bundle/ --input labelled.tsv --output 
 def add_arguments(parser: CommandParser) -> None:
     """Add the options."""
     add = parser.add_argument
-    add("--model-dir", required=True, metavar="BUNDLE", help="the bundle's folder, or org/name[@revision] on the hub")
+    add("--model-dir", required=True, metavar="BUNDLE", help="the bundle's folder, or hf:org/name[@revision]")
     add("--input", required=True, metavar="FILE", help="a labelled file")
     add("--label-column", metavar="NAME", default="label", help="column of the label")
     add(

@@ -15,13 +15,18 @@ from cascade_rt.cli.parser import CommandParser
 from cascade_train.cli.options import need_training
 
 SUMMARY = "make a small encoder out of a big one, from plain text (extra: export)"
-EXAMPLE = "cascade-rt distil --base bert-base-uncased --layers 2 --texts sentences.txt --output encoders/2L"
+EXAMPLE = "cascade-rt distil --base hf:bert-base-uncased --layers 2 --texts sentences.txt --output encoders/2L"
 
 
 def add_arguments(parser: CommandParser) -> None:
     """Add the options."""
     add = parser.add_argument
-    add("--base", required=True, metavar="BIG", help="encoder to learn from: a Hugging Face folder or hub id")
+    add(
+        "--base",
+        required=True,
+        metavar="BIG",
+        help="encoder to learn from: a Hugging Face folder or hf:NAME",
+    )
     add("--layers", required=True, type=int, metavar="K", help="layers of the small encoder")
     add(
         "--texts",

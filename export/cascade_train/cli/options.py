@@ -15,7 +15,12 @@ from cascade_train.tasks import TASKS, TaskData, load_file, load_task
 def add_training(parser: CommandParser, *, output: str) -> None:
     """Add the encoder, the data and the recipe; `output` describes what is written."""
     add = parser.add_argument
-    add("--base", required=True, metavar="DIR", help="encoder to start from: a Hugging Face folder or hub id")
+    add(
+        "--base",
+        required=True,
+        metavar="DIR",
+        help="encoder to start from: a Hugging Face folder or hf:NAME",
+    )
     add("--output", required=True, type=Path, metavar="DIR", help=output)
     add("--layers", type=int, metavar="K", help="keep only the first K encoder layers (BERT-kL) (default: all)")
     add(

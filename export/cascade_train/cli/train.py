@@ -17,7 +17,7 @@ from cascade_rt.errors import InputError
 from cascade_train.cli.options import add_training, data_from, need_training, recipe_from
 
 SUMMARY = "fine-tune one member (extra: export)"
-EXAMPLE = "cascade-rt train --train-file labelled.csv --base bert-base-uncased --output members/12L"
+EXAMPLE = "cascade-rt train --train-file labelled.csv --base hf:bert-base-uncased --output members/12L"
 
 # Margins of the paper (section 4.1), found on each task's validation data.
 _MARGINS = {"mnli": 0.3, "mrpc": 0.5, "qnli": 0.3, "qqp": 0.3, "rte": 0.5, "sst-2": 0.5}

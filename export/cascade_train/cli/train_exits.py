@@ -15,7 +15,7 @@ from cascade_rt.cli.parser import CommandParser
 from cascade_train.cli.options import add_data, add_recipe, data_from, need_training, recipe_from
 
 SUMMARY = "train a model with a classifier after each layer (extra: export)"
-EXAMPLE = "cascade-rt train-exits --kind pabee --train-file labelled.csv --base bert-base-uncased --output pabee/"
+EXAMPLE = "cascade-rt train-exits --kind pabee --train-file labelled.csv --base hf:bert-base-uncased --output pabee/"
 
 
 def add_arguments(parser: CommandParser) -> None:
@@ -32,7 +32,7 @@ def add_arguments(parser: CommandParser) -> None:
         "--base",
         required=True,
         metavar="DIR",
-        help="encoder to start from: a Hugging Face folder or hub id; for deebert and fastbert also a member that "
+        help="encoder to start from: a Hugging Face folder or hf:NAME; for deebert and fastbert also a member that "
         "cascade-rt train made for this task",
     )
     add("--every", type=int, default=1, metavar="K", help="layers between two exits")

@@ -127,31 +127,36 @@ def test_a_bundle_goes_to_the_hub_and_comes_back(hub: dict[str, str], bundle: Pa
     assert _Hub.files["README.md"].decode() == model_card(read_bundle(bundle), "team/commands")
     texts = ["a great film", "so sad"]
     wanted = [answer.label for answer in CascadeRuntime(bundle).predict(texts)]
-    names = ["team/commands", "team/commands@main", "team/commands"]
+    names = ["hf:team/commands", "hf:team/commands@main", "hf:team/commands"]
     online = _run_all(hub, [["predict", "--model-dir", name, *texts] for name in names])
     assert online.returncode == 0, online.stderr
     lines = online.stdout.splitlines()
     assert [json.loads(line)["label"] for line in lines] == 3 * wanted
     offline = _run_all(
         hub | {"HF_HUB_OFFLINE": "1"},
-        [["predict", "--model-dir", "team/commands", *texts], ["info", "--model-dir", "team/nothing"]],
+        [["predict", "--model-dir", "hf:team/commands", *texts], ["info", "--model-dir", "hf:team/nothing"]],
     )
     assert offline.stdout.splitlines() == lines[:2], "what was downloaded once needs no network"
     assert offline.returncode == 2
-    missing = _run(hub, "info", "--model-dir", "team/nothing")
+    missing = _run(hub, "info", "--model-dir", "hf:team/nothing")
     assert missing.returncode == 2
-    assert "team/nothing: no such folder, and downloading it from the Hugging Face hub failed" in missing.stderr
+    assert "hf:team/nothing: downloading it from the Hugging Face hub failed" in missing.stderr
+    bare = _run(hub, "info", "--model-dir", "team/commands")
+    assert bare.returncode == 2
+    assert "a bundle on the Hugging Face hub is named hf:team/commands" in bare.stderr
 
 
 def test_offline_says_so_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["info", "--model-dir", "team/commands"]) == 2
+    assert main(["info", "--model-dir", "hf:team/commands"]) == 2
     error = capsys.readouterr().err
-    assert "no such folder, and downloading it from the Hugging Face hub failed" in error
+    assert "downloading it from the Hugging Face hub failed" in error
     assert error.count("\n") == 1
 
 
 def test_a_mistyped_folder_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
     (tmp_path / "bundles").mkdir()
+    with pytest.raises(BundleError, match="org/name: no bundle there .no such folder.; .* is named hf:org/name"):
+        read_bundle("org/name")
     for name in ("bundles/nothing", "./nothing", "nothing", "a/b/c", tmp_path / "x" / "y"):
         with pytest.raises(BundleError, match="no bundle there"):
             read_bundle(name)

@@ -13,6 +13,7 @@ import pytest
 from cascade_rt import BundleError, CascadeRuntime, InputError, read_bundle
 from cascade_rt.bundle import sha256_of, write_bundle
 from cascade_rt.bundle import storage as module
+from cascade_rt.cli import main
 
 from .manifests import Manifest, altered, set_to
 
@@ -174,3 +175,19 @@ def test_unverified_files_are_not_hashed_but_must_be_there(copied: Path) -> None
     (copied / "tiny.onnx").unlink()
     with pytest.raises(BundleError, match=r"tiny\.onnx: is missing"):
         CascadeRuntime(copied, verify=False)
+
+
+def test_another_bundle_than_the_expected_one_is_refused(
+    bundle: Path, pair_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = read_bundle(bundle).sha256
+    assert expected is not None
+    assert CascadeRuntime(bundle, expected_sha256=expected.upper()).predict(["a film"])
+    with pytest.raises(BundleError, match=f"another bundle than expected .found sha256 .*, expected {expected}"):
+        CascadeRuntime(pair_bundle, expected_sha256=expected)
+    assert main(["info", "--model-dir", str(bundle)]) == 0
+    assert f"sha256 {expected}" in capsys.readouterr().out
+    for command in (["info"], ["predict", "a", "b"]):
+        arguments = [command[0], "--model-dir", str(pair_bundle), "--expect-sha256", expected, *command[1:]]
+        assert main(arguments) == 2
+        assert "another bundle than expected" in capsys.readouterr().err
