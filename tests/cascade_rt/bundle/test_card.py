@@ -16,7 +16,7 @@ def test_the_card_shows_members_thresholds_and_use(bundle: Path, capsys: pytest.
     card = capsys.readouterr().out
     for shown in ("library_name: cascade-rt", "| small | 2 | 32 |", "0.8000", "always answers", "bad, fine, good"):
         assert shown in card
-    assert 'CascadeRuntime("team/commands")' in card
+    assert 'CascadeRuntime("hf:team/commands")' in card
     assert main(["push", "--model-dir", str(bundle), "no-slash"]) == 2
     assert "expected org/name" in capsys.readouterr().err
 
