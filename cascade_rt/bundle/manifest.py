@@ -39,6 +39,7 @@ EXIT_RULES = (*THRESHOLD_RULES, PATIENCE)
 _VERSIONS = (1, 2)
 _SEAL = "sha256"  # of the manifest without this key; manifests of other writers may have none
 _MANIFEST_BYTES = 16 * 2**20  # far above any real manifest
+_LONGEST_NAME = 1000  # characters of a label, or of a member's name
 _THRESHOLDS = {"kind": MAXIMUM_PROBABILITY}
 
 
@@ -242,6 +243,11 @@ def _parse(manifest: dict[str, Any]) -> Bundle:
     labels = top.take("labels", list)
     if len(labels) < 2 or not all(isinstance(label, str) for label in labels) or len(set(labels)) != len(labels):
         raise BundleError(f"{MANIFEST}: labels: found {str(labels)[:80]}, expected at least two different texts")
+    if longest := [label for label in labels if len(label) > _LONGEST_NAME]:
+        raise BundleError(
+            f"{MANIFEST}: labels: found one of {len(longest[0]):,} characters ({longest[0][:40]!r}...), expected at "
+            f"most {_LONGEST_NAME:,}; give it a shorter name"
+        )
     tokenizer = _Fields(top.take("tokenizer", dict), f"{MANIFEST}: tokenizer")
     exit_rule = _parse_exit_rule(top.rest.pop("exit_rule", _THRESHOLDS)) if version > 1 else dict(_THRESHOLDS)
     entries = top.take("members", list)
@@ -253,6 +259,8 @@ def _parse(manifest: dict[str, Any]) -> Bundle:
         _parse_member(entry, f"{MANIFEST}: members[{index}]", version, thresholds)
         for index, (entry, thresholds) in enumerate(zip(entries, with_thresholds, strict=True))
     )
+    if any(len(member.name) > _LONGEST_NAME for member in members):
+        raise BundleError(f"{MANIFEST}: members: expected names of at most {_LONGEST_NAME:,} characters")
     if len({member.name for member in members}) != len(members):
         raise BundleError(f"{MANIFEST}: members: two members share a name; expected different names")
     if members[0].reads != TOKENS:

@@ -20,6 +20,7 @@ from importlib.metadata import entry_points
 from .. import __version__
 from ..errors import CascadeError, InputError, first_line
 from .parser import Command, CommandParser
+from .rendering import printable
 
 BUILT_IN = ("predict", "info", "evaluate", "tune", "benchmark", "push")
 GROUP = "cascade_rt.commands"
@@ -83,5 +84,5 @@ def _overview() -> str:
 
 
 def _complain(message: str) -> int:
-    print("cascade-rt: error: " + " ".join(message.split()), file=sys.stderr)
+    print("cascade-rt: error: " + printable(" ".join(message.split())), file=sys.stderr)
     return 2

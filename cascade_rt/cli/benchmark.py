@@ -16,7 +16,7 @@ from ..errors import MissingExtraError
 from ..io.writers import write_json
 from .options import add_bundle, add_running, settings
 from .parser import CommandParser
-from .rendering import latency_summary
+from .rendering import latency_summary, printable
 
 SUMMARY = "measure a bundle's speed on this machine"
 EXAMPLE = "cascade-rt benchmark --model-dir bundle/"
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
             rounds=options.rounds,
             progress=progress,
         )
-    print(json.dumps(report) if options.json else latency_summary(report))
+    print(json.dumps(report) if options.json else printable(latency_summary(report)))
     if options.output is None:
         return
     options.output.parent.mkdir(parents=True, exist_ok=True)

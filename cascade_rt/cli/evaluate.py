@@ -28,7 +28,7 @@ from .options import (
     progress_bar,
 )
 from .parser import CommandParser
-from .rendering import evaluation_summary
+from .rendering import evaluation_summary, printable
 
 SUMMARY = "measure a bundle on a labelled file"
 EXAMPLE = "cascade-rt evaluate --model-dir bundle/ --input labelled.tsv"
@@ -80,4 +80,4 @@ def run(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(report.to_json() | ({} if seconds is None else {"seconds_per_text": seconds})))
     else:
-        print(evaluation_summary(report, seconds))
+        print(printable(evaluation_summary(report, seconds)))

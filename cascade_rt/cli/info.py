@@ -8,7 +8,7 @@ import json
 from ..bundle import read_bundle
 from .options import add_bundle
 from .parser import CommandParser
-from .rendering import bundle_summary
+from .rendering import bundle_summary, printable
 
 SUMMARY = "show and verify a bundle"
 EXAMPLE = "cascade-rt info --model-dir bundle/"
@@ -26,6 +26,6 @@ def run(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(bundle.to_json(), ensure_ascii=False))
         return
-    print(bundle_summary(bundle))
+    print(printable(bundle_summary(bundle)))
     print(f"sha256 {bundle.sha256}")
     print("the sha256 of every file matches" if options.verify else "the sha256 of the files was not checked")

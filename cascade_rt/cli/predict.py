@@ -14,7 +14,7 @@ from ..jobs.answering import ON_ERROR, SKIP, STOP, Counts, answer
 from ..types import Text
 from .options import add_bundle, add_input, add_running, add_threshold, open_runtime, progress_bar, reading
 from .parser import CommandParser
-from .rendering import exits_line
+from .rendering import exits_line, printable
 
 SUMMARY = "classify texts"
 EXAMPLE = 'cascade-rt predict --model-dir bundle/ "a text" "another text"'
@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> None:
             raise InputError(f"{error}; {kept}") from error
         raise
     if options.input:
-        print(exits_line(runtime.stats()), file=sys.stderr)
+        print(printable(exits_line(runtime.stats())), file=sys.stderr)
     if counts.rejected:
         found = f"{counts.rejected:,} of {counts.answered + counts.rejected:,} rows were rejected" + (
             f", see {options.rejects}" if options.rejects else ""

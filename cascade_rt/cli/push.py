@@ -9,6 +9,7 @@ from ..bundle import bundle_files, read_bundle
 from ..bundle.card import model_card
 from ..bundle.hub import push
 from .parser import CommandParser
+from .rendering import printable
 
 SUMMARY = "upload a bundle to the Hugging Face hub"
 EXAMPLE = "cascade-rt push --model-dir bundle/ --dry-run ORG/NAME"
@@ -27,7 +28,7 @@ def run(options: argparse.Namespace) -> None:
     bundle = read_bundle(options.model_dir)
     card = model_card(bundle, options.repository)
     if options.dry_run:
-        print(card)
+        print(printable(card))
         return
     folder = bundle.folder or Path(options.model_dir)
     print(push(folder, bundle_files(bundle), card, options.repository, private=options.private))

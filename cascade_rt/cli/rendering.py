@@ -20,6 +20,19 @@ _COSTS = {"layers": "layers", "flops": "FLOPs", "latency": "latency"}  # as colu
 _TUNED = ("accuracy", "drop", "layers_speedup", "latency_speedup")
 
 
+def printable(text: str, keep: str = "\n") -> str:
+    """Return text that is safe to print for people: control and format characters are escaped, but those of `keep`.
+
+    Labels, member names and texts come from files, and an escape sequence among them would be obeyed by a terminal.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        letter if letter.isprintable() or letter in keep else letter.encode("unicode_escape").decode("ascii")
+        for letter in text
+    )
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return aligned columns: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
@@ -51,7 +64,7 @@ def bundle_summary(bundle: Bundle) -> str:
     """Return labels, members and tuning of a bundle."""
     shown = ", ".join(bundle.labels[:_SHOWN_LABELS]) + (", ..." if len(bundle.labels) > _SHOWN_LABELS else "")
     lines = [
-        f"labels      {len(bundle.labels)}: {shown}",
+        f"labels      {len(bundle.labels)}: {printable(shown, keep='')}",
         f"texts       {'pairs' if bundle.pair else 'single'}, up to {bundle.max_length} tokens",
     ]
     if bundle.format_version > 1:

@@ -21,7 +21,7 @@ from ..tuning.report import COSTS, Question
 from ..tuning.tune import local_folder, tune, write_tuning
 from .options import add_bundle, add_input, add_label_column, add_running, examples, located, progress_bar, settings
 from .parser import CommandParser
-from .rendering import tuning_summary
+from .rendering import printable, tuning_summary
 
 SUMMARY = "choose members and thresholds"
 EXAMPLE = "cascade-rt tune --model-dir bundle/ --input labelled.tsv --max-drop 0.005"
@@ -110,7 +110,7 @@ def run(options: argparse.Namespace) -> None:
         options.output.mkdir(parents=True, exist_ok=True)
         write_json(options.output / "tuning.json", report.to_json())
         draw_front(report, options.output / "front.png")
-    print(json.dumps(report.to_json()) if options.json else tuning_summary(report))
+    print(json.dumps(report.to_json()) if options.json else printable(tuning_summary(report)))
     if folder is not None and report.chosen:
         write_tuning(folder, bundle, report)
         print(f"{folder}: thresholds written", file=sys.stderr)

@@ -12,6 +12,7 @@ import sys
 from contextlib import redirect_stdout
 
 from cascade_rt.cli.parser import CommandParser
+from cascade_rt.cli.rendering import printable
 from cascade_train.cli.options import add_training, data_from, need_training, recipe_from
 
 SUMMARY = "label difficult training instances, for DAR (extra: export)"
@@ -48,4 +49,5 @@ def run(options: argparse.Namespace) -> None:
         print(json.dumps(summary))
         return
     shares = ", ".join(f"{name} {100 * share:.1f}%" for name, share in summary["difficult_by_class"].items())
+    shares = printable(shares)
     print(f"{options.output}: {len(data.train)} instances, {100 * summary['difficult']:.1f}% difficult ({shares})")

@@ -54,6 +54,8 @@ def test_unknown_keys_are_kept(copied: Path) -> None:
         (set_to("labels", to=["a", "a", "b"]), "at least two different"),
         (set_to("labels", to=["a", 1, "b"]), "at least two different"),
         (set_to("labels", to=["a", "b"]), r"answered logits of shape \(1, 3\), expected \(1, 2\)"),
+        (set_to("labels", to=["a" * 1001, "b", "c"]), "labels: found one of 1,001 characters .*at most 1,000"),
+        (set_to("members", 0, "name", to="a" * 1001), "expected names of at most 1,000 characters"),
         (set_to("pair", to=0), "pair: found '0', expected bool"),
         (set_to("max_length", to=2), "expected int of at least 3"),
         (set_to("max_length", to=10**30), "max_length"),
