@@ -36,6 +36,7 @@ def measure_latency(
     provider: str = "cpu",
     provider_options: Mapping[str, str] | None = None,
     verify: bool = True,
+    expected_sha256: str | None = None,
     data: Path | None = None,
     words: str = "16:8",
     count: int = 256,
@@ -55,7 +56,7 @@ def measure_latency(
         if least < 1:
             raise InvalidOption(field, least, "at least 1")
     settings: dict[str, Any] = {"provider": provider, "threads": threads, "provider_options": provider_options}
-    cascade = open_whole(model_dir, preload=True, verify=verify, **settings)
+    cascade = open_whole(model_dir, preload=True, verify=verify, expected_sha256=expected_sha256, **settings)
     bundle = cascade.bundle
     check_thresholds(bundle)
     name = (bundle.folder or Path(model_dir)).resolve().name

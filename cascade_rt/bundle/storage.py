@@ -91,7 +91,14 @@ def write_bundle(folder: str | Path, *, overwrite: bool = False) -> Iterator[Pat
                 _sync(path)
         read_bundle(fresh)
         if not replaces:
-            fresh.rename(target)
+            try:
+                fresh.rename(target)
+            except OSError as error:
+                if not target.exists():
+                    raise
+                raise BundleError(
+                    f"{target} was written by another process in the meantime and is kept; choose another output folder"
+                ) from error
         elif not _exchange(fresh, target):
             old = work / "replaced"
             target.rename(old)

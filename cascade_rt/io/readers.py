@@ -42,8 +42,13 @@ class Example:
     where: str
 
     def field(self, column: str) -> str:
-        """Return a field as text, for instance a label; raise InputError if the record does not have it."""
-        return _field(self.fields, column, self.where)
+        """Return a field as text, for instance a label; raise InputError if the record has none, or an empty one."""
+        found = _field(self.fields, column, self.where)
+        if self.fields[column] is None or not found.strip():
+            raise InputError(
+                f"{self.where}: column {column!r} is empty, expected a value; fill it, or leave the row out"
+            )
+        return found
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ bundle's manifest.
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -152,10 +153,12 @@ def write_tuning(folder: Path, bundle: Bundle, report: TuningReport) -> None:
 
 
 def local_folder(model_dir: str) -> Path:
-    """Return the folder of a local bundle; raise BundleError for any other."""
+    """Return the folder of a local bundle that can be written; raise BundleError for any other."""
     folder = Path(model_dir)
     if not (folder / MANIFEST).is_file():
         raise BundleError(f"{model_dir}: not a local bundle; tune a copy, or write nothing (`dry_run`)")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise BundleError(f"{model_dir}: the folder cannot be written; tune a copy, or write nothing (`dry_run`)")
     return folder
 
 

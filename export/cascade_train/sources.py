@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoTokenizer
+
 from cascade_rt.bundle.hub import repository
 from cascade_rt.errors import InputError
 
@@ -19,6 +21,8 @@ def pretrained(kind: Any, source: str, **settings: Any) -> Any:
     if asked is None:
         if not Path(source).is_dir():
             raise InputError(f"no such folder; on the Hugging Face hub it would be hf:{source}")
+        if kind is not AutoTokenizer and not (Path(source) / "config.json").is_file():
+            raise InputError("the folder has no config.json")
         return kind.from_pretrained(source, **settings)
     name, revision = asked
     return kind.from_pretrained(name, revision=revision or "main", **settings)

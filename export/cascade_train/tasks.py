@@ -8,12 +8,14 @@ validation is held out of the training file.
 from __future__ import annotations
 
 import hashlib
+import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cascade_rt.errors import InputError, InvalidOption
-from cascade_rt.io.readers import read_examples
+from cascade_rt.io.readers import Rejected, read_examples, read_records
 from cascade_rt.io.writers import json_line, open_output
 from cascade_rt.types import Text
 from cascade_train import smart_home
@@ -147,23 +149,26 @@ def load_file(
     metric: str = "accuracy",
     holdout: float = 0.1,
     split_seed: int = 0,
+    skipped: list[str] | None = None,
 ) -> TaskData:
     """Load any labelled csv, tsv, jsonl or parquet file with named columns.
 
     Class ids follow the label names in sorted order (numeric labels by value). Without a `validation` file a
-    share `holdout` of the rows is held out.
+    share `holdout` of the rows is held out. A row without a text or a label, or one that cannot be read, raises
+    InputError; with a list `skipped`, it is left out, and the reason is appended.
     """
-    rows = _read_labelled(path, columns, pair, label_column)
+    rows = _read_labelled(path, columns, pair, label_column, skipped)
     names = tuple(sorted({label for _, label in rows}, key=_label_order))
     if len(names) < 2:
+        without = f" ({len(skipped)} rows were left out, the first: {skipped[0]})" if skipped else ""
         raise InputError(
-            f"{path}: found the label(s) {', '.join(names) or 'none'}, expected at least two different ones"
+            f"{path}: found the label(s) {', '.join(names) or 'none'}{without}, expected at least two different ones"
         )
     train, _ = _indexed(rows, names)
     if validation is None:
         train, held = hold_out(train, holdout, split_seed)
     else:
-        held, _ = _indexed(_read_labelled(validation, columns, pair, label_column), names)
+        held, _ = _indexed(_read_labelled(validation, columns, pair, label_column, skipped), names)
         if not held:
             raise InputError(f"{validation}: no rows; validation needs some")
     return TaskData(path.stem, names, pair, metric, train, held)
@@ -194,6 +199,13 @@ def hold_out(examples: Examples, share: float, seed: int, *, nested: bool = Fals
     if not 0 <= seed < 2**32:
         raise InvalidOption("split_seed", seed, f"a number from 0 to {2**32 - 1}")
     candidates = _whole_texts(examples.texts) if nested else list(range(len(examples)))
+    counts = Counter(examples.labels[row] for row in candidates)
+    rarest = min(counts.values(), default=0)
+    if rarest < 2 or math.ceil(share * len(candidates)) < len(counts):
+        raise InputError(
+            f"cannot hold out {share:.0%} of {len(candidates)} examples with each of the {len(counts)} labels in both "
+            f"parts (the rarest label has {rarest}); add examples, hold out more, or give the part as a file"
+        )
     try:
         _, held = train_test_split(
             candidates,
@@ -269,9 +281,21 @@ def _read_glue(task: GlueTask, folder: Path | None, files: Sequence[str]) -> Exa
 
 
 def _read_labelled(
-    path: Path, columns: tuple[str, ...] | None, pair: bool, label_column: str
+    path: Path, columns: tuple[str, ...] | None, pair: bool, label_column: str, skipped: list[str] | None
 ) -> list[tuple[Text, str]]:
-    return [(row.text, row.field(label_column)) for row in read_examples(path, pair=pair, columns=columns)]
+    rows: list[tuple[Text, str]] = []
+    for record in read_records(path, pair=pair, columns=columns):
+        try:
+            if isinstance(record, Rejected):
+                raise record.error
+            if not all(map(str.strip, [record.text] if isinstance(record.text, str) else record.text)):
+                raise InputError(f"{record.where}: found an empty text; leave the row out")
+            rows.append((record.text, record.field(label_column)))
+        except InputError as error:
+            if skipped is None:
+                raise
+            skipped.append(str(error))
+    return rows
 
 
 def _label_order(name: str) -> tuple[int, int, str]:

@@ -137,6 +137,10 @@ def test_a_run_that_cannot_be_is_refused(base: str, data: TaskData, trained: Pat
         finetune(base, data, tmp_path / "a", layers=5, recipe=RECIPE)
     with pytest.raises(InputError, match="cannot load .* 'no/such' .no such folder; .* hub it would be hf:no/such"):
         finetune("no/such", data, tmp_path / "b", recipe=RECIPE)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="cannot load the base model .*/empty' .the folder has no config.json."):
+        finetune(str(tmp_path / "empty"), data, tmp_path / "b", recipe=RECIPE)
+    (tmp_path / "empty").rmdir()
     with pytest.raises(InputError, match="`max_length`: found 65, expected at most 64"):
         finetune(base, data, tmp_path / "c", recipe=Recipe(max_length=65))
     assert list(tmp_path.iterdir()) == [], "a corrected command finds nothing in its way"

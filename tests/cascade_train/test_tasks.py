@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from cascade_train.tasks import GLUE, Examples, hold_out, load_evaluation, load_file, load_task
 
+from cascade_rt.cli import main
 from cascade_rt.errors import InputError
 
 MNLI_HEADER = (
@@ -168,3 +169,61 @@ def test_data_that_cannot_be_learnt_from_is_refused(tmp_path: Path) -> None:
         load_file(tmp_path / "few.csv")
     with pytest.raises(InputError, match="between 0 and 1"):
         load_task("smart-home", None, holdout=1.0)
+
+
+_ROWS = [
+    (
+        "a.csv",
+        "text,label\na,x\n,y\nb,\nc,y\nd\n",
+        ["found an empty text", "column 'label' is empty", "found 1 fields"],
+    ),
+    (
+        "a.jsonl",
+        '{"text": "a", "label": "x"}\n{"text": "b", "label": null}\n{"text": " ", "label": "y"}\n{"text": "c"}\n{\n'
+        '{"text": "d", "label": "y"}\n',
+        ["column 'label' is empty", "found an empty text", "no column 'label'", "not JSON"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "says"), _ROWS)
+def test_rows_without_text_or_label_are_refused_or_left_out(
+    tmp_path: Path, name: str, content: str, says: list[str]
+) -> None:
+    (tmp_path / name).write_text(content * 1)
+    held = tmp_path / "held.jsonl"
+    held.write_text('{"text": "a", "label": "x"}\n')
+    with pytest.raises(InputError, match=rf"{name}:[23]: {says[0]}"):
+        load_file(tmp_path / name, validation=held)
+    skipped: list[str] = []
+    data = load_file(tmp_path / name, validation=held, skipped=skipped)
+    assert data.labels == ("x", "y")
+    assert len(data.train) == 2
+    assert len(skipped) == len(says)
+    assert all(wanted in found for wanted, found in zip(says, skipped, strict=True))
+
+
+def test_the_command_counts_what_it_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "data.csv").write_text("text,label\n" + "a,x\nb,y\n" * 9 + ",x\nc,\n")
+    for more, says in (
+        ([], "data.csv:20: found an empty text; leave the row out"),
+        (["--on-error", "skip"], "2 rows were left out, the first: data.csv:20: found an empty text"),
+    ):
+        assert main(["train", "--train-file", "data.csv", "--base", "nowhere", "--output", "m", *more]) == 2
+        assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("text,label\na,x\nb,y\n", "cannot hold out 10% of 2 examples with each of the 2 labels .*rarest label has 1"),
+        ("text,label\na,x\nb,x\n", r"found the label\(s\) x, expected at least two"),
+        ("text,label\n", r"found the label\(s\) none, expected at least two"),
+        ("text,label\n,x\n", "found an empty text"),
+    ],
+)
+def test_too_little_data_is_said_in_our_words(tmp_path: Path, content: str, says: str) -> None:
+    (tmp_path / "a.csv").write_text(content)
+    with pytest.raises(InputError, match=says) as caught:
+        load_file(tmp_path / "a.csv")
+    assert caught.value.__cause__ is None

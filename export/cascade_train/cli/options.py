@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 from cascade_rt.cli.options import columns_from
 from cascade_rt.cli.parser import CommandParser
+from cascade_rt.cli.rendering import printable
 from cascade_rt.errors import InputError, MissingExtraError
 from cascade_train.tasks import TASKS, TaskData, load_file, load_task
 
@@ -46,6 +48,12 @@ def add_data(parser: CommandParser) -> None:
     data.add_argument("--text-column", metavar="NAME", help="column of the text (default: the usual names)")
     data.add_argument("--pair-column", metavar="NAME", help="column of the second text, for tasks on pairs")
     data.add_argument("--label-column", metavar="NAME", default="label", help="column of the label names")
+    data.add_argument(
+        "--on-error",
+        choices=("stop", "skip"),
+        default="stop",
+        help="a row of --train-file without text or label, or one that cannot be read: stop, or leave it out",
+    )
     data.add_argument("--metric", choices=("accuracy", "f1"), default="accuracy", help="with --train-file")
     data.add_argument("--holdout", type=float, default=0.1, help="share of training held out for validation")
     data.add_argument("--split-seed", type=int, default=0, help="random seed of that split; use one for all members")
@@ -108,7 +116,8 @@ def data_from(options: argparse.Namespace) -> TaskData:
         raise InputError("found --task and --train-file, expected one of them")
     if options.task:
         return load_task(options.task, options.data, holdout=options.holdout, split_seed=options.split_seed)
-    return load_file(
+    skipped: list[str] = []
+    data = load_file(
         options.train_file,
         validation=options.validation_file,
         columns=columns_from(options),
@@ -117,4 +126,8 @@ def data_from(options: argparse.Namespace) -> TaskData:
         metric=options.metric,
         holdout=options.holdout,
         split_seed=options.split_seed,
+        skipped=skipped if options.on_error == "skip" else None,
     )
+    if skipped:
+        print(printable(f"{len(skipped):,} rows were left out, the first: {skipped[0]}"), file=sys.stderr)
+    return data

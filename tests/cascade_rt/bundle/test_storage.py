@@ -191,3 +191,13 @@ def test_another_bundle_than_the_expected_one_is_refused(
         arguments = [command[0], "--model-dir", str(pair_bundle), "--expect-sha256", expected, *command[1:]]
         assert main(arguments) == 2
         assert "another bundle than expected" in capsys.readouterr().err
+
+
+def test_of_two_exports_to_one_folder_the_second_is_told(bundle: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    refused = pytest.raises(BundleError, match="out was written by another process in the meantime and is kept")
+    with refused, write_bundle(target) as slow:
+        shutil.copytree(bundle, slow, dirs_exist_ok=True)
+        shutil.copytree(bundle, target)
+    assert read_bundle(target).labels == read_bundle(bundle).labels
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

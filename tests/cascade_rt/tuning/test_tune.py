@@ -371,3 +371,11 @@ def test_a_tuning_that_cannot_be_followed_is_refused(copied: Path, broken: Any) 
     write_manifest(copied, bundle)
     with pytest.raises(BundleError, match="tuning"):
         read_bundle(copied)
+
+
+def test_a_bundle_that_cannot_be_written_is_refused_before_the_work(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert main(["tune", "--model-dir", str(copied), "--input", "no-such-file.csv", "--max-drop", "0.1"]) == 2
+    assert "the folder cannot be written; tune a copy" in capsys.readouterr().err
