@@ -4,7 +4,8 @@ A command is a module with SUMMARY, EXAMPLE, `add_arguments` and `run`. Those of
 distributions, and our own offline stage, register theirs as entry points of the group `cascade_rt.commands`.
 
 Answers go to standard output, progress and errors to standard error. Exit status: 0 on success, 2 on an error that
-is reported in one line, 1 when the reader of standard output closes it, 130 when interrupted.
+is reported in one line, 1 when the reader of standard output closes it, 130 when interrupted, 128 plus the number of
+another signal that ended it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from .. import __version__
 from ..errors import CascadeError, InputError, first_line
 from .parser import Command, CommandParser
 from .rendering import printable
+from .signals import Stopped, stopping
 
 BUILT_IN = ("predict", "info", "evaluate", "tune", "benchmark", "push")
 GROUP = "cascade_rt.commands"
@@ -41,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             command = find_command(argv[0])
             parser = CommandParser(argv[0], command)
             names = parser.option_names()
-            command.run(parser.parse_args(argv[1:]))
+            options = parser.parse_args(argv[1:])
+            with stopping():
+                command.run(options)
     except CascadeError as error:
         return _complain(error.spelled(names))
     except BrokenPipeError:  # the reader of our output has closed it
@@ -51,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(f"{error.filename or 'input or output'}: {error.strerror or error}")
     except KeyboardInterrupt:
         return 130
+    except Stopped as stopped:
+        return stopped.status
     return 0
 
 

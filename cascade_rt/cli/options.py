@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, TextError
@@ -135,8 +136,22 @@ def located(chunk: list[Example]) -> Iterator[None]:
         raise TextError(error.index, error.reason, chunk[error.index].where) from error
 
 
-def progress_bar(shown: bool = True) -> Any:
+def progress_bar(shown: bool = True, total: int | None = None) -> Any:
     """Return a progress bar on standard error, shown only on a terminal."""
     from tqdm import tqdm  # noqa: PLC0415 - not needed for single texts
 
-    return tqdm(unit=" texts", file=sys.stderr, disable=None if shown else True)
+    return tqdm(unit=" texts", total=total, file=sys.stderr, disable=None if shown else True)
+
+
+def rows_of(source: str | None) -> int | None:
+    """Return about how many rows an input has, for the time left: its lines; None off a terminal, and if not known."""
+    if source is None or not sys.stderr.isatty() or Path(source).suffix not in (".txt", ".jsonl", ".csv", ".tsv"):
+        return None
+    rows = 0
+    try:
+        with Path(source).open("rb") as stream:
+            while part := stream.read(2**20):
+                rows += part.count(b"\n")
+    except OSError:
+        return None
+    return rows

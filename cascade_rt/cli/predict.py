@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 from ..errors import InputError
 from ..io.readers import FORMATS, Example, Rejected, read_records
 from ..io.writers import open_output
 from ..jobs.answering import ON_ERROR, SKIP, STOP, Counts, answer
+from ..jobs.files import JobFiles
+from ..runtime import CascadeRuntime
 from ..types import Text
-from .options import add_bundle, add_input, add_running, add_threshold, open_runtime, progress_bar, reading
+from .options import add_bundle, add_input, add_running, add_threshold, open_runtime, progress_bar, reading, rows_of
 from .parser import CommandParser
 from .rendering import exits_line, printable
+from .signals import Stopped
 
 SUMMARY = "classify texts"
 EXAMPLE = 'cascade-rt predict --model-dir bundle/ "a text" "another text"'
@@ -25,12 +29,20 @@ def add_arguments(parser: CommandParser) -> None:
     add_bundle(parser)
     parser.add_argument("text", nargs="*", metavar="TEXT", help="texts to classify; for pairs: TEXT TEXT ...")
     add_input(parser, required=False, help=f"read texts from a file ({', '.join(FORMATS)}); - for standard input")
-    parser.add_argument("--output", metavar="FILE", default="-", help="file for the JSON lines; - for standard output")
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        default="-",
+        help="file for the answers: JSON lines, or csv or parquet by its ending, also .gz, .zst; - for standard output",
+    )
     parser.add_argument(
         "--on-error",
         choices=ON_ERROR,
         default=STOP,
         help="a row that cannot be used: stop after the rows before it, skip it, or write null for its answer",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on after the rows that a killed run of this command has answered"
     )
     parser.add_argument("--rejects", metavar="FILE", help="file for such rows, one JSON object a line, with the reason")
     add_threshold(parser)
@@ -45,37 +57,83 @@ def run(options: argparse.Namespace) -> None:
         raise InputError("found texts and --input, expected one of them")
     if options.rejects and options.on_error == STOP:
         raise InputError("found --rejects alone, expected --on-error skip or null with it")
+    output = None if options.output == "-" else Path(options.output)
+    to_file = output is not None and (output.is_file() or not output.exists())  # not a device, a pipe or a folder
+    if options.resume and not (to_file and options.input):
+        raise InputError("found --resume alone, expected --input and --output FILE with it")
     runtime = open_runtime(options)
-    pair = runtime.bundle.pair
-    records: Iterator[Example | Rejected] = iter(
-        _from_arguments(options.text, pair)
-        if options.text
-        else read_records(options.input, pair=pair, **reading(options))
-    )
     counts = Counts()
-    rejects = open_output(options.rejects) if options.rejects else nullcontext()
-    try:
-        with (
-            rejects as rejected,
-            open_output(options.output, keep_partial=True) as out,
-            progress_bar(shown=bool(options.input)) as progress,
-        ):
+    if output is not None and to_file:
+        _to_file(runtime, output, options, counts)
+    else:
+        rejects = open_output(options.rejects) if options.rejects else nullcontext()
+        with rejects as rejected, open_output(options.output) as out, _progress(options) as progress:
+            records = _records(runtime, options)
             for _ in answer(runtime, records, out, counts, on_error=options.on_error, rejects=rejected):
-                progress.update(counts.answered + counts.rejected - progress.n)
-    except InputError as error:
-        if options.output != "-" and counts.answered:
-            kept = f"the {counts.answered:,} answers before it are in {options.output}.partial"
-            raise InputError(f"{error}; {kept}") from error
-        raise
+                progress(counts, runtime)
     if options.input:
         print(printable(exits_line(runtime.stats())), file=sys.stderr)
     if counts.rejected:
-        found = f"{counts.rejected:,} of {counts.answered + counts.rejected:,} rows were rejected" + (
+        found = f"{counts.rejected:,} of {counts.records:,} rows were rejected" + (
             f", see {options.rejects}" if options.rejects else ""
         )
         if options.on_error != SKIP:
             raise InputError(found)
         print(found, file=sys.stderr)
+
+
+def _to_file(runtime: CascadeRuntime, output: Path, options: argparse.Namespace, counts: Counts) -> None:
+    """Write the answers to a file that a killed run leaves resumable."""
+    job = {
+        "bundle": runtime.bundle.sha256,
+        "members": [member.name for member in runtime.bundle.members],
+        "thresholds": runtime.thresholds,
+        "exit_rule": dict(runtime.bundle.exit_rule),
+        "on_error": options.on_error,
+        "rejects": bool(options.rejects),
+    }
+    rejects = Path(options.rejects) if options.rejects else None
+    files = JobFiles(output, rejects, job, resume=options.resume)
+    counts.answered, counts.rejected = files.done["answered"], files.done["rejected"]
+    try:
+        with _progress(options) as progress:
+            records = files.remaining(_records(runtime, options))
+            with files.named():
+                for _ in answer(
+                    runtime, records, files.lines, counts, on_error=options.on_error, rejects=files.rejects
+                ):
+                    files.commit(counts.records, counts.answered, counts.rejected)
+                    progress(counts, runtime)
+        files.finish()
+    except InputError as error:
+        if counts.answered:
+            kept = f"the answers before it are in {options.output}.partial, and `resume` goes on after "
+            raise InputError(f"{error}; {kept}{files.done['records']:,} rows") from error
+        raise
+    except (KeyboardInterrupt, Stopped):
+        print(f"cascade-rt: stopped; --resume goes on after {files.done['records']:,} rows", file=sys.stderr)
+        raise
+    finally:
+        files.close()
+
+
+def _records(runtime: CascadeRuntime, options: argparse.Namespace) -> Iterator[Example | Rejected]:
+    pair = runtime.bundle.pair
+    if options.text:
+        return iter(_from_arguments(options.text, pair))
+    return read_records(options.input, pair=pair, **reading(options))
+
+
+@contextmanager
+def _progress(options: argparse.Namespace) -> Iterator[Callable[[Counts, CascadeRuntime], None]]:
+    """Yield what shows the progress: rows, rate, time left and exits so far; on a terminal alone."""
+    with progress_bar(shown=bool(options.input), total=rows_of(options.input)) as bar:
+
+        def show(counts: Counts, runtime: CascadeRuntime) -> None:
+            bar.set_postfix_str("exits " + " ".join(map(str, runtime.stats().exits)), refresh=False)
+            bar.update(counts.records - bar.n)
+
+        yield show
 
 
 def _from_arguments(texts: list[str], pair: bool) -> list[Example]:

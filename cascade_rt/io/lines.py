@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, TextIO
 
 from ..errors import InputError, InvalidOption
+from .compression import DAMAGED, open_binary
 
 LONGEST_LINE = 2**25
 """Characters; a longer line is not kept in memory."""
@@ -48,6 +49,8 @@ def read_lines(source: str | Path, *, encoding: str | None = None, newline: str 
                     f"{named(source)}:{number + 1}: cannot be decoded at or after this line ({error}); name another "
                     "`encoding`"
                 ) from error
+            except (OSError, *DAMAGED) as error:
+                raise InputError(f"{named(source)}:{number + 1}: cannot be read further ({error})") from error
             if not text:
                 return
             number += 1
@@ -71,12 +74,12 @@ def _open_text(source: str | Path, encoding: str | None, newline: str) -> TextIO
     except LookupError as error:
         raise InvalidOption("encoding", encoding, "one that Python knows, for instance utf-8 or latin-1") from error
     try:
-        stream: BinaryIO = sys.stdin.buffer if str(source) == "-" else Path(source).open("rb")  # noqa: SIM115 - returned
+        stream: BinaryIO = sys.stdin.buffer if str(source) == "-" else open_binary(source)
+        start = stream.peek(2)[:2] if isinstance(stream, io.BufferedReader) else b""
     except FileNotFoundError as error:
         raise InputError(f"{source}: no such file; check the path") from error
-    except OSError as error:
-        raise InputError(f"{source}: cannot be read ({error.strerror})") from error
-    start = stream.peek(2)[:2] if isinstance(stream, io.BufferedReader) else b""
+    except (OSError, *DAMAGED) as error:
+        raise InputError(f"{source}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     chosen = encoding or ("utf-16" if start in _UTF16 else "utf-8-sig")
     errors = "strict" if "16" in chosen or "32" in chosen else "surrogateescape"
     return io.TextIOWrapper(stream, encoding=chosen, errors=errors, newline=newline)

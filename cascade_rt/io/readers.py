@@ -1,12 +1,14 @@
-"""Read texts from jsonl, csv, tsv, txt and parquet, one record at a time.
+"""Read texts from jsonl, json, csv, tsv, txt and parquet, one record at a time; compressed too, and whole folders.
 
-Everything streams, so a file of any size is read in constant memory. TSV is read as GLUE writes it: a header line and
-no quoting. CSV is quoted in the usual way. TXT holds one text per line, for pairs two texts with a tab between them.
+Everything but json, an array of objects, streams, so a file of any size is read in constant memory. TSV is read as GLUE
+writes it: a header line and no quoting. CSV is quoted in the usual way. TXT holds one text per line, for pairs two
+texts with a tab between them.
 """
 
 from __future__ import annotations
 
 import csv
+import glob
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,9 +17,11 @@ from typing import Any, NamedTuple
 
 from ..errors import InputError, InvalidOption, MissingExtraError
 from ..types import Text
+from .compression import without_compression
 from .lines import LONGEST_LINE, Line, named, read_lines
 
-FORMATS = ("jsonl", "csv", "tsv", "txt", "parquet")
+FORMATS = ("jsonl", "json", "csv", "tsv", "txt", "parquet")
+_ALIASES = {"ndjson": "jsonl"}
 _TABLES = ("csv", "tsv", "parquet")
 
 _USUAL_COLUMNS: dict[bool, tuple[tuple[str, ...], ...]] = {
@@ -89,7 +93,7 @@ def read_examples(
     encoding: str | None = None,
     skip_malformed: bool = False,
 ) -> Iterator[Example]:
-    """Yield the examples of a file, or of standard input when `source` is "-".
+    """Yield the examples of a file, of all files of a folder or a pattern, or of standard input when `source` is "-".
 
     `format`: one of FORMATS, None for that of the file's extension (txt for standard input). `columns`: name of the
     text's column, or of the pair's two; None tries the usual names ("text", "sentence", "sentence1"/"sentence2",
@@ -120,9 +124,15 @@ def read_records(
     if columns is not None and len(columns) != expected:
         wanted = "two names: of the text's column and of its pair's" if pair else "one name: texts here are single"
         raise InvalidOption("columns", list(columns), wanted)
+    if format is not None and format not in FORMATS:
+        raise InvalidOption("format", format, f"one of {', '.join(FORMATS)}")
+    files = input_files(source)
+    if files is not None:
+        settings: dict[str, Any] = {"format": format, "columns": columns, "encoding": encoding}
+        for file in files:
+            yield from read_records(file, pair=pair, **settings, skip_malformed=skip_malformed)
+        return
     kind = format or _format_of(source)
-    if kind not in FORMATS:
-        raise InvalidOption("format", kind, f"one of {', '.join(FORMATS)}")
     name = named(source)
     text: Text
     fields: dict[str, Any]
@@ -138,7 +148,7 @@ def read_records(
             if kind == "txt":
                 text, fields = _text_line(record.content, pair, where), {}
             else:
-                fields = record.content if kind in _TABLES else _json_object(record.content, where)
+                fields = _json_object(record.content, where) if kind == "jsonl" else _object(record.content, where)
                 columns = columns or _find_columns(fields, pair, where)
                 texts = tuple(_text_field(fields, column, where) for column in columns)
                 text = (texts[0], texts[1]) if pair else texts[0]
@@ -148,13 +158,36 @@ def read_records(
             yield Example(text, fields, where)
 
 
+def input_files(source: str | Path) -> list[Path] | None:
+    """Return the files of a folder or a pattern in the order of their names; None for one file or standard input.
+
+    Of a folder: those whose ending is known, without hidden ones. Raises InputError where there are none.
+    """
+    path = Path(source)
+    if path.is_dir():
+        kinds = {*FORMATS, *_ALIASES}
+        found = sorted(
+            file
+            for file in path.iterdir()
+            if without_compression(file).suffix.lower().lstrip(".") in kinds and not file.name.startswith(".")
+        )
+    elif glob.has_magic(str(source)) and not path.exists():
+        found = sorted(map(Path, glob.glob(str(source), recursive=True)))  # noqa: PTH207 - absolute patterns too
+    else:
+        return None
+    if not found:
+        raise InputError(f"{source}: found no files; expected some of {', '.join('.' + known for known in FORMATS)}")
+    return found
+
+
 def _format_of(source: str | Path) -> str:
     if str(source) == "-":
         return "txt"
-    ending = Path(source).suffix.lower().lstrip(".")
+    written = without_compression(source).suffix.lower()
+    ending = _ALIASES.get(written.lstrip("."), written.lstrip("."))
     if ending not in FORMATS:
         raise InputError(
-            f"{source}: unknown format {Path(source).suffix!r}; "
+            f"{source}: unknown format {written!r}; "
             f"expected {', '.join('.' + known for known in FORMATS)}, or a `format`"
         )
     return ending
@@ -163,6 +196,8 @@ def _format_of(source: str | Path) -> str:
 def _read_records(source: str | Path, kind: str, encoding: str | None, skip_malformed: bool) -> Iterator[_Record]:
     if kind == "parquet":
         yield from _read_parquet(source, named(source))
+    elif kind == "json":
+        yield from _read_array(source, encoding)
     elif kind == "csv":
         yield from _read_table(_csv_rows(source, encoding), named(source), skip_malformed)
     else:
@@ -259,11 +294,29 @@ def _read_parquet(source: str | Path, name: str) -> Iterator[_Record]:
         raise InputError(f"{name}: not a readable parquet file ({error})") from error
 
 
+def _read_array(source: str | Path, encoding: str | None) -> Iterator[_Record]:
+    lines = list(read_lines(source, encoding=encoding))
+    if problem := next((line for line in lines if line.problem), None):
+        raise InputError(f"{named(source)}:{problem.number}: {problem.problem}")
+    try:
+        found = json.loads("".join(line.text for line in lines))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{named(source)}: not JSON ({error}); expected an array of objects") from error
+    if not isinstance(found, list):
+        raise InputError(f"{named(source)}: found JSON of type {type(found).__name__}, expected an array of objects")
+    for number, item in enumerate(found, 1):
+        yield _Record(number, json.dumps(item), item)
+
+
 def _json_object(line: str, where: str) -> dict[str, Any]:
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not JSON ({error}); expected one JSON object per line") from error
+    return _object(fields, where)
+
+
+def _object(fields: Any, where: str) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise InputError(f"{where}: found JSON of type {type(fields).__name__}, expected an object with named fields")
     return fields

@@ -14,10 +14,8 @@ from ..errors import InputError
 
 
 @contextmanager
-def open_output(target: str | Path, *, keep_partial: bool = False) -> Iterator[TextIO]:
+def open_output(target: str | Path) -> Iterator[TextIO]:
     """Open `target` for JSON ("-": standard output); a file appears under its name only when it is complete.
-
-    `keep_partial`: what was written before an InputError is kept in a file beside it, with ".partial" at its end.
 
     Half a surrogate pair, which UTF-8 cannot encode, is written as the escape that JSON has for it.
     """
@@ -37,10 +35,6 @@ def open_output(target: str | Path, *, keep_partial: bool = False) -> Iterator[T
             yield stream
         if not in_place:
             partial.replace(path)
-    except InputError:
-        if keep_partial and not in_place:
-            partial.replace(f"{path}.partial")
-        raise
     finally:
         if not in_place:
             partial.unlink(missing_ok=True)

@@ -28,6 +28,11 @@ class Counts:
     answered: int = 0
     rejected: int = 0
 
+    @property
+    def records(self) -> int:
+        """Both."""
+        return self.answered + self.rejected
+
 
 def answer(
     runtime: CascadeRuntime,

@@ -216,7 +216,6 @@ def _stream(copied: Path) -> None:
         (_read(b'text\n"x\n', "a.csv"), InputError, Exception),
         (_read(b"{\n", "a.jsonl"), InputError, ValueError),
         (lambda _: list(read_examples("gone.txt", pair=False)), InputError, FileNotFoundError),
-        (lambda _: list(read_examples(".", pair=False, format="txt")), InputError, IsADirectoryError),
     ],
 )
 def test_the_error_of_another_library_is_kept_as_the_cause(

@@ -106,8 +106,8 @@ def test_an_error_half_way_keeps_the_answers_before_it_apart(
     )
     assert status == 2
     assert "in.jsonl:3001" in error
-    assert "the 3,000 answers before it are in" in error
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl.partial"]
+    assert "--resume goes on after 2,048 rows" in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl.checkpoint", "out.jsonl.partial"]
     assert len((tmp_path / "out.jsonl.partial").read_text("utf-8").splitlines()) == 3000
 
 

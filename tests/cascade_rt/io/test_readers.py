@@ -112,7 +112,7 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": 3}\n', {}, r"column 'text' holds 3 \(int\), expected a text"),
         ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', {}, "a.jsonl:2: no column 'text'; found 'txt'"),
         ("a.pdf", b"", {}, r"a\.pdf: unknown format '\.pdf'; expected \.jsonl, .*`format`"),
-        ("a.txt", b"", {"format": "xml"}, "`format`: found 'xml', expected one of jsonl, csv"),
+        ("a.txt", b"", {"format": "xml"}, "`format`: found 'xml', expected one of jsonl, json, csv"),
     ],
 )
 def test_each_mistake_has_its_own_line(
@@ -126,7 +126,7 @@ def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="gone.txt: no such file"):
         list(read_examples(tmp_path / "gone.txt", pair=False))
     (tmp_path / "dir.txt").mkdir()
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="dir.txt: found no files"):
         list(read_examples(tmp_path / "dir.txt", pair=False))
 
 

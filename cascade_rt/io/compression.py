@@ -1,0 +1,60 @@
+"""Files compressed with gzip or Zstandard, by their ending."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from ..errors import MissingExtraError
+
+ENDINGS = (".gz", ".zst")
+DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)
+"""What reading a damaged file raises, besides OSError."""
+
+
+def without_compression(path: str | Path) -> Path:
+    """Return a path without its ending for compression."""
+    path = Path(path)
+    return path.with_suffix("") if path.suffix.lower() in ENDINGS else path
+
+
+def open_binary(path: str | Path) -> BinaryIO:
+    """Open a file for reading, through its compression if the ending names one."""
+    path = Path(path)
+    ending = path.suffix.lower()
+    if ending == ".gz":
+        return io.BufferedReader(cast(io.RawIOBase, gzip.open(path, "rb")))
+    if ending == ".zst":
+        return io.BufferedReader(_zstandard(path).open(path, "rb"))
+    return path.open("rb")
+
+
+@contextmanager
+def write_binary(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing, through its compression if the ending names one.
+
+    What is written depends on the content alone, not on the file's name or the time.
+    """
+    ending = path.suffix.lower()
+    with path.open("wb") as file:
+        if ending == ".gz":
+            with gzip.GzipFile("", "wb", fileobj=file, mtime=0) as stream:
+                yield cast(BinaryIO, stream)
+        elif ending == ".zst":
+            with _zstandard(path).ZstdCompressor().stream_writer(file, closefd=False) as stream:
+                yield stream
+        else:
+            yield file
+
+
+def _zstandard(path: Path) -> Any:
+    try:
+        import zstandard  # noqa: PLC0415 - an extra
+    except ImportError as error:
+        raise MissingExtraError(f"{path}: Zstandard", "zstd", error) from error
+    return zstandard

@@ -1,0 +1,261 @@
+"""The files of a job that survives a kill: what is done so far lies beside the output, with a checkpoint.
+
+`out.csv.gz` grows as JSON lines in `out.csv.gz.partial`; `out.csv.gz.checkpoint` says how many records of the input it
+covers. When the job is complete, the output is written from it and takes its name, and both disappear.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+from ..errors import InputError, MissingExtraError
+from ..io.compression import without_compression, write_binary
+from ..io.readers import Example, Rejected
+from ..io.writers import write_json
+
+_ROWS = 10_000  # converted at a time
+
+
+class JobFiles:
+    """The growing output of one job, its rejects, and the checkpoint."""
+
+    def __init__(self, output: Path, rejects: Path | None, job: Mapping[str, Any], *, resume: bool) -> None:
+        """Open the files of `job`, a description that a resumed job must share.
+
+        Raises InputError if the output cannot be written, an interrupted run is there and `resume` is not given, or it
+        was another job's.
+        """
+        self.output = output.resolve()
+        self._check_name()
+        self._targets = [self.output] + ([] if rejects is None else [rejects.resolve()])
+        self._partials = [target.with_name(f"{target.name}.partial") for target in self._targets]
+        self._checkpoint = self.output.with_name(f"{self.output.name}.checkpoint")
+        self._job = dict(job)
+        self._digest = hashlib.blake2b(digest_size=16)
+        self.done: dict[str, int] = {"records": 0, "answered": 0, "rejected": 0}
+        """What the files cover: as of the checkpoint, until the next one."""
+        state = self._found(resume)
+        self._expected: str | None = state.get("digest")
+        with self.named():
+            self._streams = [
+                _append(partial, state.get("bytes", [0, 0])[at]) for at, partial in enumerate(self._partials)
+            ]
+            _lock(self._streams[0], self._partials[0])
+
+    @property
+    def lines(self) -> TextIO:
+        """Where lines of the output go."""
+        return self._streams[0]
+
+    @property
+    def rejects(self) -> TextIO | None:
+        """Where lines of the rejects go."""
+        return self._streams[1] if len(self._streams) > 1 else None
+
+    def remaining(self, records: Iterable[Example | Rejected]) -> Iterator[Example | Rejected]:
+        """Yield the records that are still to be done; raise InputError if those before are not the ones that were."""
+        for at, record in enumerate(records):
+            content = (record.row,) if isinstance(record, Rejected) else (record.text, record.fields)
+            self._digest.update(repr(content).encode("utf-8", "surrogatepass"))
+            if at + 1 == self.done["records"] and self._digest.hexdigest() != self._expected:
+                raise InputError(
+                    f"the first {at + 1:,} rows of the input are not those of the interrupted run; delete "
+                    f"{self._partials[0]} to start again"
+                )
+            if at >= self.done["records"]:
+                yield record
+
+    def commit(self, records: int, answered: int, rejected: int) -> None:
+        """Put what was written on the disk, and note that it covers this many records."""
+        self.done = {"records": records, "answered": answered, "rejected": rejected}
+        with self.named():
+            for stream in self._streams:
+                stream.flush()
+                os.fsync(stream.fileno())
+            sizes = [partial.stat().st_size for partial in self._partials]
+            write_json(
+                self._checkpoint, self.done | {"job": self._job, "bytes": sizes, "digest": self._digest.hexdigest()}
+            )
+
+    def finish(self) -> None:
+        """Give the files their names."""
+        with self.named():
+            for stream in self._streams:
+                stream.flush()
+                os.fsync(stream.fileno())
+            fresh = self.output.with_name(f".fresh-{os.getpid()}-{self.output.name}")
+            try:
+                converted = _convert(self._partials[0], fresh)
+                for partial, target in list(zip(self._partials, self._targets, strict=True))[1:]:
+                    partial.replace(target)
+                (fresh if converted else self._partials[0]).replace(self.output)
+            finally:
+                fresh.unlink(missing_ok=True)
+        self.close()
+        self._partials[0].unlink(missing_ok=True)
+        self._checkpoint.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Close the files as they are, for a later run to resume."""
+        for stream in self._streams:
+            with suppress(OSError):  # what is not on the disk yet is not in the checkpoint either
+                stream.close()
+
+    def _check_name(self) -> None:
+        if without_compression(self.output).suffix.lower() == ".parquet":
+            _parquet()  # fails before the work, not after
+        if self.output.is_dir():
+            raise InputError(f"cannot write {self.output}: it is a folder; name a file")
+        if not self.output.parent.is_dir():
+            raise InputError(
+                f"cannot write {self.output}: the folder {self.output.parent} does not exist; create it first"
+            )
+
+    def _found(self, resume: bool) -> dict[str, Any]:
+        """Return the checkpoint to resume from; empty for a new job. Files of a run that has none are written over."""
+        try:
+            state: dict[str, Any] = json.loads(self._checkpoint.read_text("utf-8"))
+            sizes, records = state["bytes"], int(state["records"])
+            if any(partial.stat().st_size < size for partial, size in zip(self._partials, sizes, strict=True)):
+                raise ValueError
+        except (OSError, ValueError, KeyError):
+            return {}
+        if not resume:
+            raise InputError(
+                f"{self._partials[0]} has the first {records:,} rows of an interrupted run; go on with `resume`, or "
+                "delete it to start again"
+            )
+        if differing := [key for key in self._job if self._job[key] != state["job"].get(key)]:
+            key = differing[0]
+            raise InputError(
+                f"{self._partials[0]} is of a run with another {key} (found {state['job'].get(key)}, expected "
+                f"{self._job[key]}); give the same command, or delete it to start again"
+            )
+        self.done = {name: int(state[name]) for name in self.done}
+        return state
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Name the output in an error of the system, for instance on a full disk."""
+        try:
+            yield
+        except OSError as error:
+            raise InputError(f"cannot write {self.output}: {error.strerror or error}") from error
+
+
+def _append(path: Path, size: int) -> TextIO:
+    """Open a text file for appending, cut to `size` bytes."""
+    with path.open("ab") as stream:
+        if path.stat().st_size != size:
+            stream.truncate(size)
+    return path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n")
+
+
+def _lock(stream: TextIO, path: Path) -> None:
+    try:
+        import fcntl  # noqa: PLC0415 - not on Windows
+    except ImportError:
+        return
+    try:
+        fcntl.flock(stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        stream.close()
+        raise InputError(f"{path}: another process is writing it; wait for it, or name another output") from error
+
+
+def _convert(lines: Path, target: Path) -> bool:
+    """Write the lines in the format that the name of `target` says; return False where they have it already."""
+    plain = without_compression(target)
+    if plain.suffix.lower() == ".parquet":
+        _write_parquet(lines, target)
+        return True
+    if plain.suffix.lower() != ".csv" and plain == target:
+        return False
+    with write_binary(target) as stream:
+        if plain.suffix.lower() == ".csv":
+            _write_csv(lines, stream.write)
+        else:
+            with lines.open("rb") as source:
+                shutil.copyfileobj(source, stream)
+    return True
+
+
+def _rows(lines: Path) -> Iterator[dict[str, Any]]:
+    with lines.open(encoding="utf-8") as stream:
+        for line in stream:
+            yield json.loads(line)
+
+
+def _columns(lines: Path) -> dict[str, set[type]]:
+    """Return the columns of all rows in the order of their first row, each with the types of its values."""
+    found: dict[str, set[type]] = {}
+    for row in _rows(lines):
+        for name, value in row.items():
+            found.setdefault(name, set()).add(type(value))
+    return found
+
+
+def _write_csv(lines: Path, write: Callable[[bytes], object]) -> None:
+    columns = list(_columns(lines))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, lineterminator="\r\n")
+    writer.writeheader()
+    for row in _rows(lines):
+        plain = {
+            name: json.dumps(value) if isinstance(value, dict | list | bool) else value for name, value in row.items()
+        }
+        writer.writerow(plain)
+        if text.tell() > 2**20:
+            write(text.getvalue().encode("utf-8", "backslashreplace"))
+            text.seek(0)
+            text.truncate()
+    write(text.getvalue().encode("utf-8", "backslashreplace"))
+
+
+def _parquet() -> tuple[Any, Any]:
+    try:
+        import pyarrow  # noqa: PLC0415 - an extra
+        from pyarrow import parquet  # noqa: PLC0415
+    except ImportError as error:
+        raise MissingExtraError("writing parquet", "parquet", error) from error
+    return pyarrow, parquet
+
+
+def _write_parquet(lines: Path, target: Path) -> None:
+    """Write rows as parquet; a column of mixed or nested values is written as JSON text."""
+    arrow, parquet = _parquet()
+    kinds = {
+        frozenset({str}): arrow.string(),
+        frozenset({bool}): arrow.bool_(),
+        frozenset({int}): arrow.int64(),
+        frozenset({float}): arrow.float64(),
+        frozenset({int, float}): arrow.float64(),
+        frozenset(): arrow.null(),
+    }
+    columns = {name: kinds.get(frozenset(types - {type(None)})) for name, types in _columns(lines).items()}
+    schema = arrow.schema([(name, kind or arrow.string()) for name, kind in columns.items()])
+
+    def plain(row: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: value if value is None or columns[name] is not None else json.dumps(value)
+            for name, value in row.items()
+        }
+
+    with parquet.ParquetWriter(target, schema) as writer:
+        some: list[dict[str, Any]] = []
+        for row in _rows(lines):
+            some.append(plain(row))
+            if len(some) == _ROWS:
+                writer.write_table(arrow.Table.from_pylist(some, schema))
+                some = []
+        if some or not columns:
+            writer.write_table(arrow.Table.from_pylist(some, schema))
