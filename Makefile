@@ -7,7 +7,7 @@ export CASCADE_DATA ?= $(abspath ../shared/data)
 # Errors only: a first install downloads about 500 MB.
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
-.PHONY: demo test test-real lint docs docs-test bench clean
+.PHONY: demo test test-real soak lint docs docs-test bench clean
 
 .venv/pyvenv.cfg:
 	@$(PYTHON) -m venv .venv
@@ -48,6 +48,10 @@ test: .venv/dev-ready
 
 test-real: .venv/dev-ready
 	$(BIN)/python -m pytest -m real_data
+
+# Random operations for 20 minutes: answers never change, and memory stays flat.
+soak: .venv/dev-ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --minutes 20
 
 lint: .venv/dev-ready
 	$(BIN)/ruff check .

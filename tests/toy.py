@@ -193,17 +193,19 @@ def write_bundle(
     return folder
 
 
-def cascade_members(*, pair: bool = False) -> list[Member]:
-    """Return the members of `CASCADE`; for pairs, the last two."""
+def cascade_members(*, pair: bool = False, shift: int = 0) -> list[Member]:
+    """Return the members of `CASCADE`; for pairs, the last two. `shift` gives them other weights."""
     return [
-        Member(name, encoder_weights(layers=layers, hidden=hidden, seed=seed))
+        Member(name, encoder_weights(layers=layers, hidden=hidden, seed=seed + shift))
         for name, layers, hidden, seed in CASCADE[1 if pair else 0 :]
     ]
 
 
-def write_cascade(folder: Path, *, pair: bool = False, threshold: float = 0.8, max_length: int = 32) -> Path:
-    """Write the bundle of `cascade_members(pair=pair)`, with one threshold for all."""
-    members = cascade_members(pair=pair)
+def write_cascade(
+    folder: Path, *, pair: bool = False, shift: int = 0, threshold: float = 0.8, max_length: int = 32
+) -> Path:
+    """Write the bundle of `cascade_members` with the same arguments, with one threshold for all."""
+    members = cascade_members(pair=pair, shift=shift)
     return write_bundle(folder, members, thresholds=[threshold] * (len(members) - 1), pair=pair, max_length=max_length)
 
 
