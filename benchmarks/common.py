@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -129,6 +130,23 @@ def race(
         }
         for way, found in times.items()
     }
+
+
+def training_parser(description: str | None, report: str) -> argparse.ArgumentParser:
+    """Return a parser with the options of the scripts that train; `report`: the first word of their report's name."""
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    add = parser.add_argument
+    add("--task", required=True, choices=TASKS)
+    add("--data", type=Path, required=True, help="folder with the task's files")
+    add("--big-learning-rate", type=float, default=5e-5)
+    add("--batch-size", type=int, default=32)
+    add("--distill-weight", type=float, default=0.9)
+    add("--temperature", type=float, default=3.0)
+    add("--max-length", type=int, default=128)
+    add("--bf16", action="store_true", help="train in bfloat16")
+    add("--work", type=Path, help=f"members, logits and bundles (default: runs/{report}/TASK)")
+    add("--output", type=Path, help=f"default: results/{report}-TASK.json beside this script")
+    return parser
 
 
 def run_command(main: Callable[[], None]) -> None:

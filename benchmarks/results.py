@@ -29,7 +29,7 @@ from cascade_train.analysis import draw_curves, speedup_curve
 from cascade_train.difficulty import label_difficulty, read_difficulty
 from cascade_train.finetune import Objective, Recipe, finetune, logits_of
 from cascade_train.tasks import Examples, TaskData
-from common import RESULTS, TASKS, Parts, joined, race, read_parts, run_command
+from common import RESULTS, Parts, joined, race, read_parts, run_command, training_parser
 from numpy.typing import NDArray
 
 from cascade_rt import CascadeRuntime
@@ -345,10 +345,8 @@ def _show_exported(precision: str, found: Mapping[str, Any]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = training_parser(__doc__, "results")
     add = parser.add_argument
-    add("--task", required=True, choices=TASKS)
-    add("--data", type=Path, required=True, help="folder with the task's files")
     add("--base", action="append", required=True, metavar="NAME=DIR", help="encoder of a member, the biggest first")
     add("--truncated", type=int, action="append", default=[], metavar="K", help="also the biggest's first K layers")
     add("--plain", action="store_true", help="the smallest members on labels alone too")
@@ -361,16 +359,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--label-epochs", type=float, default=1.0, help="of a fold, times those of the member")
     add("--epochs", type=float, help="of the biggest member (default: by task)")
     add("--longer", type=float, default=1.0, help="epochs of the others, times those of the biggest")
-    add("--big-learning-rate", type=float, default=5e-5)
     add("--learning-rate", type=float, default=1e-4, help="of the others; twice as much up to 3 layers")
-    add("--batch-size", type=int, default=32)
-    add("--distill-weight", type=float, default=0.9)
-    add("--temperature", type=float, default=3.0)
-    add("--max-length", type=int, default=128)
-    add("--bf16", action="store_true", help="train in bfloat16")
     add("--no-exported", dest="exported", action="store_false", help="train and measure in torch alone")
-    add("--work", type=Path, help="members, logits and bundles (default: runs/results/TASK)")
-    add("--output", type=Path, help="default: results/results-TASK.json beside this script")
     return parser
 
 

@@ -28,7 +28,7 @@ from cascade_train import RECORD
 from cascade_train.exits import DEEBERT, FASTBERT, KINDS, PABEE, train_exits
 from cascade_train.finetune import Objective, Recipe, finetune, teacher_logits, teacher_states
 from cascade_train.tasks import TaskData
-from common import RESULTS, TASKS, Parts, joined, race, read_parts, run_command
+from common import RESULTS, Parts, joined, race, read_parts, run_command, training_parser
 from numpy.typing import NDArray
 
 from cascade_rt import CascadeRuntime, MemberEntry
@@ -330,10 +330,8 @@ def _show(report: Mapping[str, Any]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = training_parser(__doc__, "systems")
     add = parser.add_argument
-    add("--task", required=True, choices=TASKS)
-    add("--data", type=Path, required=True, help="folder with the task's files")
     add("--base", required=True, metavar="DIR", help="the big encoder")
     add("--complete", action="append", required=True, metavar="K=DIR", help="complete encoder of K layers")
     add(
@@ -344,19 +342,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--take", action="append", default=[], metavar="NAME=DIR", help=f'take this model, for instance "{BIG}=DIR"')
     add("--seeds", type=int, default=1, help="of all models but the big one; the first is timed")
     add("--big-epochs", type=float, default=3, help="of the big model and PABEE")
-    add("--big-learning-rate", type=float, default=5e-5)
     add("--epochs", type=float, default=3, help="of the small models")
     add("--learning-rate", type=float, default=1e-4)
     add("--exit-epochs", type=float, default=3, help="of the exits of DeeBERT and FastBERT")
     add("--exit-learning-rate", type=float, default=1e-3)
-    add("--batch-size", type=int, default=32)
-    add("--distill-weight", type=float, default=0.9)
-    add("--temperature", type=float, default=3.0)
-    add("--max-length", type=int, default=128)
-    add("--bf16", action="store_true", help="train in bfloat16")
     add("--no-timing", dest="timed", action="store_false", help="quality alone")
-    add("--work", type=Path, help="models and bundles (default: runs/systems/TASK)")
-    add("--output", type=Path, help="default: results/systems-TASK.json beside this script")
     return parser
 
 
