@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import io
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from .compression import DAMAGED, open_binary
 LONGEST_LINE = 2**25
 """Characters; a longer line is not kept in memory."""
 
+_UNDECODED = re.compile("[\udc80-\udcff]")
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -55,7 +57,7 @@ def read_lines(source: str | Path, *, encoding: str | None = None, newline: str 
                 return
             number += 1
             problem = _undecoded(text, stream.encoding)
-            if len(text) > LONGEST_LINE:
+            if len(text) > LONGEST_LINE and not text.endswith("\n"):
                 text = ""
                 while (more := stream.readline(LONGEST_LINE)) and not more.endswith("\n"):
                     pass
@@ -87,10 +89,8 @@ def _open_text(source: str | Path, encoding: str | None, newline: str) -> TextIO
 
 def _undecoded(text: str, encoding: str) -> str | None:
     """Return which byte of a line was not decoded; None if there is none."""
-    if text.isascii():
+    found = None if text.isascii() else _UNDECODED.search(text)
+    if found is None:
         return None
-    place = next((place for place, letter in enumerate(text) if "\udc80" <= letter <= "\udcff"), None)
-    if place is None:
-        return None
-    wanted = encoding.removesuffix("-sig").upper()
-    return f"found byte 0x{ord(text[place]) - 0xDC00:02x} at character {place + 1}, expected {wanted}; convert the file"
+    byte, wanted = ord(found[0]) - 0xDC00, encoding.removesuffix("-sig").upper()
+    return f"found byte 0x{byte:02x} at character {found.start() + 1}, expected {wanted}; convert the file"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from cascade_rt import CascadeRuntime
 from cascade_rt.errors import InputError, InvalidOption
 from cascade_rt.io import lines as lines_module
-from cascade_rt.io.readers import Rejected, read_examples, read_records
+from cascade_rt.io.readers import Example, Rejected, read_examples, read_records
 
 from .commands import run
 
@@ -129,6 +129,16 @@ def test_a_line_that_is_too_long_is_one_rejected_record(
     assert isinstance(second, Rejected)
     assert "found a line of over 100 characters" in second.reason
     assert [record.text for record in (first, *others) if not isinstance(record, Rejected)] == ["a", "c", "d" * 50]
+
+
+@pytest.mark.parametrize("length", [99, 100, 101])
+def test_only_lines_over_the_limit_are_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+    monkeypatch.setattr(lines_module, "LONGEST_LINE", 100)
+    Path("a.txt").write_text("x" * length + "\nnext\n")
+    first, second = read_records("a.txt", pair=False)
+    assert isinstance(first, Rejected) == (length > 100)
+    assert isinstance(second, Example)
+    assert second.text == "next"
 
 
 def test_rejects_are_for_jobs_that_go_on(capsys: pytest.CaptureFixture[str], bundle: Path) -> None:
