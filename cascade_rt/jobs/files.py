@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -63,16 +64,20 @@ class JobFiles:
 
     def remaining(self, records: Iterable[Example | Rejected]) -> Iterator[Example | Rejected]:
         """Yield the records that are still to be done; raise InputError if those before are not the ones that were."""
-        for at, record in enumerate(records):
-            content = (record.row,) if isinstance(record, Rejected) else (record.text, record.fields)
-            self._digest.update(repr(content).encode("utf-8", "surrogatepass"))
-            if at + 1 == self.done["records"] and self._digest.hexdigest() != self._expected:
-                raise InputError(
-                    f"the first {at + 1:,} rows of the input are not those of the interrupted run; delete "
-                    f"{self._partials[0]} to start again"
-                )
-            if at >= self.done["records"]:
-                yield record
+        before, rest = self.done["records"], iter(records)
+        seen = sum(1 for record in islice(rest, before) if self._add(record))
+        if before and (seen < before or self._digest.hexdigest() != self._expected):
+            raise InputError(
+                f"the first {before:,} rows of the input are not those of the interrupted run; delete "
+                f"{self._partials[0]} to start again"
+            )
+        yield from (record for record in rest if self._add(record))
+
+    def _add(self, record: Example | Rejected) -> bool:
+        """Add a record to the digest of the input."""
+        content = (record.row,) if isinstance(record, Rejected) else (record.text, record.fields)
+        self._digest.update(repr(content).encode("utf-8", "surrogatepass"))
+        return True
 
     def commit(self, records: int, answered: int, rejected: int) -> None:
         """Put what was written on the disk, and note that it covers this many records."""
@@ -124,20 +129,20 @@ class JobFiles:
         """Return the checkpoint to resume from; empty for a new job. Files of a run that has none are written over."""
         try:
             state: dict[str, Any] = json.loads(self._checkpoint.read_text("utf-8"))
-            sizes, records = state["bytes"], int(state["records"])
+            sizes, records, job = state["bytes"], int(state["records"]), dict(state["job"])
             if any(partial.stat().st_size < size for partial, size in zip(self._partials, sizes, strict=True)):
                 raise ValueError
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             return {}
         if not resume:
             raise InputError(
                 f"{self._partials[0]} has the first {records:,} rows of an interrupted run; go on with `resume`, or "
                 "delete it to start again"
             )
-        if differing := [key for key in self._job if self._job[key] != state["job"].get(key)]:
+        if differing := [key for key in self._job if self._job[key] != job.get(key)]:
             key = differing[0]
             raise InputError(
-                f"{self._partials[0]} is of a run with another {key} (found {state['job'].get(key)}, expected "
+                f"{self._partials[0]} is of a run with another {key} (found {job.get(key)}, expected "
                 f"{self._job[key]}); give the same command, or delete it to start again"
             )
         self.done = {name: int(state[name]) for name in self.done}

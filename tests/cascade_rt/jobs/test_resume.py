@@ -153,9 +153,13 @@ def test_another_input_is_not_continued(bundle: Path, tmp_path: Path, monkeypatc
     write_rows(Path("in.jsonl"), 100)
     with pytest.raises(Killed):
         run(runtime, tmp_path / "out.jsonl", resume=False, kill_at=5000)
-    Path("in.jsonl").write_text(Path("in.jsonl").read_text().replace('"id": 3,', '"id": 30,'))
-    with pytest.raises(InputError, match="the first [0-9]+ rows of the input are not those of the interrupted run"):
-        run(runtime, tmp_path / "out.jsonl", resume=True)
+    content = Path("in.jsonl").read_text()
+    for other in (content.replace('"id": 3,', '"id": 30,'), content[:200], ""):
+        Path("in.jsonl").write_text(other)
+        with pytest.raises(InputError, match="the first [0-9]+ rows of the input are not those of the interrupted run"):
+            run(runtime, tmp_path / "out.jsonl", resume=True)
+    Path("in.jsonl").write_text(content)
+    run(runtime, tmp_path / "out.jsonl", resume=True)
 
 
 def test_two_at_once_do_not_write_one_file(tmp_path: Path) -> None:
