@@ -43,7 +43,7 @@ def answer(
     on_error: str = STOP,
     rejects: TextIO | None = None,
 ) -> Iterator[None]:
-    """Write one line of JSON for each record, in order, and count it; yield after each chunk.
+    """Write one line of JSON for each record, in order, and count it; yield after each chunk that was read without an error.
 
     A record that cannot be used ends the job with InputError, after everything before it was written (STOP), is left
     out (SKIP), or gets a line with nulls and the reason as `error` (NULL). Each is also written to `rejects` with its
@@ -51,7 +51,7 @@ def answer(
     """
     if on_error not in ON_ERROR:
         raise InvalidOption("on_error", on_error, f"one of {', '.join(ON_ERROR)}")
-    for chunk in _chunks(records):
+    for chunk, complete in _chunks(records):
         for record, prediction in _answered(runtime, chunk):
             if not isinstance(record, Rejected):
                 output.write(json_line(record.fields, {name: getattr(prediction, name) for name in _FIELDS}))
@@ -65,23 +65,24 @@ def answer(
             if rejects is not None:
                 line = {"where": record.where, "reason": record.reason, "row": record.row}
                 rejects.write(json.dumps(line, ensure_ascii=False) + "\n")
-        yield
+        if complete:
+            yield
 
 
-def _chunks(records: Iterable[Example | Rejected]) -> Iterator[list[Example | Rejected]]:
-    """Yield the records in chunks; where reading fails, those before it come first."""
+def _chunks(records: Iterable[Example | Rejected]) -> Iterator[tuple[list[Example | Rejected], bool]]:
+    """Yield the records in chunks; where reading fails, those before it come first, with False."""
     chunk: list[Example | Rejected] = []
     try:
         for record in records:
             chunk.append(record)
             if len(chunk) == _CHUNK:
-                yield chunk
+                yield chunk, True
                 chunk = []
     except InputError:
-        yield chunk
+        yield chunk, False
         raise
     if chunk:
-        yield chunk
+        yield chunk, True
 
 
 def _answered(
