@@ -43,7 +43,7 @@ def answer(
     on_error: str = STOP,
     rejects: TextIO | None = None,
 ) -> Iterator[None]:
-    """Write one line of JSON for each record, in order, and count it; yield after each chunk that was read without an error.
+    """Write one line of JSON for each record, in order, and count it; yield after each chunk that was read in full.
 
     A record that cannot be used ends the job with InputError, after everything before it was written (STOP), is left
     out (SKIP), or gets a line with nulls and the reason as `error` (NULL). Each is also written to `rejects` with its
