@@ -10,6 +10,7 @@ plain loop over its members. Bundles are the tiny ones of the tests.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import pickle
@@ -21,6 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +154,9 @@ class Soak:
 
 
 def memory_mb() -> float:
-    """Return the resident memory of this process."""
+    """Return the resident memory of this process, without what the C library keeps of freed blocks."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
@@ -174,13 +178,13 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory(prefix="cascade-soak-") as folder:
         soak = Soak(Path(folder), options.seed)
-        started, samples = time.monotonic(), []
+        started, samples = time.monotonic(), list[float]()
         seconds = 60 * options.minutes
         while (elapsed := time.monotonic() - started) < seconds:
             (name,) = soak.draw.choices(list(weights), list(weights.values()))
             getattr(soak, name)()
             soak.done[name] += 1
-            if elapsed > 0.2 * seconds:  # the first fifth warms up
+            if elapsed > 0.2 * seconds + len(samples):  # the first fifth warms up; then once a second
                 samples.append(memory_mb())
     quarter = max(1, len(samples) // 4)
     first, last = float(np.median(samples[:quarter])), float(np.median(samples[-quarter:]))

@@ -115,7 +115,10 @@ def test_every_format_has_the_same_rows(bundle: Path, tmp_path: Path) -> None:
 
 def test_a_killed_command_goes_on_and_says_what_is_there(bundle: Path, tmp_path: Path) -> None:
     write_rows(Path("in.jsonl"), 30_000, bad=False)
-    command = [sys.executable, "-m", "cascade_rt", "predict", "--model-dir", str(bundle), "--threads", "1"]
+    # A shell starts its background jobs, and so perhaps the tests, with SIGINT ignored.
+    code = "import signal, cascade_rt.cli; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    command = [sys.executable, "-c", f"{code}raise SystemExit(cascade_rt.cli.main())"]
+    command += ["predict", "--model-dir", str(bundle), "--threads", "1"]
     command += ["--input", "in.jsonl", "--output", "out.jsonl"]
     for signum, status in ((signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)):
         resume = [] if signum == signal.SIGKILL else ["--resume"]
