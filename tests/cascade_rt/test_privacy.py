@@ -25,10 +25,6 @@ if __name__ == "__main__":
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         print(list(pool.map(runtime.predict, [["a good film"], ["so sad"]]))[0][0].label)
 """
-_EXPORT = """
-from cascade_export.export import export_bundle
-export_bundle([{member!r}], "bundle", max_accuracy_drop=100)
-"""
 _WRITES = re.compile(r'(?:openat|open|creat|mkdir|mkdirat|rename|renameat2?)\((?:AT_FDCWD, )?"([^"]*)"(.*)')
 
 
@@ -73,15 +69,6 @@ def test_the_command_writes_its_output_alone(bundle: Path, tmp_path: Path) -> No
     assert connections == []
     assert {Path(path).parent for path in written} == {tmp_path}
     assert all("out.jsonl" in path for path in written)
-    assert list((tmp_path / "home").iterdir()) == []
-
-
-def test_export_writes_its_bundle_alone(member_folders: list[Path], tmp_path: Path) -> None:
-    Path("main.py").write_text(_EXPORT.format(member=str(member_folders[0])))
-    connections, written = watched([sys.executable, "main.py"], tmp_path / "home")
-    assert connections == []
-    elsewhere = {path for path in written if Path(path).is_absolute() and not path.startswith(str(tmp_path))}
-    assert {path for path in elsewhere if not path.startswith("/tmp/")} == set()
     assert list((tmp_path / "home").iterdir()) == []
 
 
