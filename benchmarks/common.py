@@ -9,12 +9,13 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from cascade_train.tasks import GLUE, Examples, TaskData, hold_out, load_evaluation, load_file, load_task, reserve
 
 from cascade_rt import CascadeError, CascadeRuntime
+from cascade_rt.benchmark.machine import describe
 from cascade_rt.benchmark.workload import Spread, spread
 from cascade_rt.io.readers import read_examples
 from cascade_rt.types import Text
@@ -42,14 +43,21 @@ class Parts:
     """For figures alone."""
     reported_on: str
 
-    def rows(self) -> dict[str, int]:
-        """Return the number of examples in each part."""
-        return {
+    def described(self) -> dict[str, Any]:
+        """Return how a report begins: the machine, the task, and the number of examples in each part."""
+        rows = {
             "train": len(self.data.train),
             "validation": len(self.data.validation),
             "tuning": len(self.tuning),
             "certification": len(self.certification or ()),
             "reported": len(self.reported),
+        }
+        return {
+            "machine": describe(),
+            "task": self.data.name,
+            "metric": self.data.metric,
+            "rows": rows,
+            "reported_on": self.reported_on,
         }
 
 

@@ -33,7 +33,6 @@ from common import RESULTS, Parts, joined, race, read_parts, run_command, traini
 from numpy.typing import NDArray
 
 from cascade_rt import CascadeRuntime
-from cascade_rt.benchmark.machine import describe
 from cascade_rt.bundle import MANIFEST, MemberEntry
 from cascade_rt.engine.exit_rules import Thresholds
 from cascade_rt.engine.probabilities import confidence, softmax
@@ -83,12 +82,7 @@ def main() -> None:
     work: Path = options.work or Path("runs") / "results" / options.task
     work.mkdir(parents=True, exist_ok=True)
     kinds = _kinds(options)
-    report: dict[str, Any] = {
-        "machine": describe(),
-        "task": options.task,
-        "metric": parts.data.metric,
-        "rows": parts.rows(),
-        "reported_on": parts.reported_on,
+    report = parts.described() | {
         "bases": {kind.name: Path(kind.base).name for kind in kinds},
         "distillation": {"weight": options.distill_weight, "temperature": options.temperature},
         "once": [kind.name for kind in kinds if kind.once],

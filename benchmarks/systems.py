@@ -17,6 +17,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,6 @@ from common import RESULTS, Parts, joined, race, read_parts, run_command, traini
 from numpy.typing import NDArray
 
 from cascade_rt import CascadeRuntime, MemberEntry
-from cascade_rt.benchmark.machine import describe
 from cascade_rt.bundle import MANIFEST
 from cascade_rt.engine.cost import cumulative_layers
 from cascade_rt.engine.exit_rules import exits_under
@@ -75,12 +75,7 @@ def main() -> None:
     work: Path = options.work or Path("runs") / "systems" / options.task
     (work / "bundles").mkdir(parents=True, exist_ok=True)
     output: Path = options.output or RESULTS / f"systems-{options.task}.json"
-    report: dict[str, Any] = {
-        "machine": describe(),
-        "task": options.task,
-        "metric": parts.data.metric,
-        "rows": parts.rows(),
-        "reported_on": parts.reported_on,
+    report = parts.described() | {
         "complete": {f"{layers}L": Path(base).name for layers, base in _complete(options).items()},
         "seeds": [],
     }
@@ -123,7 +118,7 @@ def _complete(options: argparse.Namespace) -> dict[int, str]:
 
 def _trainings(options: argparse.Namespace, data: TaskData, work: Path, seed: int) -> dict[str, Training]:
     """Return how to train each model into a folder, by name, the big model first."""
-    big, k = str(_folder(BIG, seed, options, work)), options.compressed
+    big, k, complete = str(_folder(BIG, seed, options, work)), options.compressed, _complete(options)
     recipe = Recipe(
         epochs=options.epochs,
         learning_rate=options.learning_rate,
@@ -136,9 +131,13 @@ def _trainings(options: argparse.Namespace, data: TaskData, work: Path, seed: in
     )
     whole = replace(recipe, learning_rate=options.big_learning_rate, epochs=options.big_epochs)
 
+    @cache
+    def answers() -> NDArray[np.float32]:
+        return teacher_logits(big, data, recipe)
+
     def objective(**more: Any) -> Objective:
         taught = {"distill_weight": options.distill_weight, "temperature": options.temperature}
-        return Objective(teacher=teacher_logits(big, data, recipe), **taught, **more)
+        return Objective(teacher=answers(), **taught, **more)
 
     def labels(base: str, **more: Any) -> Training:
         return lambda to: finetune(base, data, to, recipe=recipe, **more)
@@ -158,9 +157,9 @@ def _trainings(options: argparse.Namespace, data: TaskData, work: Path, seed: in
 
     found: dict[str, Training] = {BIG: lambda to: finetune(options.base, data, to, recipe=replace(whole, seed=0))}
     found |= {f"BERT-{layers}L": labels(options.base, layers=layers) for layers in options.first}
-    found |= {f"complete {layers}L": labels(base) for layers, base in _complete(options).items()}
+    found |= {f"complete {layers}L": labels(base) for layers, base in complete.items()}
     found |= {NAMES[kind]: exits(kind) for kind in KINDS}
-    found |= {f"BERT-PD {layers}L": student(base) for layers, base in _complete(options).items()}
+    found |= {f"BERT-PD {layers}L": student(base) for layers, base in complete.items()}
     found[f"BERT-PKD {k}L"] = patient
     found[f"BERT-of-Theseus {k}L"] = labels(big, layers=k, module_replacing=True)
     if options.distilled:
@@ -219,10 +218,12 @@ def _measured(
     deebert_layers = cumulative_layers(runtimes[DEEBERT_NAME].bundle.members)
     by_layer: dict[str, dict[str, Any]] = {}
     for system in systems:
+        if system.row is None:
+            continue
         layers = cumulative_layers(runtimes[system.name].bundle.members).tolist()
-        for depth, logits in zip(layers, answers[system.name][0], strict=True) if system.row else ():
+        for depth, logits in zip(layers, answers[system.name][0], strict=True):
             there = deebert_layers[emitted] == depth
-            by_layer.setdefault(str(system.row), {})[str(depth)] = _by_layer(softmax(logits), labels, there)
+            by_layer.setdefault(system.row, {})[str(depth)] = _by_layer(softmax(logits), labels, there)
     return {"systems": found, "by_layer": by_layer}
 
 

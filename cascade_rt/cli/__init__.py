@@ -22,7 +22,7 @@ from .. import __version__
 from ..errors import CascadeError, InputError, first_line
 from .parser import Command, CommandParser
 from .rendering import printable
-from .signals import Stopped, stopping
+from .signals import Termination, termination
 
 BUILT_IN = ("predict", "info", "evaluate", "tune", "benchmark", "push")
 GROUP = "cascade_rt.commands"
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser = CommandParser(argv[0], command)
             names = parser.option_names()
             options = parser.parse_args(argv[1:])
-            with stopping():
+            with termination():
                 command.run(options)
     except CascadeError as error:
         return _complain(error.spelled(names))
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(f"{error.filename or 'input or output'}: {error.strerror or error}")
     except KeyboardInterrupt:
         return 130
-    except Stopped as stopped:
+    except Termination as stopped:
         return stopped.status
     return 0
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from ..errors import InputError
-from ..io.readers import FORMATS, Example, Rejected, read_records
+from ..io.readers import FORMATS, Example, Reject, read_records
 from ..io.writers import open_output
 from ..jobs.answering import ON_ERROR, SKIP, STOP, Counts, answer
 from ..jobs.files import JobFiles
@@ -18,7 +18,7 @@ from ..types import Text
 from .options import add_bundle, add_input, add_running, add_threshold, open_runtime, progress_bar, reading, rows_of
 from .parser import CommandParser
 from .rendering import exits_line, printable
-from .signals import Stopped
+from .signals import Termination
 
 SUMMARY = "classify texts"
 EXAMPLE = 'cascade-rt predict --model-dir bundle/ "a text" "another text"'
@@ -98,7 +98,7 @@ def _to_file(runtime: CascadeRuntime, output: Path, options: argparse.Namespace,
     try:
         with _progress(options) as progress:
             records = files.remaining(_records(runtime, options))
-            with files.named():
+            with files.disk_errors():
                 for _ in answer(
                     runtime, records, files.lines, counts, on_error=options.on_error, rejects=files.rejects
                 ):
@@ -110,14 +110,14 @@ def _to_file(runtime: CascadeRuntime, output: Path, options: argparse.Namespace,
             kept = f"the answers before it are in {options.output}.partial, and `resume` goes on after "
             raise InputError(f"{error}; {kept}{files.done['records']:,} rows") from error
         raise
-    except (KeyboardInterrupt, Stopped):
+    except (KeyboardInterrupt, Termination):
         print(f"cascade-rt: stopped; --resume goes on after {files.done['records']:,} rows", file=sys.stderr)
         raise
     finally:
         files.close()
 
 
-def _records(runtime: CascadeRuntime, options: argparse.Namespace) -> Iterator[Example | Rejected]:
+def _records(runtime: CascadeRuntime, options: argparse.Namespace) -> Iterator[Example | Reject]:
     pair = runtime.bundle.pair
     if options.text:
         return iter(_from_arguments(options.text, pair))

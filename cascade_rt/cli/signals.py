@@ -11,7 +11,7 @@ from typing import Any
 _NAMES = ("SIGTERM", "SIGHUP")  # Windows has no SIGHUP
 
 
-class Stopped(BaseException):
+class Termination(BaseException):
     """A signal asked the process to end. `status`: its exit status, 128 plus the signal's number."""
 
     def __init__(self, number: int) -> None:
@@ -20,8 +20,8 @@ class Stopped(BaseException):
 
 
 @contextmanager
-def stopping() -> Iterator[None]:
-    """Raise Stopped in the block when one of the signals arrives, unless the process ignores it."""
+def termination() -> Iterator[None]:
+    """Raise Termination in the block when one of the signals arrives, unless the process ignores it."""
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for name in _NAMES:
@@ -36,4 +36,4 @@ def stopping() -> Iterator[None]:
 
 
 def _stop(number: int, frame: object) -> None:
-    raise Stopped(number)
+    raise Termination(number)

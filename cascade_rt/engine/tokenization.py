@@ -99,7 +99,6 @@ class TextTokenizer:
             "direction": "right",
         }
         self._cuts_left = (self._tokenizer.truncation or {}).get("direction") == "left"
-        self._splits_at_spaces = _splits_at_spaces(json.loads(self._tokenizer.to_str())["pre_tokenizer"])
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self.max_length = max_length
@@ -110,7 +109,8 @@ class TextTokenizer:
         """Encode texts (or pairs); raise TextError for anything else, and for pairs where single texts are expected."""
         for index, text in enumerate(texts):
             self._check(text, index)
-        whole, texts = texts, [self._beginning_of(text, index) for index, text in enumerate(texts)]
+        long = {index: text for index, text in enumerate(texts) if _longest_side(text) > _LONGEST}
+        texts = [self._beginning_of(text, index) if index in long else text for index, text in enumerate(texts)]
         seconds = 0.0
         encodings: list[Encoding | _Cut] = []
         try:
@@ -118,10 +118,10 @@ class TextTokenizer:
                 started = perf_counter()
                 encoded = self._encode(part)
                 seconds += perf_counter() - started
-                for encoding in encoded:
-                    if texts[len(encodings)] is not whole[len(encodings)]:
-                        self._check_beginning(encoding, whole[len(encodings)], len(encodings))
-                    encodings.append(self._cut(encoding))
+                for index, encoding in enumerate(encoded, len(encodings)):
+                    if index in long:
+                        self._check_beginning(encoding, long[index], index)
+                encodings += map(self._cut, encoded)
         except TextError:
             raise
         except (TypeError, UnicodeEncodeError) as error:
@@ -133,13 +133,10 @@ class TextTokenizer:
         return Encoded(encodings, self._padding, seconds)
 
     def _beginning_of(self, text: Text, index: int) -> Text:
-        """Return the beginning of a very long text, all others as they are; raise TextError where that is unsafe."""
+        """Return a text without what is far beyond the maximum length; raise TextError where that is unsafe."""
         if isinstance(text, str):
-            return text if len(text) <= _LONGEST else self._beginning(text, index)
-        first, second = text
-        if len(first) <= _LONGEST and len(second) <= _LONGEST:
-            return text
-        return self._beginning(first, index), self._beginning(second, index)
+            return self._beginning(text, index)
+        return self._beginning(text[0], index), self._beginning(text[1], index)
 
     def _beginning(self, text: str, index: int) -> str:
         if len(text) <= _LONGEST:
@@ -150,6 +147,16 @@ class TextTokenizer:
         if not ends:
             raise _too_long(index, f"no word ends shortly before character {_LONGEST:,}")
         return text[: ends[-1]]
+
+    @cached_property
+    def _splits_at_spaces(self) -> bool:
+        """Whether words are tokenized on their own, whatever follows them."""
+        pre_tokenizer: Mapping[str, Any] = json.loads(self._tokenizer.to_str())["pre_tokenizer"] or {
+            "pretokenizers": []
+        }
+        parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+        kinds = {part["type"] for part in parts if part.get("use_regex", True) and part.get("split", True)}
+        return bool(kinds & _SPLIT_AT_SPACES) and kinds <= _SPLIT_AT_SPACES | _SPLIT_FURTHER
 
     def _check_beginning(self, encoding: Encoding, whole: Text, index: int) -> None:
         """Raise TextError if the beginning of a text has fewer tokens than remain of it."""
@@ -187,13 +194,8 @@ class TextTokenizer:
             raise TextError(index, f"found {_kind(text)}, expected a text: this bundle's task is on single texts")
 
 
-def _splits_at_spaces(pre_tokenizer: Mapping[str, Any] | None) -> bool:
-    """Return whether words are tokenized on their own, whatever follows them."""
-    if pre_tokenizer is None:
-        return False
-    parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    kinds = {part["type"] for part in parts if part.get("use_regex", True) and part.get("split", True)}
-    return len(parts) > 0 and bool(kinds & _SPLIT_AT_SPACES) and kinds <= _SPLIT_AT_SPACES | _SPLIT_FURTHER
+def _longest_side(text: Text) -> int:
+    return len(text) if isinstance(text, str) else max(map(len, text))
 
 
 def _too_long(index: int, reason: str) -> TextError:

@@ -48,11 +48,11 @@ def read_lines(source: str | Path, *, encoding: str | None = None, newline: str 
                 text = stream.readline(LONGEST_LINE + 1)
             except UnicodeError as error:  # only of encodings that cannot mark single bytes
                 raise InputError(
-                    f"{named(source)}:{number + 1}: cannot be decoded at or after this line ({error}); name another "
-                    "`encoding`"
+                    f"{source_name(source)}:{number + 1}: cannot be decoded at or after this line ({error}); name "
+                    "another `encoding`"
                 ) from error
             except (OSError, *DAMAGED) as error:
-                raise InputError(f"{named(source)}:{number + 1}: cannot be read further ({error})") from error
+                raise InputError(f"{source_name(source)}:{number + 1}: cannot be read further ({error})") from error
             if not text:
                 return
             number += 1
@@ -65,7 +65,7 @@ def read_lines(source: str | Path, *, encoding: str | None = None, newline: str 
             yield Line(number, text, problem)
 
 
-def named(source: str | Path) -> str:
+def source_name(source: str | Path) -> str:
     """Return what messages call a source."""
     return "standard input" if str(source) == "-" else str(source)
 

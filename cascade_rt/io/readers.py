@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import glob
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from ..errors import InputError, InvalidOption, MissingExtraError
 from ..types import Text
 from .compression import without_compression
-from .lines import LONGEST_LINE, Line, named, read_lines
+from .lines import LONGEST_LINE, Line, read_lines, source_name
 
 FORMATS = ("jsonl", "json", "csv", "tsv", "txt", "parquet")
 _ALIASES = {"ndjson": "jsonl"}
@@ -56,14 +56,14 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Rejected:
+class Reject:
     """A record that cannot be used."""
 
     where: str
     """Its position ("file:line")."""
     reason: str
     row: str
-    """As the file has it; the fields as JSON for parquet."""
+    """As the file has it; as JSON for parquet and json."""
     error: InputError
     """What `read_examples` raises for it."""
     fields: dict[str, Any] = field(default_factory=dict)
@@ -75,7 +75,8 @@ class _Record(NamedTuple):
 
     number: int
     """The line it ends on, or the row of a parquet file, from 1."""
-    row: str
+    row: str | None
+    """As a text file has it; None for parquet and json."""
     content: Any
     """A line, or the fields."""
     problem: str | None = None
@@ -100,9 +101,10 @@ def read_examples(
     "premise"/"hypothesis", ...). `encoding`: that of `read_lines`. `skip_malformed` skips table rows with a wrong
     number of fields (QQP's official file has some). Raises InputError for a file or a record that cannot be used.
     """
-    settings: dict[str, Any] = {"format": format, "columns": columns, "encoding": encoding}
-    for record in read_records(source, pair=pair, **settings, skip_malformed=skip_malformed):
-        if isinstance(record, Rejected):
+    for record in read_records(
+        source, pair=pair, format=format, columns=columns, encoding=encoding, skip_malformed=skip_malformed
+    ):
+        if isinstance(record, Reject):
             raise record.error
         yield record
 
@@ -115,7 +117,7 @@ def read_records(
     columns: tuple[str, ...] | None = None,
     encoding: str | None = None,
     skip_malformed: bool = False,
-) -> Iterator[Example | Rejected]:
+) -> Iterator[Example | Reject]:
     """Yield the records of a file, those that cannot be used too; arguments as for `read_examples`.
 
     Raises InputError for a file that cannot be read, a wrong header, and a table without the columns.
@@ -126,17 +128,18 @@ def read_records(
         raise InvalidOption("columns", list(columns), wanted)
     if format is not None and format not in FORMATS:
         raise InvalidOption("format", format, f"one of {', '.join(FORMATS)}")
-    files = input_files(source)
-    if files is not None:
-        settings: dict[str, Any] = {"format": format, "columns": columns, "encoding": encoding}
-        for file in files:
-            yield from read_records(file, pair=pair, **settings, skip_malformed=skip_malformed)
-        return
-    kind = format or _format_of(source)
-    name = named(source)
+    for file in input_files(source):
+        kind = format or _format_of(file)
+        yield from _checked(_read_file(file, kind, encoding, skip_malformed), source_name(file), kind, pair, columns)
+
+
+def _checked(
+    records: Iterator[_Record], name: str, kind: str, pair: bool, columns: tuple[str, ...] | None
+) -> Iterator[Example | Reject]:
+    """Turn the records of one file into examples, or say why they cannot be."""
     text: Text
     fields: dict[str, Any]
-    for record in _read_records(source, kind, encoding, skip_malformed):
+    for record in records:
         where = f"{name}:{record.number}"
         if kind in _TABLES and record.problem is None:
             columns = columns or _find_columns(record.content, pair, where)
@@ -153,13 +156,14 @@ def read_records(
                 texts = tuple(_text_field(fields, column, where) for column in columns)
                 text = (texts[0], texts[1]) if pair else texts[0]
         except InputError as error:
-            yield Rejected(where, str(error).removeprefix(f"{where}: "), record.row, error)
+            row = json.dumps(record.content, default=str) if record.row is None else record.row
+            yield Reject(where, str(error).removeprefix(f"{where}: "), row, error)
         else:
             yield Example(text, fields, where)
 
 
-def input_files(source: str | Path) -> list[Path] | None:
-    """Return the files of a folder or a pattern in the order of their names; None for one file or standard input.
+def input_files(source: str | Path) -> Sequence[str | Path]:
+    """Return the files of a folder or a pattern in the order of their names; one file, or "-", as it is.
 
     Of a folder: those whose ending is known, without hidden ones. Raises InputError where there are none.
     """
@@ -174,7 +178,7 @@ def input_files(source: str | Path) -> list[Path] | None:
     elif glob.has_magic(str(source)) and not path.exists():
         found = sorted(map(Path, glob.glob(str(source), recursive=True)))  # noqa: PTH207 - absolute patterns too
     else:
-        return None
+        return [source]
     if not found:
         raise InputError(f"{source}: found no files; expected some of {', '.join('.' + known for known in FORMATS)}")
     return found
@@ -193,18 +197,18 @@ def _format_of(source: str | Path) -> str:
     return ending
 
 
-def _read_records(source: str | Path, kind: str, encoding: str | None, skip_malformed: bool) -> Iterator[_Record]:
+def _read_file(source: str | Path, kind: str, encoding: str | None, skip_malformed: bool) -> Iterator[_Record]:
     if kind == "parquet":
-        yield from _read_parquet(source, named(source))
+        yield from _read_parquet(source, source_name(source))
     elif kind == "json":
         yield from _read_array(source, encoding)
     elif kind == "csv":
-        yield from _read_table(_csv_rows(source, encoding), named(source), skip_malformed)
+        yield from _read_table(_csv_rows(source, encoding), source_name(source), skip_malformed)
     else:
         lines = (_record(line) for line in read_lines(source, encoding=encoding))
         if kind == "tsv":
             rows = (record._replace(content=record.content.split("\t")) for record in lines)
-            yield from _read_table(rows, named(source), skip_malformed)
+            yield from _read_table(rows, source_name(source), skip_malformed)
         elif kind == "jsonl":
             yield from (record for record in lines if record.problem or record.content.strip())
         else:
@@ -289,7 +293,7 @@ def _read_parquet(source: str | Path, name: str) -> Iterator[_Record]:
             for batch in file.iter_batches(batch_size=1024):
                 for fields in batch.to_pylist():
                     number += 1
-                    yield _Record(number, json.dumps(fields, default=str), fields)
+                    yield _Record(number, None, fields)
     except (arrow.ArrowException, ValueError, OverflowError, OSError) as error:
         raise InputError(f"{name}: not a readable parquet file ({error})") from error
 
@@ -297,15 +301,17 @@ def _read_parquet(source: str | Path, name: str) -> Iterator[_Record]:
 def _read_array(source: str | Path, encoding: str | None) -> Iterator[_Record]:
     lines = list(read_lines(source, encoding=encoding))
     if problem := next((line for line in lines if line.problem), None):
-        raise InputError(f"{named(source)}:{problem.number}: {problem.problem}")
+        raise InputError(f"{source_name(source)}:{problem.number}: {problem.problem}")
     try:
         found = json.loads("".join(line.text for line in lines))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{named(source)}: not JSON ({error}); expected an array of objects") from error
+        raise InputError(f"{source_name(source)}: not JSON ({error}); expected an array of objects") from error
     if not isinstance(found, list):
-        raise InputError(f"{named(source)}: found JSON of type {type(found).__name__}, expected an array of objects")
+        raise InputError(
+            f"{source_name(source)}: found JSON of type {type(found).__name__}, expected an array of objects"
+        )
     for number, item in enumerate(found, 1):
-        yield _Record(number, json.dumps(item), item)
+        yield _Record(number, None, item)
 
 
 def _json_object(line: str, where: str) -> dict[str, Any]:

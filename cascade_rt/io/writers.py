@@ -23,11 +23,7 @@ def open_output(target: str | Path) -> Iterator[TextIO]:
         yield sys.stdout
         sys.stdout.flush()
         return
-    path = Path(target).resolve()
-    if path.is_dir():
-        raise InputError(f"cannot write {target}: it is a folder; name a file")
-    if not path.parent.is_dir():
-        raise InputError(f"cannot write {target}: the folder {path.parent} does not exist; create it first")
+    path = output_path(target)
     in_place = path.exists() and not path.is_file()  # a device or a pipe is written to, never replaced
     partial = path if in_place else path.parent / f".{path.name}.partial-{os.getpid()}"
     try:
@@ -38,6 +34,16 @@ def open_output(target: str | Path) -> Iterator[TextIO]:
     finally:
         if not in_place:
             partial.unlink(missing_ok=True)
+
+
+def output_path(target: str | Path) -> Path:
+    """Return the absolute path of a file to write; raise InputError for a folder, and for one in no existing folder."""
+    path = Path(target).resolve()
+    if path.is_dir():
+        raise InputError(f"cannot write {target}: it is a folder; name a file")
+    if not path.parent.is_dir():
+        raise InputError(f"cannot write {target}: the folder {path.parent} does not exist; create it first")
+    return path
 
 
 def write_json(path: Path, value: object) -> None:

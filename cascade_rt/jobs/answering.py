@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TextIO
 
 from ..errors import InputError, InvalidOption, TextError
-from ..io.readers import Example, Rejected
+from ..io.readers import Example, Reject
 from ..io.writers import json_line
 from ..runtime import CascadeRuntime
 from ..types import Prediction
@@ -36,7 +36,7 @@ class Counts:
 
 def answer(
     runtime: CascadeRuntime,
-    records: Iterable[Example | Rejected],
+    records: Iterable[Example | Reject],
     output: TextIO,
     counts: Counts,
     *,
@@ -53,7 +53,7 @@ def answer(
         raise InvalidOption("on_error", on_error, f"one of {', '.join(ON_ERROR)}")
     for chunk, complete in _chunks(records):
         for record, prediction in _answered(runtime, chunk):
-            if not isinstance(record, Rejected):
+            if not isinstance(record, Reject):
                 output.write(json_line(record.fields, {name: getattr(prediction, name) for name in _FIELDS}))
                 counts.answered += 1
                 continue
@@ -69,9 +69,9 @@ def answer(
             yield
 
 
-def _chunks(records: Iterable[Example | Rejected]) -> Iterator[tuple[list[Example | Rejected], bool]]:
+def _chunks(records: Iterable[Example | Reject]) -> Iterator[tuple[list[Example | Reject], bool]]:
     """Yield the records in chunks; where reading fails, those before it come first, with False."""
-    chunk: list[Example | Rejected] = []
+    chunk: list[Example | Reject] = []
     try:
         for record in records:
             chunk.append(record)
@@ -86,8 +86,8 @@ def _chunks(records: Iterable[Example | Rejected]) -> Iterator[tuple[list[Exampl
 
 
 def _answered(
-    runtime: CascadeRuntime, chunk: list[Example | Rejected]
-) -> Iterator[tuple[Example | Rejected, Prediction | None]]:
+    runtime: CascadeRuntime, chunk: list[Example | Reject]
+) -> Iterator[tuple[Example | Reject, Prediction | None]]:
     """Yield each record with its prediction; a text that the runtime cannot use becomes a rejected record."""
     records = list(chunk)
     waiting = [place for place, record in enumerate(records) if isinstance(record, Example)]
@@ -101,7 +101,7 @@ def _answered(
             found = TextError(error.index, error.reason, example.where)
             found.__cause__ = error
             row = json.dumps(example.fields, default=str) if example.fields else str(example.text)
-            records[bad] = Rejected(example.where, error.reason, row, found, example.fields)
+            records[bad] = Reject(example.where, error.reason, row, found, example.fields)
         else:
             break
     for place, record in enumerate(records):

@@ -1,4 +1,4 @@
-"""The files of a job that survives a kill: what is done so far lies beside the output, with a checkpoint.
+"""The files of a job that can be resumed after a kill: the answers so far, and a checkpoint, beside the output.
 
 `out.csv.gz` grows as JSON lines in `out.csv.gz.partial`; `out.csv.gz.checkpoint` says how many records of the input it
 covers. When the job is complete, the output is written from it and takes its name, and both disappear.
@@ -20,8 +20,8 @@ from typing import Any, TextIO
 
 from ..errors import InputError, MissingExtraError
 from ..io.compression import without_compression, write_binary
-from ..io.readers import Example, Rejected
-from ..io.writers import write_json
+from ..io.readers import Example, Reject
+from ..io.writers import output_path, write_json
 
 _ROWS = 10_000  # converted at a time
 
@@ -35,9 +35,10 @@ class JobFiles:
         Raises InputError if the output cannot be written, an interrupted run is there and `resume` is not given, or it
         was another job's.
         """
-        self.output = output.resolve()
-        self._check_name()
-        self._targets = [self.output] + ([] if rejects is None else [rejects.resolve()])
+        self.output = output_path(output)
+        if without_compression(output).suffix.lower() == ".parquet":
+            _parquet()  # fails before the work, not after
+        self._targets = [self.output] + ([] if rejects is None else [output_path(rejects)])
         self._partials = [target.with_name(f"{target.name}.partial") for target in self._targets]
         self._checkpoint = self.output.with_name(f"{self.output.name}.checkpoint")
         self._job = dict(job)
@@ -46,7 +47,7 @@ class JobFiles:
         """What the files cover: as of the checkpoint, until the next one."""
         state = self._found(resume)
         self._expected: str | None = state.get("digest")
-        with self.named():
+        with self.disk_errors():
             self._streams = [
                 _append(partial, state.get("bytes", [0, 0])[at]) for at, partial in enumerate(self._partials)
             ]
@@ -62,7 +63,7 @@ class JobFiles:
         """Where lines of the rejects go."""
         return self._streams[1] if len(self._streams) > 1 else None
 
-    def remaining(self, records: Iterable[Example | Rejected]) -> Iterator[Example | Rejected]:
+    def remaining(self, records: Iterable[Example | Reject]) -> Iterator[Example | Reject]:
         """Yield the records that are still to be done; raise InputError if those before are not the ones that were."""
         before, rest = self.done["records"], iter(records)
         seen = sum(1 for record in islice(rest, before) if self._add(record))
@@ -73,19 +74,17 @@ class JobFiles:
             )
         yield from (record for record in rest if self._add(record))
 
-    def _add(self, record: Example | Rejected) -> bool:
+    def _add(self, record: Example | Reject) -> bool:
         """Add a record to the digest of the input."""
-        content = (record.row,) if isinstance(record, Rejected) else (record.text, record.fields)
+        content = (record.row,) if isinstance(record, Reject) else (record.text, record.fields)
         self._digest.update(repr(content).encode("utf-8", "surrogatepass"))
         return True
 
     def commit(self, records: int, answered: int, rejected: int) -> None:
         """Put what was written on the disk, and note that it covers this many records."""
         self.done = {"records": records, "answered": answered, "rejected": rejected}
-        with self.named():
-            for stream in self._streams:
-                stream.flush()
-                os.fsync(stream.fileno())
+        with self.disk_errors():
+            self._sync()
             sizes = [partial.stat().st_size for partial in self._partials]
             write_json(
                 self._checkpoint, self.done | {"job": self._job, "bytes": sizes, "digest": self._digest.hexdigest()}
@@ -93,10 +92,8 @@ class JobFiles:
 
     def finish(self) -> None:
         """Give the files their names."""
-        with self.named():
-            for stream in self._streams:
-                stream.flush()
-                os.fsync(stream.fileno())
+        with self.disk_errors():
+            self._sync()
             fresh = self.output.with_name(f".fresh-{os.getpid()}-{self.output.name}")
             try:
                 converted = _convert(self._partials[0], fresh)
@@ -109,21 +106,16 @@ class JobFiles:
         self._partials[0].unlink(missing_ok=True)
         self._checkpoint.unlink(missing_ok=True)
 
+    def _sync(self) -> None:
+        for stream in self._streams:
+            stream.flush()
+            os.fsync(stream.fileno())
+
     def close(self) -> None:
         """Close the files as they are, for a later run to resume."""
         for stream in self._streams:
             with suppress(OSError):  # what is not on the disk yet is not in the checkpoint either
                 stream.close()
-
-    def _check_name(self) -> None:
-        if without_compression(self.output).suffix.lower() == ".parquet":
-            _parquet()  # fails before the work, not after
-        if self.output.is_dir():
-            raise InputError(f"cannot write {self.output}: it is a folder; name a file")
-        if not self.output.parent.is_dir():
-            raise InputError(
-                f"cannot write {self.output}: the folder {self.output.parent} does not exist; create it first"
-            )
 
     def _found(self, resume: bool) -> dict[str, Any]:
         """Return the checkpoint to resume from; empty for a new job. Files of a run that has none are written over."""
@@ -149,7 +141,7 @@ class JobFiles:
         return state
 
     @contextmanager
-    def named(self) -> Iterator[None]:
+    def disk_errors(self) -> Iterator[None]:
         """Name the output in an error of the system, for instance on a full disk."""
         try:
             yield

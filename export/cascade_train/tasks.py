@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cascade_rt.errors import InputError, InvalidOption
-from cascade_rt.io.readers import Rejected, read_examples, read_records
+from cascade_rt.io.readers import Reject, read_examples, read_records
 from cascade_rt.io.writers import json_line, open_output
 from cascade_rt.types import Text
 from cascade_train import smart_home
@@ -286,7 +286,7 @@ def _read_labelled(
     rows: list[tuple[Text, str]] = []
     for record in read_records(path, pair=pair, columns=columns):
         try:
-            if isinstance(record, Rejected):
+            if isinstance(record, Reject):
                 raise record.error
             if not all(map(str.strip, [record.text] if isinstance(record.text, str) else record.text)):
                 raise InputError(f"{record.where}: found an empty text; leave the row out")

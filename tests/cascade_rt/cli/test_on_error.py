@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from cascade_rt import CascadeRuntime
 from cascade_rt.errors import InputError, InvalidOption
 from cascade_rt.io import lines as lines_module
-from cascade_rt.io.readers import Example, Rejected, read_examples, read_records
+from cascade_rt.io.readers import Example, Reject, read_examples, read_records
 
 from .commands import run
 
@@ -89,9 +89,9 @@ def test_rejected_records_have_their_exact_line_and_the_others_are_read(
 ) -> None:
     Path(name).write_bytes(content)
     records = list(read_records(name, pair=False))
-    rejected = [record for record in records if isinstance(record, Rejected)]
+    rejected = [record for record in records if isinstance(record, Reject)]
     assert [record.where for record in rejected] == wheres
-    kept = [record.text for record in records if not isinstance(record, Rejected)]
+    kept = [record.text for record in records if not isinstance(record, Reject)]
     assert kept == ["fine"] * 2
     with pytest.raises(InputError, match=f"^{wheres[0]}: "):
         list(read_examples(name, pair=False))
@@ -126,9 +126,9 @@ def test_a_line_that_is_too_long_is_one_rejected_record(
     rows = [*header, wrap.format("a"), wrap.format("b" * 1000), wrap.format("c"), wrap.format("d" * 50)]
     Path(name).write_text("\n".join(rows))
     first, second, *others = read_records(name, pair=False)
-    assert isinstance(second, Rejected)
+    assert isinstance(second, Reject)
     assert "found a line of over 100 characters" in second.reason
-    assert [record.text for record in (first, *others) if not isinstance(record, Rejected)] == ["a", "c", "d" * 50]
+    assert [record.text for record in (first, *others) if not isinstance(record, Reject)] == ["a", "c", "d" * 50]
 
 
 @pytest.mark.parametrize("length", [99, 100, 101])
@@ -136,7 +136,7 @@ def test_only_lines_over_the_limit_are_too_long(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(lines_module, "LONGEST_LINE", 100)
     Path("a.txt").write_text("x" * length + "\nnext\n")
     first, second = read_records("a.txt", pair=False)
-    assert isinstance(first, Rejected) == (length > 100)
+    assert isinstance(first, Reject) == (length > 100)
     assert isinstance(second, Example)
     assert second.text == "next"
 
