@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 
 from cascade_rt import CascadeRuntime
 from cascade_rt.bundle import MANIFEST, MemberEntry
-from cascade_rt.engine.exit_rules import Thresholds
+from cascade_rt.engine.exit_rules import Thresholds, exits
 from cascade_rt.engine.probabilities import confidence, softmax
 from cascade_rt.errors import InputError, InvalidOption
 from cascade_rt.io.writers import write_json
@@ -49,6 +49,7 @@ EPOCHS = {"sst-2": 2, "rte": 8, "mrpc": 5, "sick": 6, "banking77": 8, "clinc150"
 SPEEDUPS = (2.0, 3.0, 4.0)
 PRECISIONS = ("fp32", "int8")
 CONFIDENCE, MAX_DROP = 0.95, 0.01
+OUT_OF_SCOPE = "oos"  # CLINC150's class
 TIMED, TIMED_IN_BULK = 100, 500  # texts
 ROUNDS = 3
 
@@ -93,6 +94,7 @@ def main() -> None:
         folders = _trained(kinds, parts.data, work, seed, options)
         records = {name: json.loads((folder / RECORD).read_text("utf-8")) for name, folder in folders.items()}
         report["recipes"] = {name: record["recipe"] for name, record in records.items()}
+        report["objectives"] = {name: record["objective"] for name, record in records.items()}
         figures = _figures(kinds, folders, parts, work)
         if seed:
             del figures["curves"]
@@ -233,6 +235,10 @@ def _figures(kinds: Sequence[Kind], folders: Mapping[str, Path], parts: Parts, w
             row = evaluate(members, Thresholds(taus), logits, labels, lengths).to_json()
             found["alone"] |= {member["name"]: member for member in row["members"]}
             found["cascades"].setdefault(" + ".join(names), {})[f"{speedup:g}"] = row["cascade"]
+            if OUT_OF_SCOPE in parts.data.labels:
+                left_at = exits(np.stack([confidence(softmax(seen[name])) for name in names]), taus)
+                chosen = logits.argmax(axis=-1)[left_at, np.arange(len(labels))]
+                row["cascade"] |= _scope(chosen, labels, parts.data.labels.index(OUT_OF_SCOPE))
         if not any(kind.for_comparison for kind in kinds if kind.name in names):
             found["curves"][" + ".join(names)] = speedup_curve(members, softmax(logits), labels)
     for name, figures in found["alone"].items():
@@ -240,7 +246,19 @@ def _figures(kinds: Sequence[Kind], folders: Mapping[str, Path], parts: Parts, w
         scaled = softmax(seen[name] / temperature)
         figures["temperature"] = temperature
         figures["ece_scaled"] = ece(scaled.argmax(axis=-1) == labels, confidence(scaled))
+        if OUT_OF_SCOPE in parts.data.labels:
+            figures.update(_scope(scaled.argmax(axis=-1), labels, parts.data.labels.index(OUT_OF_SCOPE)))
     return found
+
+
+def _scope(chosen: NDArray[np.intp], labels: NDArray[np.intp], outside: int) -> dict[str, float]:
+    """Return the accuracy on texts in scope, and recall and precision of the class for those that are not."""
+    right = chosen == labels
+    return {
+        "in_scope": float(right[labels != outside].mean()),
+        "out_of_scope_recall": float(right[labels == outside].mean()),
+        "out_of_scope_precision": float(right[chosen == outside].mean()),
+    }
 
 
 def _deployed(kinds: Sequence[Kind]) -> list[Kind]:
@@ -318,15 +336,20 @@ def _show(report: Mapping[str, Any]) -> None:
         return f"{np.mean(known):6.2f}{spread}" if known else "     -"
 
     print(f"\n{report['task']}, {report['rows']}, {len(seeds)} seed(s), {metric}, DIS, ECE, ECE scaled, in %")
+    if "in_scope" in next(iter(seeds[0]["alone"].values())):
+        print("then accuracy in scope, recall and precision out of scope; of cascades, recall")
     for name in seeds[0]["alone"]:
         rows = [seed["alone"][name] for seed in seeds]
-        columns = [over([row[key] for row in rows]) for key in (metric, "dis", "ece", "ece_scaled")]
+        scope = [key for key in ("in_scope", "out_of_scope_recall", "out_of_scope_precision") if key in rows[0]]
+        columns = [over([row[key] for row in rows]) for key in (metric, "dis", "ece", "ece_scaled", *scope)]
         print(f"{name:30} " + "  ".join(columns))
     for name, speedups in seeds[0]["cascades"].items():
         for speedup in speedups:
             rows = [seed["cascades"][name][speedup] for seed in seeds]
             reached = np.mean([row["layer_speedup"] for row in rows])
-            print(f"{name:22} {speedup}x ({reached:4.2f}) " + over([row[metric] for row in rows]))
+            keys = [key for key in (metric, "out_of_scope_recall") if key in rows[0]]
+            columns = [over([row[key] for row in rows]) for key in keys]
+            print(f"{name:22} {speedup}x ({reached:4.2f}) " + "  ".join(columns))
 
 
 def _show_exported(precision: str, found: Mapping[str, Any]) -> None:
