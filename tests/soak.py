@@ -1,6 +1,6 @@
 """Random operations on a runtime for a long time: no answer may differ from a serial reference, and memory stays flat.
 
-    python -m tests.soak --minutes 20
+    python -m tests.soak --minutes 20 --output soak.json
 
 Operations come from a seeded generator: calls of all sizes, streams, other thresholds and members, threads, forks,
 texts that cannot be used, and a bundle that is replaced on disk meanwhile. The reference answers each text alone, by a
@@ -30,8 +30,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cascade_rt import CascadeRuntime, InputError, Prediction
+from cascade_rt.benchmark.machine import describe
 from cascade_rt.bundle import write_bundle
 from cascade_rt.engine.probabilities import softmax
+from cascade_rt.io.writers import write_json
 
 from .toy import WORDS, write_cascade
 
@@ -165,6 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="the summary and the machine, as JSON")
     options = parser.parse_args()
     weights = {
         "predict": 30,
@@ -189,6 +192,7 @@ def main() -> None:
     quarter = max(1, len(samples) // 4)
     first, last = float(np.median(samples[:quarter])), float(np.median(samples[-quarter:]))
     summary = {
+        "machine": describe(),
         "minutes": options.minutes,
         "seed": options.seed,
         "operations": dict(soak.done),
@@ -196,6 +200,8 @@ def main() -> None:
         "memory_mb": {"first quarter": round(first, 1), "last quarter": round(last, 1)},
     }
     print(json.dumps(summary, indent=2))
+    if options.output:
+        write_json(options.output, summary)
     if last > 1.05 * first:
         sys.exit(f"memory grew by {100 * (last / first - 1):.1f}%, over 5%")
 

@@ -13,10 +13,10 @@ import numpy as np
 
 from ..benchmark.alone import time_alone
 from ..errors import InputError
+from ..jobs.answering import CHUNK
 from ..tuning.evaluation import evaluate, label_ids
 from ..types import Text
 from .options import (
-    CHUNK,
     add_bundle,
     add_input,
     add_label_column,

@@ -14,9 +14,6 @@ from ..io.readers import FORMATS, Example, read_examples
 from ..runtime import CascadeRuntime
 from .parser import CommandParser
 
-CHUNK = 1024
-"""Texts in memory at a time."""
-
 
 def add_bundle(parser: CommandParser) -> None:
     """Add which bundle to open."""

@@ -17,7 +17,9 @@ STOP, SKIP, NULL = "stop", "skip", "null"
 ON_ERROR = (STOP, SKIP, NULL)
 """What to do with a record that cannot be used."""
 
-_CHUNK = 1024
+CHUNK = 1024
+"""Texts in memory at a time."""
+
 _FIELDS = ("label", "score", "exit", "layers", "truncated")
 
 
@@ -75,7 +77,7 @@ def _chunks(records: Iterable[Example | Reject]) -> Iterator[tuple[list[Example 
     try:
         for record in records:
             chunk.append(record)
-            if len(chunk) == _CHUNK:
+            if len(chunk) == CHUNK:
                 yield chunk, True
                 chunk = []
     except InputError:
