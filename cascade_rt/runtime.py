@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from .bundle import Bundle, MemberEntry
 from .bundle.manifest import HIDDEN_STATES, PATIENCE, THRESHOLD_RULES, TOKENS
 from .engine.batching import by_length, micro_batches
+from .engine.chain import Chain
 from .engine.cost import cumulative_layers, whole_model
 from .engine.drift import exit_shift
 from .engine.exit_rules import ExitRule, checked_thresholds, exit_rule
@@ -146,6 +147,12 @@ class CascadeRuntime:
         """What decides which texts leave after each member."""
         return self._rule
 
+    @property
+    def chain(self) -> Chain:
+        """What drives the stages otherwise than `predict` does: the server regroups the texts of many requests."""
+        opened = self._opened
+        return Chain(opened.tokenizer, self._open_stages(), self._rule, opened.budget, self._prediction)
+
     def predict(self, texts: Iterable[Text]) -> list[Prediction]:
         """Classify texts, or (text, text pair) tuples for a bundle on pairs; answers are in input order.
 
@@ -267,6 +274,11 @@ class CascadeRuntime:
         rates = [count / sum(tuning.exits) for count in tuning.exits]
         distance, p_value = exit_shift(tuning.exits, seen) if texts else (None, None)
         return Stats(texts, seen, mean_layers, rates, distance, p_value)
+
+    def count(self, exits: Sequence[int]) -> None:
+        """Count texts that were answered otherwise than by `predict`, one number for each member, for `stats`."""
+        with self._counting:
+            self._exits = [one + other for one, other in zip(self._exits, exits, strict=True)]
 
     def with_thresholds(self, thresholds: float | Sequence[float] | None) -> CascadeRuntime:
         """Return a runtime with other thresholds and the same members, which shares the sessions.
@@ -394,8 +406,7 @@ class CascadeRuntime:
         return logits, left
 
     def _record(self, exits: list[int], encoded: Encoded, runs: list[_Run]) -> None:
-        with self._counting:
-            self._exits = [one + other for one, other in zip(self._exits, exits, strict=True)]
+        self.count(exits)
         if self._trace is not None:
             names = [entry.name for entry in self._bundle.members]
             stage_runs = [

@@ -24,7 +24,7 @@ from .parser import Command, CommandParser
 from .rendering import printable
 from .signals import Termination, termination
 
-BUILT_IN = ("predict", "info", "evaluate", "tune", "benchmark", "push")
+BUILT_IN = ("predict", "serve", "info", "evaluate", "tune", "benchmark", "push")
 GROUP = "cascade_rt.commands"
 
 

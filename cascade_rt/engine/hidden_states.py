@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,13 @@ class HiddenStates:
         """`lengths`: tokens of each text of the call, (texts,)."""
         self.lengths = lengths
         self._states: dict[int, tuple[NDArray[np.float32], NDArray[np.int64]]] = {}  # views into the micro-batches
+
+    @classmethod
+    def gathered(cls, picks: Sequence[tuple[HiddenStates, int]]) -> HiddenStates:
+        """Return the states of single texts of several calls together: for each the call's states and its row there."""
+        found = cls(np.array([source.lengths[row] for source, row in picks], dtype=np.intp))
+        found._states = {at: source._states[row] for at, (source, row) in enumerate(picks)}
+        return found
 
     def put(self, rows: NDArray[np.intp], mask: NDArray[np.int64], states: NDArray[np.float32] | None) -> None:
         """Keep the states of a micro-batch, (rows, tokens, hidden), without its padding; None keeps nothing.

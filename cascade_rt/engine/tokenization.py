@@ -46,6 +46,11 @@ class Encoded:
         self.seconds = seconds
         """Time of the tokenizers library's calls."""
 
+    @classmethod
+    def gathered(cls, picks: Sequence[tuple[Encoded, int]]) -> Encoded:
+        """Return single texts of several calls together: for each the call's texts and its row there."""
+        return cls([source._encodings[row] for source, row in picks], picks[0][0]._padding, 0.0)
+
     @cached_property
     def lengths(self) -> NDArray[np.intp]:
         """Tokens per text, special tokens included, shape (texts,)."""
@@ -98,7 +103,7 @@ class TextTokenizer:
             "pad_type_id": 0,
             "direction": "right",
         }
-        self._cuts_left = (self._tokenizer.truncation or {}).get("direction") == "left"
+        self.cuts_left = (self._tokenizer.truncation or {}).get("direction") == "left"
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self.max_length = max_length
@@ -141,7 +146,7 @@ class TextTokenizer:
     def _beginning(self, text: str, index: int) -> str:
         if len(text) <= _LONGEST:
             return text
-        if self._cuts_left or not self._splits_at_spaces:
+        if self.cuts_left or not self._splits_at_spaces:
             raise _too_long(index, "this bundle's tokenizer needs all of it")
         ends = [found.start() for found in _WORD_END.finditer(text, _LONGEST - _LONGEST_WORD, _LONGEST)]
         if not ends:
@@ -181,7 +186,7 @@ class TextTokenizer:
         kept = sides < 0
         for side, room in enumerate(_room(int(np.sum(sides == 0)), int(np.sum(sides == 1)), excess)):
             tokens = np.flatnonzero(sides == side)
-            kept[tokens[len(tokens) - room :] if self._cuts_left else tokens[:room]] = True
+            kept[tokens[len(tokens) - room :] if self.cuts_left else tokens[:room]] = True
         ids, types = np.array(encoding.ids)[kept], np.array(encoding.type_ids)[kept]
         return _Cut(ids.tolist(), types.tolist())
 

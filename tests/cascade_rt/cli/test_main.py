@@ -190,7 +190,7 @@ def test_a_command_of_another_distribution_is_found_and_run(
         ("evaluate --model-dir BUNDLE --input labelled.csv --label-column y", "no column 'y'; found 'text', 'label'"),
         ("evaluate --model-dir BUNDLE --input empty.csv", "found no examples"),
         ("info", "--model-dir"),
-        ("brew", "found no command 'brew'; expected one of: predict, info"),
+        ("brew", "found no command 'brew'; expected one of: predict, serve, info"),
         ("predict --model-dir BUNDLE --format xml --input two.txt", "--format: invalid choice: 'xml'"),
         ("predict --model-dir BUNDLE --provider-option device_id text", "expected KEY=VALUE"),
         ("predict --model-dir BUNDLE --modeldir x text", "unrecognized arguments: --modeldir"),

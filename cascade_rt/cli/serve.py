@@ -1,0 +1,98 @@
+"""Serve bundles over HTTP: TEI's and the Open Inference Protocol's interfaces, and our own."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from ..errors import InputError, MissingExtraError
+from .options import add_running
+from .parser import CommandParser
+from .signals import Termination
+
+SUMMARY = "serve bundles over HTTP"
+EXAMPLE = "cascade-rt serve --model-dir bundle/ --port 8000"
+
+
+def add_arguments(parser: CommandParser) -> None:
+    """Add the options."""
+    add = parser.add_argument
+    add("--model-dir", metavar="DIR", help='bundle, a folder or "hf:org/name"; its name is "default"')
+    add("--model", action="append", default=[], metavar="NAME=DIR", help="further bundles by name")
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
+    add("--port", type=int, default=8000, help="0 for any that is free")
+    add(
+        "--max-wait-ms",
+        type=float,
+        default=0.0,
+        help="how long a text may wait for its micro-batch to fill",
+    )
+    add("--max-queue", type=int, default=1000, help="texts accepted and not yet answered, per bundle")
+    add("--max-texts", type=int, default=1000, help="texts in one request")
+    add("--max-body-mb", type=float, default=8.0, help="size of a request's body")
+    add("--timeout", type=float, default=30.0, help="seconds for a request without X-Deadline-Ms")
+    add("--degrade", action="store_true", help="where a deadline is near, answer by the member that has run")
+    add("--allow-thresholds", action="store_true", help="requests may name thresholds")
+    add(
+        "--reload-seconds",
+        type=float,
+        default=1.0,
+        help="how often to look for a replaced bundle; 0 for never",
+    )
+    add("--grace", type=float, default=30.0, help="seconds for open requests after SIGTERM")
+    add("--token-file", metavar="FILE", help="file with the bearer token that requests must carry")
+    add("--cors-origin", action="append", default=[], metavar="ORIGIN", help="pages of this origin may call the server")
+    add_running(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Open the bundles and serve."""
+    try:
+        from ..serving.server import listen, serve  # noqa: PLC0415
+        from ..serving.service import Service, Settings  # noqa: PLC0415
+    except ImportError as error:
+        raise MissingExtraError("serving", "serve", error) from error
+    settings = Settings(
+        provider=options.provider,
+        threads=options.threads,
+        max_wait_ms=options.max_wait_ms,
+        max_queue=options.max_queue,
+        max_texts=options.max_texts,
+        max_body=round(options.max_body_mb * 2**20),
+        timeout=options.timeout,
+        degrade=options.degrade,
+        allow_thresholds=options.allow_thresholds,
+        reload_seconds=options.reload_seconds,
+    )
+    sources, token = _sources(options), _token(options.token_file)
+    with listen(options.host, options.port) as listener:
+        service = Service(sources, settings)
+        for model in service.models:
+            print(f"{model.name}: {model.runtime}", file=sys.stderr)
+        port = listener.getsockname()[1]
+        print(f"serving on http://{options.host}:{port}, interfaces at /docs", file=sys.stderr, flush=True)
+        with suppress(KeyboardInterrupt, Termination):  # the signal that ended it, after all was answered
+            serve(service, listener, grace=options.grace, token=token, cors_origins=tuple(options.cors_origin))
+
+
+def _sources(options: argparse.Namespace) -> dict[str, str]:
+    sources = {"default": options.model_dir} if options.model_dir else {}
+    for entry in options.model:
+        name, separator, folder = entry.partition("=")
+        if not (separator and name and folder) or "/" in name or name in sources:
+            raise InputError(f"found --model {entry}, expected NAME=DIR, each name once")
+        sources[name] = folder
+    if not sources:
+        raise InputError("found no bundle, expected --model-dir, --model or both (see: cascade-rt serve --help)")
+    return sources
+
+
+def _token(file: str | None) -> str | None:
+    if file is None:
+        return None
+    token = Path(file).read_text("utf-8").strip()
+    if not token or any(ord(character) < 33 or ord(character) > 126 for character in token):
+        raise InputError(f"{file}: found no usable token, expected one line of visible ASCII characters")
+    return token

@@ -1,0 +1,106 @@
+"""The ASGI application: all interfaces around one service."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi_offline import FastAPIOffline
+from prometheus_client.exposition import choose_encoder
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+
+from .. import __version__
+from ..errors import CascadeError
+from .classify import classify_router
+from .envelope import Envelope
+from .inference_protocol import inference_router
+from .responses import ERRORS, JSON, on_cascade_error, on_http_error, on_invalid_body
+from .service import Service
+from .tei import tei_router
+
+_BODY_SECONDS = 30.0
+
+
+def create_app(
+    service: Service,
+    *,
+    token: str | None = None,
+    cors_origins: tuple[str, ...] = (),
+    body_seconds: float = _BODY_SECONDS,
+) -> FastAPI:
+    """Return the application.
+
+    `token`: asked for as `Authorization: Bearer` everywhere but in health checks. `cors_origins`: pages of these
+    origins may call it. `body_seconds`: how long the body of a request may take to arrive.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        seconds = service.settings.reload_seconds
+        watching = asyncio.create_task(service.models.watch(seconds)) if seconds else None
+        yield
+        if watching is not None:
+            watching.cancel()
+            with suppress(asyncio.CancelledError):
+                await watching
+        await asyncio.to_thread(service.close)
+
+    app = FastAPIOffline(
+        title="cascade-rt",
+        version=__version__,
+        summary="Text classification with a cascade of BERTs",
+        lifespan=lifespan,
+        redoc_url=None,
+    )
+    for router in (classify_router(service), tei_router(service), inference_router(service)):
+        app.include_router(router)
+
+    @app.get("/health", tags=["operations"], summary="Whether the server answers", responses={503: ERRORS[503]})
+    async def health() -> Response:
+        """Answer 200 while requests are taken; a replaced bundle that cannot be used is shown by its error."""
+        models = {
+            model.name: {
+                "version": model.version,
+                "loaded": model.loaded,
+                "error": service.models.errors.get(model.name),
+            }
+            for model in service.models
+        }
+        status: dict[str, Any] = {"status": "draining" if service.draining else "ok", "models": models}
+        return JSON(status, 503 if service.draining else 200)
+
+    text = {"schema": {"type": "string"}}
+    formats = {"text/plain": text, "application/openmetrics-text": text}
+
+    @app.get(
+        "/metrics",
+        tags=["operations"],
+        summary="Prometheus metrics",
+        response_class=PlainTextResponse,
+        responses={200: {"content": formats}},
+    )
+    async def metrics(request: Request) -> Response:
+        """Return the metrics as text."""
+        encode, media_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(service.metrics.registry), media_type=media_type)
+
+    app.add_exception_handler(CascadeError, on_cascade_error)
+    app.add_exception_handler(RequestValidationError, on_invalid_body)
+    app.add_exception_handler(HTTPException, on_http_error)
+    if cors_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=cors_origins, allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(
+        Envelope,
+        metrics=service.metrics,
+        max_body=service.settings.max_body,
+        body_seconds=body_seconds,
+        token=token,
+    )
+    return app

@@ -1,0 +1,364 @@
+"""Dynamic batching per stage: texts of different requests run together, and are regrouped before every member.
+
+submit -> queue of stage 1 -> micro-batch -> exit rule -> remaining texts, with those of other requests, queue for
+stage 2 -> ... -> answers. One thread runs the stages; a lock guards the queues.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import insort
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from threading import Condition, Thread
+from time import monotonic
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..bundle.manifest import HIDDEN_STATES, TOKENS
+from ..engine.batching import by_length, micro_batches
+from ..engine.exit_rules import Decisions, ExitRule
+from ..engine.hidden_states import HiddenStates
+from ..engine.probabilities import softmax
+from ..engine.tokenization import Encoded
+from ..errors import CascadeError, InferenceError
+from ..runtime import CascadeRuntime
+from ..types import Prediction
+
+_WINDOW = 256  # waiting texts among which those of similar length are looked for
+_SMOOTHING = 0.1  # of the measured seconds per token
+
+
+class Overloaded(CascadeError):
+    """The queues are full. `retry_after`: seconds until there is probably room."""
+
+    def __init__(self, retry_after: float) -> None:
+        super().__init__(f"too many texts are waiting; try again in {math.ceil(retry_after)} s")
+        self.retry_after = retry_after
+
+
+class DeadlineExceeded(CascadeError):
+    """The answer would have come after the request's deadline."""
+
+    def __init__(self) -> None:
+        super().__init__("the deadline passed before all texts were answered")
+
+
+class Draining(CascadeError):
+    """The batcher takes no new texts: another one has its place, or the server stops."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to one text."""
+
+    prediction: Prediction
+    logits: tuple[float, ...]
+    """Of the member that answered."""
+    steps: tuple[tuple[float, ...], ...]
+    """Probabilities of every member that the text ran."""
+    degraded: bool = False
+    """Whether a deadline kept it from the next member."""
+
+
+class Ticket:
+    """The texts of one request, and their answers so far."""
+
+    def __init__(self, texts: int, deadline: float, on_done: Callable[[], object]) -> None:
+        self.answers: list[Answer | None] = [None] * texts
+        self.error: Exception | None = None
+        self.deadline = deadline
+        self._so_far: list[Answer | None] = [None] * texts
+        self._left = texts
+        self._on_done = on_done
+
+    @property
+    def finished(self) -> bool:
+        """Whether all texts are answered, or none will be any more."""
+        return self.error is not None or not self._left
+
+    def result(self) -> list[Answer]:
+        """Return the answers in the order of the texts; raise what went wrong."""
+        if self.error is not None:
+            raise self.error
+        return [answer for answer in self.answers if answer is not None]
+
+
+class Observer(Protocol):
+    """What is told of each micro-batch and each answer, for metrics."""
+
+    def batch(self, stage: int, waits: Sequence[float], tokens: int, seconds: float) -> None:
+        """A micro-batch ran: seconds that each text waited for it, its padded tokens, and the time of the run."""
+
+    def answered(self, answer: Answer) -> None:
+        """A text was answered."""
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """A text in a queue."""
+
+    ticket: Ticket
+    row: int
+    arrived: float
+    queued: float
+    length: int
+    truncated: bool
+    decisions: Decisions
+    inputs: dict[str, tuple[Any, int]]
+    """What stages may read, by its kind: the texts or states of a call, and the row there."""
+    steps: tuple[tuple[float, ...], ...] = ()
+
+
+def _by_arrival(text: _Waiting) -> float:
+    return text.arrived
+
+
+class Batcher:
+    """Answers the texts of many requests by one runtime.
+
+    A stage runs when its texts fill a micro-batch, when one of them has waited `max_wait` seconds for that, or when
+    there is nothing else to run; among those stages, the one with the text that arrived first. Its micro-batch is that
+    text, and waiting texts of similar length.
+    """
+
+    def __init__(
+        self,
+        runtime: CascadeRuntime,
+        *,
+        max_wait: float = 0.0,
+        max_queue: int = 1000,
+        degrade: bool = False,
+        observer: Observer | None = None,
+    ) -> None:
+        """Start the thread.
+
+        Args:
+            runtime: Closed by `close`.
+            max_wait: Seconds that a text may wait for its micro-batch to fill, while other stages have texts.
+            max_queue: Texts that may be accepted and not yet answered; more raise Overloaded.
+            degrade: Whether a text without time for the next member gets the answer of the member before.
+            observer: Told of batches and answers, in the thread.
+        """
+        self.runtime = runtime
+        self._chain = runtime.chain
+        self._max_wait = max_wait
+        self._max_queue = max_queue
+        self._degrade = degrade
+        self._observer = observer
+        self._queues: list[list[_Waiting]] = [[] for _ in self._chain.stages]
+        self._accepted = 0
+        self._seconds_per_token = [0.0] * len(self._queues)
+        self._draining = False
+        self._wake = Condition()
+        self._thread = Thread(target=self._work, name="cascade-batcher", daemon=True)
+        self._thread.start()
+
+    def queued(self) -> list[int]:
+        """Return how many texts wait for each stage."""
+        with self._wake:
+            return [len(queue) for queue in self._queues]
+
+    def submit(
+        self,
+        encoded: Encoded,
+        *,
+        rule: ExitRule | None = None,
+        deadline: float = math.inf,
+        on_done: Callable[[], object] = lambda: None,
+    ) -> Ticket:
+        """Queue texts, and return the ticket on which their answers appear.
+
+        `rule`: instead of the runtime's. `deadline`: by the clock `time.monotonic`. `on_done`: called once, in any
+        thread, when the ticket is finished, unless it was cancelled. Raises Overloaded and Draining.
+        """
+        count = len(encoded.lengths)
+        ticket = Ticket(count, deadline, on_done)
+        rule = self._chain.rule if rule is None else rule
+        with self._wake:
+            if self._draining:
+                raise Draining("this bundle is no longer served; try again")
+            if self._accepted and self._accepted + count > self._max_queue:
+                raise Overloaded(self._backlog())
+            now = monotonic()
+            for row, length in enumerate(encoded.lengths.tolist()):
+                inputs: dict[str, tuple[Any, int]] = {TOKENS: (encoded, row)}
+                decisions = rule.begin(1)
+                text = _Waiting(ticket, row, now, now, max(1, length), encoded.truncated(row), decisions, inputs)
+                self._queues[0].append(text)
+            self._accepted += count
+            self._wake.notify()
+        if not count:
+            on_done()
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Take the texts of a ticket out of the queues; nobody waits for them."""
+        with self._wake:
+            if not ticket.finished:
+                self._abandon(ticket, CascadeError("the request was cancelled"))
+
+    def expire(self, ticket: Ticket) -> None:
+        """Finish a ticket now, without `on_done`: with answers of smaller members where allowed, else with an error."""
+        with self._wake:
+            if ticket.finished:
+                return
+            if not self._degrade or any(
+                done is None and so_far is None for done, so_far in zip(ticket.answers, ticket._so_far, strict=True)
+            ):
+                self._abandon(ticket, DeadlineExceeded())
+                return
+            for queue in self._queues:
+                queue[:] = [text for text in queue if text.ticket is not ticket]
+            for row, so_far in enumerate(ticket._so_far):
+                if ticket.answers[row] is None and so_far is not None:
+                    self._settle(ticket, row, _degraded(so_far))
+
+    def close(self) -> None:
+        """Answer what was accepted, then stop the thread and close the runtime."""
+        with self._wake:
+            self._draining = True
+            self._wake.notify()
+        self._thread.join()
+        self.runtime.close()
+
+    def _backlog(self) -> float:
+        """Return the seconds that the queues need at least: what they hold, without what goes on to bigger members."""
+        tokens = (sum(text.length for text in queue) for queue in self._queues)
+        return sum(count * pace for count, pace in zip(tokens, self._seconds_per_token, strict=True))
+
+    def _work(self) -> None:
+        while True:
+            with self._wake:
+                while not any(self._queues):
+                    if self._draining:
+                        return
+                    self._wake.wait()
+                stage = self._next_stage(monotonic())
+                texts, finished = self._in_time(stage, self._take(stage))
+            for ticket in finished:
+                ticket._on_done()
+            if texts:
+                self._execute(stage, texts)
+
+    def _next_stage(self, now: float) -> int:
+        waiting = [stage for stage, queue in enumerate(self._queues) if queue]
+        ready = [
+            stage
+            for stage in waiting
+            if now - min(text.queued for text in self._queues[stage][:_WINDOW]) >= self._max_wait
+            or sum(text.length for text in self._queues[stage]) >= self._chain.budget
+        ]
+        return min(ready, key=lambda stage: self._queues[stage][0].arrived) if ready else waiting[0]
+
+    def _take(self, stage: int) -> list[_Waiting]:
+        """Take the text that arrived first, and waiting texts of similar length, out of a stage's queue."""
+        queue = self._queues[stage]
+        lengths = np.array([text.length for text in queue[:_WINDOW]], dtype=np.intp)
+        for rows in micro_batches(by_length(lengths), lengths, self._chain.budget):
+            if 0 in rows:
+                break
+        taken = [queue[row] for row in rows]
+        for row in sorted(rows.tolist(), reverse=True):
+            del queue[row]
+        return taken
+
+    def _in_time(self, stage: int, texts: list[_Waiting]) -> tuple[list[_Waiting], list[Ticket]]:
+        """Return the texts whose deadline allows this stage, and the tickets that the others finish."""
+        expected = monotonic() + self._seconds_per_token[stage] * len(texts) * max(text.length for text in texts)
+        kept, finished = list[_Waiting](), list[Ticket]()
+        for text in texts:
+            ticket = text.ticket
+            if ticket.finished:
+                continue
+            so_far = ticket._so_far[text.row]
+            if ticket.deadline >= expected:
+                kept.append(text)
+            elif self._degrade and so_far is not None:
+                self._settle(ticket, text.row, _degraded(so_far))
+            else:
+                self._abandon(ticket, DeadlineExceeded())
+            if ticket.finished:
+                finished.append(ticket)
+        return [text for text in kept if not text.ticket.finished], finished
+
+    def _execute(self, index: int, texts: list[_Waiting]) -> None:
+        """Run one stage on a micro-batch, and move every text on: out, or to the next stage's queue."""
+        stage = self._chain.stages[index]
+        picks = [text.inputs[stage.reads] for text in texts]
+        gathered: Encoded | HiddenStates = (
+            Encoded.gathered(picks) if stage.reads == TOKENS else HiddenStates.gathered(picks)
+        )
+        rows = np.arange(len(texts))
+        started = monotonic()
+        try:
+            batch = gathered.batch(rows)
+            logits, hidden, seconds = stage.run(batch)
+        except Exception as error:
+            self._isolate(index, texts, error)
+            return
+        tokens = batch["attention_mask"].size
+        left = HiddenStates(gathered.lengths)
+        left.put(rows, batch["attention_mask"], hidden)
+        probabilities = softmax(logits).tolist()
+        if self._observer is not None:
+            self._observer.batch(index, [started - text.queued for text in texts], tokens, seconds)
+        finished: list[Ticket] = []
+        with self._wake:
+            pace = self._seconds_per_token
+            pace[index] += (_SMOOTHING if pace[index] else 1.0) * (seconds / tokens - pace[index])
+            now = monotonic()
+            for row, text in enumerate(texts):
+                ticket = text.ticket
+                if ticket.finished:
+                    continue
+                found = probabilities[row]
+                text.steps += (tuple(found),)
+                prediction = self._chain.prediction(found, found.index(max(found)), index, text.truncated)
+                answer = Answer(prediction, tuple(logits[row].tolist()), text.steps)
+                if text.decisions.leaves_alone(index, found):
+                    self._settle(ticket, text.row, answer)
+                    if ticket.finished:
+                        finished.append(ticket)
+                    continue
+                ticket._so_far[text.row] = answer
+                text.inputs[HIDDEN_STATES] = left, row
+                text.queued = now
+                insort(self._queues[index + 1], text, key=_by_arrival)
+        for ticket in finished:
+            ticket._on_done()
+
+    def _isolate(self, index: int, texts: list[_Waiting], error: Exception) -> None:
+        """Run the texts of each request on their own after an error, so that it reaches only the request it is from."""
+        tickets = list(dict.fromkeys(text.ticket for text in texts))
+        if len(tickets) > 1:
+            for ticket in tickets:
+                self._execute(index, [text for text in texts if text.ticket is ticket])
+            return
+        (ticket,) = tickets
+        with self._wake:
+            if ticket.finished:
+                return
+            self._abandon(ticket, error if isinstance(error, CascadeError) else InferenceError(str(error)))
+        ticket._on_done()
+
+    def _settle(self, ticket: Ticket, row: int, answer: Answer) -> None:
+        ticket.answers[row] = answer
+        ticket._left -= 1
+        self._accepted -= 1
+        exits = [0] * len(self._queues)
+        exits[answer.prediction.exit] = 1
+        self.runtime.count(exits)
+        if self._observer is not None:
+            self._observer.answered(answer)
+
+    def _abandon(self, ticket: Ticket, error: Exception) -> None:
+        ticket.error = error
+        self._accepted -= ticket._left
+        for queue in self._queues:
+            queue[:] = [text for text in queue if text.ticket is not ticket]
+
+
+def _degraded(answer: Answer) -> Answer:
+    return Answer(answer.prediction, answer.logits, answer.steps, degraded=True)

@@ -1,0 +1,129 @@
+"""Our own interface: everything that a cascade knows about an answer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
+from typing import Annotated, Any
+
+from fastapi import APIRouter
+from pydantic import BaseModel, ConfigDict, Field, StrictBool
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from ..errors import CascadeError
+from ..types import Text
+from .batcher import Answer, Overloaded
+from .models import Model
+from .responses import ERRORS, JSON, describe_error, dumps
+from .service import Service
+
+NDJSON = "application/x-ndjson"
+_STREAMED = 64  # texts that a stream queues at a time
+_PAUSE = 0.05  # seconds before a stream tries again while the queues are full
+
+Probability = Annotated[float, Field(ge=0, le=1, strict=True)]
+
+
+class ClassifyRequest(BaseModel):
+    """Texts to classify."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    texts: list[str | tuple[str, str]] = Field(description="Texts, or pairs for a bundle on pairs.", min_length=1)
+    model: str | None = Field(None, description="Name of the bundle; the first one without it.")
+    thresholds: Probability | list[Probability] | None = Field(
+        None, description="One for all members, or one per member but the last; needs --allow-thresholds."
+    )
+    steps: StrictBool = Field(False, description="Also return the probabilities of every member that ran.")
+
+
+class Classified(BaseModel):
+    """The answer to one text."""
+
+    label: str
+    score: float = Field(description="Probability of the label.")
+    probabilities: dict[str, float] = Field(description="Of all labels.")
+    exit: int = Field(description="Which member answered, from 0.")
+    member: str = Field(description="Its name.")
+    layers: int = Field(description="Encoder layers executed, by all members that the text ran.")
+    truncated: bool = Field(description="Whether the text was longer than max_length tokens.")
+    degraded: bool = Field(description="Whether a deadline kept it from the next member.")
+    steps: list[dict[str, float]] | None = Field(None, description="Probabilities by member, where asked for.")
+
+
+class ClassifyResponse(BaseModel):
+    """The answers, in the order of the texts."""
+
+    model: str
+    version: str = Field(description="The first 12 digits of the bundle's sha256.")
+    predictions: list[Classified]
+
+
+def classify_router(service: Service) -> APIRouter:
+    """Return the routes."""
+    router = APIRouter(tags=["classify"])
+
+    @router.post(
+        "/v1/classify",
+        summary="Classify texts",
+        response_model=ClassifyResponse,
+        responses=ERRORS | {200: {"content": {NDJSON: {"schema": {"type": "string"}}}}},
+    )
+    async def classify(body: ClassifyRequest, request: Request) -> Response:
+        """Answer in one JSON object, or with `Accept: application/x-ndjson` in one line per text, as they come.
+
+        A stream takes any number of texts that fit into the body, and waits while the queues are full. An error that
+        comes after its first line is its last line.
+        """
+        if NDJSON in request.headers.get("accept", ""):
+            lines = _lines(service, body, request)
+            first = await anext(lines)  # an error before the first line is an error of the request
+            return StreamingResponse(_joined(first, lines), media_type=NDJSON)
+        model, answers = await service.classify(request, body.model, body.texts, thresholds=body.thresholds)
+        return JSON(
+            {"model": model.name, "version": model.version, "predictions": list(_described(model, answers, body.steps))}
+        )
+
+    return router
+
+
+def _described(model: Model, answers: list[Answer], steps: bool) -> Iterator[dict[str, Any]]:
+    labels, members = model.runtime.bundle.labels, model.runtime.bundle.members
+    for answer in answers:
+        found = answer.prediction
+        row = found._asdict() | {
+            "probabilities": dict(zip(labels, found.probabilities, strict=True)),
+            "member": members[found.exit].name,
+            "degraded": answer.degraded,
+        }
+        if steps:
+            row["steps"] = [dict(zip(labels, step, strict=True)) for step in answer.steps]
+        yield row
+
+
+async def _lines(service: Service, body: ClassifyRequest, request: Request) -> AsyncIterator[bytes]:
+    """Yield one line per text, some texts at a time."""
+    size = min(_STREAMED, service.settings.max_texts)
+    texts: list[Text] = list(body.texts)
+    for start in range(0, len(texts), size):
+        while True:
+            with suppress(Overloaded):
+                some = texts[start : start + size]
+                model, answers = await service.classify(request, body.model, some, thresholds=body.thresholds)
+                break
+            if not start:
+                raise Overloaded(1.0)
+            await asyncio.sleep(_PAUSE)
+        for row in _described(model, answers, body.steps):
+            yield dumps(row | {"model": model.name, "version": model.version}) + b"\n"
+
+
+async def _joined(first: bytes, lines: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    try:
+        async for line in lines:
+            yield line
+    except CascadeError as error:
+        yield describe_error(error).model_dump_json(exclude_none=True).encode() + b"\n"

@@ -1,0 +1,137 @@
+"""JSON out: answers, and errors with one shape for all interfaces."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ..errors import CascadeError, InputError, TextError
+from .batcher import DeadlineExceeded, Draining, Overloaded
+from .models import UnknownModel
+from .service import ClientGone, TooManyTexts
+
+
+class ErrorBody(BaseModel):
+    """Why a request was not answered."""
+
+    error: str = Field(description="What was found, what was expected, and what to do.")
+    error_type: str = Field(description="validation, not_found, too_large, unauthorized, overloaded, deadline, backend")
+    field: str | None = Field(None, description="The field that is wrong, where it is one.")
+
+
+def _documented(description: str) -> dict[str, Any]:
+    return {"model": ErrorBody, "description": description}
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    400: _documented("The body is not JSON."),
+    401: _documented("The bearer token is missing or wrong."),
+    404: _documented("There is no such model."),
+    408: _documented("The body did not arrive in time."),
+    413: _documented("Too many texts, or too big a body."),
+    422: _documented("A field, a header or a text cannot be used."),
+    500: _documented("A model failed."),
+    503: _documented("Too many texts are waiting, or the server is stopping: try again after Retry-After seconds."),
+    504: _documented("The deadline passed."),
+}
+
+
+class JSON(Response):
+    """A JSON response without spaces, in UTF-8."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        """Encode the content."""
+        return dumps(content)
+
+
+def dumps(content: Any) -> bytes:
+    """Return JSON without spaces, in UTF-8."""
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8", "replace")
+
+
+def error_response(
+    status: int, message: str, kind: str, field: str | None = None, headers: Mapping[str, str] | None = None
+) -> JSON:
+    """Return an error."""
+    body = {"error": message, "error_type": kind} | ({"field": field} if field else {})
+    return JSON(body, status, headers)
+
+
+_KINDS: tuple[tuple[type[CascadeError], int, str], ...] = (
+    (Overloaded, 503, "overloaded"),
+    (Draining, 503, "overloaded"),
+    (DeadlineExceeded, 504, "deadline"),
+    (UnknownModel, 404, "not_found"),
+    (TooManyTexts, 413, "too_large"),
+    (ClientGone, 499, "cancelled"),
+    (InputError, 422, "validation"),
+    (CascadeError, 500, "backend"),
+)
+
+
+def describe_error(error: CascadeError) -> ErrorBody:
+    """Return what a response says of an error."""
+    kind = next(name for kind, _, name in _KINDS if isinstance(error, kind))
+    field = f"texts.{error.index}" if isinstance(error, TextError) else getattr(error, "field", None)
+    return ErrorBody(error=str(error), error_type=kind, field=field)
+
+
+_TYPE_NAMES = {"str", "float", "int", "bool"}
+
+
+async def on_cascade_error(request: Request, error: Exception) -> Response:
+    """Answer one of our errors."""
+    assert isinstance(error, CascadeError)
+    found = describe_error(error)
+    request.scope["log"]["reason"] = found.error_type
+    status = next(status for kind, status, _ in _KINDS if isinstance(error, kind))
+    headers = {}
+    if isinstance(error, Overloaded | Draining):
+        seconds = error.retry_after if isinstance(error, Overloaded) else 1.0
+        headers["Retry-After"] = str(max(1, math.ceil(seconds)))
+    return error_response(status, found.error, found.error_type, found.field, headers)
+
+
+async def on_invalid_body(request: Request, error: Exception) -> Response:
+    """Answer a body or a parameter that does not fit the schema: name its first wrong field."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = _fields(first["loc"])
+    request.scope["log"]["reason"] = "validation"
+    if first["type"] == "json_invalid":
+        return error_response(400, f"the body is not JSON ({first['ctx']['error']})", "validation")
+    return error_response(422, f"{'.'.join(where) or 'body'}: {first['msg']}", "validation", ".".join(where) or None)
+
+
+def _fields(location: Sequence[str | int]) -> list[str]:
+    """Return the path of a field, without the types that pydantic adds where a field may have one of several."""
+    names = [part for part in location if part != "body"]
+    return [
+        str(part)
+        for part in names
+        if isinstance(part, int) or (part.replace("-", "_").isidentifier() and part not in _TYPE_NAMES)
+    ]
+
+
+async def on_http_error(request: Request, error: Exception) -> Response:
+    """Answer what the framework refuses: an unknown path, a wrong method."""
+    assert isinstance(error, HTTPException)
+    kind = {404: "not_found", 408: "deadline", 413: "too_large"}.get(error.status_code, "validation")
+    request.scope["log"]["reason"] = kind
+    return error_response(error.status_code, str(error.detail), kind, headers=error.headers)
+
+
+def ranked(labels: Sequence[str], scores: Sequence[float]) -> list[dict[str, Any]]:
+    """Return labels and scores, the highest first."""
+    pairs = sorted(zip(labels, scores, strict=True), key=lambda pair: -pair[1])
+    return [{"label": label, "score": score} for label, score in pairs]

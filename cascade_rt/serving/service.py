@@ -1,0 +1,223 @@
+"""From the texts of a request to their answers, whatever the interface."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from time import monotonic
+
+from prometheus_client.core import Metric
+from starlette.requests import Request
+
+from ..engine.exit_rules import ExitRule
+from ..engine.tokenization import Encoded
+from ..errors import CascadeError, InvalidOption
+from ..runtime import CascadeRuntime
+from ..types import Text
+from .batcher import Answer, Batcher, Draining
+from .metrics import Metrics, gauge
+from .models import Model, Models
+
+_INLINE = 20_000  # characters that are tokenized without another thread, which takes longer than they do
+_UNWATCHED = 0.05  # seconds before the server looks whether a client is still there
+_STREAMED = 64  # texts that a stream queues at a time
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a server answers."""
+
+    provider: str = "cpu"
+    threads: int | None = None
+    max_wait_ms: float = 0.0
+    """How long a text may wait for its micro-batch to fill, while other texts keep the machine busy."""
+    max_queue: int = 1000
+    """Texts that may be accepted and not yet answered, for each bundle."""
+    max_texts: int = 1000
+    """Texts in one request."""
+    max_body: int = 8 * 2**20
+    """Bytes in the body of a request."""
+    timeout: float = 30.0
+    """Seconds for a request that names no deadline."""
+    degrade: bool = False
+    allow_thresholds: bool = False
+    reload_seconds: float = 1.0
+    """How often to look for a replaced bundle; 0 for never."""
+
+    def __post_init__(self) -> None:
+        """Raise InvalidOption for a value that is out of range."""
+        for field in ("max_queue", "max_texts", "max_body"):
+            if getattr(self, field) < 1:
+                raise InvalidOption(field, getattr(self, field), "at least 1")
+        for field in ("max_wait_ms", "reload_seconds"):
+            if not 0 <= getattr(self, field) < math.inf:
+                raise InvalidOption(field, getattr(self, field), "a number from 0")
+        if not 0 < self.timeout < math.inf:
+            raise InvalidOption("timeout", self.timeout, "seconds, more than 0")
+
+
+class BadField(InvalidOption):
+    """A field, header or path of a request has a value that cannot be used."""
+
+
+class TooManyTexts(CascadeError):
+    """A request has more texts than are allowed."""
+
+
+class Service:
+    """What all interfaces of a server share."""
+
+    def __init__(self, sources: dict[str, str], settings: Settings) -> None:
+        """Open the bundles; `sources`: folder, or "hf:org/name", by name."""
+        self.settings = settings
+        self.metrics = Metrics()
+        self.draining = False
+        self.models = Models(sources, self._open, self._batcher, self.metrics)
+        self.metrics.add_state(self._state)
+
+    def _open(self, source: str) -> CascadeRuntime:
+        return CascadeRuntime(source, provider=self.settings.provider, threads=self.settings.threads, preload=True)
+
+    def _batcher(self, name: str, runtime: CascadeRuntime) -> Batcher:
+        members = [member.name for member in runtime.bundle.members]
+        return Batcher(
+            runtime,
+            max_wait=self.settings.max_wait_ms / 1000,
+            max_queue=self.settings.max_queue,
+            degrade=self.settings.degrade,
+            observer=self.metrics.observer(name, members),
+        )
+
+    async def classify(
+        self,
+        request: Request,
+        name: str | None,
+        texts: Sequence[Text],
+        *,
+        thresholds: float | Sequence[float] | None = None,
+        truncate: bool = True,
+    ) -> tuple[Model, list[Answer]]:
+        """Answer the texts of a request; raises the errors of `CascadeRuntime.predict` and of `Batcher.submit`.
+
+        `name`: of the model, None for the first. `thresholds`: for this request alone. `truncate=False` refuses texts
+        that are too long. A client that hangs up ends it with `ClientGone`.
+        """
+        if len(texts) > self.settings.max_texts:
+            raise TooManyTexts(
+                f"found {len(texts):,} texts, expected at most {self.settings.max_texts:,}; send several requests"
+            )
+        deadline = deadline_of(request, self.settings.timeout)
+        while True:
+            model = self.models.get(name)
+            with suppress(Draining):  # replaced in this very moment: the new one answers
+                return model, await self._answered(request, model, texts, thresholds, truncate, deadline)
+            if self.draining:
+                raise Draining("the server is stopping; try another one")
+
+    async def _answered(
+        self,
+        request: Request,
+        model: Model,
+        texts: Sequence[Text],
+        thresholds: float | Sequence[float] | None,
+        truncate: bool,
+        deadline: float,
+    ) -> list[Answer]:
+        rule = None if thresholds is None else self._rule(model, thresholds)
+        tokenizer = model.runtime.chain.tokenizer
+        encode = tokenizer.encode
+        short = sum(len(text) if isinstance(text, str) else sum(map(len, text)) for text in texts) <= _INLINE
+        encoded = encode(texts) if short else await asyncio.to_thread(encode, texts)
+        if not truncate:
+            _refuse_long(encoded, tokenizer.max_length)
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+
+        def finish() -> None:
+            if not done.done():
+                done.set_result(None)
+
+        ticket = model.batcher.submit(
+            encoded, rule=rule, deadline=deadline, on_done=lambda: loop.call_soon_threadsafe(finish)
+        )
+        try:
+            await _finished(request, done, deadline)
+        except BaseException:
+            model.batcher.cancel(ticket)
+            raise
+        model.batcher.expire(ticket)  # does nothing to a ticket that is finished
+        return ticket.result()
+
+    def _rule(self, model: Model, thresholds: float | Sequence[float]) -> ExitRule:
+        if not self.settings.allow_thresholds:
+            raise InvalidOption("thresholds", thresholds, "none: this server was started without --allow-thresholds")
+        return model.runtime.with_thresholds(thresholds).exit_rule
+
+    def _state(self) -> Iterator[Metric]:
+        models = list(self.models)
+        yield gauge(
+            "cascade_queue_texts",
+            "Texts that wait for a member",
+            ("model", "member"),
+            [
+                ((model.name, member.name), count)
+                for model in models
+                for member, count in zip(model.runtime.bundle.members, model.batcher.queued(), strict=True)
+            ],
+        )
+        drifts = {model.name: model.runtime.stats().p_value for model in models}
+        yield gauge(
+            "cascade_drift_p_value",
+            "Probability of exits that differ this much from those of tuning, if the texts are alike",
+            ("model",),
+            [((name,), value) for name, value in drifts.items() if value is not None],
+        )
+        yield gauge("cascade_model", "Bundles", ("model", "version"), [((m.name, m.version), 1.0) for m in models])
+
+    def close(self) -> None:
+        """Answer what was accepted, then release all sessions."""
+        self.draining = True
+        self.models.close()
+
+
+class ClientGone(CascadeError):
+    """The client hung up before its answer."""
+
+
+def deadline_of(request: Request, timeout: float) -> float:
+    """Return when a request must be answered, by the clock `time.monotonic`; raise InvalidOption for a bad header."""
+    header = request.headers.get("x-deadline-ms")
+    if header is None:
+        return monotonic() + timeout
+    if not (header.isascii() and header.isdigit() and 0 < int(header[:12]) <= 86_400_000 and len(header) <= 12):
+        raise BadField("X-Deadline-Ms", header, "milliseconds, a whole number from 1 to 86400000")
+    return monotonic() + int(header) / 1000
+
+
+async def _finished(request: Request, done: asyncio.Future[None], deadline: float) -> None:
+    """Wait until a ticket is finished or its deadline has passed; raise ClientGone if the client hangs up before."""
+    remaining = deadline - monotonic()
+    await asyncio.wait([done], timeout=min(_UNWATCHED, max(0.0, remaining)))
+    if done.done() or remaining <= _UNWATCHED:
+        return
+    gone = asyncio.create_task(_hung_up(request))
+    try:
+        await asyncio.wait([done, gone], timeout=max(0.0, deadline - monotonic()), return_when=asyncio.FIRST_COMPLETED)
+        if gone.done() and not done.done():
+            raise ClientGone("the client hung up")
+    finally:
+        gone.cancel()
+
+
+async def _hung_up(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _refuse_long(encoded: Encoded, most: int) -> None:
+    for row in range(len(encoded.lengths)):
+        if encoded.truncated(row):
+            raise BadField("truncate", False, f"true: text {row} has more than {most} tokens")

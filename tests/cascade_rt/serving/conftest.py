@@ -1,0 +1,88 @@
+"""For the server's tests: services on toy bundles, in this process and behind a socket."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+
+from cascade_rt.engine.stage import Stage, StageOutput
+from cascade_rt.serving.app import create_app
+from cascade_rt.serving.service import Service, Settings
+
+
+class Gate:
+    """Holds every run of a stage back while it is closed, and remembers the runs."""
+
+    def __init__(self) -> None:
+        self.opened = threading.Event()
+        self.opened.set()
+        self.entered = threading.Semaphore(0)
+        self.runs: list[tuple[str, int]] = []
+        """Member and number of texts of each run, in order."""
+
+    def wait_for_run(self) -> None:
+        assert self.entered.acquire(timeout=10)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    found, run = Gate(), Stage.run
+
+    def gated(stage: Stage, batch: Any) -> StageOutput:
+        found.runs.append((stage.entry.name, len(batch["attention_mask"])))
+        found.entered.release()
+        assert found.opened.wait(timeout=10)
+        return run(stage, batch)
+
+    monkeypatch.setattr(Stage, "run", gated)
+    yield found
+    found.opened.set()
+
+
+@contextmanager
+def listening(service: Service, **settings: Any) -> Iterator[str]:
+    """Serve behind a socket, in a thread, and yield the address."""
+    config = uvicorn.Config(create_app(service, **settings), port=0, log_config=None, timeout_graceful_shutdown=5)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        host, port = server.servers[0].sockets[0].getsockname()
+        yield f"{host}:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture
+def served(bundle: Path) -> Iterator[Callable[..., httpx.Client]]:
+    """Serve the cascade of three members with any settings, and return a client."""
+    with ExitStack() as stack:
+
+        def serve(sources: dict[str, str] | None = None, *, token: str | None = None, **settings: Any) -> httpx.Client:
+            service = Service(
+                sources or {"toy": str(bundle)}, Settings(**{"threads": 1, "reload_seconds": 0} | settings)
+            )
+            address = stack.enter_context(listening(service, token=token, body_seconds=2.0))
+            return stack.enter_context(httpx.Client(base_url=f"http://{address}"))
+
+        yield serve
+
+
+@pytest.fixture(scope="module")
+def address(bundle: Path, pair_bundle: Path) -> Iterator[str]:
+    """A server with two bundles: `toy`, and `pairs`."""
+    sources = {"toy": str(bundle), "pairs": str(pair_bundle)}
+    with listening(Service(sources, Settings(threads=1, allow_thresholds=True))) as found:
+        yield found
