@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from ..errors import InvalidOption
 
+_LONGEST_SPIN = 1_000_000  # microseconds
 _MOST_THREADS = 1024
 
 
@@ -18,6 +19,15 @@ def usable_threads(threads: int | None) -> int:
     if isinstance(threads, bool) or not isinstance(threads, Integral) or not 1 <= threads <= _MOST_THREADS:
         raise InvalidOption("threads", threads, f"a whole number from 1 to {_MOST_THREADS}")
     return int(threads)
+
+
+def spin_duration(spin_us: int | None) -> int | None:
+    """Return `spin_us`; raise InvalidOption if it is invalid."""
+    if spin_us is None:
+        return None
+    if isinstance(spin_us, bool) or not isinstance(spin_us, Integral) or not 0 <= spin_us <= _LONGEST_SPIN:
+        raise InvalidOption("spin_us", spin_us, f"a whole number from 0 to {_LONGEST_SPIN}, or None")
+    return int(spin_us)
 
 
 def usable_cpus() -> int:

@@ -11,7 +11,7 @@ from ..bundle.files import file_identity
 from ..bundle.manifest import HIDDEN_STATES, TOKENS
 from ..errors import BundleError
 from .batching import DEVICE_TOKEN_BUDGET, TOKEN_BUDGET
-from .cpus import usable_threads
+from .cpus import spin_duration, usable_threads
 from .providers import CPU, provider_name
 from .stage import Stage
 from .tokenization import TextTokenizer
@@ -25,6 +25,7 @@ class Opened:
     provider: str
     threads: int | None
     provider_options: Mapping[str, str] | None
+    spin_us: int | None
     verify: bool
     bundle: Bundle
     tokenizer: TextTokenizer
@@ -41,11 +42,12 @@ class Opened:
         provider: str,
         threads: int | None,
         provider_options: Mapping[str, str] | None,
+        spin_us: int | None,
         verify: bool,
         expected_sha256: str | None,
     ) -> Opened:
         """Read and verify a bundle; arguments as for `CascadeRuntime`."""
-        wanted, count = provider_name(provider), usable_threads(threads)
+        wanted, count, spin = provider_name(provider), usable_threads(threads), spin_duration(spin_us)
         if Path(model_dir).exists():  # else it may be on the hub
             model_dir = Path(model_dir).absolute()  # members are loaded later, perhaps from another working directory
         bundle = read_bundle(model_dir, members, verify=verify, expected_sha256=expected_sha256)
@@ -64,6 +66,7 @@ class Opened:
                 wanted,
                 count,
                 provider_options,
+                spin_us=spin,
                 leaves_hidden_states=follower == HIDDEN_STATES,
             )
             for entry, follower in zip(bundle.members, followers, strict=True)
@@ -71,7 +74,7 @@ class Opened:
         if file_identity(folder / MANIFEST) != bundle.identity:  # members would be loaded from another bundle
             raise BundleError(f"{folder}: replaced while it was opened; open it again")
         budget = TOKEN_BUDGET if wanted == CPU else DEVICE_TOKEN_BUDGET
-        return cls(model_dir, provider, threads, provider_options, verify, bundle, tokenizer, stages, budget)
+        return cls(model_dir, provider, threads, provider_options, spin, verify, bundle, tokenizer, stages, budget)
 
     def without_stages(self) -> Opened:
         """Return the same without the stages, so that their sessions can be freed."""

@@ -23,7 +23,7 @@ from ..bundle.manifest import HIDDEN_STATES, TOKENS
 from ..errors import BundleError, CascadeError, InferenceError, first_line
 from .providers import CPU, check_precision, int8_saturates, options_for, products_on_cpu
 
-_SPIN_MICROSECONDS, _SEGMENT_SPIN_MICROSECONDS = "500", "50"
+_SPIN_MICROSECONDS, _SEGMENT_SPIN_MICROSECONDS = 500, 50
 _INPUTS = {
     TOKENS: ("input_ids", "attention_mask", "token_type_ids"),
     HIDDEN_STATES: ("hidden_states", "attention_mask"),
@@ -55,12 +55,13 @@ class Stage:
         threads: int,
         provider_options: Mapping[str, str] | None = None,
         *,
+        spin_us: int | None = None,
         leaves_hidden_states: bool = False,
     ) -> None:
         """Prepare to run the ONNX file at `path` by `provider`, one of ONNX Runtime's names, with `threads`.
 
-        `leaves_hidden_states`: whether the next stage reads this one's. Raises InvalidOption for a precision that the
-        provider has no kernels for.
+        `spin_us`: as for `CascadeRuntime`. `leaves_hidden_states`: whether the next stage reads this one's. Raises
+        InvalidOption for a precision that the provider has no kernels for.
         """
         check_precision(entry.name, entry.precision, provider)
         self.entry = entry
@@ -71,6 +72,12 @@ class Stage:
         self._identity = file_identity(path)
         self._provider_options = options_for(provider, provider_options)
         self._threads = threads
+        # Threads wait actively for the next operator (sleeping between operators costs up to a third), but not for
+        # the default tens of milliseconds: an idle stage would spin on the cores that the next stage needs.
+        # The next segment follows at once; with 500, single texts took twice as long through 12 of them.
+        segment = leaves_hidden_states or self.reads == HIDDEN_STATES
+        default = _SEGMENT_SPIN_MICROSECONDS if segment else _SPIN_MICROSECONDS
+        self._spin_us = default if spin_us is None else spin_us
         self._leaves_hidden_states = leaves_hidden_states
         self._session: Any = None
         self._loading = Lock()
@@ -148,12 +155,7 @@ class Stage:
         options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        # Threads wait actively for the next operator (sleeping between operators costs up to a third), but not for
-        # the default tens of milliseconds: an idle stage would spin on the cores that the next stage needs.
-        # The next segment follows at once; with 500, single texts took twice as long through 12 of them.
-        segment = self._leaves_hidden_states or self.reads == HIDDEN_STATES
-        spin = _SEGMENT_SPIN_MICROSECONDS if segment else _SPIN_MICROSECONDS
-        options.add_session_config_entry("session.intra_op.spin_duration_us", spin)
+        options.add_session_config_entry("session.intra_op.spin_duration_us", str(self._spin_us))
         # On CPUs, ONNX Runtime's kernel for a fused addition and normalization is slower than those for its parts.
         disabled = ["SkipLayerNormFusion"] if self._provider == CPU else []
         exact = self._provider == CPU and self.entry.precision.startswith("int8") and int8_saturates()

@@ -79,6 +79,8 @@ def test_an_invalid_option_has_its_field_what_was_found_and_what_was_expected() 
     ("call", "field", "found"),
     [
         (lambda bundle: CascadeRuntime(bundle, threads=0), "threads", 0),
+        (lambda bundle: CascadeRuntime(bundle, spin_us=-1), "spin_us", -1),
+        (lambda bundle: CascadeRuntime(bundle, spin_us=1.5), "spin_us", 1.5),  # type: ignore[arg-type]
         (lambda bundle: CascadeRuntime(bundle, threads=True), "threads", True),
         (lambda bundle: CascadeRuntime(bundle, provider="tpu"), "provider", "tpu"),
         (lambda bundle: CascadeRuntime(bundle, provider=None), "provider", None),  # type: ignore[arg-type]

@@ -288,7 +288,7 @@ def test_the_command_line_names_options_where_the_library_names_parameters(
 
 LIBRARY_ONLY = {
     "batch_size", "chunk_size", "top_k",  # CascadeRuntime's methods
-    "members", "preload",  # of CascadeRuntime
+    "members", "preload", "spin_us",  # of CascadeRuntime
     "report",  # of write_tuning
 }  # fmt: skip
 """Parameters that no command passes on."""

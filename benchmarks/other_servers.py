@@ -1,0 +1,71 @@
+"""The servers that serving.py compares with. Run by it, each in a process of its own."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+_PIPELINES: dict[str, Any] = {}
+
+
+def apart(options: argparse.Namespace) -> None:
+    """Serve our server, but texts of different requests never run together."""
+    from cascade_rt.serving.batcher import Batcher
+    from cascade_rt.serving.server import listen, serve
+    from cascade_rt.serving.service import Service, Settings
+
+    take = Batcher._take
+
+    def take_one(batcher: Batcher, stage: int) -> Any:
+        texts = take(batcher, stage)
+        others = [text for text in texts if text.ticket is not texts[0].ticket]
+        batcher._queues[stage] = sorted([*others, *batcher._queues[stage]], key=lambda text: text.arrived)
+        return [text for text in texts if text.ticket is texts[0].ticket]
+
+    Batcher._take = take_one  # type: ignore[assignment, method-assign]
+    service = Service({"default": options.model_dir}, Settings(max_queue=options.max_queue))
+    serve(service, listen("127.0.0.1", options.port), grace=1, token=None, cors_origins=())
+
+
+def fastapi(options: argparse.Namespace) -> None:
+    """Serve a pipeline of Optimum with FastAPI, whose thread pool calls it for one request at a time."""
+    import uvicorn
+    from fastapi import FastAPI
+
+    app = FastAPI()
+
+    @app.post("/predict")
+    def predict(body: dict[str, str]) -> Any:
+        return optimum_pipeline(options.member)(body["inputs"])
+
+    optimum_pipeline(options.member)
+    uvicorn.run(app, port=options.port, log_level="error", access_log=False)
+
+
+def optimum_pipeline(member: str) -> Any:
+    """Return a text-classification pipeline on ONNX Runtime, made once."""
+    from optimum.onnxruntime import ORTModelForSequenceClassification
+    from transformers import AutoTokenizer, pipeline
+
+    if member not in _PIPELINES:
+        model = ORTModelForSequenceClassification.from_pretrained(member, export=True)
+        tokenizer = AutoTokenizer.from_pretrained(member)
+        _PIPELINES[member] = pipeline("text-classification", model=model, tokenizer=tokenizer, top_k=None)
+    return _PIPELINES[member]
+
+
+def main() -> None:
+    """Serve until killed."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    servers = {"apart": apart, "fastapi": fastapi}
+    parser.add_argument("server", choices=servers)
+    parser.add_argument("--model-dir")
+    parser.add_argument("--member")
+    parser.add_argument("--max-queue", type=int, default=1000)
+    parser.add_argument("--port", type=int, required=True)
+    options = parser.parse_args()
+    servers[options.server](options)
+
+
+if __name__ == "__main__":
+    main()
