@@ -15,7 +15,7 @@ from cascade_rt.cli import BUILT_IN, GROUP, find_command
 from cascade_rt.cli.parser import CommandParser
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("benchmarks/results", "examples")
+COPIED = ("benchmarks/results", "deploy", "examples")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

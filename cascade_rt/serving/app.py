@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -26,6 +27,10 @@ from .service import Service
 from .tei import tei_router
 
 _BODY_SECONDS = 30.0
+_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 
 def create_app(
@@ -37,8 +42,8 @@ def create_app(
 ) -> FastAPI:
     """Return the application.
 
-    `token`: asked for as `Authorization: Bearer` everywhere but in health checks. `cors_origins`: pages of these
-    origins may call it. `body_seconds`: how long the body of a request may take to arrive.
+    `token`: asked for as `Authorization: Bearer` everywhere but in health checks and for the page. `cors_origins`:
+    pages of these origins may call it. `body_seconds`: how long the body of a request may take to arrive.
     """
 
     @asynccontextmanager
@@ -61,6 +66,12 @@ def create_app(
     )
     for router in (classify_router(service), tei_router(service), inference_router(service)):
         app.include_router(router)
+
+    page = Path(__file__).with_name("page.html").read_bytes()
+
+    @app.get("/", include_in_schema=False)
+    async def index() -> Response:
+        return Response(page, media_type="text/html", headers={"Content-Security-Policy": _POLICY})
 
     @app.get("/health", tags=["operations"], summary="Whether the server answers", responses={503: ERRORS[503]})
     async def health() -> Response:

@@ -61,6 +61,38 @@ class ClassifyResponse(BaseModel):
     predictions: list[Classified]
 
 
+class ServedMember(BaseModel):
+    """A member of a bundle."""
+
+    name: str
+    layers: int
+    precision: str
+
+
+class ServedModel(BaseModel):
+    """A bundle, and what it has answered since it was loaded."""
+
+    name: str
+    version: str
+    labels: list[str]
+    pair: bool
+    members: list[ServedMember]
+    thresholds: list[float]
+    allow_thresholds: bool = Field(description="Whether requests may name thresholds.")
+    texts: int = Field(description="Texts answered.")
+    exits: list[int] = Field(description="Texts answered by each member.")
+    queued: list[int] = Field(description="Texts that wait for each member.")
+    p_value: float | None = Field(description="Of the difference between these exits and those of tuning.")
+
+
+class ModelsResponse(BaseModel):
+    """All bundles of the server."""
+
+    models: list[ServedModel]
+    requests: int = Field(description="Requests answered.")
+    seconds: float = Field(description="Time of these requests, together.")
+
+
 def classify_router(service: Service) -> APIRouter:
     """Return the routes."""
     router = APIRouter(tags=["classify"])
@@ -86,7 +118,31 @@ def classify_router(service: Service) -> APIRouter:
             {"model": model.name, "version": model.version, "predictions": list(_described(model, answers, body.steps))}
         )
 
+    @router.get("/v1/models", summary="What is served", response_model=ModelsResponse)
+    async def models() -> Response:
+        """Describe the bundles and what they have answered."""
+        found = [_served(service, model).model_dump() for model in service.models]
+        requests, seconds = service.metrics.answered()
+        return JSON({"models": found, "requests": requests, "seconds": seconds})
+
     return router
+
+
+def _served(service: Service, model: Model) -> ServedModel:
+    bundle, stats = model.runtime.bundle, model.runtime.stats()
+    return ServedModel(
+        name=model.name,
+        version=model.version,
+        labels=list(bundle.labels),
+        pair=bundle.pair,
+        members=[ServedMember(name=one.name, layers=one.layers, precision=one.precision) for one in bundle.members],
+        thresholds=model.runtime.thresholds,
+        allow_thresholds=service.settings.allow_thresholds and bool(model.runtime.thresholds),
+        texts=stats.texts,
+        exits=stats.exits,
+        queued=model.batcher.queued(),
+        p_value=stats.p_value,
+    )
 
 
 def _described(model: Model, answers: list[Answer], steps: bool) -> Iterator[dict[str, Any]]:

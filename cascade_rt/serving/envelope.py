@@ -17,7 +17,7 @@ from .responses import error_response
 
 _REQUEST_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
 _CLOSING = {"Connection": "close"}
-_OPEN_PATHS = ("/health", "/v2/health/live", "/v2/health/ready")
+_OPEN_PATHS = ("/", "/health", "/v2/health/live", "/v2/health/ready")
 _log = logging.getLogger("cascade_rt.serving.requests")
 
 
@@ -25,7 +25,7 @@ class Envelope:
     """ASGI middleware around the whole application."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, max_body: int, body_seconds: float, token: str | None) -> None:
-        """`token`: what `Authorization: Bearer` must carry, except for probes; None where nothing is asked for."""
+        """`token`: what `Authorization: Bearer` must carry, except for probes and the page; None for no token."""
         self._app = app
         self._metrics = metrics
         self._max_body = max_body
@@ -62,7 +62,7 @@ class Envelope:
         finally:
             seconds = perf_counter() - started
             route = getattr(scope.get("route"), "path", "other")
-            self._metrics.requests.labels(route, str(status)).observe(seconds)
+            self._metrics.request(route, status, seconds)
             if status >= 400:
                 self._metrics.rejected.labels(log.get("reason", str(status))).inc()
             _log.info("request", extra=log | {"status": status, "ms": round(1000 * seconds, 2)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from http import HTTPStatus
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, PlatformCollector, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -11,6 +12,7 @@ from prometheus_client.registry import Collector
 
 from .batcher import Answer
 
+_ANSWERING = ("/v1/classify", "/predict", "/v2/models/{name}/infer")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _TEXTS = (1, 2, 4, 8, 16, 32, 64, 128)
 _TOKENS = (16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
@@ -22,6 +24,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
+        self._answered = 0, 0.0
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
         counter, histogram = partial(Counter, registry=registry), partial(Histogram, registry=registry)
@@ -36,6 +39,16 @@ class Metrics:
         self.requests = histogram("cascade_request_seconds", "Time of a request", ("route", "status"), buckets=_SECONDS)
         self.rejected = counter("cascade_rejected", "Requests that were not answered, by the reason", ("reason",))
         self.reloads = counter("cascade_reloads", "Bundles replaced on disk, by the result", ("model", "result"))
+
+    def request(self, route: str, status: int, seconds: float) -> None:
+        """Count a request."""
+        self.requests.labels(route, str(status)).observe(seconds)
+        if status == HTTPStatus.OK and route in _ANSWERING:
+            self._answered = self._answered[0] + 1, self._answered[1] + seconds
+
+    def answered(self) -> tuple[int, float]:
+        """Return how many requests with texts were answered, and their seconds together."""
+        return self._answered
 
     def observer(self, model: str, members: Sequence[str]) -> BatchMetrics:
         """Return what a batcher of this model reports to."""
