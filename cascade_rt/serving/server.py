@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import socket
 import sys
+from time import monotonic
 from types import FrameType
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import uvicorn
 from pythonjsonlogger.json import JsonFormatter
@@ -15,6 +19,8 @@ from .app import create_app
 from .service import Service
 
 _BACKLOG = 2048
+_KEEP_ALIVE = 65  # seconds: longer than the 60 of common load balancers, which else reuse closed connections
+_IDLE_SECONDS = 70.0
 _LAST_PORT = 65535
 
 
@@ -45,10 +51,11 @@ def serve(
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_keep_alive=65,  # longer than the 60 s of common load balancers, which else reuse closed connections
+        timeout_keep_alive=_KEEP_ALIVE,
         timeout_graceful_shutdown=round(grace),
     )
-    _Server(config, service).run(sockets=[listener])
+    gc.freeze()  # what is loaded by now stays, so it is not looked through again and again
+    Server(config, service).run(sockets=[listener])
 
 
 def log_json() -> None:
@@ -61,17 +68,37 @@ def log_json() -> None:
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
 
 
-class _Server(uvicorn.Server):
-    """Says at once that it is no longer ready, so that probes take it out of service."""
+class Server(uvicorn.Server):
+    """Uvicorn's, with a limit for connections that send nothing whole, and not ready as soon as it begins to stop."""
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, idle_seconds: float = _IDLE_SECONDS) -> None:
+        """`idle_seconds`: how long a connection may have no request under way, also while headers trickle in."""
         super().__init__(config)
         self._service = service
+        self._idle_seconds = idle_seconds
+        self._idle_since: WeakKeyDictionary[Any, tuple[int, float]] = WeakKeyDictionary()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to stop."""
+        """Begin to stop: probes then take the server out of use."""
         self._service.draining = True
         super().handle_exit(sig, frame)
 
-    def startup_message(self) -> None:
-        """Leave uvicorn's out."""
+    async def on_tick(self, counter: int) -> bool:
+        """Do what uvicorn does ten times a second, and once a second close idle connections."""
+        if counter % 10 == 0:
+            self._close_idle()
+        return await super().on_tick(counter)
+
+    def _close_idle(self) -> None:
+        """Close connections without a request for too long; uvicorn's limit ends with the first byte of a request."""
+        now = monotonic()
+        for connection in list(self.server_state.connections):
+            cycle = getattr(connection, "cycle", None)
+            if cycle is not None and not cycle.response_complete:
+                self._idle_since.pop(connection, None)
+                continue
+            last, since = self._idle_since.setdefault(connection, (id(cycle), now))
+            if last != id(cycle):
+                self._idle_since[connection] = id(cycle), now
+            elif now - since > self._idle_seconds and (transport := getattr(connection, "transport", None)) is not None:
+                transport.close()

@@ -15,6 +15,7 @@ import uvicorn
 
 from cascade_rt.engine.stage import Stage, StageOutput
 from cascade_rt.serving.app import create_app
+from cascade_rt.serving.server import Server
 from cascade_rt.serving.service import Service, Settings
 
 
@@ -51,7 +52,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
 def listening(service: Service, **settings: Any) -> Iterator[str]:
     """Serve behind a socket, in a thread, and yield the address."""
     config = uvicorn.Config(create_app(service, **settings), port=0, log_config=None, timeout_graceful_shutdown=5)
-    server = uvicorn.Server(config)
+    server = Server(config, service, idle_seconds=2.0)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

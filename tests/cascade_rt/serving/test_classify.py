@@ -138,6 +138,19 @@ def test_a_body_that_does_not_come(served: Served) -> None:
         assert slow.recv(1000).startswith(b"HTTP/1.1 408 ")
 
 
+def test_headers_that_do_not_end(served: Served) -> None:
+    """The limit of the tests is 2 seconds, on a new connection and on one that has had an answer."""
+    url = served().base_url
+    for first in (b"", b"GET /health HTTP/1.1\r\nhost: a\r\n\r\n"):
+        with socket.create_connection((url.host, url.port), timeout=10) as slow:
+            if first:
+                slow.sendall(first)
+                assert slow.recv(1000).startswith(b"HTTP/1.1 200 ")
+            slow.sendall(b"GET /health HTTP/1.1\r\nhost")
+            while slow.recv(1000):
+                pass  # the rest of the first answer; b"" is the end of the connection
+
+
 @pytest.mark.parametrize("value", ["0", "-5", "1.5", "soon", "9" * 30, ""])
 def test_a_bad_deadline_is_refused(served: Served, value: str) -> None:
     response = served().post("/v1/classify", json={"texts": ["a"]}, headers={"X-Deadline-Ms": value})
