@@ -20,9 +20,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiohttp
 import numpy as np
@@ -42,26 +42,33 @@ CONNECTIONS = 4000
 HERE = Path(__file__).parent
 
 
+class Running(NamedTuple):
+    """A server that answers."""
+
+    url: str
+    pid: int
+
+
 def main() -> None:
     """Measure all servers, print and write the report."""
     options = _parser().parse_args()
     texts = [str(row.text) for row in read_examples(options.data, pair=False)]
     report: dict[str, Any] = {"machine": describe(), "bundle": _bundle(options.model_dir), "texts": len(texts)}
-    with _server(OURS, options) as url:
-        report["capacity"] = capacity = asyncio.run(_capacity(url, texts, options.seconds))
+    with running(OURS, options) as server:
+        report["capacity"] = capacity = asyncio.run(capacity_of(server.url, texts, options.seconds))
     print(f"capacity of {OURS}: {capacity:.0f} requests per second", flush=True)
     report["one_client"] = _added(options, texts)
     print(f"one client, ms added to predict: {report['one_client']}", flush=True)
     report["servers"] = {}
     for name in options.servers:
         rows = report["servers"][name] = []
-        with _server(name, options) as url:
+        with running(name, options) as server:
             for share in sorted(options.shares):
-                row = asyncio.run(_offered(url, texts, share * capacity, options.seconds))
+                row = asyncio.run(offered(server.url, texts, share * capacity, options.seconds))
                 rows.append({"share": share} | row)
                 print(f"{name:20} {_line(rows[-1])}", flush=True)
                 write_json(options.output, report)
-                asyncio.run(_ready(url))  # what still waits is answered before the next rate
+                asyncio.run(ready(server.url))  # what still waits is answered before the next rate
     draw(report["servers"], options.output.with_suffix(".svg"))
     print(f"written: {options.output}")
 
@@ -83,8 +90,8 @@ def _bundle(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _server(name: str, options: argparse.Namespace) -> Iterator[str]:
-    """Start a server, wait until it answers, and yield its address."""
+def running(name: str, options: argparse.Namespace) -> Iterator[Running]:
+    """Start a server, wait until it answers, and yield it; it is killed afterwards."""
     url = f"http://127.0.0.1:{options.port}"
     ours = ["--model-dir", str(options.model_dir), "--max-queue", str(options.max_queue)]
     theirs = ["--member", str(options.member)]
@@ -101,67 +108,69 @@ def _server(name: str, options: argparse.Namespace) -> Iterator[str]:
         start_new_session=True,
     ) as process:
         try:
-            asyncio.run(_ready(url, process))
-            yield url
+            asyncio.run(ready(url, process))
+            yield Running(url, process.pid)
         finally:
-            os.killpg(process.pid, signal.SIGKILL)  # with its workers
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with its workers
 
 
-async def _ready(url: str, process: subprocess.Popen[bytes] | None = None) -> None:
+async def ready(url: str, process: subprocess.Popen[bytes] | None = None) -> None:
     """Wait until a server answers."""
     until = time.monotonic() + 120
-    async with _session() as session:
-        while (await _ask(session, url, "a text"))[0] != 200:
+    async with session() as http:
+        while (await ask(http, url, "a text"))[0] != 200:
             if time.monotonic() > until or (process is not None and process.poll() is not None):
                 raise InputError("a server does not answer; install its packages: pip install '.[bench]'")
             await asyncio.sleep(0.2)
 
 
-async def _ask(session: aiohttp.ClientSession, url: str, text: str) -> tuple[int, float]:
+async def ask(http: aiohttp.ClientSession, url: str, text: str) -> tuple[int, float]:
     """Return the status of a request, 0 where none came, and its seconds."""
     started = time.perf_counter()
     try:
-        async with session.post(f"{url}/predict", json={"inputs": text}) as response:
+        async with http.post(f"{url}/predict", json={"inputs": text}) as response:
             await response.read()
             return response.status, time.perf_counter() - started
     except (aiohttp.ClientError, asyncio.TimeoutError):
         return 0, time.perf_counter() - started
 
 
-def _session() -> aiohttp.ClientSession:
+def session() -> aiohttp.ClientSession:
+    """Return a client with many connections."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=CONNECTIONS), timeout=aiohttp.ClientTimeout(total=TIMEOUT)
     )
 
 
-async def _capacity(url: str, texts: Sequence[str], seconds: float) -> float:
+async def capacity_of(url: str, texts: Sequence[str], seconds: float) -> float:
     """Return how many requests per second are answered when 64 are always under way."""
-    async with _session() as session:
+    async with session() as http:
         done = 0
         until = time.perf_counter() + seconds
 
         async def client(draw: random.Random) -> None:
             nonlocal done
             while time.perf_counter() < until:
-                status, _ = await _ask(session, url, draw.choice(texts))
+                status, _ = await ask(http, url, draw.choice(texts))
                 done += status == 200
 
         await asyncio.gather(*(client(random.Random(seed)) for seed in range(64)))
     return done / seconds
 
 
-async def _offered(url: str, texts: Sequence[str], rate: float, seconds: float) -> dict[str, Any]:
+async def offered(url: str, texts: Sequence[str], rate: float, seconds: float) -> dict[str, Any]:
     """Send requests at random moments for so many seconds, after 2 seconds of warm-up; return what became of them."""
     draw = random.Random(0)
     warm, started = 2.0, time.perf_counter()
     tasks: list[tuple[float, asyncio.Task[tuple[int, float]]]] = []
-    async with _session() as session:
+    async with session() as http:
         at = 0.0
         while (at := at + draw.expovariate(rate)) < warm + seconds:
             pause = started + at - time.perf_counter()
             if pause > 0 or len(tasks) % 50 == 0:
                 await asyncio.sleep(max(0.0, pause))
-            tasks.append((at, asyncio.create_task(_ask(session, url, draw.choice(texts)))))
+            tasks.append((at, asyncio.create_task(ask(http, url, draw.choice(texts)))))
         found = [(at, *await task) for at, task in tasks]
     measured = [(status, took) for at, status, took in found if at >= warm]
     times = [1000 * took for status, took in measured if status == 200]
@@ -185,7 +194,7 @@ def _added(options: argparse.Namespace, texts: Sequence[str]) -> dict[str, float
 
     async def rounds(url: str) -> list[tuple[float, float]]:
         rows = []
-        async with _session() as session:
+        async with session() as http:
             for some in [texts[start : start + 50] for start in range(0, 400, 50)]:
                 direct = []
                 for text in some:
@@ -193,12 +202,12 @@ def _added(options: argparse.Namespace, texts: Sequence[str]) -> dict[str, float
                     runtime.predict([text])
                     direct.append(time.perf_counter() - started)
                 await asyncio.sleep(0.05)
-                served = [(await _ask(session, url, text))[1] for text in some]
+                served = [(await ask(http, url, text))[1] for text in some]
                 rows.append((float(np.median(direct)), float(np.median(served))))
         return rows[1:]
 
-    with _server(OURS, options) as url:
-        found = 1000 * np.array(asyncio.run(rounds(url)))
+    with running(OURS, options) as server:
+        found = 1000 * np.array(asyncio.run(rounds(server.url)))
     added = found[:, 1] - found[:, 0]
     return {
         "predict_ms": float(np.median(found[:, 0])),
