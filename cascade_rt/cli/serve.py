@@ -1,4 +1,7 @@
-"""Serve bundles over HTTP: TEI's and the Open Inference Protocol's interfaces, and our own."""
+"""Serve bundles over HTTP.
+
+It speaks the interfaces of Text Embeddings Inference (TEI) and of the Open Inference Protocol, and its own.
+"""
 
 from __future__ import annotations
 
@@ -20,21 +23,25 @@ def add_arguments(parser: CommandParser) -> None:
     """Add the options."""
     add = parser.add_argument
     add("--model-dir", metavar="DIR", help='bundle, a folder or "hf:org/name"; its name is "default"')
-    add("--model", action="append", default=[], metavar="NAME=DIR", help="further bundles by name")
+    add("--model", action="append", default=[], metavar="NAME=DIR", help="another bundle and its name; may be repeated")
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
     add("--port", type=int, default=8000, help="0 for any that is free")
     add(
         "--max-wait-ms",
         type=float,
         default=0.0,
-        help="how long a text may wait for its micro-batch to fill",
+        help="how long a batch that is not full may wait while other members have texts",
     )
     add("--max-queue", type=int, default=1000, help="texts accepted and not yet answered, per bundle")
     add("--max-texts", type=int, default=1000, help="texts in one request")
     add("--max-body-mb", type=float, default=8.0, help="size of a request's body")
     add("--timeout", type=float, default=30.0, help="seconds for a request without X-Deadline-Ms")
-    add("--degrade", action="store_true", help="where a deadline is near, answer by the member that has run")
-    add("--allow-thresholds", action="store_true", help="requests may name thresholds")
+    add(
+        "--degrade",
+        action="store_true",
+        help="answer by the last member that ran where a deadline leaves no time for the next",
+    )
+    add("--allow-thresholds", action="store_true", help="let requests set their own thresholds")
     add(
         "--reload-seconds",
         type=float,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
@@ -32,6 +32,7 @@ class Settings:
 
     provider: str = "cpu"
     threads: int | None = None
+    provider_options: Mapping[str, str] | None = None
     max_wait_ms: float = 0.0
     """How long a text may wait for its micro-batch to fill, while other texts keep the machine busy."""
     max_queue: int = 1000
@@ -81,7 +82,12 @@ class Service:
     def _open(self, source: str) -> CascadeRuntime:
         settings = self.settings
         return CascadeRuntime(
-            source, provider=settings.provider, threads=settings.threads, preload=True, spin_us=_SPIN_US
+            source,
+            provider=settings.provider,
+            threads=settings.threads,
+            provider_options=settings.provider_options,
+            preload=True,
+            spin_us=_SPIN_US,
         )
 
     def _batcher(self, name: str, runtime: CascadeRuntime) -> Batcher:
