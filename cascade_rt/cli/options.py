@@ -87,16 +87,21 @@ def add_label_column(parser: CommandParser) -> None:
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """Return the runtime's settings from the options."""
-    pairs = [option.partition("=") for option in options.provider_options]
-    if wrong := [key for key, equals, _ in pairs if not (key and equals)]:
-        raise InputError(f"found --provider-option {wrong[0]!r}, expected KEY=VALUE")
     return {
         "provider": options.provider,
         "threads": options.threads,
-        "provider_options": {key: value for key, _, value in pairs},
+        "provider_options": provider_options(options),
         "verify": options.verify,
         "expected_sha256": options.expected_sha256,
     }
+
+
+def provider_options(options: argparse.Namespace) -> dict[str, str]:
+    """Return the provider's options."""
+    pairs = [option.partition("=") for option in options.provider_options]
+    if wrong := [key for key, equals, _ in pairs if not (key and equals)]:
+        raise InputError(f"found --provider-option {wrong[0]!r}, expected KEY=VALUE")
+    return {key: value for key, _, value in pairs}
 
 
 def open_runtime(options: argparse.Namespace) -> CascadeRuntime:

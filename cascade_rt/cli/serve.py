@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import InputError, MissingExtraError
-from .options import add_running
+from .options import add_running, provider_options
 from .parser import CommandParser
 from .signals import Termination
 
@@ -64,6 +64,7 @@ def run(options: argparse.Namespace) -> None:
     settings = Settings(
         provider=options.provider,
         threads=options.threads,
+        provider_options=provider_options(options),
         max_wait_ms=options.max_wait_ms,
         max_queue=options.max_queue,
         max_texts=options.max_texts,

@@ -99,6 +99,7 @@ def test_a_token_file_and_a_second_bundle(bundle: Path, pair_bundle: Path, tmp_p
         (["--model-dir", "BUNDLE", "--token-file", "nothing"], "nothing"),
         (["--model-dir", "BUNDLE", "--max-queue", "0"], "--max-queue: found 0, expected at least 1"),
         (["--model-dir", "BUNDLE", "--max-wait-ms", "-1"], "--max-wait-ms: found -1"),
+        (["--model-dir", "BUNDLE", "--provider-option", "device_id"], "expected KEY=VALUE"),
         (["--model-dir", "BUNDLE", "--port", "99999"], "--port: found 99999, expected a number from 0 to 65535"),
     ],
 )
