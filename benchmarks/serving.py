@@ -61,14 +61,16 @@ def main() -> None:
     print(f"one client, ms added to predict: {report['one_client']}", flush=True)
     report["servers"] = {}
     for name in options.servers:
-        rows = report["servers"][name] = []
+        rows: list[dict[str, Any]] = []
+        report["servers"][name] = rows
         with running(name, options) as server:
             for share in sorted(options.shares):
+                if rows:
+                    asyncio.run(ready(server.url))  # what still waits is answered before the next rate
                 row = asyncio.run(offered(server.url, texts, share * capacity, options.seconds))
                 rows.append({"share": share} | row)
                 print(f"{name:20} {_line(rows[-1])}", flush=True)
                 write_json(options.output, report)
-                asyncio.run(ready(server.url))  # what still waits is answered before the next rate
     draw(report["servers"], options.output.with_suffix(".svg"))
     print(f"written: {options.output}")
 

@@ -328,6 +328,12 @@ def _show(report: Mapping[str, Any]) -> None:
             clock = [f"{rows[0][key]['median']:5.2f}x" for key in ("single_speedup", "bulk_speedup") if key in rows[0]]
             means = [f"{np.mean([row[key] for row in rows]):5.2f}x" for key in ("layer_speedup", "flops_speedup")]
             print(f"{name:24} {speed:5} {np.mean(values):6.2f} +- {np.std(values):4.2f}  {'  '.join(means + clock)}")
+    print("\nby layer, first seed: accuracy, on the texts that DeeBERT emits there at 3x (their number), DIS")
+    for name, found in report["seeds"][0]["by_layer"].items():
+        for depth, row in sorted(found.items(), key=lambda item: int(item[0])):
+            emitted = "-" if row["emitted_accuracy"] is None else f"{100 * row['emitted_accuracy']:.2f}"
+            scores = f"{100 * row['accuracy']:6.2f}  {emitted:>6} ({row['emitted_texts']:3})  {100 * row['dis']:6.2f}"
+            print(f"{name:24} {depth:>2}L  {scores}")
 
 
 def _parser() -> argparse.ArgumentParser:

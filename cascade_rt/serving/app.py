@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi_offline import FastAPIOffline
 from prometheus_client.exposition import choose_encoder
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 
 from .. import __version__
@@ -22,7 +22,7 @@ from ..errors import CascadeError
 from .classify import classify_router
 from .envelope import Envelope
 from .inference_protocol import inference_router
-from .responses import ERRORS, JSON, on_cascade_error, on_http_error, on_invalid_body
+from .responses import ERRORS, JSON, on_cascade_error, on_disconnect, on_http_error, on_invalid_body
 from .service import Service
 from .tei import tei_router
 
@@ -50,12 +50,12 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         seconds = service.settings.reload_seconds
         watching = asyncio.create_task(service.models.watch(seconds)) if seconds else None
-        yield
-        if watching is not None:
-            watching.cancel()
-            with suppress(asyncio.CancelledError):
-                await watching
-        await asyncio.to_thread(service.close)
+        try:
+            yield
+        finally:
+            if watching is not None:
+                watching.cancel()
+            await asyncio.to_thread(service.close)
 
     app = FastAPIOffline(
         title="cascade-rt",
@@ -105,8 +105,7 @@ def create_app(
     app.add_exception_handler(CascadeError, on_cascade_error)
     app.add_exception_handler(RequestValidationError, on_invalid_body)
     app.add_exception_handler(HTTPException, on_http_error)
-    if cors_origins:
-        app.add_middleware(CORSMiddleware, allow_origins=cors_origins, allow_methods=["*"], allow_headers=["*"])
+    app.add_exception_handler(ClientDisconnect, on_disconnect)
     app.add_middleware(
         Envelope,
         metrics=service.metrics,
@@ -114,4 +113,6 @@ def create_app(
         body_seconds=body_seconds,
         token=token,
     )
+    if cors_origins:  # outermost: browsers ask without a token whether they may ask
+        app.add_middleware(CORSMiddleware, allow_origins=cors_origins, allow_methods=["*"], allow_headers=["*"])
     return app

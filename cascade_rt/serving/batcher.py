@@ -177,10 +177,7 @@ class Batcher:
         ticket = Ticket(count, deadline, on_done)
         rule = self._chain.rule if rule is None else rule
         with self._wake:
-            if self._draining:
-                raise Draining("this bundle is no longer served; try again")
-            if self._accepted and self._accepted + count > self._max_queue:
-                raise Overloaded(self._backlog())
+            self._check_room(count)
             now = monotonic()
             for row, length in enumerate(encoded.lengths.tolist()):
                 inputs: dict[str, tuple[Any, int]] = {TOKENS: (encoded, row)}
@@ -192,6 +189,17 @@ class Batcher:
         if not count:
             on_done()
         return ticket
+
+    def check_room(self, texts: int) -> None:
+        """Raise what `submit` would raise for this many texts, before they are tokenized."""
+        with self._wake:
+            self._check_room(texts)
+
+    def _check_room(self, texts: int) -> None:
+        if self._draining:
+            raise Draining("this bundle is no longer served; try again")
+        if self._accepted and self._accepted + texts > self._max_queue:
+            raise Overloaded(self._backlog())
 
     def cancel(self, ticket: Ticket) -> None:
         """Take the texts of a ticket out of the queues; nobody waits for them."""
@@ -281,6 +289,8 @@ class Batcher:
                 self._abandon(ticket, DeadlineExceeded())
             if ticket.finished:
                 finished.append(ticket)
+        if not kept:  # nothing runs, so nothing is measured: one slow run must not refuse texts for good
+            self._seconds_per_token[stage] *= 1 - _SMOOTHING
         return [text for text in kept if not text.ticket.finished], finished
 
     def _execute(self, index: int, texts: list[_Waiting]) -> None:

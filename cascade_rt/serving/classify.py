@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from contextlib import suppress
 from typing import Annotated, Any
 
 from fastapi import APIRouter
@@ -12,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from ..errors import CascadeError
+from ..errors import CascadeError, TextError
 from ..types import Text
 from .batcher import Answer, Overloaded
 from .models import Model
@@ -31,9 +30,11 @@ class ClassifyRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    texts: list[str | tuple[str, str]] = Field(description="Texts, or pairs for a bundle on pairs.", min_length=1)
+    texts: Annotated[list[str | tuple[str, str]], Field(fail_fast=True)] = Field(
+        description="Texts, or pairs for a bundle on pairs.", min_length=1
+    )
     model: str | None = Field(None, description="Name of the bundle; the first one without it.")
-    thresholds: Probability | list[Probability] | None = Field(
+    thresholds: Probability | Annotated[list[Probability], Field(fail_fast=True)] | None = Field(
         None, description="One for all members, or one per member but the last; needs --allow-thresholds."
     )
     steps: StrictBool = Field(False, description="Also return the probabilities of every member that ran.")
@@ -141,7 +142,7 @@ def _served(service: Service, model: Model) -> ServedModel:
         texts=stats.texts,
         exits=stats.exits,
         queued=model.batcher.queued(),
-        p_value=stats.p_value,
+        p_value=service.drift(model),
     )
 
 
@@ -165,12 +166,15 @@ async def _lines(service: Service, body: ClassifyRequest, request: Request) -> A
     texts: list[Text] = list(body.texts)
     for start in range(0, len(texts), size):
         while True:
-            with suppress(Overloaded):
+            try:
                 some = texts[start : start + size]
                 model, answers = await service.classify(request, body.model, some, thresholds=body.thresholds)
                 break
-            if not start:
-                raise Overloaded(1.0)
+            except TextError as error:
+                raise TextError(start + error.index, error.reason) from error
+            except Overloaded:
+                if not start:
+                    raise
             await asyncio.sleep(_PAUSE)
         for row in _described(model, answers, body.steps):
             yield dumps(row | {"model": model.name, "version": model.version}) + b"\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter
@@ -18,7 +18,7 @@ from ..types import Text
 from .batcher import Answer
 from .models import Model
 from .responses import ERRORS, JSON, dumps, error_response
-from .service import BadField, Service
+from .service import BadField, Service, whole_number
 
 _HEADER_LENGTH = "inference-header-content-length"
 _INPUTS = ("text", "text_pair")
@@ -36,6 +36,9 @@ _TYPES = {"FP32": "<f4", "INT32": "<i4", "BOOL": "?"}
 _PER_LABEL = ("probabilities", "logits")
 
 
+Texts = Annotated[list[str], Field(fail_fast=True)]
+
+
 class InputTensor(BaseModel):
     """Texts."""
 
@@ -43,8 +46,8 @@ class InputTensor(BaseModel):
 
     name: str = Field(description="text, or text_pair for the second texts of pairs")
     datatype: str = Field(description="BYTES")
-    shape: list[int] = Field(description="[N] or [N, 1]")
-    data: list[str] | list[list[str]] | None = None
+    shape: Annotated[list[int], Field(fail_fast=True)] = Field(description="[N] or [N, 1]")
+    data: Texts | Annotated[list[Texts], Field(fail_fast=True)] | None = None
     parameters: dict[str, Any] = {}
 
 
@@ -63,8 +66,8 @@ class InferRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     id: str | None = None
-    inputs: list[InputTensor]
-    outputs: list[OutputRequest] | None = None
+    inputs: Annotated[list[InputTensor], Field(fail_fast=True)]
+    outputs: Annotated[list[OutputRequest], Field(fail_fast=True)] | None = None
     parameters: dict[str, Any] = {}
 
 
@@ -143,6 +146,8 @@ def inference_router(service: Service) -> APIRouter:
             names = _outputs(wanted)
         except ValidationError as error:
             first = error.errors()[0]
+            if first["type"] == "json_invalid":
+                return error_response(400, f"the body is not JSON ({first['ctx']['error']})", "validation")
             field = ".".join(map(str, first["loc"])) or "body"
             return error_response(422, f"{field}: {first['msg']}", "validation", field)
         model, answers = await service.classify(request, name, texts)
@@ -178,7 +183,7 @@ def _read(body: bytes, header_length: str | None) -> tuple[InferRequest, bytes]:
     """Return the JSON part of a body, and the binary tensors that follow it."""
     if header_length is None:
         return InferRequest.model_validate_json(body), b""
-    if not header_length.isdigit() or int(header_length) > len(body):
+    if not whole_number(header_length) or int(header_length) > len(body):
         raise BadField("Inference-Header-Content-Length", header_length, f"a length up to {len(body)}")
     length = int(header_length)
     return InferRequest.model_validate_json(body[:length]), body[length:]

@@ -87,7 +87,10 @@ class Models:
             for name, source in self._sources.items():
                 identity = await asyncio.to_thread(_identity, source)
                 tried = identity == refused.get(name, _NEVER) and monotonic() < again[name]
-                if identity == self._identities[name] or tried:
+                if identity == self._identities[name]:
+                    self.errors.pop(name, None)  # the bundle that is served is back
+                    continue
+                if tried:
                     continue
                 if await self._replace(name):
                     self._identities[name] = identity
@@ -103,7 +106,7 @@ class Models:
         old = self._models[name]
         try:
             self._models[name] = await asyncio.to_thread(self._open, name)
-        except CascadeError as error:
+        except Exception as error:  # also of the disk: whatever it is, the old bundle stays and is watched further
             if self.errors.get(name) != str(error):
                 _log.error("reload refused", extra={"model": name, "error": str(error)})
                 self._metrics.reloads.labels(name, "refused").inc()

@@ -102,6 +102,11 @@ async def on_cascade_error(request: Request, error: Exception) -> Response:
     return error_response(status, found.error, found.error_type, found.field, headers)
 
 
+async def on_disconnect(request: Request, error: Exception) -> Response:
+    """Answer a client that hung up within its body, for the log and the metrics."""
+    return await on_cascade_error(request, ClientGone("the client hung up"))
+
+
 async def on_invalid_body(request: Request, error: Exception) -> Response:
     """Answer a body or a parameter that does not fit the schema: name its first wrong field."""
     assert isinstance(error, RequestValidationError)

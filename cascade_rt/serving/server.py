@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import signal
 import socket
 import sys
 from time import monotonic
@@ -55,7 +56,10 @@ def serve(
         timeout_graceful_shutdown=round(grace),
     )
     gc.freeze()  # what is loaded by now stays, so it is not looked through again and again
-    Server(config, service).run(sockets=[listener])
+    server = Server(config, service)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, server.handle_exit)  # uvicorn handles SIGTERM and SIGINT alone
+    server.run(sockets=[listener])
 
 
 def log_json() -> None:
@@ -76,7 +80,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._service = service
         self._idle_seconds = idle_seconds
-        self._idle_since: WeakKeyDictionary[Any, tuple[int, float]] = WeakKeyDictionary()
+        self._idle_since: WeakKeyDictionary[Any, tuple[Any, float]] = WeakKeyDictionary()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to stop: probes then take the server out of use."""
@@ -97,8 +101,8 @@ class Server(uvicorn.Server):
             if cycle is not None and not cycle.response_complete:
                 self._idle_since.pop(connection, None)
                 continue
-            last, since = self._idle_since.setdefault(connection, (id(cycle), now))
-            if last != id(cycle):
-                self._idle_since[connection] = id(cycle), now
+            last, since = self._idle_since.setdefault(connection, (cycle, now))
+            if last is not cycle:
+                self._idle_since[connection] = cycle, now
             elif now - since > self._idle_seconds and (transport := getattr(connection, "transport", None)) is not None:
                 transport.close()

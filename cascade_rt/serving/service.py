@@ -23,6 +23,8 @@ from .models import Model, Models
 
 _INLINE = 20_000  # characters that are tokenized without another thread, which takes longer than they do
 _SPIN_US = 50  # the thread that answers needs a core: of 2, an answer to one client came 0.4 ms sooner than with 500
+_DRIFT_SECONDS = 5.0
+_LONGEST_DEADLINE = 86_400_000  # milliseconds
 _UNWATCHED = 0.05  # seconds before the server looks whether a client is still there
 
 
@@ -76,12 +78,14 @@ class Service:
         self.settings = settings
         self.metrics = Metrics()
         self.draining = False
+        self._tokenizing = asyncio.Semaphore(1)
+        self._drifts: dict[str, tuple[float, float | None]] = {}
         self.models = Models(sources, self._open, self._batcher, self.metrics)
         self.metrics.add_state(self._state)
 
     def _open(self, source: str) -> CascadeRuntime:
         settings = self.settings
-        return CascadeRuntime(
+        runtime = CascadeRuntime(
             source,
             provider=settings.provider,
             threads=settings.threads,
@@ -89,6 +93,8 @@ class Service:
             preload=True,
             spin_us=_SPIN_US,
         )
+        runtime.member_logits([("a", "a") if runtime.bundle.pair else "a"])  # a first run takes longer
+        return runtime
 
     def _batcher(self, name: str, runtime: CascadeRuntime) -> Batcher:
         members = [member.name for member in runtime.bundle.members]
@@ -139,7 +145,12 @@ class Service:
         tokenizer = model.runtime.chain.tokenizer
         encode = tokenizer.encode
         short = sum(len(text) if isinstance(text, str) else sum(map(len, text)) for text in texts) <= _INLINE
-        encoded = encode(texts) if short else await asyncio.to_thread(encode, texts)
+        model.batcher.check_room(len(texts))
+        if short:
+            encoded = encode(texts)
+        else:
+            async with self._tokenizing:  # one at a time: long texts take much memory meanwhile
+                encoded = await asyncio.to_thread(encode, texts)
         if not truncate:
             _refuse_long(encoded, tokenizer.max_length)
         loop = asyncio.get_running_loop()
@@ -165,6 +176,14 @@ class Service:
             raise InvalidOption("thresholds", thresholds, "none: this server was started without --allow-thresholds")
         return model.runtime.with_thresholds(thresholds).exit_rule
 
+    def drift(self, model: Model) -> float | None:
+        """Return the p-value of `stats`, some seconds old: it takes milliseconds to compute."""
+        until, value = self._drifts.get(model.name, (0.0, None))
+        if monotonic() >= until:
+            value = model.runtime.stats().p_value
+            self._drifts[model.name] = monotonic() + _DRIFT_SECONDS, value
+        return value
+
     def _state(self) -> Iterator[Metric]:
         models = list(self.models)
         yield gauge(
@@ -177,7 +196,7 @@ class Service:
                 for member, count in zip(model.runtime.bundle.members, model.batcher.queued(), strict=True)
             ],
         )
-        drifts = {model.name: model.runtime.stats().p_value for model in models}
+        drifts = {model.name: self.drift(model) for model in models}
         yield gauge(
             "cascade_drift_p_value",
             "Probability of exits that differ this much from those of tuning, if the texts are alike",
@@ -196,12 +215,17 @@ class ClientGone(CascadeError):
     """The client hung up before its answer."""
 
 
+def whole_number(header: str) -> bool:
+    """Return whether a header is a whole number of at most 12 digits."""
+    return header.isascii() and header.isdigit() and len(header) <= 12
+
+
 def deadline_of(request: Request, timeout: float) -> float:
     """Return when a request must be answered, by the clock `time.monotonic`; raise InvalidOption for a bad header."""
     header = request.headers.get("x-deadline-ms")
     if header is None:
         return monotonic() + timeout
-    if not (header.isascii() and header.isdigit() and 0 < int(header[:12]) <= 86_400_000 and len(header) <= 12):
+    if not whole_number(header) or not 0 < int(header) <= _LONGEST_DEADLINE:
         raise BadField("X-Deadline-Ms", header, "milliseconds, a whole number from 1 to 86400000")
     return monotonic() + int(header) / 1000
 

@@ -16,8 +16,8 @@ from .models import Model
 from .responses import ERRORS, JSON, ranked
 from .service import BadField, Service
 
-Single = Annotated[list[str], Field(min_length=1, max_length=1)]
-Pair = Annotated[list[str], Field(min_length=2, max_length=2)]
+Single = Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=1)]
+Pair = Annotated[list[str], Field(fail_fast=True, min_length=2, max_length=2)]
 
 
 class PredictRequest(BaseModel):
@@ -25,7 +25,7 @@ class PredictRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    inputs: str | Single | Pair | Annotated[list[Single | Pair], Field(min_length=1)] = Field(
+    inputs: str | Single | Pair | Annotated[list[Single | Pair], Field(fail_fast=True, min_length=1)] = Field(
         description='A text; a pair ["a", "b"]; or a batch [["a"], ["a", "b"]].'
     )
     raw_scores: StrictBool = Field(False, description="Return logits instead of probabilities.")

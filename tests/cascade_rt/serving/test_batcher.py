@@ -234,6 +234,19 @@ def test_a_text_without_time_for_the_next_member(bundle: Path, degrade: bool) ->
         assert sum(batcher.runtime.stats().exits) == len(TEXTS)
 
 
+def test_one_slow_run_does_not_refuse_texts_for_good(bundle: Path) -> None:
+    with batching(bundle) as batcher:
+        batcher._seconds_per_token[0] = 0.1  # seconds for one text, measured in a bad moment
+        refused = 0
+        while True:
+            try:
+                assert len(answer(batcher, ["the film"], deadline=monotonic() + 0.1)) == 1
+                break
+            except DeadlineExceeded:
+                refused += 1
+        assert 0 < refused < 50
+
+
 def test_expire_answers_with_what_is_there(bundle: Path, gate: Gate) -> None:
     with batching(bundle, degrade=True) as batcher:
         never = batcher.runtime.with_thresholds(1.0).exit_rule

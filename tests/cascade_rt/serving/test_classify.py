@@ -14,12 +14,17 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import BaseModel, ValidationError
 
 from cascade_rt import CascadeRuntime, InferenceError
 from cascade_rt.engine.stage import Stage
+from cascade_rt.serving.classify import ClassifyRequest
+from cascade_rt.serving.inference_protocol import InferRequest
+from cascade_rt.serving.service import Service, Settings
+from cascade_rt.serving.tei import PredictRequest
 
 from ...toy import LABELS, WORDS
-from .conftest import Gate
+from .conftest import Gate, listening
 
 Served = Callable[..., httpx.Client]
 TEXTS = [" ".join(WORDS[at : at + 5]) for at in range(40)]
@@ -74,6 +79,46 @@ def test_an_error_within_a_stream_is_its_last_line(served: Served) -> None:
     assert response.status_code in (200, 422)
     assert last["error_type"] == "validation"
     assert "error" in last
+
+
+def test_an_error_of_a_later_part_of_a_stream_names_the_text(served: Served) -> None:
+    body = {"texts": [*TEXTS, *TEXTS[:30], ["a", "pair"], "b"]}
+    response = served().post("/v1/classify", json=body, headers={"accept": "application/x-ndjson"})
+    lines = [json.loads(line) for line in response.text.splitlines()]
+    assert len(lines) == 65, "the first 64 texts, and the error"
+    assert lines[-1]["field"] == "texts.70"
+    assert lines[-1]["error"].startswith("text 70: ")
+
+
+def test_a_long_list_of_wrong_elements_gives_one_error() -> None:
+    """One error each would be gigabytes for a body of 8 MB."""
+    wrong = [1] * 50_000
+    tensor = {"name": "text", "datatype": "BYTES", "shape": [1], "data": wrong}
+    cases: list[tuple[type[BaseModel], dict[str, object]]] = [
+        (ClassifyRequest, {"texts": wrong}),
+        (ClassifyRequest, {"texts": ["a"], "thresholds": ["b"] * 50_000}),
+        (PredictRequest, {"inputs": wrong}),
+        (PredictRequest, {"inputs": [[1]] * 50_000}),
+        (InferRequest, {"inputs": [tensor]}),
+        (InferRequest, {"inputs": wrong}),
+    ]
+    for model, body in cases:
+        with pytest.raises(ValidationError) as raised:
+            model.model_validate(body)
+        assert raised.value.error_count() < 10
+
+
+def test_a_browser_may_ask_before_it_has_a_token(bundle: Path) -> None:
+    service = Service({"toy": str(bundle)}, Settings(threads=1))
+    asks = {"Origin": "http://page", "Access-Control-Request-Method": "POST"}
+    with listening(service, token="secret", cors_origins=("http://page",)) as address:
+        url = f"http://{address}/v1/classify"
+        asked = httpx.options(url, headers=asks | {"Access-Control-Request-Headers": "authorization,content-type"})
+        assert (asked.status_code, asked.headers["access-control-allow-origin"]) == (200, "http://page")
+        refused = httpx.post(url, json={"texts": ["a"]}, headers={"Origin": "http://page"})
+        assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, "http://page")
+        other = httpx.options(url, headers=asks | {"Origin": "http://other"})
+        assert "access-control-allow-origin" not in other.headers
 
 
 @pytest.mark.parametrize(
@@ -199,6 +244,20 @@ def test_a_client_that_hangs_up_leaves_the_queue(served: Served, gate: Gate) -> 
     gate.opened.set()
     first.join()
     assert 'cascade_rejected_total{reason="cancelled"} 1.0' in client.get("/metrics").text
+
+
+@pytest.mark.parametrize("path", ["/v1/classify", "/v2/models/toy/infer"])
+def test_a_client_that_hangs_up_within_its_body(served: Served, path: str) -> None:
+    client = served()
+    url = client.base_url
+    with socket.create_connection((url.host, url.port), timeout=10) as gone:
+        request = f"POST {path} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{{"
+        gone.sendall(request.encode())
+    until = time.monotonic() + 10
+    while "cascade_rejected_total{" not in (text := client.get("/metrics").text) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert "cascade_rejected_total{" in text
+    assert 'status="500"' not in text
 
 
 def test_a_model_that_fails_is_a_500_without_a_traceback(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,7 @@ def serving(*options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
             process.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_lets_open_requests_finish(bundle: Path, number: int) -> None:
     with serving("--model-dir", str(bundle)) as (process, address):
         statuses: list[int] = []

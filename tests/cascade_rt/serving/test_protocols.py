@@ -155,11 +155,19 @@ def test_bad_tensors_name_their_field(client: httpx.Client, body: Any, field: st
 def test_damaged_binary_tensors(client: httpx.Client, data: bytes) -> None:
     tensor = {"name": "text", "datatype": "BYTES", "shape": [1], "parameters": {"binary_data_size": len(data)}}
     header = json.dumps({"inputs": [tensor]}).encode()
-    for length in (str(len(header)), "x", "999999"):
+    for length in (str(len(header)), "x", "999999", "\xb2", "9" * 5000):
         response = client.post(
-            "/v2/models/toy/infer", content=header + data, headers={"Inference-Header-Content-Length": length}
+            "/v2/models/toy/infer",
+            content=header + data,
+            headers={b"Inference-Header-Content-Length": length.encode("latin-1")},
         )
         assert (response.status_code, response.json()["error_type"]) == (422, "validation")
+
+
+def test_a_body_that_is_not_json(client: httpx.Client) -> None:
+    for path in ("/v2/models/toy/infer", "/predict"):
+        response = client.post(path, content=b"{", headers={"Content-Type": "application/json"})
+        assert (response.status_code, response.json()["error_type"]) == (400, "validation")
 
 
 def test_versions_of_a_model(client: httpx.Client) -> None:

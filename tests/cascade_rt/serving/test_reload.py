@@ -110,6 +110,23 @@ def replace_damaged(bundle: Path, source: Path) -> None:
         time.sleep(0.05)
 
 
+def test_an_unexpected_error_does_not_end_reloading(
+    served: Served, sources: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = shutil.copytree(sources[0], tmp_path / "bundle")
+    client = served({"toy": str(bundle)}, reload_seconds=0.02)
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied", str(bundle / MANIFEST))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cascade_rt.serving.service.CascadeRuntime", refuse)
+        replace(bundle, sources[1])
+        wait_until(lambda: "Permission denied" in str(client.get("/health").json()["models"]["toy"]["error"]))
+    wait_until(lambda: client.get("/health").json()["models"]["toy"]["error"] is None)
+    assert client.post("/v1/classify", json={"texts": TEXTS}).status_code == 200
+
+
 def test_a_bundle_that_vanishes(served: Served, sources: list[Path], tmp_path: Path) -> None:
     bundle = shutil.copytree(sources[0], tmp_path / "bundle")
     client = served({"toy": str(bundle)}, reload_seconds=0.02)
