@@ -69,7 +69,7 @@ def run(runtime: CascadeRuntime, output: Path, resume: bool, kill_at: int | None
 
 @pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.gz", "out.jsonl.zst", "out.csv", "out.csv.gz", "out.parquet"])
 def test_fifty_kills_change_nothing(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(answering, "_CHUNK", 16)
+    monkeypatch.setattr(answering, "CHUNK", 16)
     if name.endswith("zst"):
         pytest.importorskip("zstandard")
     if name.endswith("parquet"):
@@ -115,8 +115,9 @@ def test_every_format_has_the_same_rows(bundle: Path, tmp_path: Path) -> None:
 
 def test_a_killed_command_goes_on_and_says_what_is_there(bundle: Path, tmp_path: Path) -> None:
     write_rows(Path("in.jsonl"), 30_000, bad=False)
-    # A shell starts its background jobs, and so perhaps the tests, with SIGINT ignored.
+    # A shell starts its background jobs, and so perhaps the tests, with SIGINT ignored, and nohup with SIGHUP.
     code = "import signal, cascade_rt.cli; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "signal.signal(signal.SIGHUP, signal.SIG_DFL); "
     command = [sys.executable, "-c", f"{code}raise SystemExit(cascade_rt.cli.main())"]
     command += ["predict", "--model-dir", str(bundle), "--threads", "1"]
     command += ["--input", "in.jsonl", "--output", "out.jsonl"]
@@ -152,7 +153,7 @@ def covered() -> int:
 
 
 def test_another_input_is_not_continued(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answering, "_CHUNK", 16)
+    monkeypatch.setattr(answering, "CHUNK", 16)
     runtime = CascadeRuntime(bundle, threads=1)
     write_rows(Path("in.jsonl"), 100)
     with pytest.raises(Killed):

@@ -29,6 +29,12 @@ class Gate:
         self.runs: list[tuple[str, int]] = []
         """Member and number of texts of each run, in order."""
 
+    def close(self) -> None:
+        """Hold runs back from now on; those before are forgotten."""
+        self.runs.clear()
+        self.entered = threading.Semaphore(0)
+        self.opened.clear()
+
     def wait_for_run(self) -> None:
         assert self.entered.acquire(timeout=10)
 

@@ -124,8 +124,7 @@ def test_remaining_texts_of_different_requests_run_together(bundle: Path, gate: 
     never = CascadeRuntime(bundle, threads=1).with_thresholds(1.0).exit_rule
     at_once = CascadeRuntime(bundle, threads=1).with_thresholds(0.0).exit_rule
     with batching(bundle, max_wait=60.0) as batcher:
-        gate.runs.clear()
-        gate.opened.clear()
+        gate.close()
         _, first = submit(batcher, ["the film"], rule=at_once)
         gate.entered = threading.Semaphore(0)
         while not gate.runs:
@@ -141,8 +140,7 @@ def test_the_text_that_arrived_first_goes_first_with_others_of_its_length(bundle
     with batching(bundle, max_queue=10_000) as batcher:
         at_once = batcher.runtime.with_thresholds(0.0).exit_rule
         order: list[str] = []
-        gate.runs.clear()
-        gate.opened.clear()
+        gate.close()
         submit(batcher, [short])
         while not gate.runs:
             gate.wait_for_run()
@@ -166,7 +164,7 @@ def test_the_text_that_arrived_first_goes_first_with_others_of_its_length(bundle
 
 def test_full_queues_refuse_at_once_and_take_texts_again(bundle: Path, gate: Gate) -> None:
     with batching(bundle, max_queue=10) as batcher:
-        gate.opened.clear()
+        gate.close()
         _, first = submit(batcher, TEXTS[:8])
         with pytest.raises(Overloaded, match="try again in") as raised:
             submit(batcher, TEXTS[:3])
@@ -180,8 +178,7 @@ def test_full_queues_refuse_at_once_and_take_texts_again(bundle: Path, gate: Gat
 
 def test_a_cancelled_request_leaves_the_queue(bundle: Path, gate: Gate) -> None:
     with batching(bundle, max_queue=60) as batcher:
-        gate.runs.clear()
-        gate.opened.clear()
+        gate.close()
         _, first = submit(batcher, ["the film"])
         while not gate.runs:
             gate.wait_for_run()
@@ -200,8 +197,7 @@ def test_a_cancelled_request_leaves_the_queue(bundle: Path, gate: Gate) -> None:
 
 def test_a_deadline_that_passes_in_the_queue(bundle: Path, gate: Gate) -> None:
     with batching(bundle) as batcher:
-        gate.runs.clear()
-        gate.opened.clear()
+        gate.close()
         _, first = submit(batcher, ["the film"])
         while not gate.runs:
             gate.wait_for_run()
@@ -250,8 +246,7 @@ def test_one_slow_run_does_not_refuse_texts_for_good(bundle: Path) -> None:
 def test_expire_answers_with_what_is_there(bundle: Path, gate: Gate) -> None:
     with batching(bundle, degrade=True) as batcher:
         never = batcher.runtime.with_thresholds(1.0).exit_rule
-        gate.runs.clear()
-        gate.opened.clear()
+        gate.close()
         ticket, done = submit(batcher, ["the film"], rule=never)
         gate.wait_for_run()
         batcher.expire(ticket)
@@ -261,7 +256,7 @@ def test_expire_answers_with_what_is_there(bundle: Path, gate: Gate) -> None:
         later, _ = submit(batcher, ["the film"], rule=never)
         while ("small", 1) not in gate.runs:
             gate.wait_for_run()
-        gate.opened.clear()
+        gate.close()
         batcher.expire(later)
         if not later.error:
             (found,) = later.result()
@@ -286,8 +281,7 @@ def test_an_error_reaches_only_the_request_that_it_is_from(
     monkeypatch.setattr(Stage, "run", failing)
     with batching(bundle) as batcher:
         never = batcher.runtime.with_thresholds(1.0).exit_rule
-        gate.runs.clear()
-        gate.opened.clear()
+        gate.close()
         _, first = submit(batcher, ["the film"])
         while not gate.runs:
             gate.wait_for_run()

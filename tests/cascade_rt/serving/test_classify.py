@@ -204,7 +204,7 @@ def test_a_bad_deadline_is_refused(served: Served, value: str) -> None:
 
 def test_a_deadline_that_passes(served: Served, gate: Gate) -> None:
     client = served()
-    gate.opened.clear()
+    gate.close()
     started = time.monotonic()
     response = client.post("/v1/classify", json={"texts": ["a"]}, headers={"X-Deadline-Ms": "100"})
     assert (response.status_code, response.json()["error_type"]) == (504, "deadline")
@@ -215,7 +215,7 @@ def test_a_deadline_that_passes(served: Served, gate: Gate) -> None:
 
 def test_overload_answers_503_at_once_with_when_to_come_back(served: Served, gate: Gate) -> None:
     client = served(max_queue=5)
-    gate.opened.clear()
+    gate.close()
     first = threading.Thread(target=lambda: client.post("/v1/classify", json={"texts": ["a"] * 5}))
     first.start()
     gate.wait_for_run()
@@ -230,7 +230,7 @@ def test_overload_answers_503_at_once_with_when_to_come_back(served: Served, gat
 
 def test_a_client_that_hangs_up_leaves_the_queue(served: Served, gate: Gate) -> None:
     client = served()
-    gate.opened.clear()
+    gate.close()
     first = threading.Thread(target=lambda: client.post("/v1/classify", json={"texts": ["a"]}))
     first.start()
     gate.wait_for_run()

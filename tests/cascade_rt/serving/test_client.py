@@ -67,7 +67,7 @@ def test_errors_are_typed(address: str) -> None:
 @pytest.mark.parametrize("retries", [0, 5])
 def test_a_full_server_is_asked_again(served: Callable[..., httpx.Client], gate: Gate, retries: int) -> None:
     server = served(max_queue=2)
-    gate.opened.clear()
+    gate.close()
     first = threading.Thread(target=lambda: server.post("/v1/classify", json={"texts": ["a"] * 2}))
     first.start()
     gate.wait_for_run()

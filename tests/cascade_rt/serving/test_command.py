@@ -29,7 +29,10 @@ def free_port() -> int:
 @contextmanager
 def serving(*options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     port = free_port()
-    command = [sys.executable, "-m", "cascade_rt", "serve", "--port", str(port), "--threads", "1", *options]
+    # A shell in the background, or nohup, has its children ignore signals.
+    heed = "import signal, cascade_rt.cli; signal.signal(signal.SIGHUP, signal.SIG_DFL); "
+    command = [sys.executable, "-c", f"{heed}raise SystemExit(cascade_rt.cli.main())"]
+    command += ["serve", "--port", str(port), "--threads", "1", *options]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         address = f"http://127.0.0.1:{port}"
         until = time.monotonic() + 60
