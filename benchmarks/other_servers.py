@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-_PIPELINES: dict[str, Any] = {}
-
 
 def apart(options: argparse.Namespace) -> None:
     """Serve our server, but texts of different requests never run together."""
@@ -32,26 +30,23 @@ def fastapi(options: argparse.Namespace) -> None:
     import uvicorn
     from fastapi import FastAPI
 
-    app = FastAPI()
+    app, classify = FastAPI(), optimum_pipeline(options.member)
 
     @app.post("/predict")
     def predict(body: dict[str, str]) -> Any:
-        return optimum_pipeline(options.member)(body["inputs"])
+        return classify(body["inputs"])
 
-    optimum_pipeline(options.member)
     uvicorn.run(app, port=options.port, log_level="error", access_log=False)
 
 
 def optimum_pipeline(member: str) -> Any:
-    """Return a text-classification pipeline on ONNX Runtime, made once."""
+    """Return a text-classification pipeline on ONNX Runtime."""
     from optimum.onnxruntime import ORTModelForSequenceClassification
     from transformers import AutoTokenizer, pipeline
 
-    if member not in _PIPELINES:
-        model = ORTModelForSequenceClassification.from_pretrained(member, export=True)
-        tokenizer = AutoTokenizer.from_pretrained(member)
-        _PIPELINES[member] = pipeline("text-classification", model=model, tokenizer=tokenizer, top_k=None)
-    return _PIPELINES[member]
+    model = ORTModelForSequenceClassification.from_pretrained(member, export=True)
+    tokenizer = AutoTokenizer.from_pretrained(member)
+    return pipeline("text-classification", model=model, tokenizer=tokenizer, top_k=None)
 
 
 def main() -> None:

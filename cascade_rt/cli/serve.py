@@ -42,12 +42,7 @@ def add_arguments(parser: CommandParser) -> None:
         help="answer by the last member that ran where a deadline leaves no time for the next",
     )
     add("--allow-thresholds", action="store_true", help="let requests set their own thresholds")
-    add(
-        "--reload-seconds",
-        type=float,
-        default=1.0,
-        help="how often to look for a replaced bundle; 0 for never",
-    )
+    add("--reload-seconds", type=float, default=1.0, help="how often to look for a replaced bundle; 0 for never")
     add("--grace", type=float, default=30.0, help="seconds for open requests after SIGTERM")
     add("--token-file", metavar="FILE", help="file with the bearer token that requests must carry")
     add("--cors-origin", action="append", default=[], metavar="ORIGIN", help="pages of this origin may call the server")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from bisect import insort
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Condition, Thread
 from time import monotonic
 from typing import Any, Protocol
@@ -31,11 +31,11 @@ _SMOOTHING = 0.1  # of the measured seconds per token
 
 
 class Overloaded(CascadeError):
-    """The queues are full. `retry_after`: seconds until there is probably room."""
+    """The queues are full. `retry_after`: whole seconds until there is probably room, at least 1."""
 
-    def __init__(self, retry_after: float) -> None:
-        super().__init__(f"too many texts are waiting; try again in {math.ceil(retry_after)} s")
-        self.retry_after = retry_after
+    def __init__(self, seconds: float) -> None:
+        self.retry_after = max(1, math.ceil(seconds))
+        super().__init__(f"too many texts are waiting; try again in {self.retry_after} s")
 
 
 class DeadlineExceeded(CascadeError):
@@ -47,6 +47,8 @@ class DeadlineExceeded(CascadeError):
 
 class Draining(CascadeError):
     """The batcher takes no new texts: another one has its place, or the server stops."""
+
+    retry_after = 1
 
 
 @dataclass(frozen=True)
@@ -217,11 +219,10 @@ class Batcher:
             ):
                 self._abandon(ticket, DeadlineExceeded())
                 return
-            for queue in self._queues:
-                queue[:] = [text for text in queue if text.ticket is not ticket]
+            self._dequeue(ticket)
             for row, so_far in enumerate(ticket._so_far):
                 if ticket.answers[row] is None and so_far is not None:
-                    self._settle(ticket, row, _degraded(so_far))
+                    self._settle(ticket, row, replace(so_far, degraded=True))
 
     def close(self) -> None:
         """Answer what was accepted, then stop the thread and close the runtime."""
@@ -284,7 +285,7 @@ class Batcher:
             if ticket.deadline >= expected:
                 kept.append(text)
             elif self._degrade and so_far is not None:
-                self._settle(ticket, text.row, _degraded(so_far))
+                self._settle(ticket, text.row, replace(so_far, degraded=True))
             else:
                 self._abandon(ticket, DeadlineExceeded())
             if ticket.finished:
@@ -366,9 +367,8 @@ class Batcher:
     def _abandon(self, ticket: Ticket, error: Exception) -> None:
         ticket.error = error
         self._accepted -= ticket._left
+        self._dequeue(ticket)
+
+    def _dequeue(self, ticket: Ticket) -> None:
         for queue in self._queues:
             queue[:] = [text for text in queue if text.ticket is not ticket]
-
-
-def _degraded(answer: Answer) -> Answer:
-    return Answer(answer.prediction, answer.logits, answer.steps, degraded=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter
@@ -130,7 +130,7 @@ def classify_router(service: Service) -> APIRouter:
 
 
 def _served(service: Service, model: Model) -> ServedModel:
-    bundle, stats = model.runtime.bundle, model.runtime.stats()
+    bundle, exits = model.runtime.bundle, model.runtime.exits
     return ServedModel(
         name=model.name,
         version=model.version,
@@ -139,8 +139,8 @@ def _served(service: Service, model: Model) -> ServedModel:
         members=[ServedMember(name=one.name, layers=one.layers, precision=one.precision) for one in bundle.members],
         thresholds=model.runtime.thresholds,
         allow_thresholds=service.settings.allow_thresholds and bool(model.runtime.thresholds),
-        texts=stats.texts,
-        exits=stats.exits,
+        texts=sum(exits),
+        exits=exits,
         queued=model.batcher.queued(),
         p_value=service.drift(model),
     )
@@ -163,7 +163,7 @@ def _described(model: Model, answers: list[Answer], steps: bool) -> Iterator[dic
 async def _lines(service: Service, body: ClassifyRequest, request: Request) -> AsyncIterator[bytes]:
     """Yield one line per text, some texts at a time."""
     size = min(_STREAMED, service.settings.max_texts)
-    texts: list[Text] = list(body.texts)
+    texts: Sequence[Text] = body.texts
     for start in range(0, len(texts), size):
         while True:
             try:
@@ -186,4 +186,5 @@ async def _joined(first: bytes, lines: AsyncIterator[bytes]) -> AsyncIterator[by
         async for line in lines:
             yield line
     except CascadeError as error:
-        yield describe_error(error).model_dump_json(exclude_none=True).encode() + b"\n"
+        _, found = describe_error(error)
+        yield dumps(found.model_dump(exclude_none=True)) + b"\n"

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter
+from fastapi.exceptions import RequestValidationError
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import Request
@@ -17,7 +18,7 @@ from .. import __version__
 from ..types import Text
 from .batcher import Answer
 from .models import Model
-from .responses import ERRORS, JSON, dumps, error_response
+from .responses import ERRORS, JSON, dumps
 from .service import BadField, Service, whole_number
 
 _HEADER_LENGTH = "inference-header-content-length"
@@ -34,7 +35,6 @@ _OUTPUTS: Mapping[str, tuple[str, Callable[[Answer], Any]]] = {
 }
 _TYPES = {"FP32": "<f4", "INT32": "<i4", "BOOL": "?"}
 _PER_LABEL = ("probabilities", "logits")
-
 
 Texts = Annotated[list[str], Field(fail_fast=True)]
 
@@ -145,11 +145,7 @@ def inference_router(service: Service) -> APIRouter:
             texts = _texts(wanted, binary)
             names = _outputs(wanted)
         except ValidationError as error:
-            first = error.errors()[0]
-            if first["type"] == "json_invalid":
-                return error_response(400, f"the body is not JSON ({first['ctx']['error']})", "validation")
-            field = ".".join(map(str, first["loc"])) or "body"
-            return error_response(422, f"{field}: {first['msg']}", "validation", field)
+            raise RequestValidationError(error.errors()) from error
         model, answers = await service.classify(request, name, texts)
         return _written(model, answers, wanted, names)
 
@@ -167,8 +163,7 @@ def _schema() -> dict[str, Any]:
 
 
 def _readiness(service: Service) -> Response:
-    if service.draining:
-        return error_response(503, "the server is stopping; try another one", "overloaded")
+    service.check_taking()
     return JSON({"ready": True})
 
 
@@ -217,7 +212,7 @@ def _texts(wanted: InferRequest, binary: bytes) -> list[Text]:
 
 
 def _fits(shape: Sequence[int], count: int) -> bool:
-    return len(shape) in (1, 2) and shape[0] == count and (len(shape) == 1 or shape[1] == 1)
+    return tuple(shape) in ((count,), (count, 1))
 
 
 def _strings(data: bytes, at: int) -> Iterator[str]:

@@ -18,7 +18,6 @@ from .batcher import Batcher
 from .metrics import Metrics
 
 _LONGEST_PAUSE = 30.0  # seconds between attempts to open a bundle that cannot be used
-_NEVER = object()
 _log = logging.getLogger(__name__)
 
 Open = Callable[[str], CascadeRuntime]
@@ -80,22 +79,20 @@ class Models:
 
     async def watch(self, seconds: float) -> None:
         """Look for replaced bundles every so many seconds, for good."""
-        refused: dict[str, object] = {}  # identity of the bundle that could not be used
+        refused: dict[str, object] = {}  # identity of the last bundle that could not be used
         again, pause = dict.fromkeys(self._sources, 0.0), dict.fromkeys(self._sources, seconds)
         while True:
             await asyncio.sleep(seconds)
             for name, source in self._sources.items():
                 identity = await asyncio.to_thread(_identity, source)
-                tried = identity == refused.get(name, _NEVER) and monotonic() < again[name]
                 if identity == self._identities[name]:
                     self.errors.pop(name, None)  # the bundle that is served is back
                     continue
-                if tried:
+                if identity == refused.get(name) and monotonic() < again[name]:
                     continue
                 if await self._replace(name):
                     self._identities[name] = identity
-                    refused.pop(name, None)
-                    pause[name] = seconds
+                    again[name], pause[name] = 0.0, seconds
                 else:  # files may be copied into the folder one after another
                     refused[name] = identity
                     again[name] = monotonic() + pause[name]

@@ -44,7 +44,10 @@ def serve(
     token: str | None,
     cors_origins: tuple[str, ...],
 ) -> None:
-    """Serve until SIGTERM or SIGINT: then refuse new requests, answer the others within `grace` seconds, and return."""
+    """Serve until SIGTERM, SIGINT or SIGHUP; then take no more requests, answer the others, and return.
+
+    `grace`: seconds for these answers. `token`, `cors_origins`: as for `create_app`.
+    """
     log_json()
     app = create_app(service, token=token, cors_origins=cors_origins)
     config = uvicorn.Config(
@@ -73,7 +76,7 @@ def log_json() -> None:
 
 
 class Server(uvicorn.Server):
-    """Uvicorn's, with a limit for connections that send nothing whole, and not ready as soon as it begins to stop."""
+    """Uvicorn's server, which also closes idle connections, and is not ready as soon as it begins to stop."""
 
     def __init__(self, config: uvicorn.Config, service: Service, idle_seconds: float = _IDLE_SECONDS) -> None:
         """`idle_seconds`: how long a connection may have no request under way, also while headers trickle in."""
