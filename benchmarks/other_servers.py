@@ -9,7 +9,7 @@ from typing import Any
 def apart(options: argparse.Namespace) -> None:
     """Serve our server, but texts of different requests never run together."""
     from cascade_rt.serving.batcher import Batcher
-    from cascade_rt.serving.server import listen, serve
+    from cascade_rt.serving.server import Setup, listen, serve
     from cascade_rt.serving.service import Service, Settings
 
     take = Batcher._take
@@ -21,8 +21,9 @@ def apart(options: argparse.Namespace) -> None:
         return [text for text in texts if text.ticket is texts[0].ticket]
 
     Batcher._take = take_one  # type: ignore[assignment, method-assign]
-    service = Service({"default": options.model_dir}, Settings(max_queue=options.max_queue))
-    serve(service, listen("127.0.0.1", options.port), grace=1, token=None, cors_origins=())
+    settings = Settings(max_queue=options.max_queue)
+    setup = Setup({"default": options.model_dir}, settings, "127.0.0.1", options.port, grace=1)
+    serve(Service(setup.sources, settings), listen(setup.host, setup.port), setup)
 
 
 def fastapi(options: argparse.Namespace) -> None:

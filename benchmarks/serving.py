@@ -5,8 +5,8 @@
 All servers run in turn, each in a process of its own, on the CPUs that it and the client share. Requests carry one text
 and arrive at random moments (Poisson), whether or not earlier ones are answered. The rates are shares of the number of
 requests per second that `cascade-rt serve` answers at most. The others answer with the bundle's last member: FastAPI
-around a pipeline of Optimum on ONNX Runtime, and LitServe with dynamic batching around the same; `regrouping off` is
-our server where texts of different requests never run together.
+around a pipeline of Optimum on ONNX Runtime, and LitServe with dynamic batching around the same. `2 workers` is our
+server with two processes, and `regrouping off` where texts of different requests never run together.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ from cascade_rt.io.readers import read_examples
 from cascade_rt.io.writers import write_json
 from cascade_rt.tuning.plot import pyplot
 
-OURS, APART, FASTAPI, LITSERVE = "cascade-rt serve", "regrouping off", "FastAPI + Optimum", "LitServe + Optimum"
+OURS, WORKERS = "cascade-rt serve", "2 workers"
+APART, FASTAPI, LITSERVE = "regrouping off", "FastAPI + Optimum", "LitServe + Optimum"
+SERVERS = (OURS, WORKERS, APART, FASTAPI, LITSERVE)
 SHARES = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 TIMEOUT = 10.0  # seconds; a request that takes longer counts as not answered
 CONNECTIONS = 4000
@@ -97,8 +99,10 @@ def running(name: str, options: argparse.Namespace) -> Iterator[Running]:
     url = f"http://127.0.0.1:{options.port}"
     ours = ["--model-dir", str(options.model_dir), "--max-queue", str(options.max_queue)]
     theirs = ["--member", str(options.member)]
+    serve = ["-m", "cascade_rt", "serve", *ours, "--max-wait-ms", str(options.max_wait_ms)]
     arguments = {
-        OURS: ["-m", "cascade_rt", "serve", *ours, "--max-wait-ms", str(options.max_wait_ms)],
+        OURS: serve,
+        WORKERS: [*serve, "--workers", "2"],
         APART: [str(HERE / "other_servers.py"), "apart", *ours],
         FASTAPI: [str(HERE / "other_servers.py"), "fastapi", *theirs],
         LITSERVE: [str(HERE / "litserve_server.py"), *theirs],
@@ -240,7 +244,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", type=Path, required=True, metavar="FILE", help="texts")
     add("--seconds", type=float, default=8, help="for each rate")
     add("--shares", type=float, nargs="*", default=SHARES, help="of the capacity")
-    add("--servers", nargs="*", default=[OURS, APART, FASTAPI, LITSERVE], choices=[OURS, APART, FASTAPI, LITSERVE])
+    add("--servers", nargs="*", default=SERVERS, choices=SERVERS)
     add("--max-wait-ms", type=float, default=0.0)
     add("--max-queue", type=int, default=100, help="of our servers")
     add("--port", type=int, default=8642)

@@ -151,12 +151,6 @@ class CascadeRuntime:
         return self._rule
 
     @property
-    def exits(self) -> list[int]:
-        """Texts answered so far by each member: `stats` without the comparison, which takes milliseconds."""
-        with self._counting:
-            return list(self._exits)
-
-    @property
     def chain(self) -> Chain:
         """What drives the stages otherwise than `predict` does: the server regroups the texts of many requests."""
         opened = self._opened

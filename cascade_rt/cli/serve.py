@@ -42,8 +42,10 @@ def add_arguments(parser: CommandParser) -> None:
         help="answer by the last member that ran where a deadline leaves no time for the next",
     )
     add("--allow-thresholds", action="store_true", help="let requests set their own thresholds")
+    add("--log-texts", action="store_true", help="log texts and answers too, not only requests")
     add("--reload-seconds", type=float, default=1.0, help="how often to look for a replaced bundle; 0 for never")
     add("--grace", type=float, default=30.0, help="seconds for open requests after SIGTERM")
+    add("--workers", type=int, default=1, help="processes that serve side by side, each on CPUs of its own")
     add("--token-file", metavar="FILE", help="file with the bearer token that requests must carry")
     add("--cors-origin", action="append", default=[], metavar="ORIGIN", help="pages of this origin may call the server")
     add_running(parser)
@@ -52,8 +54,9 @@ def add_arguments(parser: CommandParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Open the bundles and serve."""
     try:
-        from ..serving.server import listen, serve  # noqa: PLC0415
+        from ..serving.server import Setup, listen, serve  # noqa: PLC0415
         from ..serving.service import Service, Settings  # noqa: PLC0415
+        from ..serving.workers import serve_with_workers  # noqa: PLC0415
     except ImportError as error:
         raise MissingExtraError("serving", "serve", error) from error
     settings = Settings(
@@ -67,17 +70,29 @@ def run(options: argparse.Namespace) -> None:
         timeout=options.timeout,
         degrade=options.degrade,
         allow_thresholds=options.allow_thresholds,
+        log_texts=options.log_texts,
         reload_seconds=options.reload_seconds,
     )
-    sources, token = _sources(options), _token(options.token_file)
-    with listen(options.host, options.port) as listener:
-        service = Service(sources, settings)
-        for model in service.models:
-            print(f"{model.name}: {model.runtime}", file=sys.stderr)
-        port = listener.getsockname()[1]
-        print(f"serving on http://{options.host}:{port}, interfaces at /docs", file=sys.stderr, flush=True)
-        with suppress(KeyboardInterrupt, Termination):  # the signal that ended it, after all was answered
-            serve(service, listener, grace=options.grace, token=token, cors_origins=tuple(options.cors_origin))
+    setup = Setup(
+        _sources(options),
+        settings,
+        options.host,
+        options.port,
+        options.grace,
+        _token(options.token_file),
+        tuple(options.cors_origin),
+    )
+    with suppress(KeyboardInterrupt, Termination):  # the signal that ended it, after all was answered
+        if options.workers != 1:
+            serve_with_workers(setup, options.workers)
+            return
+        with listen(setup.host, setup.port) as listener:
+            service = Service(setup.sources, settings)
+            for model in service.models:
+                print(f"{model.name}: {model.runtime}", file=sys.stderr)
+            port = listener.getsockname()[1]
+            print(f"serving on http://{setup.host}:{port}, interfaces at /docs", file=sys.stderr, flush=True)
+            serve(service, listener, setup)
 
 
 def _sources(options: argparse.Namespace) -> dict[str, str]:

@@ -1,8 +1,9 @@
-"""How many CPUs this process may use: its affinity and the quota of its control group, v1 or v2."""
+"""Which CPUs this process may use, and how many: its affinity and the quota of its control group, v1 or v2."""
 
 from __future__ import annotations
 
 import os
+import re
 from numbers import Integral
 from pathlib import Path, PurePosixPath
 
@@ -38,6 +39,23 @@ def usable_cpus() -> int:
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cgroup_quota()
     return cpus if quota is None else max(1, min(cpus, int(quota)))
+
+
+def cpu_shares(count: int, topology: Path = Path("/sys/devices/system/cpu")) -> list[list[int]]:
+    """Divide the CPUs of the process's affinity into `count` shares; as far as possible, a core's CPUs share one.
+
+    Raises InvalidOption for more shares than usable CPUs.
+    """
+    most = usable_cpus()
+    if not 1 <= count <= most:
+        raise InvalidOption("workers", count, f"a whole number from 1 to {most}, the CPUs that may be used")
+
+    def core(cpu: int) -> tuple[int, int]:
+        siblings = re.match(r"\d+", _text(topology / f"cpu{cpu}" / "topology" / "thread_siblings_list"))
+        return int(siblings[0]) if siblings else cpu, cpu
+
+    cpus = sorted(os.sched_getaffinity(0), key=core)
+    return [cpus[len(cpus) * at // count : len(cpus) * (at + 1) // count] for at in range(count)]
 
 
 def cgroup_quota(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> float | None:

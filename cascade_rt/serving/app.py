@@ -12,7 +12,6 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi_offline import FastAPIOffline
-from prometheus_client.exposition import choose_encoder
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
@@ -27,6 +26,7 @@ from .service import Service
 from .tei import tei_router
 
 _BODY_SECONDS = 30.0
+_GAUGES_SECONDS = 1.0
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -49,12 +49,14 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         seconds = service.settings.reload_seconds
-        watching = asyncio.create_task(service.models.watch(seconds)) if seconds else None
+        tasks = [asyncio.create_task(service.models.watch(seconds))] if seconds else []
+        if service.metrics.shared:  # other processes read the gauges of this one
+            tasks.append(asyncio.create_task(_update_gauges(service)))
         try:
             yield
         finally:
-            if watching is not None:
-                watching.cancel()
+            for task in tasks:
+                task.cancel()
             await asyncio.to_thread(service.close)
 
     app = FastAPIOffline(
@@ -99,8 +101,9 @@ def create_app(
     )
     async def metrics(request: Request) -> Response:
         """Return the metrics as text."""
-        encode, media_type = choose_encoder(request.headers.get("accept", ""))
-        return Response(encode(service.metrics.registry), media_type=media_type)
+        service.update_gauges()
+        text, media_type = service.metrics.text(request.headers.get("accept", ""))
+        return Response(text, media_type=media_type)
 
     app.add_exception_handler(CascadeError, on_cascade_error)
     app.add_exception_handler(RequestValidationError, on_invalid_body)
@@ -116,3 +119,9 @@ def create_app(
     if cors_origins:  # outermost: browsers ask without a token whether they may ask
         app.add_middleware(CORSMiddleware, allow_origins=cors_origins, allow_methods=["*"], allow_headers=["*"])
     return app
+
+
+async def _update_gauges(service: Service) -> None:
+    while True:
+        await asyncio.to_thread(service.update_gauges)
+        await asyncio.sleep(_GAUGES_SECONDS)

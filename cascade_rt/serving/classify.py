@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter
@@ -71,7 +71,7 @@ class ServedMember(BaseModel):
 
 
 class ServedModel(BaseModel):
-    """A bundle, and what it has answered since it was loaded."""
+    """A bundle, and what was answered under its name since the server started."""
 
     name: str
     version: str
@@ -82,8 +82,8 @@ class ServedModel(BaseModel):
     allow_thresholds: bool = Field(description="Whether requests may name thresholds.")
     texts: int = Field(description="Texts answered.")
     exits: list[int] = Field(description="Texts answered by each member.")
-    queued: list[int] = Field(description="Texts that wait for each member.")
-    p_value: float | None = Field(description="Of the difference between these exits and those of tuning.")
+    queued: list[int] = Field(description="Texts that wait for each member, in the process that answers this.")
+    p_value: float | None = Field(description="Of the difference between the exits of this process and of tuning.")
 
 
 class ModelsResponse(BaseModel):
@@ -122,15 +122,16 @@ def classify_router(service: Service) -> APIRouter:
     @router.get("/v1/models", summary="What is served", response_model=ModelsResponse)
     async def models() -> Response:
         """Describe the bundles and what they have answered."""
-        found = [_served(service, model).model_dump() for model in service.models]
-        requests, seconds = service.metrics.answered()
+        requests, seconds, texts = service.metrics.answered()
+        found = [_served(service, model, texts).model_dump() for model in service.models]
         return JSON({"models": found, "requests": requests, "seconds": seconds})
 
     return router
 
 
-def _served(service: Service, model: Model) -> ServedModel:
-    bundle, exits = model.runtime.bundle, model.runtime.exits
+def _served(service: Service, model: Model, texts: Mapping[tuple[str, str], int]) -> ServedModel:
+    bundle = model.runtime.bundle
+    exits = [texts.get((model.name, member.name), 0) for member in bundle.members]
     return ServedModel(
         name=model.name,
         version=model.version,

@@ -1,16 +1,22 @@
-"""Prometheus metrics."""
+"""Prometheus metrics, of one process or summed over all that serve together.
+
+With several processes, prometheus-client keeps the values in files in a folder that the environment variable
+PROMETHEUS_MULTIPROC_DIR names, and any of the processes can read them all.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Sequence
 from functools import partial
-from http import HTTPStatus
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, PlatformCollector, ProcessCollector
-from prometheus_client.core import GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from .batcher import Answer
+
+FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 
 _ANSWERING = ("/v1/classify", "/predict", "/v2/models/{name}/infer")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -23,11 +29,17 @@ class Metrics:
     """All metrics of a server, in a registry of their own."""
 
     def __init__(self) -> None:
-        self.registry = registry = CollectorRegistry()
-        self._answered = 0, 0.0
-        ProcessCollector(registry=registry)
-        PlatformCollector(registry=registry)
+        self.shared = FOLDER in os.environ
+        """Whether values are summed over several processes."""
+        registry = CollectorRegistry()
+        self._all = CollectorRegistry() if self.shared else registry
+        if self.shared:
+            MultiProcessCollector(self._all)  # type: ignore[no-untyped-call]
+        else:
+            ProcessCollector(registry=registry)
+            PlatformCollector(registry=registry)
         counter, histogram = partial(Counter, registry=registry), partial(Histogram, registry=registry)
+        gauge = partial(Gauge, registry=registry)
         member = ("model", "member")
         self.answers = counter("cascade_texts", "Texts answered, by the member that answered", member)
         self.degraded = counter("cascade_degraded", "Texts that a deadline kept from the next member", member)
@@ -40,23 +52,44 @@ class Metrics:
         self.rejected = counter("cascade_rejected", "Requests that were not answered, by the reason", ("reason",))
         self.reloads = counter("cascade_reloads", "Bundles replaced on disk, by the result", ("model", "result"))
 
+        self.queued = gauge("cascade_queue_texts", "Texts that wait for a member", member, multiprocess_mode="livesum")
+        self.bundles = gauge(
+            "cascade_model",
+            "Processes that serve this version of a bundle",
+            ("model", "version"),
+            multiprocess_mode="livesum",
+        )
+        self.drift = gauge(
+            "cascade_drift_p_value",
+            "Probability of exits that differ this much from those of tuning, if the texts are alike",
+            ("model",),
+            multiprocess_mode="liveall",  # each process compares the exits of its own texts
+        )
+
     def request(self, route: str, status: int, seconds: float) -> None:
         """Count a request."""
         self.requests.labels(route, str(status)).observe(seconds)
-        if status == HTTPStatus.OK and route in _ANSWERING:
-            self._answered = self._answered[0] + 1, self._answered[1] + seconds
 
-    def answered(self) -> tuple[int, float]:
-        """Return how many requests with texts were answered, and their seconds together."""
-        return self._answered
+    def text(self, accept: str) -> tuple[bytes, str]:
+        """Return all metrics in a format that an `Accept` header takes, and its media type."""
+        encode, media_type = choose_encoder(accept)
+        return encode(self._all), media_type
+
+    def answered(self) -> tuple[int, float, dict[tuple[str, str], int]]:
+        """Return the requests with texts that were answered, their seconds together, and texts by model and member."""
+        requests, seconds, texts = 0, 0.0, dict[tuple[str, str], int]()
+        for sample in (sample for family in self._all.collect() for sample in family.samples):
+            labels = sample.labels
+            if sample.name == "cascade_texts_total":
+                texts[labels["model"], labels["member"]] = int(sample.value)
+            elif labels.get("status") == "200" and labels.get("route") in _ANSWERING:
+                requests += int(sample.value) if sample.name == "cascade_request_seconds_count" else 0
+                seconds += sample.value if sample.name == "cascade_request_seconds_sum" else 0.0
+        return requests, seconds, texts
 
     def observer(self, model: str, members: Sequence[str]) -> BatchMetrics:
         """Return what a batcher of this model reports to."""
         return BatchMetrics(self, model, members)
-
-    def add_state(self, state: Callable[[], Iterable[Metric]]) -> None:
-        """Add metrics that are looked up whenever they are read."""
-        self.registry.register(_State(state))
 
 
 class BatchMetrics:
@@ -86,19 +119,3 @@ class BatchMetrics:
         self._layers.observe(answer.prediction.layers)
         if answer.degraded:
             self._degraded[answer.prediction.exit].inc()
-
-
-class _State(Collector):
-    def __init__(self, state: Callable[[], Iterable[Metric]]) -> None:
-        self._state = state
-
-    def collect(self) -> Iterable[Metric]:
-        return self._state()
-
-
-def gauge(name: str, help: str, labels: Sequence[str], rows: Iterable[tuple[Sequence[str], float]]) -> Metric:
-    """Return a gauge with these rows: values of its labels, and its value."""
-    found = GaugeMetricFamily(name, help, labels=labels)
-    for values, value in rows:
-        found.add_metric(values, value)
-    return found

@@ -7,6 +7,7 @@ import logging
 import signal
 import socket
 import sys
+from dataclasses import dataclass
 from time import monotonic
 from types import FrameType
 from typing import Any
@@ -17,7 +18,7 @@ from pythonjsonlogger.json import JsonFormatter
 
 from ..errors import InputError, InvalidOption
 from .app import create_app
-from .service import Service
+from .service import Service, Settings
 
 _BACKLOG = 2048
 _KEEP_ALIVE = 65  # seconds: longer than the 60 of common load balancers, which else reuse closed connections
@@ -25,38 +26,48 @@ _IDLE_SECONDS = 70.0
 _LAST_PORT = 65535
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens; raise InputError where it cannot. `port` 0: any that is free."""
+@dataclass(frozen=True)
+class Setup:
+    """What a server serves, where and how."""
+
+    sources: dict[str, str]
+    """Bundles, folder or "hf:org/name", by name."""
+    settings: Settings
+    host: str
+    port: int
+    """0 for any that is free."""
+    grace: float
+    """Seconds for open requests when it ends."""
+    token: str | None = None
+    """See `create_app`."""
+    cors_origins: tuple[str, ...] = ()
+
+
+def listen(host: str, port: int, *, shared: bool = False) -> socket.socket:
+    """Return a socket that listens; raise InputError where it cannot. `port` 0: any that is free.
+
+    `shared`: other sockets may listen there too, if they are shared and of the same user.
+    """
     if not 0 <= port <= _LAST_PORT:
         raise InvalidOption("port", port, f"a number from 0 to {_LAST_PORT}")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG, reuse_port=shared)
     except OSError as error:
         raise InputError(f"cannot listen on {host}:{port} ({error.strerror}); choose another host or port") from error
 
 
-def serve(
-    service: Service,
-    listener: socket.socket,
-    *,
-    grace: float,
-    token: str | None,
-    cors_origins: tuple[str, ...],
-) -> None:
-    """Serve until SIGTERM, SIGINT or SIGHUP; then take no more requests, answer the others, and return.
-
-    `grace`: seconds for these answers. `token`, `cors_origins`: as for `create_app`.
-    """
+def serve(service: Service, listener: socket.socket, setup: Setup) -> None:
+    """Serve until SIGTERM, SIGINT or SIGHUP; then take no more requests, answer the others, and return."""
     log_json()
-    app = create_app(service, token=token, cors_origins=cors_origins)
+    app = create_app(service, token=setup.token, cors_origins=setup.cors_origins)
     config = uvicorn.Config(
         app,
         log_config=None,
         access_log=False,
         server_header=False,
         timeout_keep_alive=_KEEP_ALIVE,
-        timeout_graceful_shutdown=round(grace),
+        timeout_graceful_shutdown=round(setup.grace),
     )
     gc.freeze()  # what is loaded by now stays, so it is not looked through again and again
     server = Server(config, service)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
 
-from prometheus_client.core import Metric
+from prometheus_client import Gauge
 from starlette.requests import Request
 
 from ..engine.exit_rules import ExitRule
@@ -18,7 +19,7 @@ from ..errors import CascadeError, InvalidOption
 from ..runtime import CascadeRuntime
 from ..types import Text
 from .batcher import Answer, Batcher, Draining
-from .metrics import Metrics, gauge
+from .metrics import Metrics
 from .models import Model, Models
 
 _INLINE = 20_000  # characters that are tokenized without another thread, which takes longer than they do
@@ -26,6 +27,7 @@ _SPIN_US = 50  # with the default, an idle member keeps a core for half a millis
 _DRIFT_SECONDS = 5.0
 _LONGEST_DEADLINE = 86_400_000  # milliseconds
 _UNWATCHED = 0.05  # seconds before the server looks whether a client is still there
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Settings:
     """Seconds for a request that names no deadline."""
     degrade: bool = False
     allow_thresholds: bool = False
+    log_texts: bool = False
+    """Whether texts and answers are logged."""
     reload_seconds: float = 1.0
     """How often to look for a replaced bundle; 0 for never."""
 
@@ -80,8 +84,8 @@ class Service:
         self.draining = False
         self._tokenizing = asyncio.Semaphore(1)
         self._drifts: dict[str, tuple[float, float | None]] = {}
+        self._gauges: set[tuple[Gauge, tuple[str, ...]]] = set()  # all that were ever set, by their labels
         self.models = Models(sources, self._open, self._batcher, self.metrics)
-        self.metrics.add_state(self._state)
 
     def _open(self, source: str) -> CascadeRuntime:
         settings = self.settings
@@ -128,7 +132,10 @@ class Service:
         while True:
             model = self.models.get(name)
             with suppress(Draining):  # replaced in this very moment: the new one answers
-                return model, await self._answered(request, model, texts, thresholds, truncate, deadline)
+                answers = await self._answered(request, model, texts, thresholds, truncate, deadline)
+                if self.settings.log_texts:
+                    _log_answers(request, model, texts, answers)
+                return model, answers
             self.check_taking()
 
     def check_taking(self) -> None:
@@ -188,26 +195,21 @@ class Service:
             self._drifts[model.name] = monotonic() + _DRIFT_SECONDS, value
         return value
 
-    def _state(self) -> Iterator[Metric]:
-        models = list(self.models)
-        yield gauge(
-            "cascade_queue_texts",
-            "Texts that wait for a member",
-            ("model", "member"),
-            [
-                ((model.name, member.name), count)
-                for model in models
-                for member, count in zip(model.runtime.bundle.members, model.batcher.queued(), strict=True)
-            ],
-        )
-        drifts = {model.name: self.drift(model) for model in models}
-        yield gauge(
-            "cascade_drift_p_value",
-            "Probability of exits that differ this much from those of tuning, if the texts are alike",
-            ("model",),
-            [((name,), value) for name, value in drifts.items() if value is not None],
-        )
-        yield gauge("cascade_model", "Bundles", ("model", "version"), [((m.name, m.version), 1.0) for m in models])
+    def update_gauges(self) -> None:
+        """Set the metrics that say how things are now."""
+        metrics = self.metrics
+        values: dict[tuple[Gauge, tuple[str, ...]], float] = {}
+        for model in self.models:
+            values[metrics.bundles, (model.name, model.version)] = 1
+            for member, count in zip(model.runtime.bundle.members, model.batcher.queued(), strict=True):
+                values[metrics.queued, (model.name, member.name)] = count
+            drift = self.drift(model)
+            values[metrics.drift, (model.name,)] = math.nan if drift is None else drift
+        for gauge, labels in self._gauges - values.keys():  # of bundles that were replaced
+            gauge.labels(*labels).set(0)
+        for (gauge, labels), value in values.items():
+            gauge.labels(*labels).set(value)
+        self._gauges |= values.keys()
 
     def close(self) -> None:
         """Answer what was accepted, then release all sessions."""
@@ -217,6 +219,22 @@ class Service:
 
 class ClientGone(CascadeError):
     """The client hung up before its answer."""
+
+
+def _log_answers(request: Request, model: Model, texts: Sequence[Text], answers: Sequence[Answer]) -> None:
+    found = [answer.prediction for answer in answers]
+    _log.info(
+        "answers",
+        extra={
+            "request_id": request.scope["log"]["request_id"],
+            "model": model.name,
+            "version": model.version,
+            "texts": list(texts),
+            "labels": [one.label for one in found],
+            "scores": [one.score for one in found],
+            "exits": [one.exit for one in found],
+        },
+    )
 
 
 def whole_number(header: str) -> bool:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cascade_rt.engine import cpus
+from cascade_rt.errors import InvalidOption
 
 
 def tree(root: Path, files: dict[str, str]) -> tuple[Path, Path]:
@@ -71,3 +75,33 @@ def test_usable_cpus_are_whole_and_at_least_one(
     monkeypatch.setattr(cpus, "cgroup_quota", lambda: quota)
     assert cpus.usable_threads(None) == expected
     assert cpus.usable_threads(7) == 7, "what was asked for is what runs"
+
+
+@given(st.sets(st.integers(0, 200), min_size=1, max_size=40), st.data())
+def test_shares_divide_the_cpus_evenly(affinity: set[int], data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, len(affinity)))
+    with (
+        mock.patch("os.sched_getaffinity", lambda _: affinity),
+        mock.patch.object(cpus, "cgroup_quota", lambda: None),
+    ):
+        shares = cpus.cpu_shares(count)
+        with pytest.raises(InvalidOption, match="workers"):
+            cpus.cpu_shares(len(affinity) + 1)
+    assert sorted(cpu for share in shares for cpu in share) == sorted(affinity)
+    assert len(shares) == count
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_hyperthreads_of_a_core_share_a_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree(tmp_path, {f"cpu{cpu}/topology/thread_siblings_list": f"{cpu % 4},{cpu % 4 + 4}" for cpu in range(8)})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(cpus, "cgroup_quota", lambda: None)
+    assert cpus.cpu_shares(4, tmp_path) == [[0, 4], [1, 5], [2, 6], [3, 7]]
+
+
+def test_no_more_shares_than_the_quota_has_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(cpus, "cgroup_quota", lambda: 2.5)
+    assert [len(share) for share in cpus.cpu_shares(2)] == [4, 4]
+    with pytest.raises(InvalidOption, match="from 1 to 2"):
+        cpus.cpu_shares(3)
