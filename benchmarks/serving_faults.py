@@ -19,6 +19,8 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +50,7 @@ def main() -> None:
     for name, part in (
         ("overload", _overload),
         ("hang_ups", _hang_ups),
-        ("slow_headers", _slow_headers),
+        ("slow_clients", _slow_clients),
         ("kill", _kill),
         ("replacements", _replacements),
     ):
@@ -117,29 +119,47 @@ async def _queued(server: Running) -> int:
         return sum(sum(model["queued"]) for model in (await response.json())["models"])
 
 
-def _slow_headers(options: argparse.Namespace, texts: Sequence[str]) -> dict[str, Any]:
-    """Connections whose headers never end: others are answered as before, and the connections are closed."""
+def _slow_clients(options: argparse.Namespace, texts: Sequence[str]) -> dict[str, Any]:
+    """Headers and bodies that never end, a byte a second: others are answered as before, the connections are closed."""
     with running(OURS, options) as server:
         host, port = server.url.removeprefix("http://").split(":")
-        slow = [socket.create_connection((host, int(port))) for _ in range(SLOW)]
-        for connection in slow:
-            connection.sendall(b"POST /predict HTTP/1.1\r\nHost: a\r\nX-")
-        found = asyncio.run(offered(server.url, texts, 20, 10))
+        start = b"POST /predict HTTP/1.1\r\nHost: a\r\n"
+        starts = {"headers": start + b"X-Slow: ", "bodies": start + b"Content-Length: 1000\r\n\r\n"}
+        slow = {
+            kind: [socket.create_connection((host, int(port))) for _ in range(SLOW // len(starts))] for kind in starts
+        }
+        everyone = [connection for some in slow.values() for connection in some]
+        for kind, some in slow.items():
+            for connection in some:
+                connection.sendall(starts[kind])
+
+        def trickle(until: float) -> None:
+            while time.monotonic() < until:
+                for connection in everyone:
+                    with suppress(OSError):  # closed, as it should be
+                        connection.sendall(b"a")
+                time.sleep(1)
+
+        with ThreadPoolExecutor() as pool:
+            trickling = pool.submit(trickle, time.monotonic() + 85)
+            found = asyncio.run(offered(server.url, texts, 20, 10))
+            trickling.result()
         _check(found["failed"] == 0, "others are answered")
-        time.sleep(75)
-        closed = sum(_closed(connection) for connection in slow)
-        _check(closed == SLOW, f"all connections are closed after 70 s: {closed} of {SLOW}")
+        closed = {kind: sum(map(_closed, some)) for kind, some in slow.items()}
+        _check(sum(closed.values()) == SLOW, f"all slow connections are closed after 70 s: {closed} of {SLOW}")
     return {"connections": SLOW, "closed": closed, "others": found}
 
 
 def _closed(connection: socket.socket) -> bool:
     connection.settimeout(0.2)
     try:
-        return connection.recv(1) == b""
+        while connection.recv(1000):
+            pass
     except TimeoutError:
         return False
     except OSError:
         return True
+    return True
 
 
 def _kill(options: argparse.Namespace, texts: Sequence[str]) -> dict[str, Any]:
@@ -265,7 +285,7 @@ async def _replace_under_load(
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    parts = ["overload", "hang_ups", "slow_headers", "kill", "replacements"]
+    parts = ["overload", "hang_ups", "slow_clients", "kill", "replacements"]
     add("--model-dir", type=Path, required=True, metavar="BUNDLE")
     add("--data", type=Path, required=True, metavar="FILE", help="texts")
     add("--seconds", type=float, default=120, help="of overload")

@@ -43,6 +43,7 @@ def add_arguments(parser: CommandParser) -> None:
     )
     add("--allow-thresholds", action="store_true", help="let requests set their own thresholds")
     add("--log-texts", action="store_true", help="log texts and answers too, not only requests")
+    add("--traces", action="store_true", help="send OpenTelemetry traces to what OTEL_EXPORTER_OTLP_ENDPOINT names")
     add("--reload-seconds", type=float, default=1.0, help="how often to look for a replaced bundle; 0 for never")
     add("--grace", type=float, default=30.0, help="seconds for open requests after SIGTERM")
     add("--workers", type=int, default=1, help="processes that serve side by side, each on CPUs of its own")
@@ -55,7 +56,7 @@ def run(options: argparse.Namespace) -> None:
     """Open the bundles and serve."""
     try:
         from ..serving.server import Setup, listen, serve  # noqa: PLC0415
-        from ..serving.service import Service, Settings  # noqa: PLC0415
+        from ..serving.service import Settings  # noqa: PLC0415
         from ..serving.workers import serve_with_workers  # noqa: PLC0415
     except ImportError as error:
         raise MissingExtraError("serving", "serve", error) from error
@@ -81,13 +82,14 @@ def run(options: argparse.Namespace) -> None:
         options.grace,
         _token(options.token_file),
         tuple(options.cors_origin),
+        options.traces,
     )
     with suppress(KeyboardInterrupt, Termination):  # the signal that ended it, after all was answered
         if options.workers != 1:
             serve_with_workers(setup, options.workers)
             return
         with listen(setup.host, setup.port) as listener:
-            service = Service(setup.sources, settings)
+            service = setup.open()
             for model in service.models:
                 print(f"{model.name}: {model.runtime}", file=sys.stderr)
             port = listener.getsockname()[1]

@@ -20,6 +20,7 @@ from .. import __version__
 from ..errors import CascadeError
 from .classify import classify_router
 from .envelope import Envelope
+from .hugging_face import hugging_face_router
 from .inference_protocol import inference_router
 from .responses import ERRORS, JSON, on_cascade_error, on_disconnect, on_http_error, on_invalid_body
 from .service import Service
@@ -66,7 +67,12 @@ def create_app(
         lifespan=lifespan,
         redoc_url=None,
     )
-    for router in (classify_router(service), tei_router(service), inference_router(service)):
+    for router in (
+        classify_router(service),
+        hugging_face_router(service),
+        inference_router(service),
+        tei_router(service),
+    ):
         app.include_router(router)
 
     page = Path(__file__).with_name("page.html").read_bytes()
@@ -116,6 +122,8 @@ def create_app(
         body_seconds=body_seconds,
         token=token,
     )
+    if service.tracing is not None:
+        service.tracing.add_to(app)
     if cors_origins:  # outermost: browsers ask without a token whether they may ask
         app.add_middleware(CORSMiddleware, allow_origins=cors_origins, allow_methods=["*"], allow_headers=["*"])
     return app

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from threading import Condition, Thread
 from time import monotonic
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -64,6 +64,20 @@ class Answer:
     """Whether a deadline kept it from the next member."""
 
 
+class Run(NamedTuple):
+    """A micro-batch with texts of a request. Times by `time.monotonic`, in seconds."""
+
+    stage: int
+    queued: float
+    """When the first of these texts began to wait for the stage."""
+    started: float
+    seconds: float
+    texts: int
+    """Texts of the request."""
+    batch_texts: int
+    """Texts of all requests."""
+
+
 class Ticket:
     """The texts of one request, and their answers so far."""
 
@@ -71,6 +85,7 @@ class Ticket:
         self.answers: list[Answer | None] = [None] * texts
         self.error: Exception | None = None
         self.deadline = deadline
+        self.runs: list[Run] = []
         self._so_far: list[Answer | None] = [None] * texts
         self._left = texts
         self._on_done = on_done
@@ -315,8 +330,13 @@ class Batcher:
         probabilities = softmax(logits).tolist()
         if self._observer is not None:
             self._observer.batch(index, [started - text.queued for text in texts], tokens, seconds)
+        queued: dict[Ticket, list[float]] = {}
+        for text in texts:
+            queued.setdefault(text.ticket, []).append(text.queued)
         finished: list[Ticket] = []
         with self._wake:
+            for ticket, times in queued.items():
+                ticket.runs.append(Run(index, min(times), started, seconds, len(times), len(texts)))
             pace = self._seconds_per_token
             pace[index] += (_SMOOTHING if pace[index] else 1.0) * (seconds / tokens - pace[index])
             now = monotonic()

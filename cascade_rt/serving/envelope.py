@@ -42,6 +42,8 @@ class Envelope:
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid4().hex
         scope["log"] = log = {"request_id": request_id, "method": scope["method"], "path": scope["path"]}
+        if "trace_id" in scope:
+            log["trace_id"] = scope["trace_id"]
         status = 500
 
         async def sending(message: Message) -> None:

@@ -18,7 +18,7 @@ from .batcher import Answer
 
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 
-_ANSWERING = ("/v1/classify", "/predict", "/v2/models/{name}/infer")
+_ANSWERING = ("/v1/classify", "/predict", "/models/{name}", "/v2/models/{name}/infer")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _TEXTS = (1, 2, 4, 8, 16, 32, 64, 128)
 _TOKENS = (16, 32, 64, 128, 256, 512, 1024, 4096, 16384)

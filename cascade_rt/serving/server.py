@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import uvicorn
 from pythonjsonlogger.json import JsonFormatter
 
-from ..errors import InputError, InvalidOption
+from ..errors import InputError, InvalidOption, MissingExtraError
 from .app import create_app
 from .service import Service, Settings
 
@@ -41,6 +41,18 @@ class Setup:
     token: str | None = None
     """See `create_app`."""
     cors_origins: tuple[str, ...] = ()
+    traces: bool = False
+    """Whether requests are traced: see `tracing`."""
+
+    def open(self) -> Service:
+        """Open the bundles; raise MissingExtraError where traces need packages that are not installed."""
+        if not self.traces:
+            return Service(self.sources, self.settings)
+        try:
+            from .tracing import Tracing  # noqa: PLC0415
+        except ImportError as error:
+            raise MissingExtraError("--traces", "traces", error) from error
+        return Service(self.sources, self.settings, Tracing())
 
 
 def listen(host: str, port: int, *, shared: bool = False) -> socket.socket:

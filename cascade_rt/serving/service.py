@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
+from typing import TYPE_CHECKING
 
 from prometheus_client import Gauge
 from starlette.requests import Request
@@ -21,6 +22,9 @@ from ..types import Text
 from .batcher import Answer, Batcher, Draining
 from .metrics import Metrics
 from .models import Model, Models
+
+if TYPE_CHECKING:  # of an extra
+    from .tracing import Tracing
 
 _INLINE = 20_000  # characters that are tokenized without another thread, which takes longer than they do
 _SPIN_US = 50  # with the default, an idle member keeps a core for half a millisecond that the response needs
@@ -77,9 +81,10 @@ class TooManyTexts(CascadeError):
 class Service:
     """What all interfaces of a server share."""
 
-    def __init__(self, sources: dict[str, str], settings: Settings) -> None:
+    def __init__(self, sources: dict[str, str], settings: Settings, tracing: Tracing | None = None) -> None:
         """Open the bundles; `sources`: folder, or "hf:org/name", by name."""
         self.settings = settings
+        self.tracing = tracing
         self.metrics = Metrics()
         self.draining = False
         self._tokenizing = asyncio.Semaphore(1)
@@ -157,6 +162,7 @@ class Service:
         encode = tokenizer.encode
         short = sum(len(text) if isinstance(text, str) else sum(map(len, text)) for text in texts) <= _INLINE
         model.batcher.check_room(len(texts))
+        started = monotonic()
         if short:
             encoded = encode(texts)
         else:
@@ -164,6 +170,7 @@ class Service:
                 encoded = await asyncio.to_thread(encode, texts)
         if not truncate:
             _refuse_long(encoded, tokenizer.max_length)
+        tokenization = started, monotonic()
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
 
@@ -179,6 +186,10 @@ class Service:
         except BaseException:
             model.batcher.cancel(ticket)
             raise
+        finally:
+            if self.tracing is not None:
+                members = [member.name for member in model.runtime.bundle.members]
+                self.tracing.record(model.name, members, tokenization, ticket.runs)
         model.batcher.expire(ticket)  # does nothing to a ticket that is finished
         return ticket.result()
 
@@ -215,6 +226,8 @@ class Service:
         """Answer what was accepted, then release all sessions."""
         self.draining = True
         self.models.close()
+        if self.tracing is not None:
+            self.tracing.close()
 
 
 class ClientGone(CascadeError):

@@ -23,7 +23,6 @@ from ..engine.cpus import cpu_shares, usable_cpus
 from ..errors import CascadeError, InputError, InvalidOption
 from .metrics import FOLDER
 from .server import Setup, listen, log_json, serve
-from .service import Service
 
 _RESTART_SECONDS = 1.0  # at least between two starts of a worker
 _LAST_SECONDS = 5.0  # for a worker to end after the grace that its requests have
@@ -135,7 +134,7 @@ def _work(setup: Setup, cpus: Sequence[int], ready: Connection) -> None:
     Thread(target=_end_with_parent, daemon=True).start()
     os.sched_setaffinity(0, cpus)
     try:
-        service = Service(setup.sources, setup.settings)
+        service = setup.open()
         listener = listen(setup.host, setup.port, shared=True)
     except (CascadeError, OSError) as error:
         ready.send(error if isinstance(error, CascadeError) else InputError(str(error)))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +81,45 @@ def test_tei_info(client: httpx.Client, bundle: Path) -> None:
     assert found["model_type"]["classifier"]["id2label"] == {str(at): label for at, label in enumerate(LABELS)}
     assert found["max_input_length"] == CascadeRuntime(bundle).bundle.max_length
     assert [member["name"] for member in found["members"]] == ["tiny", "small", "big"]
+
+
+_HUGGING_FACE = """
+import json, sys
+from huggingface_hub import InferenceClient
+url, *texts = sys.argv[1:]
+client = InferenceClient(url)
+found = [client.text_classification(text) for text in texts]
+found.append(client.text_classification(texts[0], top_k=1, function_to_apply="none"))
+print(json.dumps([[{"label": row.label, "score": row.score} for row in rows] for rows in found]))
+"""
+
+
+def test_hugging_face_client(address: str, bundle: Path) -> None:
+    """In a process of its own: in this one, huggingface_hub is offline for good."""
+    found = subprocess.run(
+        [sys.executable, "-c", _HUGGING_FACE, f"http://{address}/models/toy", *TEXTS[:5]],
+        env=os.environ | {"HF_HUB_OFFLINE": "0"},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    *rows, (logit,) = json.loads(found.stdout)
+    for row, expected in zip(rows, scores(bundle, TEXTS[:5]), strict=True):
+        assert_scores(row, expected)
+    assert logit["label"] == rows[0][0]["label"]
+    assert logit["score"] > rows[0][0]["score"]
+
+
+def test_hugging_face_refuses_what_it_cannot_use(client: httpx.Client) -> None:
+    for body, field in [
+        ({"inputs": "a", "parameters": {"function_to_apply": "sigmoid"}}, "parameters.function_to_apply"),
+        ({"inputs": "a", "parameters": {"top_k": 0}}, "parameters.top_k"),
+        ({"inputs": [], "parameters": None}, "inputs"),
+        ({"inputs": {"text": "a"}}, "inputs"),
+    ]:
+        response = client.post("/models/toy", json=body)
+        assert (response.status_code, response.json()["field"]) == (422, field)
+    assert client.post("/models/toys", json={"inputs": "a"}).status_code == 404
+    assert client.post("/models/pairs", json={"inputs": "a"}).json()["field"] == "texts.0"
 
 
 def test_triton_client(address: str, bundle: Path, pair_bundle: Path) -> None:
