@@ -72,8 +72,7 @@ def export_exits(
         def written(kind: str) -> Bundle:
             members = []
             for index, segment in enumerate(segments):
-                example = {name: values.numpy() for name, values in segment.example(_TRACED).items()}
-                write_precision(Path(work) / _file(index), folder / _file(index), kind, example)
+                write_precision(Path(work) / _file(index), folder / _file(index), kind)
                 early = index < len(segments) - 1 and rule in THRESHOLD_RULES
                 members.append(
                     MemberEntry(

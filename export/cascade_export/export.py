@@ -43,7 +43,7 @@ DEFAULT_THRESHOLD = 0.9
 TOKENIZER_FILE = "tokenizer.json"
 AUTO = "auto"
 _TRIED_BY_AUTO = ("int8", "fp16", "fp32")
-_CALIBRATION_TEXTS = 48
+_ROUNDING_TEXTS = 512
 _BATCHED = 64
 _ALIGNMENT_TEXTS = 1000
 _TOOLS = ("cascade-rt", "torch", "transformers", "optimum-onnx", "onnx", "onnxruntime", "tokenizers")
@@ -324,11 +324,11 @@ def _writer(checkpoint: Checkpoint, tokenizer: TextTokenizer, checks: Checks) ->
         fused = convert(checkpoint, source)
         texts = check_texts(checkpoint)
         difference = verify(checkpoint, _reference(checkpoint, source), tokenizer, texts)
-        few = tokenizer.encode(texts)
-        calibration = few.batch(few.lengths.argsort()[:_CALIBRATION_TEXTS])  # not the longest, which would pad all
+        some = checks.data.texts[:: len(checks.data.texts) // _ROUNDING_TEXTS or 1] if checks.data else texts
+        like = tokenizer.encode(some[:_ROUNDING_TEXTS])
 
         def write(name: str, folder: Path) -> tuple[str, list[str]]:
-            write_precision(source, folder / source.name, name, calibration)
+            write_precision(source, folder / source.name, name, like)
             return source.name, []
 
         yield _Writer(

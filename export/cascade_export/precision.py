@@ -2,7 +2,7 @@
 
 The default int8 quantises the activations of each token with that token's range, so neither the other texts of a batch
 nor padding change an answer. Weights are quantised symmetrically, by output channel, and the table of word embeddings
-by word.
+by word. Where there are enough texts, they say how weights are best rounded.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import itertools
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -29,27 +30,35 @@ from onnxruntime.quantization import (
 )
 from onnxruntime.transformers.onnx_model import OnnxModel
 
-Batch = dict[str, NDArray[np.int64]]
-"""A padded micro-batch, by input name."""
+from cascade_export.rounding import LARGEST, Inputs, compensated, measure_inputs, rounded, smoothing, steps_of
+from cascade_rt.engine.batching import TOKEN_BUDGET, by_length, micro_batches
+from cascade_rt.engine.tokenization import Encoded
+from cascade_rt.errors import InputError
+
+Write = Callable[[Path, Path, Encoded | None], None]
+Weights = tuple[str, ...]
+"""Names of matrices that multiply the same input."""
 
 CONTRIB = "com.microsoft"
-_LARGEST = 127  # of a symmetric int8
+_OPSET, _IR_VERSION = 21, 10  # of the first QuantizeLinear with scales per block, and its file format
+_STATIC_TEXTS = 48
 _BLOCK = 64  # weights per scale in int8-blocks and int8-weights
 
 
-def write_precision(source: Path, target: Path, precision: str, calibration: Batch) -> None:
+def write_precision(source: Path, target: Path, precision: str, texts: Encoded | None = None) -> None:
     """Write the fused fp32 graph `source` to `target` in one of `PRECISIONS`.
 
-    The `calibration` batch is what `int8-static` draws the ranges of activations from; others ignore them.
+    `texts` like those that the member will answer: `int8-static` needs some for the ranges of activations, `int8`
+    rounds weights better with at least as many tokens as a product has input channels; others ignore them.
     """
-    PRECISIONS[precision](source, target, calibration)
+    PRECISIONS[precision](source, target, texts)
 
 
-def _fp32(source: Path, target: Path, _: Batch) -> None:
+def _fp32(source: Path, target: Path, _: Encoded | None) -> None:
     onnx.save(onnx.load(source), target)
 
 
-def _fp16(source: Path, target: Path, _: Batch) -> None:
+def _fp16(source: Path, target: Path, _: Encoded | None) -> None:
     model = OnnxModel(onnx.load(source))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on weights below the smallest half-precision number, which become it
@@ -57,15 +66,15 @@ def _fp16(source: Path, target: Path, _: Batch) -> None:
     model.save_model_to_file(str(target))
 
 
-def _int8(source: Path, target: Path, _: Batch) -> None:
+def _int8(source: Path, target: Path, texts: Encoded | None) -> None:
     graph = _Graph(onnx.load(source))
     graph.separate_attention()
-    graph.quantize_activations_by_token()
+    graph.quantize_activations_by_token(graph.measured(texts) if texts else {})
     graph.quantize_embeddings()
     onnx.save(graph.finished(), target)
 
 
-def _int8_tensor(source: Path, target: Path, _: Batch) -> None:
+def _int8_tensor(source: Path, target: Path, _: Encoded | None) -> None:
     with _quiet():
         quantize_dynamic(
             source,
@@ -76,8 +85,8 @@ def _int8_tensor(source: Path, target: Path, _: Batch) -> None:
         )
 
 
-def _blocks(accuracy_level: int) -> Callable[[Path, Path, Batch], None]:
-    def write(source: Path, target: Path, _: Batch) -> None:
+def _blocks(accuracy_level: int) -> Write:
+    def write(source: Path, target: Path, _: Encoded | None) -> None:
         graph = _Graph(onnx.load(source))
         graph.separate_attention()
         graph.quantize_embeddings()
@@ -102,7 +111,11 @@ def _nbits_quantizer() -> Any:
     return MatMulNBitsQuantizer
 
 
-def _int8_static(source: Path, target: Path, calibration: Batch) -> None:
+def _int8_static(source: Path, target: Path, texts: Encoded | None) -> None:
+    if texts is None:
+        raise InputError("int8-static: found no texts, expected some for the ranges of activations")
+    shorter = texts.lengths.argsort()[: max(_STATIC_TEXTS, len(texts.lengths) // 2)]  # the longest would pad all
+    calibration = texts.batch(shorter[-_STATIC_TEXTS:])
     graph = _Graph(onnx.load(source))
     graph.separate_attention()
     graph.quantize_embeddings()
@@ -130,7 +143,7 @@ def _int8_static(source: Path, target: Path, calibration: Batch) -> None:
         )
 
 
-PRECISIONS: dict[str, Callable[[Path, Path, Batch], None]] = {
+PRECISIONS: dict[str, Write] = {
     "fp32": _fp32,
     "fp16": _fp16,
     "int8": _int8,
@@ -142,10 +155,10 @@ PRECISIONS: dict[str, Callable[[Path, Path, Batch], None]] = {
 
 
 class _Calibration(CalibrationDataReader):  # type: ignore[misc]  # the library has no types
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self, batch: dict[str, NDArray[np.int64]]) -> None:
         self._batches = iter([batch])  # the library cannot join batches of different lengths
 
-    def get_next(self) -> Batch | None:
+    def get_next(self) -> dict[str, NDArray[np.int64]] | None:
         return next(self._batches, None)
 
 
@@ -179,22 +192,46 @@ class _Graph:
             scores = [masks[bias_at]] if len(masks) > bias_at else []
             self._add("MultiHeadAttention", [*projected, bias, mask, *scores], node.output[0], CONTRIB, **kept)
 
-    def quantize_activations_by_token(self) -> None:
-        """Replace every product with constant weights by one in int8, with one scale per row of its input."""
+    def measured(self, texts: Encoded) -> dict[Weights, Inputs]:
+        """Return what the products with constant weights read for these texts, by the names of the weights."""
+        batches = micro_batches(by_length(texts.lengths), texts.lengths, TOKEN_BUDGET)
+        return measure_inputs(self.model, self._read_by(), (texts.batch(rows) for rows in batches))
+
+    def quantize_activations_by_token(self, measured: Mapping[Weights, Inputs]) -> None:
+        """Replace every product with constant weights by one in int8, with one scale per row of its input.
+
+        `measured`: what `measured` found; where it has fewer tokens than channels, weights become the nearest int8.
+        """
         unit, middle = self._constant("unit", np.float32(1)), self._constant("middle", np.uint8(128))
+        read_by = self._read_by()
+        shared = Counter(weight for weights in set(read_by.values()) for weight in weights)
+        means = {node.output[0] for node in self.model.graph.node if node.op_type == "MultiHeadAttention"}
+        factors = {
+            weights: self._round(
+                weights,
+                measured.get(weights) if all(shared[name] == 1 for name in weights) else None,
+                smooth=tokens not in means,  # which have no outliers
+            )
+            for tokens, weights in read_by.items()
+        }
         quantized: dict[str, tuple[str, str]] = {}
-        of_texts = self._computed_from_texts()
         for node in self._rebuilt():
-            if node.op_type != "MatMul" or node.input[0] not in of_texts or not self._is_matrix(node.input[1]):
+            if node.op_type != "MatMul" or node.input[0] not in read_by or not self._is_matrix(node.input[1]):
                 self._nodes.append(node)
                 continue
             tokens, weight = node.input
             if tokens not in quantized:  # query, key and value share theirs
-                quantized[tokens] = self._by_token(tokens, self._array(weight).shape[0], middle)
+                quantized[tokens] = self._by_token(
+                    tokens, self._array(weight).shape[0], middle, factors[read_by[tokens]]
+                )
             values, scale = quantized[tokens]
-            integers, scales = self._by_channel(weight)
             product = f"{node.output[0]}_scaled"
-            self._add("MatMulIntegerToFloat", [values, integers, unit, scales, middle], product, CONTRIB)
+            self._add(
+                "MatMulIntegerToFloat",
+                [values, f"{weight}_int8", unit, f"{weight}_scales", middle],
+                product,
+                CONTRIB,
+            )
             self._add("Mul", [product, scale], node.output[0])
 
     def quantize_embeddings(self) -> None:
@@ -209,8 +246,8 @@ class _Graph:
                 continue
             table, ids = node.input
             values = self._array(table)
-            scales = _scales(values, axis=1)
-            rows = self._constant(f"{table}_int8", _rounded(values / scales))
+            scales = steps_of(values, axis=1)
+            rows = self._constant(f"{table}_int8", rounded(values / scales))
             self._add("Gather", [rows, ids], f"{table}_row")
             self._add("Cast", [f"{table}_row"], f"{table}_row_float", to=onnx.TensorProto.FLOAT)
             self._add("Gather", [self._constant(f"{table}_scale", scales), ids], f"{table}_row_scale")
@@ -224,14 +261,54 @@ class _Graph:
             self.model.graph.value_info.append(helper.make_tensor_value_info(tensor, onnx.TensorProto.FLOAT, None))
 
     def finished(self) -> onnx.ModelProto:
-        """Return the model without unused weights."""
+        """Return the model without unused weights, and with the operator sets that its operators need."""
         read = {name for node in self.model.graph.node for name in node.input}
         kept = [weight for name, weight in self._weights.items() if name in read]
         del self.model.graph.initializer[:]
         self.model.graph.initializer.extend(kept)
+        if any(setting.name == "block_size" for node in self.model.graph.node for setting in node.attribute):
+            self._raise_operators()
         if CONTRIB not in {library.domain for library in self.model.opset_import}:
             self.model.opset_import.append(helper.make_opsetid(CONTRIB, 1))
         return self.model
+
+    def _read_by(self) -> dict[str, Weights]:
+        """Return, for each activation, the matrices that multiply it, in the order of the graph."""
+        of_texts = self._computed_from_texts()
+        found: dict[str, Weights] = {}
+        for node in self.model.graph.node:
+            if node.op_type == "MatMul" and node.input[0] in of_texts and self._is_matrix(node.input[1]):
+                found[node.input[0]] = (*found.get(node.input[0], ()), node.input[1])
+        return found
+
+    def _round(self, weights: Weights, inputs: Inputs | None, smooth: bool) -> str | None:
+        """Round matrices that multiply the same input, by output channel, to the constants `_int8` and `_scales`.
+
+        Returns by what their input is to be multiplied before, None for nothing.
+        """
+        matrices = [self._array(name) for name in weights]
+        width = len(matrices[0])
+        if inputs is not None and inputs.tokens < width:
+            inputs = None
+        divisors = smoothing(inputs, matrices) if inputs and smooth else np.ones(width, dtype=np.float32)
+        for name, matrix in zip(weights, matrices, strict=True):
+            smooth_matrix = divisors[:, None] * matrix
+            steps = steps_of(smooth_matrix, axis=0)
+            integers = (
+                compensated(smooth_matrix, steps, inputs.products / np.outer(divisors, divisors))
+                if inputs
+                else rounded(smooth_matrix / steps)
+            )
+            self._constant(f"{name}_int8", integers)
+            self._constant(f"{name}_scales", steps[0])
+        return self._constant(f"{weights[0]}_smoothing", 1 / divisors) if inputs and smooth else None
+
+    def _raise_operators(self) -> None:
+        """Declare the ONNX operators of `_OPSET`; since the version that `convert` writes, only types were added."""
+        for library in self.model.opset_import:
+            if not library.domain:
+                library.version = max(library.version, _OPSET)
+        self.model.ir_version = max(self.model.ir_version, _IR_VERSION)
 
     def _computed_from_texts(self) -> set[str]:
         """Return all nodes that depend on the inputs; the rest (DeBERTa's relative positions) is computed at load."""
@@ -241,34 +318,21 @@ class _Graph:
                 found.update(node.output)
         return found
 
-    def _by_token(self, tokens: str, width: int, middle: str) -> tuple[str, str]:
-        """Quantise activations of shape (..., width): return their uint8 values, and float32 scales (..., 1)."""
+    def _by_token(self, tokens: str, width: int, middle: str, factors: str | None) -> tuple[str, str]:
+        """Quantise activations of shape (..., width), times `factors`: return uint8 values, float32 scales (..., 1)."""
         name = f"token{next(self._number)}"
         last = self._constant("last", np.array([-1], dtype=np.int64))
+        if factors is not None:
+            self._add("Mul", [tokens, factors], f"{name}_smooth")
+            tokens = f"{name}_smooth"
         self._add("Abs", [tokens], f"{name}_size")
-        self._add("ReduceMax", [f"{name}_size", last], f"{name}_largest", keepdims=1)
-        self._add("Max", [f"{name}_largest", self._constant("tiny", np.float32(1e-20))], f"{name}_range")
-        self._add("Mul", [f"{name}_range", self._constant("step", np.float32(1 / _LARGEST))], f"{name}_scale")
-        # QuantizeLinear takes one scale per row of a matrix. Shapes are the same for all activations of one width.
-        self._add("Reshape", [f"{name}_scale", last], f"{name}_scales")
-        self._add_once("Shape", [f"{name}_scales"], "token_count")
+        self._add("ReduceMax", [f"{name}_size", last], f"{name}_range", keepdims=1)
+        # Where all values are 0, so is this scale, and whatever the bytes are, their product with it.
+        self._add("Mul", [f"{name}_range", self._constant("step", np.float32(1 / LARGEST))], f"{name}_scale")
+        self._add_once("Shape", [f"{name}_scale"], "token_count")
         self._add_once("Expand", [middle, "token_count"], "middles")
-        matrix = self._constant(f"matrix{width}", np.array([-1, width], dtype=np.int64))
-        self._add("Reshape", [tokens, matrix], f"{name}_matrix")
-        self._add("QuantizeLinear", [f"{name}_matrix", f"{name}_scales", "middles"], f"{name}_bytes", axis=0)
-        self._add_once("Shape", [tokens], f"shape{width}")
-        self._add("Reshape", [f"{name}_bytes", f"shape{width}"], f"{name}_values")
+        self._add("QuantizeLinear", [tokens, f"{name}_scale", "middles"], f"{name}_values", axis=-1, block_size=width)
         return f"{name}_values", f"{name}_scale"
-
-    def _by_channel(self, weight: str) -> tuple[str, str]:
-        """Quantise weights of shape (inputs, outputs), once: return their int8 values and float32 scales (outputs,)."""
-        integers, scales = f"{weight}_int8", f"{weight}_scales"
-        if integers not in self._weights:
-            values = self._array(weight)
-            steps = _scales(values, axis=0)
-            self._constant(integers, _rounded(values / steps))
-            self._constant(scales, steps[0])
-        return integers, scales
 
     def _rebuilt(self) -> list[onnx.NodeProto]:
         """Return the operators and start a new list, which replaces them when the loop over them ends."""
@@ -301,18 +365,6 @@ class _Graph:
 
 
 _ATTENTION_SETTINGS = ("num_heads", "mask_filter_value", "scale", "unidirectional")
-
-
-def _scales(values: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
-    """Return the scale of int8 along `axis`, which is kept with size 1; 1 where all values are 0."""
-    steps: NDArray[np.float32] = np.abs(values).max(axis=axis, keepdims=True) / np.float32(_LARGEST)
-    steps[steps == 0] = 1
-    return steps
-
-
-def _rounded(values: NDArray[Any]) -> NDArray[np.int8]:
-    integers: NDArray[np.int8] = np.clip(np.rint(values), -_LARGEST, _LARGEST).astype(np.int8)
-    return integers
 
 
 class _quiet(warnings.catch_warnings):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from cascade_export import export as module
 from cascade_export.check import Speed, check_drop, compare
 from cascade_export.export import export_bundle
-from cascade_export.precision import PRECISIONS
+from cascade_export.precision import PRECISIONS, write_precision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
@@ -91,6 +92,18 @@ def test_int8_scores_do_not_change_with_the_company(bundles: dict[str, Path], dr
     for row, answer in zip(rows, together, strict=True):
         assert answer.score == pytest.approx(alone[row].score, abs=1e-4)
         assert (answer.label, answer.exit) == (alone[row].label, alone[row].exit)
+
+
+def test_texts_make_int8_more_faithful(bundles: dict[str, Path], tmp_path: Path) -> None:
+    plain = shutil.copytree(bundles["int8"], tmp_path / "plain")
+    write_precision(bundles["fp32"] / "wide.onnx", plain / "wide.onnx", "int8")
+    draw = np.random.default_rng(8)
+    texts = [" ".join(draw.choice(WORDS, size=draw.integers(1, 20))) for _ in range(200)]
+    exact, nearest, better = (
+        CascadeRuntime(folder, verify=False).member_logits(texts)[0][0]
+        for folder in (bundles["fp32"], plain, bundles["int8"])
+    )
+    assert np.abs(better - exact).mean() < 0.8 * np.abs(nearest - exact).mean()
 
 
 def test_int8_keeps_no_big_weight_in_fp32(bundles: dict[str, Path]) -> None:
