@@ -1,21 +1,26 @@
 """Every precision of a member: speed against fp32, size, accuracy on labelled data, and batch invariance.
 
-All precisions of a member take turns on the same batches in one process. For batch invariance, each text is answered in
-random batchings of the whole data, and labels, exits and scores are compared.
+All precisions of a member take turns on the same batches in one process. Members are exported with the texts that their
+training held out; accuracy, and what differs from fp32, is measured on `--data`. `int8, nearest` is int8 without texts:
+weights become the nearest integers. For batch invariance, each text is answered in random batchings of the whole data,
+and labels, exits and scores are compared.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from cascade_export.check import compare, probabilities
 from cascade_export.export import export_bundle
 from cascade_export.precision import PRECISIONS
 from cascade_export.random_weights import parse_shape, write_random_members
+from cascade_train import VALIDATION
 from common import run_command
 from numpy.typing import NDArray
 
@@ -27,8 +32,10 @@ from cascade_rt.engine.stage import Stage
 from cascade_rt.engine.tokenization import Encoded, TextTokenizer
 from cascade_rt.io.readers import read_examples
 from cascade_rt.io.writers import write_json
+from cascade_rt.tuning.evaluation import label_ids
 
 SHAPES = ((1, 8), (1, 32), (32, 32))  # (texts, tokens) of the timed batches
+NEAREST = "int8, nearest"
 TAUS = (0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
 
@@ -38,15 +45,13 @@ def main() -> None:
     report: dict[str, Any] = {"machine": describe(), "threads": options.threads, "members": {}}
     with TemporaryDirectory(prefix="cascade-precision-") as work:
         sources = [*options.member, *_random(options, Path(work))]
-        exported = {
-            Path(source).name: _exported(source, Path(work), options.data if source in options.member else None)
-            for source in sources
-        }
+        exported = {Path(source).name: _exported(Path(source), Path(work)) for source in sources}
         found = report["members"] = {name: _timings(folders, options) for name, folders in exported.items()}
-        for name, folders in exported.items():
-            if found[name]["fp32"]["check"]:
-                _add_batch_composition(found[name], folders, options)
-            _show(name, found[name])
+        for source in options.member:
+            name = Path(source).name
+            _add_answers(found[name], exported[name], options)
+        for name, row in found.items():
+            _show(name, row)
     write_json(options.output, report)
 
 
@@ -54,10 +59,15 @@ def _random(options: argparse.Namespace, work: Path) -> list[str]:
     return write_random_members([parse_shape(shape) for shape in options.random], work, tokenizer=options.tokenizer)
 
 
-def _exported(source: str, work: Path, data: Path | None) -> dict[str, Path]:
-    folders = {precision: work / f"{Path(source).name}-{precision}" for precision in PRECISIONS}
+def _exported(source: Path, work: Path) -> dict[str, Path]:
+    """Export a member in every precision, and once more in int8 without texts if it has any; return the folders."""
+    folders = {precision: work / f"{source.name}-{precision}" for precision in PRECISIONS}
     for precision, folder in folders.items():
-        export_bundle([source], folder, precision=precision, check_data=data, max_accuracy_drop=100)
+        export_bundle([str(source)], folder, precision=precision, max_accuracy_drop=100)
+    if (source / VALIDATION).is_file():
+        bare = shutil.copytree(source, work / "bare" / source.name, ignore=shutil.ignore_patterns(VALIDATION))
+        folders[NEAREST] = work / f"{source.name}-nearest"
+        export_bundle([str(bare)], folders[NEAREST], precision="int8")
     return folders
 
 
@@ -72,7 +82,6 @@ def _timings(folders: dict[str, Path], options: argparse.Namespace) -> dict[str,
     found: dict[str, Any] = {
         precision: {
             "bytes": (folders[precision] / member.entry.file).stat().st_size,
-            "check": member.entry.other.get("check"),
         }
         for precision, member in members.items()
     }
@@ -82,14 +91,18 @@ def _timings(folders: dict[str, Path], options: argparse.Namespace) -> dict[str,
     return found
 
 
-def _add_batch_composition(found: dict[str, Any], folders: dict[str, Path], options: argparse.Namespace) -> None:
+def _add_answers(found: dict[str, Any], folders: dict[str, Path], options: argparse.Namespace) -> None:
+    """Add what each precision answers to the data, against fp32, and how batches change it."""
     bundle = read_bundle(folders["fp32"])
+    examples = list(read_examples(options.data, pair=bundle.pair))
+    labels = label_ids([(example.field("label"), example.where) for example in examples], bundle.labels)
     tokenizer = TextTokenizer(folders["fp32"] / bundle.tokenizer_file, bundle.max_length, bundle.pair)
-    encoded = tokenizer.encode([example.text for example in read_examples(options.data, pair=bundle.pair)])
+    encoded = tokenizer.encode([example.text for example in examples])
+    original = probabilities(_member(folders["fp32"], options.threads), encoded)
     for precision, folder in folders.items():
-        found[precision]["batch_composition"] = _batch_composition(
-            _member(folder, options.threads), encoded, options.batchings
-        )
+        member = _member(folder, options.threads)
+        found[precision]["check"] = compare(original, probabilities(member, encoded), labels)
+        found[precision]["batch_composition"] = _batch_composition(member, encoded, options.batchings)
 
 
 def _timed(members: dict[str, Stage], texts: int, tokens: int, rounds: int) -> dict[str, list[float]]:
@@ -142,12 +155,13 @@ def _show(name: str, found: dict[str, Any]) -> None:
             ratios = np.array(base[key]) / np.array(row[key])
             cells.append(f"{texts}x{tokens} {np.median(ratios):.2f}x ({ratios.min():.2f}-{ratios.max():.2f})")
         cells.append(f"size {row['bytes'] / base['bytes']:.3f}")
-        if row["check"]:
+        if "check" in row:
             check, batching = row["check"], row["batch_composition"]
             accuracy = check["accuracy"]
             cells += [
-                f"accuracy {100 * accuracy['exported']:.2f} (torch {100 * accuracy['original']:.2f})",
+                f"accuracy {100 * accuracy['exported']:.2f} (fp32 {100 * accuracy['original']:.2f})",
                 f"labels agree {100 * check['labels_agree']:.2f}",
+                f"mean difference {check['mean_probability_difference']:.4f}",
                 f"batching: {batching['max_probability_difference']:.1e}, {batching['changed_labels']} labels, "
                 f"{batching['changed_exits']} exits",
             ]
