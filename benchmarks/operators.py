@@ -204,7 +204,7 @@ def _draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     names = [f"{row['member']} {row['precision']}, {row['way']}" for row in rows]
     left = np.zeros(len(rows))
     for kind in [*KINDS, OTHER]:
-        widths = np.array([row["ms"] * row["shares"][kind] / row["ms"] for row in rows])
+        widths = np.array([row["shares"][kind] for row in rows])
         axis.barh(names, widths, left=left, label=kind)
         left += widths
     axis.invert_yaxis()
