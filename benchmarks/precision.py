@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -45,7 +46,7 @@ def main() -> None:
     report: dict[str, Any] = {"machine": describe(), "threads": options.threads, "members": {}}
     with TemporaryDirectory(prefix="cascade-precision-") as work:
         sources = [*options.member, *_random(options, Path(work))]
-        exported = {Path(source).name: _exported(Path(source), Path(work)) for source in sources}
+        exported = {Path(source).name: _exported(Path(source), Path(work), options.precision) for source in sources}
         found = report["members"] = {name: _timings(folders, options) for name, folders in exported.items()}
         for source in options.member:
             name = Path(source).name
@@ -59,9 +60,9 @@ def _random(options: argparse.Namespace, work: Path) -> list[str]:
     return write_random_members([parse_shape(shape) for shape in options.random], work, tokenizer=options.tokenizer)
 
 
-def _exported(source: Path, work: Path) -> dict[str, Path]:
-    """Export a member in every precision, and once more in int8 without texts if it has any; return the folders."""
-    folders = {precision: work / f"{source.name}-{precision}" for precision in PRECISIONS}
+def _exported(source: Path, work: Path, precisions: Sequence[str]) -> dict[str, Path]:
+    """Export a member in fp32 and these precisions, and in int8 without texts if it has any; return the folders."""
+    folders = {name: work / f"{source.name}-{name}" for name in dict.fromkeys(["fp32", *precisions])}
     for precision, folder in folders.items():
         export_bundle([str(source)], folder, precision=precision, max_accuracy_drop=100)
     if (source / VALIDATION).is_file():
@@ -180,6 +181,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a member with random weights: speed only",
     )
     add("--tokenizer", help="whose vocabulary the random members use")
+    add("--precision", nargs="*", default=list(PRECISIONS), choices=list(PRECISIONS), help="besides fp32")
     add("--data", type=Path, help="labelled file for the members' accuracy")
     add("--threads", type=int, default=1)
     add("--rounds", type=int, default=15)
