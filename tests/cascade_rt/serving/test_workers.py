@@ -80,7 +80,7 @@ def test_workers_answer_and_count_as_one_process_does(running: tuple[subprocess.
         httpx.get(f"{address}/health")
 
 
-def test_a_worker_that_dies_is_replaced(running: tuple[subprocess.Popen[str], str]) -> None:
+def test_a_worker_that_dies_is_replaced_and_all_end_with_their_supervisor(running: tuple[subprocess.Popen[str], str]) -> None:
     process, address = running
     httpx.post(f"{address}/v1/classify", json={"texts": TEXTS}).raise_for_status()
     before = workers_of(process.pid)
@@ -93,9 +93,6 @@ def test_a_worker_that_dies_is_replaced(running: tuple[subprocess.Popen[str], st
     eventually(served_by_both)
     assert counted(address) == len(TEXTS), "what the dead one answered still counts"
 
-
-def test_workers_end_with_their_supervisor(running: tuple[subprocess.Popen[str], str]) -> None:
-    process, _ = running
     workers = workers_of(process.pid)
     process.kill()
     process.wait()
