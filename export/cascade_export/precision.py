@@ -206,14 +206,12 @@ class _Graph:
         read_by = self._read_by()
         shared = Counter(weight for weights in set(read_by.values()) for weight in weights)
         means = {node.output[0] for node in self.model.graph.node if node.op_type == "MultiHeadAttention"}
-        factors = {
-            weights: self._round(
-                weights,
-                measured.get(weights) if all(shared[name] == 1 for name in weights) else None,
-                smooth=tokens not in means,  # which have no outliers
-            )
-            for tokens, weights in read_by.items()
-        }
+        factors: dict[Weights, str | None] = {}
+        for tokens, weights in read_by.items():
+            if weights not in factors:  # ALBERT's layers share theirs
+                alone = all(shared[name] == 1 for name in weights)
+                smooth = tokens not in means  # which have no outliers
+                factors[weights] = self._round(weights, measured.get(weights) if alone else None, smooth)
         quantized: dict[str, tuple[str, str]] = {}
         for node in self._rebuilt():
             if node.op_type != "MatMul" or node.input[0] not in read_by or not self._is_matrix(node.input[1]):

@@ -80,7 +80,9 @@ def test_workers_answer_and_count_as_one_process_does(running: tuple[subprocess.
         httpx.get(f"{address}/health")
 
 
-def test_a_worker_that_dies_is_replaced_and_all_end_with_their_supervisor(running: tuple[subprocess.Popen[str], str]) -> None:
+def test_a_worker_that_dies_is_replaced_and_all_end_with_their_supervisor(
+    running: tuple[subprocess.Popen[str], str],
+) -> None:
     process, address = running
     httpx.post(f"{address}/v1/classify", json={"texts": TEXTS}).raise_for_status()
     before = workers_of(process.pid)
