@@ -28,7 +28,7 @@ def measured(rows: Floats) -> Inputs:
     return inputs
 
 
-@given(st.integers(0, 1000), st.integers(2, 150))
+@given(st.integers(0, 1000), st.integers(40, 150))
 @settings(max_examples=30, deadline=None)
 def test_compensation_keeps_products_closer_than_the_nearest_integers(seed: int, width: int) -> None:
     both, weights = drawn(seed, width, tokens=16 * width)
@@ -41,7 +41,7 @@ def test_compensation_keeps_products_closer_than_the_nearest_integers(seed: int,
     def error(values: NDArray[np.int8]) -> float:
         return float(np.square(fresh @ (values * steps - weights)).mean())
 
-    assert error(integers) <= 1.001 * error(rounded(weights / steps))
+    assert error(integers) < error(rounded(weights / steps))
 
 
 def test_compensation_of_independent_channels_is_plain_rounding() -> None:
@@ -50,7 +50,7 @@ def test_compensation_of_independent_channels_is_plain_rounding() -> None:
     assert np.array_equal(compensated(weights, steps, np.eye(70, dtype=np.float32)), rounded(weights / steps))
 
 
-@given(st.integers(0, 1000), st.integers(3, 100))
+@given(st.integers(0, 1000), st.integers(40, 100))
 @settings(max_examples=30, deadline=None)
 def test_smoothing_changes_no_product_and_evens_out_the_channels(seed: int, width: int) -> None:
     rows, weights = drawn(seed, width, tokens=50)
@@ -58,7 +58,7 @@ def test_smoothing_changes_no_product_and_evens_out_the_channels(seed: int, widt
     smooth = rows / factors
     assert smooth @ (weights * factors[:, None]) == pytest.approx(rows @ weights, abs=1e-3 * float(np.abs(rows).max()))
     before, after = (np.abs(values).max(axis=0) for values in (rows, smooth))
-    assert after.max() / after.min() <= before.max() / before.min()
+    assert after.max() / after.min() < before.max() / before.min()
 
 
 def test_channels_without_values_are_left_alone() -> None:
