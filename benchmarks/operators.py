@@ -113,14 +113,14 @@ def _profiled(
             member = stage()
             _seconds(run(member), options.rounds)
             events = json.loads(Path(member.load().end_profiling()).read_text("utf-8"))
-    spent, runs = _by_operator(events, skip=len(batches))
+    spent, counts, runs = _by_operator(events, skip=len(batches))
     total = sum(spent.values())
     kinds = {kind: sum(spent[name] for name in names) / total for kind, names in KINDS.items()}
     return {
         "texts": texts,
         "ms": 1000 * seconds / texts,
         "shares": kinds | {OTHER: 1 - sum(kinds.values())},
-        "operators": {name: count / runs for name, count in _counted(events, skip=len(batches)).most_common()},
+        "operators": {name: count / runs for name, count in counts.most_common()},
         "microseconds_by_operator": {name: value / runs for name, value in spent.most_common()},
     }
 
@@ -135,24 +135,17 @@ def _seconds(run: Run, rounds: int) -> list[float]:
     return found[1:]
 
 
-def _nodes(events: Sequence[dict[str, Any]], skip: int) -> tuple[list[dict[str, Any]], int]:
-    """Return the events of operators after the first `skip` runs, and the number of the other runs."""
+def _by_operator(events: Sequence[dict[str, Any]], skip: int) -> tuple[Counter[str], Counter[str], int]:
+    """Return the microseconds and the number of operators after the first `skip` runs, and the number of other runs."""
     runs = [event for event in events if event["name"] == "model_run"]
     start = runs[skip - 1]["ts"] + runs[skip - 1]["dur"]
-    nodes = [event for event in events if event["name"].endswith("_kernel_time") and event["ts"] >= start]
-    return nodes, len(runs) - skip
-
-
-def _by_operator(events: Sequence[dict[str, Any]], skip: int) -> tuple[Counter[str], int]:
-    nodes, runs = _nodes(events, skip)
-    spent: Counter[str] = Counter()
-    for event in nodes:
-        spent[event["args"]["op_name"]] += event["dur"]
-    return spent, runs
-
-
-def _counted(events: Sequence[dict[str, Any]], skip: int) -> Counter[str]:
-    return Counter(event["args"]["op_name"] for event in _nodes(events, skip)[0])
+    spent, counts = Counter[str](), Counter[str]()
+    for event in events:
+        if event["name"].endswith("_kernel_time") and event["ts"] >= start:
+            operator = event["args"]["op_name"]
+            spent[operator] += event["dur"]
+            counts[operator] += 1
+    return spent, counts, len(runs) - skip
 
 
 def _peaks(threads: int) -> dict[str, float]:

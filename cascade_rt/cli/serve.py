@@ -6,7 +6,6 @@ It speaks the interfaces of Text Embeddings Inference (TEI) and of the Open Infe
 from __future__ import annotations
 
 import argparse
-import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -55,7 +54,7 @@ def add_arguments(parser: CommandParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Open the bundles and serve."""
     try:
-        from ..serving.server import Setup, listen, serve  # noqa: PLC0415
+        from ..serving.server import Setup, announce, described, listen, serve  # noqa: PLC0415
         from ..serving.service import Settings  # noqa: PLC0415
         from ..serving.workers import serve_with_workers  # noqa: PLC0415
     except ImportError as error:
@@ -90,10 +89,7 @@ def run(options: argparse.Namespace) -> None:
             return
         with listen(setup.host, setup.port) as listener:
             service = setup.open()
-            for model in service.models:
-                print(f"{model.name}: {model.runtime}", file=sys.stderr)
-            port = listener.getsockname()[1]
-            print(f"serving on http://{setup.host}:{port}, interfaces at /docs", file=sys.stderr, flush=True)
+            announce(described(service), setup, listener.getsockname()[1])
             serve(service, listener, setup)
 
 

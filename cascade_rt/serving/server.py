@@ -7,6 +7,7 @@ import logging
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from time import monotonic
 from types import FrameType
@@ -67,6 +68,16 @@ def listen(host: str, port: int, *, shared: bool = False) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=_BACKLOG, reuse_port=shared)
     except OSError as error:
         raise InputError(f"cannot listen on {host}:{port} ({error.strerror}); choose another host or port") from error
+
+
+def described(service: Service) -> list[str]:
+    """Return one line for each bundle that is served."""
+    return [f"{model.name}: {model.runtime}" for model in service.models]
+
+
+def announce(lines: Sequence[str], setup: Setup, port: int) -> None:
+    """Say on standard error what is served, and where."""
+    print(*lines, f"serving on http://{setup.host}:{port}, interfaces at /docs", sep="\n", file=sys.stderr, flush=True)
 
 
 def serve(service: Service, listener: socket.socket, setup: Setup) -> None:

@@ -22,7 +22,7 @@ from prometheus_client.multiprocess import mark_process_dead
 from ..engine.cpus import cpu_shares, usable_cpus
 from ..errors import CascadeError, InputError, InvalidOption
 from .metrics import FOLDER
-from .server import Setup, listen, log_json, serve
+from .server import Setup, announce, described, listen, log_json, serve
 
 _RESTART_SECONDS = 1.0  # at least between two starts of a worker
 _LAST_SECONDS = 5.0  # for a worker to end after the grace that its requests have
@@ -50,9 +50,9 @@ def serve_with_workers(setup: Setup, count: int) -> None:
                 worker.start()
             served = [worker.wait_until_ready() for worker in workers]
             where = "; ".join(",".join(map(str, share)) for share in shares)
-            print("\n".join(served[0]), file=sys.stderr)
-            print(f"{count} workers with {threads} threads each, on the CPUs {where}", file=sys.stderr)
-            print(f"serving on http://{setup.host}:{setup.port}, interfaces at /docs", file=sys.stderr, flush=True)
+            announce(
+                [*served[0], f"{count} workers with {threads} threads each, on the CPUs {where}"], setup, setup.port
+            )
             while True:
                 connection.wait([worker.sentinel for worker in workers])
                 for worker in workers:
@@ -80,10 +80,10 @@ class _Worker:
 
     def start(self) -> None:
         """Start the process, which opens the bundles."""
-        self._started = monotonic()
         self._ready, ready = get_context("spawn").Pipe(duplex=False)
         self._process = get_context("spawn").Process(target=_work, args=(self._setup, self._cpus, ready))
         self._process.start()
+        self._started = monotonic()
         ready.close()
 
     def wait_until_ready(self) -> list[str]:
@@ -139,7 +139,7 @@ def _work(setup: Setup, cpus: Sequence[int], ready: Connection) -> None:
     except (CascadeError, OSError) as error:
         ready.send(error if isinstance(error, CascadeError) else InputError(str(error)))
         sys.exit(2)
-    ready.send([f"{model.name}: {model.runtime}" for model in service.models])
+    ready.send(described(service))
     ready.close()
     with listener:
         serve(service, listener, setup)

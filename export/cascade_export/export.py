@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -327,8 +329,14 @@ def _writer(checkpoint: Checkpoint, tokenizer: TextTokenizer, checks: Checks) ->
         some = checks.data.texts[:: len(checks.data.texts) // _ROUNDING_TEXTS or 1] if checks.data else texts
         like = tokenizer.encode(some[:_ROUNDING_TEXTS])
 
+        @cache  # `auto` writes the one that it takes a second time
+        def made(name: str) -> Path:
+            file = Path(work) / f"{name}-{source.name}"
+            write_precision(source, file, name, like)
+            return file
+
         def write(name: str, folder: Path) -> tuple[str, list[str]]:
-            write_precision(source, folder / source.name, name, like)
+            shutil.copyfile(made(name), folder / source.name)
             return source.name, []
 
         yield _Writer(

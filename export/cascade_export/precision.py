@@ -231,6 +231,7 @@ class _Graph:
                 CONTRIB,
             )
             self._add("Mul", [product, scale], node.output[0])
+        self._raise_operators()
 
     def quantize_embeddings(self) -> None:
         """Keep the biggest lookup table of the embeddings, that of the words, in int8 with a scale per row."""
@@ -259,13 +260,11 @@ class _Graph:
             self.model.graph.value_info.append(helper.make_tensor_value_info(tensor, onnx.TensorProto.FLOAT, None))
 
     def finished(self) -> onnx.ModelProto:
-        """Return the model without unused weights, and with the operator sets that its operators need."""
+        """Return the model without unused weights."""
         read = {name for node in self.model.graph.node for name in node.input}
         kept = [weight for name, weight in self._weights.items() if name in read]
         del self.model.graph.initializer[:]
         self.model.graph.initializer.extend(kept)
-        if any(setting.name == "block_size" for node in self.model.graph.node for setting in node.attribute):
-            self._raise_operators()
         if CONTRIB not in {library.domain for library in self.model.opset_import}:
             self.model.opset_import.append(helper.make_opsetid(CONTRIB, 1))
         return self.model

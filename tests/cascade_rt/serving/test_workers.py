@@ -32,8 +32,12 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture
 def running(bundle: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     folder = shutil.copytree(bundle, tmp_path / "bundle")
-    with serving("--model-dir", str(folder), "--workers", "2", "--reload-seconds", "0.2", "--log-texts") as found:
-        yield found
+    with serving("--model-dir", str(folder), "--workers", "2", "--reload-seconds", "0.2", "--log-texts") as (
+        process,
+        address,
+    ):
+        eventually("two that serve", lambda: served_by_both(address))  # before, a worker that dies ends the server
+        yield process, address
 
 
 def eventually(what: str, holds: Callable[[], bool], seconds: float = 30) -> None:
@@ -60,6 +64,10 @@ def allowed_cpus(pid: int) -> str:
 def counted(address: str) -> int:
     text = httpx.get(f"{address}/metrics").text
     return int(sum(float(found) for found in re.findall(r"^cascade_texts_total\{.*\} (\S+)", text, re.MULTILINE)))
+
+
+def served_by_both(address: str) -> bool:
+    return re.search(r"^cascade_model\{.*\} 2\.0$", httpx.get(f"{address}/metrics").text, re.MULTILINE) is not None
 
 
 def test_workers_answer_and_count_as_one_process_does(running: tuple[subprocess.Popen[str], str], bundle: Path) -> None:
@@ -89,17 +97,12 @@ def test_a_worker_that_dies_is_replaced_and_all_end_with_their_supervisor(
     running: tuple[subprocess.Popen[str], str],
 ) -> None:
     process, address = running
-
-    def served_by_both() -> bool:
-        return re.search(r"^cascade_model\{.*\} 2\.0$", httpx.get(f"{address}/metrics").text, re.MULTILINE) is not None
-
-    eventually("two that serve", served_by_both)  # before, a worker that dies ends the server
     httpx.post(f"{address}/v1/classify", json={"texts": TEXTS}).raise_for_status()
     before = workers_of(process.pid)
     os.kill(before[0], signal.SIGKILL)
     eventually("a new worker", lambda: len(set(workers_of(process.pid)) - set(before)) == 1)
 
-    eventually("two that serve", served_by_both)
+    eventually("two that serve", lambda: served_by_both(address))
     assert counted(address) == len(TEXTS), "what the dead one answered still counts"
 
     workers = workers_of(process.pid)
