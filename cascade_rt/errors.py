@@ -90,8 +90,11 @@ class MissingExtraError(CascadeError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of another library's error, or its class where it has no message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Return the line of another library's error that says what is wrong, or its class where it has no message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return lines[-1] if lines[0].startswith("Exception from ") else lines[0]  # OpenVINO begins with the places
 
 
 def _shown(value: object) -> str:

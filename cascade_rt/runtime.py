@@ -75,14 +75,15 @@ class CascadeRuntime:
 
         Args:
             model_dir: A folder, or "hf:org/name" or "hf:org/name@revision" on the Hugging Face hub.
-            provider: "cpu", "cuda", or any provider name of the installed ONNX Runtime.
+            provider: "cpu", "cuda", any provider name of the installed ONNX Runtime, or "openvino".
             threads: Threads for each member's computation; None for all CPUs that this process may use.
             thresholds: None for the bundle's; a float in [0, 1] for one tau at every member; a list for one per member
                 but the last.
             members: Names of the members to use; None for those that tuning chose, or for all if nothing was tuned or
                 `thresholds` are given.
             preload: Load all members now.
-            provider_options: Options for the provider, for instance {"device_id": "1"}.
+            provider_options: Options for the provider, for instance {"device_id": "1"}; for "openvino", properties
+                like {"INFERENCE_PRECISION_HINT": "bf16"}.
             spin_us: Microseconds that threads wait actively for more work before they sleep. None for 500 (segments:
                 50), which is fastest alone on its cores; less leaves them sooner to other threads, as in a server.
             verify: Check the sha256 of the files; False is for huge models on a trusted disk.
@@ -400,9 +401,9 @@ class CascadeRuntime:
         logits = np.empty((len(rows), len(self._bundle.labels)), dtype=np.float32)
         left = HiddenStates(inputs.lengths)
         done = 0
-        for some in micro_batches(rows, inputs.lengths, self._opened.budget):
-            batch = inputs.batch(some)
-            answers, hidden_states, seconds = stage.run(batch)
+        groups = list(micro_batches(rows, inputs.lengths, self._opened.budget))
+        outputs = stage.run_each(inputs.batch(some) for some in groups)
+        for some, (batch, (answers, hidden_states, seconds)) in zip(groups, outputs, strict=True):
             logits[done : done + len(some)] = answers
             left.put(some, batch["attention_mask"], hidden_states)
             runs.append((index, batch["attention_mask"].shape, seconds))

@@ -33,7 +33,13 @@ def add_bundle(parser: CommandParser) -> None:
 
 def add_running(parser: CommandParser) -> None:
     """Add where and how members run."""
-    parser.add_argument("--provider", default="cpu", help="cpu, cuda or the name of an ONNX Runtime provider")
+    parser.add_argument("--provider", default="cpu", help="cpu, cuda, openvino or the name of an ONNX Runtime provider")
+    add_provider_option(parser)
+    parser.add_argument("--threads", type=int, help="threads per member (default: the CPUs that the process may use)")
+
+
+def add_provider_option(parser: CommandParser) -> None:
+    """Add options for the provider."""
     parser.add_argument(
         "--provider-option",
         dest="provider_options",
@@ -42,7 +48,6 @@ def add_running(parser: CommandParser) -> None:
         metavar="KEY=VALUE",
         help="option for the provider, for instance device_id=1; may be repeated",
     )
-    parser.add_argument("--threads", type=int, help="threads per member (default: the CPUs that the process may use)")
 
 
 def add_threshold(parser: CommandParser) -> None:

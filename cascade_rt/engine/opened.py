@@ -12,7 +12,7 @@ from ..bundle.manifest import HIDDEN_STATES, TOKENS
 from ..errors import BundleError
 from .batching import DEVICE_TOKEN_BUDGET, TOKEN_BUDGET
 from .cpus import spin_duration, usable_threads
-from .providers import CPU, provider_name
+from .providers import CPU, OPENVINO, provider_name
 from .stage import Stage
 from .tokenization import TextTokenizer
 
@@ -73,7 +73,7 @@ class Opened:
         }
         if file_identity(folder / MANIFEST) != bundle.identity:  # members would be loaded from another bundle
             raise BundleError(f"{folder}: replaced while it was opened; open it again")
-        budget = TOKEN_BUDGET if wanted == CPU else DEVICE_TOKEN_BUDGET
+        budget = TOKEN_BUDGET if wanted in (CPU, OPENVINO) else DEVICE_TOKEN_BUDGET
         return cls(model_dir, provider, threads, provider_options, spin, verify, bundle, tokenizer, stages, budget)
 
     def without_stages(self) -> Opened:

@@ -1,9 +1,10 @@
-"""The execution providers of ONNX Runtime, and what their kernels cannot do."""
+"""What can execute members: the execution providers of ONNX Runtime, and OpenVINO. And what each cannot run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,16 @@ from ..errors import InvalidOption
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
+OPENVINO = "openvino"
+"""The package of that name, not ONNX Runtime's provider, which is a build of its own."""
 
 _SHORT_NAMES = {"cpu": CPU, "cuda": CUDA}
 _FIXED_OPTIONS = {CUDA: {"arena_extend_strategy": "kSameAsRequested"}}  # the default doubles the arena as it grows
-_NO_KERNELS = {CUDA: {"int8", "int8-tensor", "int8-static"}}  # their matrix products would silently run on the CPU
+# Precisions that a provider cannot run, and the one to export instead. CUDA's products would silently run on the CPU.
+_NO_KERNELS = {
+    CUDA: ({"int8", "int8-tensor", "int8-static"}, "fp16"),
+    OPENVINO: ({"int8", "int8-tensor"}, "int8-static"),
+}
 _PRODUCTS = {"Attention", "FusedGemm", "FusedMatMul", "Gemm", "MatMul", "MultiHeadAttention", "QAttention"}
 
 # One MatMulInteger of unsigned by signed bytes, as an ONNX file.
@@ -27,9 +34,13 @@ _PRODUCT = (
 
 
 def provider_name(provider: str) -> str:
-    """Return ONNX Runtime's name of a provider; raise InvalidOption if it is not installed."""
+    """Return ONNX Runtime's name of a provider, or `OPENVINO`; raise InvalidOption if it is not installed."""
     if not isinstance(provider, str):
         raise InvalidOption("provider", provider, "a name: cpu, cuda or one of ONNX Runtime's")
+    if provider.lower() == OPENVINO:
+        if not is_installed(OPENVINO):
+            raise InvalidOption("provider", provider, "one that is installed; pip install 'cascade-rt[openvino]'")
+        return OPENVINO
     wanted = _SHORT_NAMES.get(provider.lower(), provider)
     available = onnxruntime.get_available_providers()
     if wanted not in available:
@@ -40,14 +51,20 @@ def provider_name(provider: str) -> str:
     return wanted
 
 
+def is_installed(package: str) -> bool:
+    """Return whether a package can be imported."""
+    return find_spec(package) is not None
+
+
 def check_precision(name: str, precision: str, provider: str) -> None:
     """Raise InvalidOption if the provider has no kernels for the member's precision."""
-    if precision in _NO_KERNELS.get(provider, ()):
+    refused, instead = _NO_KERNELS.get(provider, ((), ""))
+    if precision in refused:
         raise InvalidOption(
             "provider",
             provider,
             f"one that can run the {precision} products of member {name!r}; use the provider cpu, or export the member "
-            "again in the precision fp16",
+            f"again in the precision {instead}",
         )
 
 

@@ -1,4 +1,4 @@
-"""A stage: one ONNX Runtime session, with an explicit provider and number of threads.
+"""A stage: one session of ONNX Runtime or OpenVINO, with an explicit number of threads.
 
 It starts from token ids (a member of a cascade) or from the hidden states that the stage before it left (a segment of a
 multi-exit model).
@@ -7,7 +7,8 @@ multi-exit model).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from threading import Lock
 from time import perf_counter
@@ -20,8 +21,9 @@ from numpy.typing import NDArray
 from ..bundle import MemberEntry
 from ..bundle.files import file_identity
 from ..bundle.manifest import HIDDEN_STATES, TOKENS
-from ..errors import BundleError, CascadeError, InferenceError, first_line
-from .providers import CPU, check_precision, int8_saturates, options_for, products_on_cpu
+from ..errors import BundleError, CascadeError, InferenceError, InvalidOption, first_line
+from .openvino import OpenVinoSession
+from .providers import CPU, OPENVINO, check_precision, int8_saturates, options_for, products_on_cpu
 
 _SPIN_MICROSECONDS, _SEGMENT_SPIN_MICROSECONDS = 500, 50
 _INPUTS = {
@@ -29,6 +31,9 @@ _INPUTS = {
     HIDDEN_STATES: ("hidden_states", "attention_mask"),
 }  # the first is required
 _HIDDEN_OUTPUT = "last_hidden_state"
+Batch = Mapping[str, NDArray[Any]]
+"""A padded micro-batch: arrays of shape (rows, tokens, ...) by input name."""
+
 _OUT_OF_MEMORY = ("bad_alloc", "failed to allocate", "out of memory", "available memory of", "cublas_status_alloc")
 
 
@@ -40,7 +45,7 @@ class StageOutput(NamedTuple):
     hidden_states: NDArray[np.float32] | None
     """Shape (rows, tokens, hidden); None unless the next stage reads them."""
     seconds: float
-    """Time of the ONNX Runtime call."""
+    """Time of the engine's call; of `run_each`, the time that was waited for its answer."""
 
 
 class Stage:
@@ -58,7 +63,7 @@ class Stage:
         spin_us: int | None = None,
         leaves_hidden_states: bool = False,
     ) -> None:
-        """Prepare to run the ONNX file at `path` by `provider`, one of ONNX Runtime's names, with `threads`.
+        """Prepare to run the ONNX file at `path` by `provider`, as `provider_name` returns it, with `threads`.
 
         `spin_us`: as for `CascadeRuntime`. `leaves_hidden_states`: whether the next stage reads this one's. Raises
         InvalidOption for a precision that the provider has no kernels for.
@@ -88,26 +93,52 @@ class Stage:
         return self._session is not None
 
     def load(self) -> Any:
-        """Return the session, made now if it was not; raise BundleError if ONNX Runtime cannot use the file."""
+        """Return the session, made now if it was not; raise BundleError if the engine cannot use the file."""
         if self._session is None:
             with self._loading:
                 if self._session is None:
                     self._session = self._make_session()
         return self._session
 
-    def run(self, batch: Mapping[str, NDArray[Any]]) -> StageOutput:
-        """Run a padded micro-batch, arrays of shape (rows, tokens, ...) by input name.
-
-        Raises InferenceError where the run fails or answers NaN or infinity.
-        """
+    def run(self, batch: Batch) -> StageOutput:
+        """Run a micro-batch; raise InferenceError where that fails or answers NaN or infinity."""
         session = self.load()
         feed = {name: batch[name] for name in self._inputs}
+        on_device = self._provider not in (CPU, OPENVINO)
         started = perf_counter()
         try:
-            answers = session.run(self._outputs, feed) if self._provider == CPU else self._run_bound(session, feed)
-        except Exception as error:  # ONNX Runtime's own classes share no public base
+            answers = self._run_bound(session, feed) if on_device else session.run(self._outputs, feed)
+        except Exception as error:  # the engines' own classes share no public base
             raise self._failure(error, batch["attention_mask"].shape) from error
-        seconds = perf_counter() - started
+        return self._output(answers, batch, perf_counter() - started)
+
+    def run_each(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, StageOutput]]:
+        """Run micro-batches in order, several at a time where the engine is faster so; errors as of `run`."""
+        session = self.load()
+        if not isinstance(session, OpenVinoSession):
+            for batch in batches:
+                yield batch, self.run(batch)
+            return
+        running = deque[Batch]()
+
+        def feeds() -> Iterator[Batch]:
+            for batch in batches:
+                running.append(batch)
+                yield {name: batch[name] for name in self._inputs}
+
+        answered = session.run_each(self._outputs, feeds())
+        while True:
+            started = perf_counter()
+            try:
+                answers = next(answered, None)
+            except Exception as error:
+                raise self._failure(error, running[0]["attention_mask"].shape) from error
+            if answers is None:
+                return
+            batch = running.popleft()
+            yield batch, self._output(answers, batch, perf_counter() - started)
+
+    def _output(self, answers: list[NDArray[Any]], batch: Batch, seconds: float) -> StageOutput:
         logits = answers[0]
         expected = (len(batch["attention_mask"]), self._labels)
         if logits.shape != expected:
@@ -122,7 +153,7 @@ class Stage:
             logits = logits.astype(np.float32)
         return StageOutput(logits, answers[1] if self._leaves_hidden_states else None, seconds)
 
-    def _run_bound(self, session: Any, feed: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+    def _run_bound(self, session: Any, feed: Batch) -> list[NDArray[Any]]:
         """Run with inputs and outputs bound, so that only the outputs are copied back from the device."""
         binding = session.io_binding()
         for name, array in feed.items():
@@ -147,10 +178,28 @@ class Stage:
         )
 
     def _make_session(self) -> Any:
+        """Make a session, and note which of its inputs and outputs are used."""
         if file_identity(self._path) != self._identity:
             raise BundleError(
                 f"{self._path}: replaced since the bundle was opened; open it again (members can be loaded all at once)"
             )
+        if self._provider == OPENVINO:
+            session = self._openvino_session()
+            self._use(session.inputs, session.outputs)
+        else:
+            session = self._onnxruntime_session()
+            self._use([node.name for node in session.get_inputs()], [node.name for node in session.get_outputs()])
+        return session
+
+    def _openvino_session(self) -> OpenVinoSession:
+        try:
+            return OpenVinoSession(self._path, self._threads, self._provider_options)
+        except ValueError as error:
+            raise InvalidOption("provider_options", dict(self._provider_options), str(error)) from error
+        except Exception as error:
+            raise self._unloadable(error, "OpenVINO", "use the provider cpu, or export in fp32") from error
+
+    def _onnxruntime_session(self) -> Any:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
@@ -171,22 +220,29 @@ class Stage:
                 disabled_optimizers=disabled,
             )
         except Exception as error:
-            if _out_of_memory(error):
-                raise InferenceError(
-                    f"{self._path}: memory ran out while it was loaded ({first_line(error)}); free memory, run fewer "
-                    "processes, or use the bundle in int8"
-                ) from error
             remedy = "export again" + (" (this CPU has no VNNI: best in fp32)" if exact else "")
-            raise BundleError(f"{self._path}: ONNX Runtime cannot load it ({first_line(error)}); {remedy}") from error
+            raise self._unloadable(error, "ONNX Runtime", remedy) from error
         self._check_provider(session)
-        self._inputs = [node.name for node in session.get_inputs()]
+        return session
+
+    def _unloadable(self, error: Exception, engine: str, remedy: str) -> CascadeError:
+        reason = first_line(error)
+        if _out_of_memory(error):
+            return InferenceError(
+                f"{self._path}: memory ran out while it was loaded ({reason}); free memory, run fewer processes, or "
+                "use the bundle in int8"
+            )
+        return BundleError(f"{self._path}: {engine} cannot load it ({reason}); {remedy}")
+
+    def _use(self, inputs: list[str], outputs: list[str]) -> None:
+        """Check a session's inputs and outputs, and take those that this stage needs."""
+        self._inputs = inputs
         allowed = _INPUTS[self.reads]
         if not {allowed[0]} <= set(self._inputs) <= set(allowed):
             raise BundleError(
                 f"{self._path}: has the inputs {', '.join(self._inputs)}; expected {allowed[0]} and no others than "
                 f"{' and '.join(allowed[1:])}"
             )
-        outputs = [node.name for node in session.get_outputs()]
         self._outputs = ["logits"] if "logits" in outputs else outputs[:1]
         if self._leaves_hidden_states:
             if _HIDDEN_OUTPUT not in outputs:
@@ -195,7 +251,6 @@ class Stage:
                     "the next member reads"
                 )
             self._outputs.append(_HIDDEN_OUTPUT)
-        return session
 
     def _check_provider(self, session: Any) -> None:
         running = session.get_providers()[0]

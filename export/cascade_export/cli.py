@@ -14,9 +14,10 @@ from typing import Any
 
 from cascade_export.check import MAX_ACCURACY_DROP
 from cascade_export.checkpoint import training_record
-from cascade_export.export import DEFAULT_THRESHOLD, export_bundle
+from cascade_export.export import AUTO, DEFAULT_THRESHOLD, FP32_ON_OPENVINO, export_bundle
 from cascade_rt.bundle import Bundle, MemberEntry
 from cascade_rt.bundle.manifest import EXIT_RULES
+from cascade_rt.cli.options import add_provider_option, provider_options
 from cascade_rt.cli.parser import CommandParser
 from cascade_rt.cli.rendering import table
 from cascade_rt.errors import InputError, InvalidOption, MissingExtraError
@@ -87,6 +88,7 @@ def add_arguments(parser: CommandParser) -> None:
         help="of a multi-exit model that cascade-rt train-exits made (default: that of its paper)",
     )
     add("--provider", default="cpu", help="where finished members are checked and timed")
+    add_provider_option(parser)
     add("--overwrite", action="store_true", help="replace an existing bundle")
     add("--json", action="store_true", help="print the manifest as JSON")
 
@@ -110,6 +112,7 @@ def run(options: argparse.Namespace) -> None:
                 check_data=options.check_data,
                 max_accuracy_drop=options.max_accuracy_drop,
                 provider=options.provider,
+                provider_options=provider_options(options),
                 calibrate=options.calibrate,
                 overwrite=options.overwrite,
             )
@@ -120,6 +123,9 @@ def run(options: argparse.Namespace) -> None:
     aligned = [_alignment(member) for member in bundle.members if "alignment" in member.other]
     if aligned:
         print("", *aligned, sep="\n")
+    for member in bundle.members:
+        if hint := _faster_elsewhere(member):
+            print(f"\n{hint}")
     checks = [_check(member) for member in bundle.members if "check" in member.other]
     if checks:
         print("\nchecked against the originals (diff: of a class probability; original -> exported, in %):")
@@ -134,6 +140,7 @@ def _segments(members: Sequence[str], options: argparse.Namespace) -> Bundle:
         "--max-length": options.max_length,
         "--calibrate": options.calibrate or None,
         "--provider": None if options.provider == "cpu" else options.provider,
+        "--provider-option": options.provider_options or None,
     }
     given = [option for option, value in unused.items() if value is not None]
     if len(members) > 1 or given:
@@ -181,6 +188,21 @@ def _alignment(member: MemberEntry) -> str:
         f"{member.name}: aligned to the tokenizer of {found['tokenizer_of']} ({found['moved']} of {found['tokens']} "
         f"ids changed); {found['same_tokens']} of {found['texts']} texts have the same tokens, logits differ by up to "
         f"{found['max_logit_difference']:.1e}"
+    )
+
+
+def _faster_elsewhere(member: MemberEntry) -> str | None:
+    """Return whether fp32 was faster with OpenVINO than what `auto` chose."""
+    speeds: Mapping[str, Mapping[str, float]] = member.other.get(AUTO, {}).get("seconds_per_text", {})
+    if FP32_ON_OPENVINO not in speeds:
+        return None
+    chosen, other = speeds[member.precision], speeds[FP32_ON_OPENVINO]
+    alone, in_bulk = (chosen[which] / other[which] for which in ("alone", "in_bulk"))
+    if alone * in_bulk <= 1:
+        return None
+    return (
+        f"{member.name}: fp32 was faster with OpenVINO, {alone:.2f} times for single texts and {in_bulk:.2f} times in "
+        "bulk; to check it: --provider openvino --precision fp32"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -31,10 +31,10 @@ from cascade_export.onnx_checkpoint import OnnxCheckpoint, is_onnx, open_onnx
 from cascade_rt.bundle import BATCH_TOLERANCE, Bundle, MemberEntry, WeightFile, sha256_of, write_bundle, write_manifest
 from cascade_rt.engine.cpus import usable_threads
 from cascade_rt.engine.probabilities import confidence, softmax
-from cascade_rt.engine.providers import provider_name
+from cascade_rt.engine.providers import CPU, OPENVINO, is_installed, provider_name
 from cascade_rt.engine.stage import Stage
 from cascade_rt.engine.tokenization import Encoded, TextTokenizer
-from cascade_rt.errors import CascadeError, InputError, InvalidOption, MissingExtraError
+from cascade_rt.errors import BundleError, CascadeError, InputError, InvalidOption, MissingExtraError
 from cascade_rt.tuning.metrics import ece
 from cascade_rt.types import Text
 
@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 DEFAULT_THRESHOLD = 0.9
 TOKENIZER_FILE = "tokenizer.json"
 AUTO = "auto"
-_TRIED_BY_AUTO = ("int8", "fp16", "fp32")
+FP32_ON_OPENVINO = "fp32 on openvino"
+_TRIED_BY_AUTO = ("int8", "int8-static", "fp16", "fp32")  # the second only where the first cannot run
 _ROUNDING_TEXTS = 512
 _BATCHED = 64
 _ALIGNMENT_TEXTS = 1000
@@ -57,7 +58,8 @@ class Checks:
 
     data: CheckData | None
     max_accuracy_drop: float
-    provider: str  # ONNX Runtime's name
+    provider: str  # as `provider_name` returns it
+    provider_options: Mapping[str, str] | None
     calibrate: bool
     batched: Encoded  # texts that are run in many batchings, to see whether that changes an answer
 
@@ -84,6 +86,7 @@ def export_bundle(
     check_data: Path | None = None,
     max_accuracy_drop: float = MAX_ACCURACY_DROP,
     provider: str = "cpu",
+    provider_options: Mapping[str, str] | None = None,
     calibrate: bool = False,
     overwrite: bool = False,
 ) -> Bundle:
@@ -102,6 +105,7 @@ def export_bundle(
             None for what training held out.
         max_accuracy_drop: Percentage points that a member may lose in that check.
         provider: Where finished members are checked and timed.
+        provider_options: As for `CascadeRuntime`.
         calibrate: Divide each member's logits by the temperature that fits the check data best; they need labels.
         overwrite: Replace an existing bundle.
 
@@ -126,7 +130,7 @@ def export_bundle(
         for checkpoint in tqdm(checkpoints, desc="exporting", unit=" members", disable=None):
             data = load_check_data(check_data, checkpoint)
             batched = tokenizer.encode([*_built_in(first.pair), *(data.texts[:_BATCHED] if data else [])])
-            checks = Checks(data, max_accuracy_drop, running, calibrate, batched)
+            checks = Checks(data, max_accuracy_drop, running, provider_options, calibrate, batched)
             tau = None if checkpoint is checkpoints[-1] else threshold
             members.append(_export_member(checkpoint, folder, tokenizer, tau, wanted[checkpoint.name], checks))
         bundle = bundle_of(checkpoints, members, folder)
@@ -222,7 +226,9 @@ def _export_member(
     encoded = tokenizer.encode(checks.data.texts) if checks.data else None
     with _writer(checkpoint, tokenizer, checks) as writer:
         precision = wanted or writer.usual
-        tried = [name for name in _TRIED_BY_AUTO if name in writer.precisions] if precision == AUTO else [precision]
+        left_out = "int8" if checks.provider == OPENVINO else "int8-static"
+        by_auto = [name for name in _TRIED_BY_AUTO if name in writer.precisions and name != left_out]
+        tried = by_auto if precision == AUTO else [precision]
         if not tried or not set(tried) <= set(writer.precisions):
             raise InputError(
                 f"member {checkpoint.name!r}: `precision`: found {precision!r}, expected one of: "
@@ -230,7 +236,7 @@ def _export_member(
             )
         original = writer.original() if checks.data else None
 
-        def written(name: str) -> tuple[MemberEntry, Stage]:
+        def written(name: str, provider: str = checks.provider) -> tuple[MemberEntry, Stage]:
             file, data = writer.write(name, folder)
             entry = MemberEntry(
                 name=checkpoint.name,
@@ -246,7 +252,9 @@ def _export_member(
                 data=tuple(WeightFile(file, sha256_of(folder / file)) for file in data),
                 other=writer.facts,
             )
-            return entry, Stage(entry, folder / file, len(checkpoint.labels), checks.provider, usable_threads(None))
+            options = checks.provider_options if provider == checks.provider else None
+            labels, threads = len(checkpoint.labels), usable_threads(None)
+            return entry, Stage(entry, folder / file, labels, provider, threads, options)
 
         if precision != AUTO:
             entry, member = written(precision)
@@ -259,12 +267,15 @@ def _export_member(
 
 def _fastest(
     tried: Sequence[str],
-    written: Callable[[str], tuple[MemberEntry, Stage]],
+    written: Callable[..., tuple[MemberEntry, Stage]],
     encoded: Encoded,
     original: Probabilities,
     checks: Checks,
 ) -> MemberEntry:
-    """Measure each precision on single texts and in bulk, and take the fastest that is batch-invariant and passes."""
+    """Measure each precision on single texts and in bulk, and take the fastest that is batch-invariant and passes.
+
+    Where OpenVINO is installed, fp32 is measured there too, for comparison.
+    """
     members: dict[str, Stage] = {}
     refused: dict[str, str] = {}
     for name in tried:
@@ -274,7 +285,14 @@ def _fastest(
             members[name] = member
         except CascadeError as error:  # the provider has no kernels for it
             refused[name] = str(error)
-    measured = speeds(members, encoded)
+    elsewhere: dict[str, Stage] = {}
+    if checks.provider == CPU and "fp32" in members and is_installed(OPENVINO):
+        with suppress(BundleError):  # it does not have all operators
+            other = written("fp32", OPENVINO)[1]
+            other.load()
+            elsewhere[FP32_ON_OPENVINO] = other
+    compared = speeds({**members, **elsewhere}, encoded)
+    measured = {name: compared[name] for name in members}
     for name in sorted(measured, key=lambda name: measured[name].alone * measured[name].in_bulk):
         try:
             entry = _checked(*written(name), encoded, original, checks)
@@ -285,7 +303,7 @@ def _fastest(
         if difference is None or difference > BATCH_TOLERANCE:
             refused[name] = f"scores depend on the batch (by {difference})"
             continue
-        found = {"seconds_per_text": {name: vars(speed) for name, speed in measured.items()}, "refused": refused}
+        found = {"seconds_per_text": {name: vars(speed) for name, speed in compared.items()}, "refused": refused}
         return replace(entry, other={**entry.other, AUTO: found})
     raise CascadeError("no precision passes: " + "; ".join(f"{name}: {why}" for name, why in refused.items()))
 

@@ -11,23 +11,15 @@ import itertools
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
-from onnxruntime.quantization import (
-    CalibrationDataReader,
-    CalibrationMethod,
-    QuantFormat,
-    QuantType,
-    quantize_dynamic,
-    quantize_static,
-)
+from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.transformers.onnx_model import OnnxModel
 
 from cascade_export.rounding import LARGEST, Inputs, compensated, measure_inputs, rounded, smoothing, steps_of
@@ -41,7 +33,8 @@ Weights = tuple[str, ...]
 
 CONTRIB = "com.microsoft"
 _OPSET, _IR_VERSION = 21, 10  # of the first QuantizeLinear with scales per block, and its file format
-_STATIC_TEXTS = 48
+# Of smoothing, found by trying: with one range for all tokens, activations need the more of it.
+_STRENGTH_BY_TOKEN, _STRENGTH_ONCE = 0.6, 0.75
 _BLOCK = 64  # weights per scale in int8-blocks and int8-weights
 
 
@@ -114,33 +107,11 @@ def _nbits_quantizer() -> Any:
 def _int8_static(source: Path, target: Path, texts: Encoded | None) -> None:
     if texts is None:
         raise InputError("int8-static: found no texts, expected some for the ranges of activations")
-    shorter = texts.lengths.argsort()[: max(_STATIC_TEXTS, len(texts.lengths) // 2)]  # the longest would pad all
-    calibration = texts.batch(shorter[-_STATIC_TEXTS:])
     graph = _Graph(onnx.load(source))
     graph.separate_attention()
+    graph.quantize_activations_once(graph.measured(texts))
     graph.quantize_embeddings()
-    graph.declare_activations()
-    inputs = [node.name for node in graph.model.graph.input]
-    with TemporaryDirectory(prefix="cascade-export-") as folder, _quiet():
-        separate = Path(folder) / "separate.onnx"
-        onnx.save(graph.finished(), separate)
-        quantize_static(
-            separate,
-            target,
-            _Calibration({name: calibration[name] for name in inputs}),
-            quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=["MatMul"],
-            per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            calibrate_method=CalibrationMethod.Percentile,
-            extra_options={
-                "DefaultTensorType": onnx.TensorProto.FLOAT,
-                "OpTypesToExcludeOutputQuantization": ["MatMul"],  # results stay fp32
-                "MatMulConstBOnly": True,
-                "CalibPercentile": 99.999,
-            },
-        )
+    onnx.save(graph.finished(), target)
 
 
 PRECISIONS: dict[str, Write] = {
@@ -152,14 +123,6 @@ PRECISIONS: dict[str, Write] = {
     "int8-static": _int8_static,
     "int8-weights": _blocks(accuracy_level=1),
 }
-
-
-class _Calibration(CalibrationDataReader):  # type: ignore[misc]  # the library has no types
-    def __init__(self, batch: dict[str, NDArray[np.int64]]) -> None:
-        self._batches = iter([batch])  # the library cannot join batches of different lengths
-
-    def get_next(self) -> dict[str, NDArray[np.int64]] | None:
-        return next(self._batches, None)
 
 
 class _Graph:
@@ -203,6 +166,34 @@ class _Graph:
         `measured`: what `measured` found; where it has fewer tokens than channels, weights become the nearest int8.
         """
         unit, middle = self._constant("unit", np.float32(1)), self._constant("middle", np.uint8(128))
+        factors = self._round_all(measured, _STRENGTH_BY_TOKEN)
+        quantized: dict[str, tuple[str, str]] = {}
+        for tokens, weight, output in self._products():
+            if tokens not in quantized:  # query, key and value share theirs
+                quantized[tokens] = self._by_token(tokens, self._array(weight).shape[0], middle, factors[tokens])
+            values, scale = quantized[tokens]
+            integers = [f"{weight}_int8", unit, f"{weight}_scales", middle]
+            self._add("MatMulIntegerToFloat", [values, *integers], f"{output}_scaled", CONTRIB)
+            self._add("Mul", [f"{output}_scaled", scale], output)
+        self._raise_operators()
+
+    def quantize_activations_once(self, measured: Mapping[Weights, Inputs]) -> None:
+        """Quantise and dequantise around every product with constant weights, with one range for all of its input.
+
+        `measured`: as above; it says the ranges too. Engines compute such products in int8.
+        """
+        factors = self._round_all(measured, _STRENGTH_ONCE)
+        read_by = self._read_by()
+        quantized: dict[str, str] = {}
+        for tokens, weight, output in self._products():
+            if tokens not in quantized:
+                quantized[tokens] = self._by_one_range(tokens, measured[read_by[tokens]], factors[tokens])
+            scaled = [f"{weight}_int8", f"{weight}_scales"]
+            self._add("DequantizeLinear", scaled, f"{output}_weight", axis=1)
+            self._add("MatMul", [quantized[tokens], f"{output}_weight"], output)
+
+    def _round_all(self, measured: Mapping[Weights, Inputs], strength: float) -> dict[str, str | None]:
+        """Round all matrices that multiply activations; return by what each activation is to be multiplied before."""
         read_by = self._read_by()
         shared = Counter(weight for weights in set(read_by.values()) for weight in weights)
         means = {node.output[0] for node in self.model.graph.node if node.op_type == "MultiHeadAttention"}
@@ -210,28 +201,18 @@ class _Graph:
         for tokens, weights in read_by.items():
             if weights not in factors:  # ALBERT's layers share theirs
                 alone = all(shared[name] == 1 for name in weights)
-                smooth = tokens not in means  # which have no outliers
-                factors[weights] = self._round(weights, measured.get(weights) if alone else None, smooth)
-        quantized: dict[str, tuple[str, str]] = {}
+                some = strength if tokens not in means else 0  # which have no outliers
+                factors[weights] = self._round(weights, measured.get(weights) if alone else None, some)
+        return {tokens: factors[weights] for tokens, weights in read_by.items()}
+
+    def _products(self) -> Iterator[tuple[str, str, str]]:
+        """Yield the input, the weights and the output of each product with constant weights, to be replaced."""
+        read_by = self._read_by()
         for node in self._rebuilt():
-            if node.op_type != "MatMul" or node.input[0] not in read_by or not self._is_matrix(node.input[1]):
+            if node.op_type == "MatMul" and node.input[0] in read_by and self._is_matrix(node.input[1]):
+                yield node.input[0], node.input[1], node.output[0]
+            else:
                 self._nodes.append(node)
-                continue
-            tokens, weight = node.input
-            if tokens not in quantized:  # query, key and value share theirs
-                quantized[tokens] = self._by_token(
-                    tokens, self._array(weight).shape[0], middle, factors[read_by[tokens]]
-                )
-            values, scale = quantized[tokens]
-            product = f"{node.output[0]}_scaled"
-            self._add(
-                "MatMulIntegerToFloat",
-                [values, f"{weight}_int8", unit, f"{weight}_scales", middle],
-                product,
-                CONTRIB,
-            )
-            self._add("Mul", [product, scale], node.output[0])
-        self._raise_operators()
 
     def quantize_embeddings(self) -> None:
         """Keep the biggest lookup table of the embeddings, that of the words, in int8 with a scale per row."""
@@ -252,13 +233,6 @@ class _Graph:
             self._add("Gather", [self._constant(f"{table}_scale", scales), ids], f"{table}_row_scale")
             self._add("Mul", [f"{table}_row_float", f"{table}_row_scale"], node.output[0])
 
-    def declare_activations(self) -> None:
-        """Declare the inputs of matrix products as fp32, which the library cannot infer behind fused operators."""
-        known = {tensor.name for tensor in self.model.graph.value_info}
-        products = [node for node in self.model.graph.node if node.op_type == "MatMul"]
-        for tensor in {node.input[0] for node in products if self._is_matrix(node.input[1])} - known:
-            self.model.graph.value_info.append(helper.make_tensor_value_info(tensor, onnx.TensorProto.FLOAT, None))
-
     def finished(self) -> onnx.ModelProto:
         """Return the model without unused weights."""
         read = {name for node in self.model.graph.node for name in node.input}
@@ -278,7 +252,7 @@ class _Graph:
                 found[node.input[0]] = (*found.get(node.input[0], ()), node.input[1])
         return found
 
-    def _round(self, weights: Weights, inputs: Inputs | None, smooth: bool) -> str | None:
+    def _round(self, weights: Weights, inputs: Inputs | None, strength: float) -> str | None:
         """Round matrices that multiply the same input, by output channel, to the constants `_int8` and `_scales`.
 
         Returns by what their input is to be multiplied before, None for nothing.
@@ -287,7 +261,7 @@ class _Graph:
         width = len(matrices[0])
         if inputs is not None and inputs.tokens < width:
             inputs = None
-        divisors = smoothing(inputs, matrices) if inputs and smooth else np.ones(width, dtype=np.float32)
+        divisors = smoothing(inputs, matrices, strength) if inputs and strength else np.ones(width, dtype=np.float32)
         for name, matrix in zip(weights, matrices, strict=True):
             smooth_matrix = divisors[:, None] * matrix
             steps = steps_of(smooth_matrix, axis=0)
@@ -298,7 +272,7 @@ class _Graph:
             )
             self._constant(f"{name}_int8", integers)
             self._constant(f"{name}_scales", steps[0])
-        return self._constant(f"{weights[0]}_smoothing", 1 / divisors) if inputs and smooth else None
+        return self._constant(f"{weights[0]}_smoothing", 1 / divisors) if inputs and strength else None
 
     def _raise_operators(self) -> None:
         """Declare the ONNX operators of `_OPSET`; since the version that `convert` writes, only types were added."""
@@ -330,6 +304,21 @@ class _Graph:
         self._add_once("Expand", [middle, "token_count"], "middles")
         self._add("QuantizeLinear", [tokens, f"{name}_scale", "middles"], f"{name}_values", axis=-1, block_size=width)
         return f"{name}_values", f"{name}_scale"
+
+    def _by_one_range(self, tokens: str, inputs: Inputs, factors: str | None) -> str:
+        """Quantise activations, times `factors`, with the range of `inputs`, and return them dequantised."""
+        name = f"token{next(self._number)}"
+        by: NDArray[Any] = np.ones(1, dtype=np.float32)
+        if factors is not None:
+            self._add("Mul", [tokens, factors], f"{name}_smooth")
+            tokens, by = f"{name}_smooth", self._array(factors)
+        lowest, highest = float((by * inputs.lowest).min()), float((by * inputs.highest).max())
+        step = (highest - lowest) / 255 or 1.0
+        scale = self._constant(f"{name}_scale", np.float32(step))
+        zero = self._constant(f"{name}_zero", np.uint8(round(-lowest / step)))
+        self._add("QuantizeLinear", [tokens, scale, zero], f"{name}_values")
+        self._add("DequantizeLinear", [f"{name}_values", scale, zero], f"{name}_dequantized")
+        return f"{name}_dequantized"
 
     def _rebuilt(self) -> list[onnx.NodeProto]:
         """Return the operators and start a new list, which replaces them when the loop over them ends."""

@@ -21,7 +21,6 @@ from onnx import helper
 Floats = NDArray[np.float32]
 
 LARGEST = 127  # of a symmetric int8
-_STRENGTH = 0.6  # of smoothing: 0 leaves activations as they are, 1 gives all their channels the same range
 _DAMPING = 0.01  # of the compensation, as in GPTQ
 _BLOCK = 64  # channels whose errors reach the others together
 _SMALLEST = 1e-5
@@ -31,15 +30,18 @@ _SMALLEST = 1e-5
 class Inputs:
     """What matrix products with the same weights read, over many tokens."""
 
-    largest: Floats
-    """Of the absolute values in each channel, shape (width,)."""
+    lowest: Floats
+    """Of each channel, and at most 0, shape (width,)."""
+    highest: Floats
+    """Of each channel, and at least 0, shape (width,)."""
     products: Floats
     """Sum over tokens of the products of two channels, shape (width, width)."""
     tokens: int
 
     def add(self, rows: Floats) -> None:
         """Add tokens, shape (tokens, width)."""
-        self.largest = np.maximum(self.largest, np.abs(rows).max(axis=0, initial=0))
+        self.lowest = np.minimum(self.lowest, rows.min(axis=0, initial=0))
+        self.highest = np.maximum(self.highest, rows.max(axis=0, initial=0))
         self.products += rows.T @ rows
         self.tokens += len(rows)
 
@@ -68,16 +70,21 @@ def measure_inputs(
             rows = values[mask] if values.shape[:2] == mask.shape else values.reshape(-1, values.shape[-1])
             if weights not in found:
                 width = rows.shape[1]
-                found[weights] = Inputs(np.zeros(width, np.float32), np.zeros((width, width), np.float32), 0)
+                none = np.zeros(width, np.float32)
+                found[weights] = Inputs(none, none, np.zeros((width, width), np.float32), 0)
             found[weights].add(rows)
     return found
 
 
-def smoothing(inputs: Inputs, weights: Sequence[Floats]) -> Floats:
-    """Return by what each channel of the inputs is divided, shape (width,), before it meets these weights."""
+def smoothing(inputs: Inputs, weights: Sequence[Floats], strength: float) -> Floats:
+    """Return by what each channel of the inputs is divided, shape (width,), before it meets these weights.
+
+    `strength`: 0 leaves activations as they are, 1 gives all their channels the same range.
+    """
     reach = np.maximum(np.max([np.abs(matrix).max(axis=1) for matrix in weights], axis=0), _SMALLEST)
-    factors: Floats = np.maximum(inputs.largest, _SMALLEST) ** _STRENGTH / reach ** (1 - _STRENGTH)
-    factors[inputs.largest <= _SMALLEST] = 1
+    largest = np.maximum(inputs.highest, -inputs.lowest)
+    factors: Floats = np.maximum(largest, _SMALLEST) ** strength / reach ** (1 - strength)
+    factors[largest <= _SMALLEST] = 1
     factors /= np.exp(np.log(factors).mean())
     return factors
 

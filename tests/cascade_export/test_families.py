@@ -11,12 +11,28 @@ from cascade_export.export import export_bundle
 from cascade_export.torch_checkpoint import open_torch
 from cascade_export.verify import check_texts, torch_probabilities
 
-from cascade_rt import CascadeRuntime
+from cascade_rt import BundleError, CascadeRuntime
 from cascade_rt.bundle import BATCH_TOLERANCE
 from cascade_rt.engine.providers import int8_saturates
 from cascade_rt.engine.tokenization import TextTokenizer
 
 from .families import FAMILIES, POSITIONS
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_openvino_answers_as_torch_does(family: str, tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="the extra openvino is not installed")
+    folder = FAMILIES[family](tmp_path / "member")
+    export_bundle([str(folder)], tmp_path / "fp32", pair=True)
+    checkpoint = open_torch(str(folder), pair=True)
+    texts = check_texts(checkpoint)
+    runtime = CascadeRuntime(tmp_path / "fp32", provider="openvino")
+    if family == "deberta-v2":
+        with pytest.raises(BundleError, match="OpenVINO cannot load it .*use the provider cpu"):
+            runtime.predict(texts)
+        return
+    answers = np.array([answer.probabilities for answer in runtime.predict(texts)])
+    assert np.abs(answers - torch_probabilities(checkpoint, texts)).max() <= 1e-4
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from cascade_export import cli
 from cascade_export import export as module
 from cascade_export.check import Speed, check_drop, compare
 from cascade_export.export import export_bundle
@@ -145,26 +147,38 @@ def test_the_check_reports_and_refuses_with_its_numbers(wide: Path, capsys: pyte
 def test_auto_takes_the_fastest_that_passes(wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     monkeypatch.setattr(
-        module, "speeds", lambda members, _: {name: Speed(1.0, float(order.index(name))) for name in members}
+        module, "speeds", lambda members, _: {name: Speed(1.0, 1.0 + order.index(name)) for name in members}
     )
+    check = wide.parent / "check.jsonl"
+    last = [module.FP32_ON_OPENVINO]
     for order[:], drop, expected in (
-        (["int8", "fp16", "fp32"], 100, "int8"),
-        (["fp16", "int8", "fp32"], 100, "fp16"),
-        (["int8", "fp32", "fp16"], 0, "fp32"),
+        (["int8", "fp16", "fp32", *last], 100, "int8"),
+        (["fp16", "int8", "fp32", *last], 100, "fp16"),
+        (["int8", "fp32", "fp16", *last], 0, "fp32"),
     ):
         made = export_bundle(
             [str(wide)],
             tmp_path / "auto",
             max_length=32,
             precision="auto",
-            check_data=wide.parent / "check.jsonl",
+            check_data=check,
             max_accuracy_drop=drop,
             overwrite=True,
         )
         (member,) = made.members
         assert member.precision == expected, member.other["auto"]
-        assert member.other["auto"]["seconds_per_text"].keys() == {"int8", "fp16", "fp32"}
+        assert {"int8", "fp16", "fp32"} <= member.other["auto"]["seconds_per_text"].keys()
         assert ("int8" in member.other["auto"]["refused"]) == (drop == 0)
+    if find_spec("openvino"):
+        order[:] = [*last, "int8", "fp16", "fp32"]
+        made = export_bundle(
+            [str(wide)], tmp_path / "elsewhere", precision="auto", check_data=check, max_accuracy_drop=100
+        )
+        assert made.members[0].precision == "int8"
+        assert cli._faster_elsewhere(made.members[0]) == (
+            "wide: fp32 was faster with OpenVINO, 1.00 times for single texts and 2.00 times in bulk; to check it: "
+            "--provider openvino --precision fp32"
+        )
     with pytest.raises(InputError, match="no texts to compare on; give `check_data`"):
         export_bundle([str(wide)], tmp_path / "none", precision="auto")
 

@@ -22,7 +22,8 @@ def drawn(seed: int, width: int, tokens: int, outputs: int = 8) -> tuple[Floats,
 
 def measured(rows: Floats) -> Inputs:
     width = rows.shape[1]
-    inputs = Inputs(np.zeros(width, np.float32), np.zeros((width, width), np.float32), 0)
+    none = np.zeros(width, np.float32)
+    inputs = Inputs(none, none, np.zeros((width, width), np.float32), 0)
     for part in np.array_split(rows, 3):
         inputs.add(part)
     return inputs
@@ -54,7 +55,7 @@ def test_compensation_of_independent_channels_is_plain_rounding() -> None:
 @settings(max_examples=30, deadline=None)
 def test_smoothing_changes_no_product_and_evens_out_the_channels(seed: int, width: int) -> None:
     rows, weights = drawn(seed, width, tokens=50)
-    factors = smoothing(measured(rows), [weights, 2 * weights])
+    factors = smoothing(measured(rows), [weights, 2 * weights], 0.6)
     smooth = rows / factors
     assert smooth @ (weights * factors[:, None]) == pytest.approx(rows @ weights, abs=1e-3 * float(np.abs(rows).max()))
     before, after = (np.abs(values).max(axis=0) for values in (rows, smooth))
@@ -66,7 +67,7 @@ def test_channels_without_values_are_left_alone() -> None:
     rows[:, 1] = 5
     inputs = measured(rows)
     weights = np.ones((6, 2), dtype=np.float32)
-    factors = smoothing(inputs, [weights])
+    factors = smoothing(inputs, [weights], 0.6)
     assert np.isfinite(factors).all()
     assert (factors > 0).all()
     assert np.isfinite(compensated(weights, steps_of(weights, axis=0), inputs.products)).all()
