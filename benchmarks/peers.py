@@ -4,8 +4,8 @@
     python benchmarks/peers.py --member members/2L --member members/6L --data dev.tsv
 
 Contestants: the transformers pipeline (PyTorch), Optimum's ONNX Runtime pipeline, OpenVINO (fp32, bf16, int8 by
-NNCF), every member alone, and the cascade at 2x, 3x and 4x, in fp32 and in int8. They take turns block by block.
-Needs the extra bench.
+NNCF), every member alone, and the cascade at 2x, 3x and 4x: on ONNX Runtime in fp32 and int8, and on OpenVINO in bf16
+and int8. They take turns block by block. Needs the extra bench.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from cascade_rt.benchmark.workload import (
 )
 from cascade_rt.engine.batching import TOKEN_BUDGET, by_length, micro_batches
 from cascade_rt.engine.cpus import usable_threads
+from cascade_rt.engine.openvino import imported
 from cascade_rt.engine.tokenization import TextTokenizer
 from cascade_rt.io.readers import read_examples
 from cascade_rt.io.writers import write_json
@@ -65,23 +66,30 @@ def main() -> None:
     sources = options.member or write_random_members(
         [parse_shape(shape) for shape in options.random], work / "members", tokenizer=options.tokenizer
     )
-    in_int8 = work / "bundle-int8"
-    for folder, precision in ((bundle, "fp32"), (in_int8, "int8")):
-        export_bundle(sources, folder, overwrite=folder.exists(), max_length=options.max_length, precision=precision)
+    by_token, static = work / "bundle-int8", work / "bundle-int8-static"
+    for folder, precision in ((bundle, "fp32"), (by_token, "int8"), (static, "int8-static")):
+        settings: dict[str, Any] = {"max_length": options.max_length, "precision": precision}
+        export_bundle(sources, folder, overwrite=folder.exists(), max_accuracy_drop=100, **settings)
     cascade = CascadeRuntime(bundle, threads=options.threads, preload=True)
     members = cascade.bundle.members
     texts = texts_for(cascade.bundle, options.data, options.words, options.texts)
     biggest = next(source for source in sources if Path(source).name == members[-1].name)
     contestants = dict(_peers(Path(biggest), bundle, work, texts, options.threads))
     taus = {}
-    for folder, suffix in ((bundle, ""), (in_int8, " int8")):
-        runtime = CascadeRuntime(folder, threads=options.threads, preload=True)
+    for name, folder, provider, properties in (
+        ("cascade-rt", bundle, "cpu", {}),
+        ("cascade-rt int8", by_token, "cpu", {}),
+        ("cascade-rt OpenVINO bf16", bundle, "openvino", {"INFERENCE_PRECISION_HINT": "bf16"}),
+        ("cascade-rt OpenVINO int8", static, "openvino", {}),
+    ):
+        engine: dict[str, Any] = {"provider": provider, "provider_options": properties}
+        runtime = CascadeRuntime(folder, threads=options.threads, preload=True, **engine)
         for member in members:
-            contestants[f"cascade-rt{suffix}, {member.name} alone"] = _ours(runtime.with_members([member.name]))
+            contestants[f"{name}, {member.name} alone"] = _ours(runtime.with_members([member.name]))
         logits, _ = runtime.member_logits(texts)
-        taus[folder.name] = taus_for(runtime, logits, reachable(runtime.bundle, options.speedup))
-        for speedup, tau in taus[folder.name].items():
-            contestants[f"cascade-rt{suffix}, cascade {speedup:g}x"] = _ours(runtime.with_thresholds(tau))
+        taus[name] = taus_for(runtime, logits, reachable(runtime.bundle, options.speedup))
+        for speedup, tau in taus[name].items():
+            contestants[f"{name}, cascade {speedup:g}x"] = _ours(runtime.with_thresholds(tau))
     report: dict[str, Any] = {
         "machine": describe(),
         "members": [f"{member.layers}L-{member.hidden_size} {member.precision}" for member in members],
@@ -122,9 +130,7 @@ def _peers(
         bundle / "tokenizer.json", CascadeRuntime(bundle).bundle.max_length, isinstance(texts[0], tuple)
     )
     labels = [model.config.id2label[index] for index in range(model.config.num_labels)]
-    import openvino  # noqa: PLC0415 - its telemetry starts a thread, so as late as possible
-
-    graph = openvino.Core().read_model(work / "optimum" / "plain" / "model.onnx")
+    graph = imported().Core().read_model(work / "optimum" / "plain" / "model.onnx")
     for name, precision in (("fp32", "f32"), ("bf16", "bf16")):
         yield f"OpenVINO {name}", _openvino(graph, precision, reader, labels, threads)
     try:
@@ -179,8 +185,7 @@ def _openvino(graph: Any, precision: str, reader: TextTokenizer, labels: list[st
 
     It gets cascade-rt's tokenization and micro-batches, the strongest form in which one would use it.
     """
-    import openvino  # noqa: PLC0415
-
+    openvino = imported()
     core = openvino.Core()
     settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": usable_threads(threads)}
     single = core.compile_model(graph, "CPU", settings | {"PERFORMANCE_HINT": "LATENCY"})

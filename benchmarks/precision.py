@@ -2,8 +2,8 @@
 
 All precisions of a member take turns on the same batches in one process. Members are exported with the texts that their
 training held out; accuracy, and what differs from fp32, is measured on `--data`. `int8, nearest` is int8 without texts:
-weights become the nearest integers. For batch invariance, each text is answered in random batchings of the whole data,
-and labels, exits and scores are compared.
+weights become the nearest integers. `--openvino` adds what that provider runs, fp32 also computed in bf16. For batch
+invariance, each text is answered in random batchings of the whole data, and labels, exits and scores are compared.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -29,6 +30,7 @@ from cascade_rt import read_bundle
 from cascade_rt.benchmark.machine import describe
 from cascade_rt.engine.batching import TOKEN_BUDGET, by_length, micro_batches
 from cascade_rt.engine.probabilities import confidence, softmax
+from cascade_rt.engine.providers import CPU, OPENVINO
 from cascade_rt.engine.stage import Stage
 from cascade_rt.engine.tokenization import Encoded, TextTokenizer
 from cascade_rt.io.readers import read_examples
@@ -37,7 +39,25 @@ from cascade_rt.tuning.evaluation import label_ids
 
 SHAPES = ((1, 8), (1, 32), (32, 32))  # (texts, tokens) of the timed batches
 NEAREST = "int8, nearest"
+ON_OPENVINO = {"fp32": {"fp32": "f32", "bf16": "bf16"}, "int8-static": {"int8-static": "f32"}}
+"""For each exported precision, how it is called and OpenVINO's property for the precision that it computes in."""
 TAUS = (0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A member in one precision, and what runs it."""
+
+    folder: Path
+    provider: str = CPU
+    properties: Mapping[str, str] = field(default_factory=dict)
+
+    def stage(self, threads: int) -> Stage:
+        """Return the member, ready to run."""
+        bundle = read_bundle(self.folder)
+        (entry,) = bundle.members
+        file, labels = self.folder / entry.file, len(bundle.labels)
+        return Stage(entry, file, labels, self.provider, threads, self.properties)
 
 
 def main() -> None:
@@ -46,8 +66,8 @@ def main() -> None:
     report: dict[str, Any] = {"machine": describe(), "threads": options.threads, "members": {}}
     with TemporaryDirectory(prefix="cascade-precision-") as work:
         sources = [*options.member, *_random(options, Path(work))]
-        exported = {Path(source).name: _exported(Path(source), Path(work), options.precision) for source in sources}
-        found = report["members"] = {name: _timings(folders, options) for name, folders in exported.items()}
+        exported = {Path(source).name: _exported(Path(source), Path(work), options) for source in sources}
+        found = report["members"] = {name: _timings(rows, options) for name, rows in exported.items()}
         for source in options.member:
             name = Path(source).name
             _add_answers(found[name], exported[name], options)
@@ -60,31 +80,26 @@ def _random(options: argparse.Namespace, work: Path) -> list[str]:
     return write_random_members([parse_shape(shape) for shape in options.random], work, tokenizer=options.tokenizer)
 
 
-def _exported(source: Path, work: Path, precisions: Sequence[str]) -> dict[str, Path]:
-    """Export a member in fp32 and these precisions, and in int8 without texts if it has any; return the folders."""
-    folders = {name: work / f"{source.name}-{name}" for name in dict.fromkeys(["fp32", *precisions])}
-    for precision, folder in folders.items():
-        export_bundle([str(source)], folder, precision=precision, max_accuracy_drop=100)
+def _exported(source: Path, work: Path, options: argparse.Namespace) -> dict[str, Exported]:
+    """Export a member in fp32 and the wanted precisions, and in int8 without texts if it has any."""
+    rows = {name: Exported(work / f"{source.name}-{name}") for name in dict.fromkeys(["fp32", *options.precision])}
+    for precision, row in rows.items():
+        export_bundle([str(source)], row.folder, precision=precision, max_accuracy_drop=100)
     if (source / VALIDATION).is_file():
         bare = shutil.copytree(source, work / "bare" / source.name, ignore=shutil.ignore_patterns(VALIDATION))
-        folders[NEAREST] = work / f"{source.name}-nearest"
-        export_bundle([str(bare)], folders[NEAREST], precision="int8")
-    return folders
+        rows[NEAREST] = Exported(work / f"{source.name}-nearest")
+        export_bundle([str(bare)], rows[NEAREST].folder, precision="int8")
+    for precision in (name for name in ON_OPENVINO if options.openvino and name in rows):
+        for name, computed in ON_OPENVINO[precision].items():
+            properties = {"INFERENCE_PRECISION_HINT": computed}
+            rows[f"{name}, OpenVINO"] = Exported(rows[precision].folder, OPENVINO, properties)
+    return rows
 
 
-def _member(folder: Path, threads: int) -> Stage:
-    bundle = read_bundle(folder)
-    (entry,) = bundle.members
-    return Stage(entry, folder / entry.file, len(bundle.labels), "CPUExecutionProvider", threads)
-
-
-def _timings(folders: dict[str, Path], options: argparse.Namespace) -> dict[str, Any]:
-    members = {precision: _member(folder, options.threads) for precision, folder in folders.items()}
+def _timings(rows: dict[str, Exported], options: argparse.Namespace) -> dict[str, Any]:
+    members = {name: row.stage(options.threads) for name, row in rows.items()}
     found: dict[str, Any] = {
-        precision: {
-            "bytes": (folders[precision] / member.entry.file).stat().st_size,
-        }
-        for precision, member in members.items()
+        name: {"bytes": (rows[name].folder / member.entry.file).stat().st_size} for name, member in members.items()
     }
     for texts, tokens in SHAPES:
         for precision, times in _timed(members, texts, tokens, options.rounds).items():
@@ -92,16 +107,17 @@ def _timings(folders: dict[str, Path], options: argparse.Namespace) -> dict[str,
     return found
 
 
-def _add_answers(found: dict[str, Any], folders: dict[str, Path], options: argparse.Namespace) -> None:
+def _add_answers(found: dict[str, Any], rows: dict[str, Exported], options: argparse.Namespace) -> None:
     """Add what each precision answers to the data, against fp32, and how batches change it."""
-    bundle = read_bundle(folders["fp32"])
+    folder = rows["fp32"].folder
+    bundle = read_bundle(folder)
     examples = list(read_examples(options.data, pair=bundle.pair))
     labels = label_ids([(example.field("label"), example.where) for example in examples], bundle.labels)
-    tokenizer = TextTokenizer(folders["fp32"] / bundle.tokenizer_file, bundle.max_length, bundle.pair)
+    tokenizer = TextTokenizer(folder / bundle.tokenizer_file, bundle.max_length, bundle.pair)
     encoded = tokenizer.encode([example.text for example in examples])
-    original = probabilities(_member(folders["fp32"], options.threads), encoded)
-    for precision, folder in folders.items():
-        member = _member(folder, options.threads)
+    original = probabilities(rows["fp32"].stage(options.threads), encoded)
+    for precision, row in rows.items():
+        member = row.stage(options.threads)
         found[precision]["check"] = compare(original, probabilities(member, encoded), labels)
         found[precision]["batch_composition"] = _batch_composition(member, encoded, options.batchings)
 
@@ -166,7 +182,7 @@ def _show(name: str, found: dict[str, Any]) -> None:
                 f"batching: {batching['max_probability_difference']:.1e}, {batching['changed_labels']} labels, "
                 f"{batching['changed_exits']} exits",
             ]
-        print(f"  {precision:13} " + ", ".join(cells))
+        print(f"  {precision:21} " + ", ".join(cells))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -182,6 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--tokenizer", help="whose vocabulary the random members use")
     add("--precision", nargs="*", default=list(PRECISIONS), choices=list(PRECISIONS), help="besides fp32")
+    add("--openvino", action="store_true", help="OpenVINO too")
     add("--data", type=Path, help="labelled file for the members' accuracy")
     add("--threads", type=int, default=1)
     add("--rounds", type=int, default=15)

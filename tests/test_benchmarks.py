@@ -67,7 +67,23 @@ def test_peers_meet_in_one_run(member_folders: list[Path], tmp_path: Path) -> No
     exact = [name for name in contestants if "fp32" in name or name == "cascade-rt, big alone"]
     assert len(exact) == 4
     assert len({contestants[name]["accuracy"] for name in exact}) == 1, "all run the same biggest model"
+    ours = [name for name in contestants if name.startswith("cascade-rt") and name.endswith(", big alone")]
+    assert len(ours) == 4, "on both engines, each in two precisions"
     assert report["cold_start"]["times_faster"]["median"] > 0
+
+
+def test_operators_have_shares_of_the_time(bundle: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "texts.txt").write_text("\n".join(f"{word} film" for word in WORDS[:20]))
+    report = run("operators.py", "--model-dir", bundle, "--data", "texts.txt", "--single", 3, "--rounds", 1)
+    assert [(row["member"], row["way"]) for row in report["members"]] == [
+        (member, way) for member in ("tiny", "small", "big") for way in ("single", "bulk")
+    ]
+    for row in report["members"]:
+        assert sum(row["shares"].values()) == pytest.approx(1)
+        assert row["shares"]["products"] > 0
+        assert row["floor_ms"] > 0
+    assert Path("report.svg").stat().st_size > 5000
 
 
 @pytest.fixture

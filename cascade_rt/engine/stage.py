@@ -132,6 +132,8 @@ class Stage:
             try:
                 answers = next(answered, None)
             except Exception as error:
+                if not running:  # not of the engine
+                    raise
                 raise self._failure(error, running[0]["attention_mask"].shape) from error
             if answers is None:
                 return
