@@ -99,7 +99,7 @@ def main() -> None:
         "taus": {name: {str(speedup): tau for speedup, tau in chosen.items()} for name, chosen in taus.items()},
         "contestants": _measured(contestants, texts, options.rounds),
     }
-    report["cold_start"] = _cold_starts(str(biggest), bundle, texts[0])
+    report["cold_start"] = _cold_starts(str(biggest), bundle, texts[0], options.starts)
     if options.data:
         _add_accuracy(report["contestants"], contestants, options, cascade)
     output = options.output or RESULTS / f"peers-{'-'.join(f'{member.layers}' for member in members)}.json"
@@ -265,7 +265,7 @@ def _add_accuracy(
         rows[name]["accuracy"] = float(np.mean(truth == np.array(predicted)))
 
 
-def _cold_starts(checkpoint: str, bundle: Path, text: Text, runs: int = 5) -> dict[str, Any]:
+def _cold_starts(checkpoint: str, bundle: Path, text: Text, runs: int) -> dict[str, Any]:
     """Seconds from process start to the answer for one text that needs the first member only, in turn."""
     asked = text if isinstance(text, str) else {"text": text[0], "text_pair": text[1]}
     script = (
@@ -313,6 +313,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-length", type=int, default=128, help="tokens; default: 128")
     add("--speedup", type=float, nargs="+", default=[2, 3, 4], help="of the cascade; default: 2 3 4")
     add("--rounds", type=int, default=5, help="after one that warms up; default: 5")
+    add("--starts", type=int, default=5, help="of a new process, after one that warms up; default: 5")
     add("--threads", type=int, help="default: all usable CPUs")
     add("--work", type=Path, default=Path("runs/peers"), help="models and bundle; default: runs/peers")
     add("--output", type=Path, help="default: results/peers-LAYERS.json beside this script")

@@ -54,9 +54,8 @@ def test_peers_meet_in_one_run(member_folders: list[Path], tmp_path: Path) -> No
     rows = [f"{WORDS[index]} {WORDS[-index]},{LABELS[index % 3]}" for index in range(20)]
     (tmp_path / "data.csv").write_text("\n".join(["text,label", *rows]))
     members = [argument for folder in member_folders[1:] for argument in ("--member", folder)]
-    report = run(
-        "peers.py", *members, "--data", "data.csv", "--texts", 20, "--rounds", 1, "--max-length", 32, "--speedup", 1.5
-    )
+    small = ["--texts", 20, "--rounds", 1, "--max-length", 32, "--speedup", 1.5, "--starts", 1]
+    report = run("peers.py", *members, "--data", "data.csv", *small)
     contestants = report["contestants"]
     assert {name.split(",")[0].split(" ")[0] for name in contestants} == {
         "transformers",
@@ -82,7 +81,7 @@ def test_operators_have_shares_of_the_time(bundle: Path, tmp_path: Path) -> None
     for row in report["members"]:
         assert sum(row["shares"].values()) == pytest.approx(1)
         assert row["shares"]["products"] > 0
-        assert row["floor_ms"] > 0
+        assert row["ms"] > 0
     assert Path("report.svg").stat().st_size > 5000
 
 
