@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +34,8 @@ class OpenVinoSession:
 
         Raises ValueError for a property that it does not have.
         """
+        self._threads = threads
+        self._settings: dict[str, Any] = {**_SETTINGS, "INFERENCE_NUM_THREADS": threads, **options}
         self._core = imported().Core()
         try:
             self._core.set_property("CPU", dict(options))
@@ -40,17 +43,33 @@ class OpenVinoSession:
         except RuntimeError as error:
             raise ValueError(f"properties of OpenVINO for CPUs ({first_line(error)})") from error
         self._model = self._core.read_model(path)
-        self._settings: dict[str, Any] = {**_SETTINGS, "INFERENCE_NUM_THREADS": threads, **options}
-        self._threads = threads
-        self._for_one = self._compiled("LATENCY")
-        self._for_many: Any = None
+        self._before_fork: list[Any] = []
         self._compiling = Lock()
-        self._idle: list[Any] = []
+        self._compile()
         self.inputs: list[str] = [port.get_any_name() for port in self._model.inputs]
         self.outputs: list[str] = [port.get_any_name() for port in self._model.outputs]
 
+    def _compile(self) -> None:
+        self._process = os.getpid()
+        self._for_one = self._compiled("LATENCY")
+        self._for_many: Any = None
+        self._idle: list[Any] = []
+
+    def _compile_after_fork(self) -> None:
+        """Compile again in a process that was forked: the threads of what its parent compiled are missing there.
+
+        That is kept, because to destroy it would wait for these threads.
+        """
+        with self._compiling:
+            if self._process != os.getpid():
+                self._before_fork += [self._core, self._for_one, self._for_many, self._idle]
+                self._core = imported().Core()
+                self._compile()
+
     def run(self, outputs: Sequence[str], feed: Feed) -> list[NDArray[Any]]:
         """Run one micro-batch with all threads."""
+        if self._process != os.getpid():
+            self._compile_after_fork()
         try:
             request = self._idle.pop()
         except IndexError:
@@ -67,6 +86,8 @@ class OpenVinoSession:
         if len(some) < 2 or self._threads == 1:
             yield from (self.run(outputs, feed) for feed in feeds)
             return
+        if self._process != os.getpid():
+            self._compile_after_fork()
         with self._compiling:
             self._for_many = self._for_many or self._compiled("THROUGHPUT")
         idle = [self._for_many.create_infer_request() for _ in range(self._threads + 1)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -99,6 +100,23 @@ def test_what_it_cannot_run_is_refused(copied: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(providers, "find_spec", lambda _: None)
     with pytest.raises(InvalidOption, match=r"`provider`: found 'openvino'.*pip install 'cascade-rt\[openvino\]'"):
         CascadeRuntime(copied, provider="openvino")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_process_answers_too(bundle: Path) -> None:
+    program = (
+        "import os, sys, warnings\n"
+        "warnings.simplefilter('ignore')  # of newer versions of Python, on a fork beside threads\n"
+        "from cascade_rt import CascadeRuntime\n"
+        f"runtime = CascadeRuntime({str(bundle)!r}, provider='openvino', threads=2)\n"
+        f"texts = {TEXTS!r}\n"
+        "before = runtime.predict(texts)\n"
+        "if child := os.fork():\n"
+        "    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+        "same = runtime.predict(texts) == before and runtime.predict(texts[:1])[0].label == before[0].label\n"
+        "os._exit(0 if same else 1)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
 def test_it_reports_nothing_to_its_maker(bundle: Path) -> None:
