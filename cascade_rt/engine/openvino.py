@@ -50,10 +50,10 @@ class OpenVinoSession:
         self.outputs: list[str] = [port.get_any_name() for port in self._model.outputs]
 
     def _compile(self) -> None:
-        self._process = os.getpid()
         self._for_one = self._compiled("LATENCY")
         self._for_many: Any = None
         self._idle: list[Any] = []
+        self._process = os.getpid()
 
     def _compile_after_fork(self) -> None:
         """Compile again in a process that was forked: the threads of what its parent compiled are missing there.
