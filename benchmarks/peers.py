@@ -41,7 +41,7 @@ from cascade_rt.benchmark.workload import (
 )
 from cascade_rt.engine.batching import TOKEN_BUDGET, by_length, micro_batches
 from cascade_rt.engine.cpus import usable_threads
-from cascade_rt.engine.openvino import imported
+from cascade_rt.engine.openvino import load_openvino
 from cascade_rt.engine.tokenization import TextTokenizer
 from cascade_rt.io.readers import read_examples
 from cascade_rt.io.writers import write_json
@@ -68,8 +68,14 @@ def main() -> None:
     )
     by_token, static = work / "bundle-int8", work / "bundle-int8-static"
     for folder, precision in ((bundle, "fp32"), (by_token, "int8"), (static, "int8-static")):
-        settings: dict[str, Any] = {"max_length": options.max_length, "precision": precision}
-        export_bundle(sources, folder, overwrite=folder.exists(), max_accuracy_drop=100, **settings)
+        export_bundle(
+            sources,
+            folder,
+            max_length=options.max_length,
+            precision=precision,
+            max_accuracy_drop=100,
+            overwrite=folder.exists(),
+        )
     cascade = CascadeRuntime(bundle, threads=options.threads, preload=True)
     members = cascade.bundle.members
     texts = texts_for(cascade.bundle, options.data, options.words, options.texts)
@@ -82,8 +88,9 @@ def main() -> None:
         ("cascade-rt OpenVINO bf16", bundle, "openvino", {"INFERENCE_PRECISION_HINT": "bf16"}),
         ("cascade-rt OpenVINO int8", static, "openvino", {}),
     ):
-        engine: dict[str, Any] = {"provider": provider, "provider_options": properties}
-        runtime = CascadeRuntime(folder, threads=options.threads, preload=True, **engine)
+        runtime = CascadeRuntime(
+            folder, provider=provider, provider_options=properties, threads=options.threads, preload=True
+        )
         for member in members:
             contestants[f"{name}, {member.name} alone"] = _ours(runtime.with_members([member.name]))
         logits, _ = runtime.member_logits(texts)
@@ -130,7 +137,7 @@ def _peers(
         bundle / "tokenizer.json", CascadeRuntime(bundle).bundle.max_length, isinstance(texts[0], tuple)
     )
     labels = [model.config.id2label[index] for index in range(model.config.num_labels)]
-    graph = imported().Core().read_model(work / "optimum" / "plain" / "model.onnx")
+    graph = load_openvino().Core().read_model(work / "optimum" / "plain" / "model.onnx")
     for name, precision in (("fp32", "f32"), ("bf16", "bf16")):
         yield f"OpenVINO {name}", _openvino(graph, precision, reader, labels, threads)
     try:
@@ -185,7 +192,7 @@ def _openvino(graph: Any, precision: str, reader: TextTokenizer, labels: list[st
 
     It gets cascade-rt's tokenization and micro-batches, the strongest form in which one would use it.
     """
-    openvino = imported()
+    openvino = load_openvino()
     core = openvino.Core()
     settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": usable_threads(threads)}
     single = core.compile_model(graph, "CPU", settings | {"PERFORMANCE_HINT": "LATENCY"})

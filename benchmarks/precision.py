@@ -45,7 +45,7 @@ TAUS = (0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
 
 @dataclass(frozen=True)
-class Exported:
+class Candidate:
     """A member in one precision, and what runs it."""
 
     folder: Path
@@ -80,23 +80,23 @@ def _random(options: argparse.Namespace, work: Path) -> list[str]:
     return write_random_members([parse_shape(shape) for shape in options.random], work, tokenizer=options.tokenizer)
 
 
-def _exported(source: Path, work: Path, options: argparse.Namespace) -> dict[str, Exported]:
+def _exported(source: Path, work: Path, options: argparse.Namespace) -> dict[str, Candidate]:
     """Export a member in fp32 and the wanted precisions, and in int8 without texts if it has any."""
-    rows = {name: Exported(work / f"{source.name}-{name}") for name in dict.fromkeys(["fp32", *options.precision])}
+    rows = {name: Candidate(work / f"{source.name}-{name}") for name in dict.fromkeys(["fp32", *options.precision])}
     for precision, row in rows.items():
         export_bundle([str(source)], row.folder, precision=precision, max_accuracy_drop=100)
     if (source / VALIDATION).is_file():
         bare = shutil.copytree(source, work / "bare" / source.name, ignore=shutil.ignore_patterns(VALIDATION))
-        rows[NEAREST] = Exported(work / f"{source.name}-nearest")
+        rows[NEAREST] = Candidate(work / f"{source.name}-nearest")
         export_bundle([str(bare)], rows[NEAREST].folder, precision="int8")
     for precision in (name for name in ON_OPENVINO if options.openvino and name in rows):
         for name, computed in ON_OPENVINO[precision].items():
             properties = {"INFERENCE_PRECISION_HINT": computed}
-            rows[f"{name}, OpenVINO"] = Exported(rows[precision].folder, OPENVINO, properties)
+            rows[f"{name}, OpenVINO"] = Candidate(rows[precision].folder, OPENVINO, properties)
     return rows
 
 
-def _timings(rows: dict[str, Exported], options: argparse.Namespace) -> dict[str, Any]:
+def _timings(rows: dict[str, Candidate], options: argparse.Namespace) -> dict[str, Any]:
     members = {name: row.stage(options.threads) for name, row in rows.items()}
     found: dict[str, Any] = {
         name: {"bytes": (rows[name].folder / member.entry.file).stat().st_size} for name, member in members.items()
@@ -107,7 +107,7 @@ def _timings(rows: dict[str, Exported], options: argparse.Namespace) -> dict[str
     return found
 
 
-def _add_answers(found: dict[str, Any], rows: dict[str, Exported], options: argparse.Namespace) -> None:
+def _add_answers(found: dict[str, Any], rows: dict[str, Candidate], options: argparse.Namespace) -> None:
     """Add what each precision answers to the data, against fp32, and how batches change it."""
     folder = rows["fp32"].folder
     bundle = read_bundle(folder)

@@ -36,7 +36,7 @@ class OpenVinoSession:
         """
         self._threads = threads
         self._settings: dict[str, Any] = {**_SETTINGS, "INFERENCE_NUM_THREADS": threads, **options}
-        self._core = imported().Core()
+        self._core = load_openvino().Core()
         try:
             self._core.set_property("CPU", dict(options))
             self._core.get_property("CPU", "FULL_DEVICE_NAME")  # only now are the options read
@@ -50,26 +50,27 @@ class OpenVinoSession:
         self.outputs: list[str] = [port.get_any_name() for port in self._model.outputs]
 
     def _compile(self) -> None:
-        self._for_one = self._compiled("LATENCY")
+        self._for_one = self._model_for("LATENCY")
         self._for_many: Any = None
         self._idle: list[Any] = []
         self._process = os.getpid()
 
     def _compile_after_fork(self) -> None:
-        """Compile again in a process that was forked: the threads of what its parent compiled are missing there.
+        """Compile again in a child process, which does not inherit the threads of its parent's models.
 
-        That is kept, because to destroy it would wait for these threads.
+        Those models are kept: destroying them would wait for their threads.
         """
+        if self._process == os.getpid():
+            return
         with self._compiling:
             if self._process != os.getpid():
                 self._before_fork += [self._core, self._for_one, self._for_many, self._idle]
-                self._core = imported().Core()
+                self._core = load_openvino().Core()
                 self._compile()
 
     def run(self, outputs: Sequence[str], feed: Feed) -> list[NDArray[Any]]:
         """Run one micro-batch with all threads."""
-        if self._process != os.getpid():
-            self._compile_after_fork()
+        self._compile_after_fork()
         try:
             request = self._idle.pop()
         except IndexError:
@@ -86,10 +87,9 @@ class OpenVinoSession:
         if len(some) < 2 or self._threads == 1:
             yield from (self.run(outputs, feed) for feed in feeds)
             return
-        if self._process != os.getpid():
-            self._compile_after_fork()
+        self._compile_after_fork()
         with self._compiling:
-            self._for_many = self._for_many or self._compiled("THROUGHPUT")
+            self._for_many = self._for_many or self._model_for("THROUGHPUT")
         idle = [self._for_many.create_infer_request() for _ in range(self._threads + 1)]
         running = deque[Any]()
         for feed in feeds:
@@ -108,12 +108,12 @@ class OpenVinoSession:
         idle.append(request)
         return found
 
-    def _compiled(self, hint: str) -> Any:
+    def _model_for(self, hint: str) -> Any:
         return self._core.compile_model(self._model, "CPU", {"PERFORMANCE_HINT": hint, **self._settings})
 
 
-def imported() -> Any:
-    """Import OpenVINO without the package that reports each import to its maker; it has a stand-in for that case."""
+def load_openvino() -> Any:
+    """Import OpenVINO without its telemetry package; OpenVINO then uses a stub of its own."""
     with _importing:
         if "openvino" in sys.modules:
             return sys.modules["openvino"]

@@ -45,7 +45,8 @@ DEFAULT_THRESHOLD = 0.9
 TOKENIZER_FILE = "tokenizer.json"
 AUTO = "auto"
 FP32_ON_OPENVINO = "fp32 on openvino"
-_TRIED_BY_AUTO = ("int8", "int8-static", "fp16", "fp32")  # the second only where the first cannot run
+_TRIED_BY_AUTO = {OPENVINO: ("int8-static", "fp16", "fp32")}
+_TRIED_ELSEWHERE = ("int8", "fp16", "fp32")
 _ROUNDING_TEXTS = 512
 _BATCHED = 64
 _ALIGNMENT_TEXTS = 1000
@@ -226,9 +227,8 @@ def _export_member(
     encoded = tokenizer.encode(checks.data.texts) if checks.data else None
     with _writer(checkpoint, tokenizer, checks) as writer:
         precision = wanted or writer.usual
-        left_out = "int8" if checks.provider == OPENVINO else "int8-static"
-        by_auto = [name for name in _TRIED_BY_AUTO if name in writer.precisions and name != left_out]
-        tried = by_auto if precision == AUTO else [precision]
+        by_auto = _TRIED_BY_AUTO.get(checks.provider, _TRIED_ELSEWHERE)
+        tried = [name for name in by_auto if name in writer.precisions] if precision == AUTO else [precision]
         if not tried or not set(tried) <= set(writer.precisions):
             raise InputError(
                 f"member {checkpoint.name!r}: `precision`: found {precision!r}, expected one of: "
@@ -236,7 +236,7 @@ def _export_member(
             )
         original = writer.original() if checks.data else None
 
-        def written(name: str, provider: str = checks.provider) -> tuple[MemberEntry, Stage]:
+        def written(name: str) -> tuple[MemberEntry, Stage]:
             file, data = writer.write(name, folder)
             entry = MemberEntry(
                 name=checkpoint.name,
@@ -252,9 +252,11 @@ def _export_member(
                 data=tuple(WeightFile(file, sha256_of(folder / file)) for file in data),
                 other=writer.facts,
             )
-            options = checks.provider_options if provider == checks.provider else None
+            return entry, run_by(checks.provider, entry, checks.provider_options)
+
+        def run_by(provider: str, entry: MemberEntry, options: Mapping[str, str] | None = None) -> Stage:
             labels, threads = len(checkpoint.labels), usable_threads(None)
-            return entry, Stage(entry, folder / file, labels, provider, threads, options)
+            return Stage(entry, folder / entry.file, labels, provider, threads, options)
 
         if precision != AUTO:
             entry, member = written(precision)
@@ -262,12 +264,13 @@ def _export_member(
         if encoded is None or original is None:
             missing = "no texts to compare on; give `check_data`" if encoded is None else "no fp32 file to compare with"
             raise InputError(f"member {checkpoint.name!r}: found `precision` auto and {missing}")
-        return _fastest(tried, written, encoded, original, checks)
+        return _fastest(tried, written, run_by, encoded, original, checks)
 
 
 def _fastest(
     tried: Sequence[str],
-    written: Callable[..., tuple[MemberEntry, Stage]],
+    written: Callable[[str], tuple[MemberEntry, Stage]],
+    run_by: Callable[[str, MemberEntry], Stage],
     encoded: Encoded,
     original: Probabilities,
     checks: Checks,
@@ -277,20 +280,20 @@ def _fastest(
     Where OpenVINO is installed, fp32 is measured there too, for comparison.
     """
     members: dict[str, Stage] = {}
+    elsewhere: dict[str, Stage] = {}
     refused: dict[str, str] = {}
     for name in tried:
         try:
-            member = written(name)[1]
+            entry, member = written(name)
             member.load()  # now, because the next precision replaces its file
             members[name] = member
+            if name == "fp32" and checks.provider == CPU and is_installed(OPENVINO):
+                with suppress(BundleError):  # it does not have all operators
+                    other = run_by(OPENVINO, entry)
+                    other.load()
+                    elsewhere[FP32_ON_OPENVINO] = other
         except CascadeError as error:  # the provider has no kernels for it
             refused[name] = str(error)
-    elsewhere: dict[str, Stage] = {}
-    if checks.provider == CPU and "fp32" in members and is_installed(OPENVINO):
-        with suppress(BundleError):  # it does not have all operators
-            other = written("fp32", OPENVINO)[1]
-            other.load()
-            elsewhere[FP32_ON_OPENVINO] = other
     compared = speeds({**members, **elsewhere}, encoded)
     measured = {name: compared[name] for name in members}
     for name in sorted(measured, key=lambda name: measured[name].alone * measured[name].in_bulk):

@@ -201,8 +201,8 @@ class _Graph:
         for tokens, weights in read_by.items():
             if weights not in factors:  # ALBERT's layers share theirs
                 alone = all(shared[name] == 1 for name in weights)
-                some = strength if tokens not in means else 0  # which have no outliers
-                factors[weights] = self._round(weights, measured.get(weights) if alone else None, some)
+                smoothed = 0 if tokens in means else strength  # means have no outliers
+                factors[weights] = self._round(weights, measured.get(weights) if alone else None, smoothed)
         return {tokens: factors[weights] for tokens, weights in read_by.items()}
 
     def _products(self) -> Iterator[tuple[str, str, str]]:

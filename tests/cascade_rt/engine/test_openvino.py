@@ -59,8 +59,6 @@ def test_pairs_and_threads_that_share_a_runtime(pair_bundle: Path) -> None:
 
 def test_a_run_that_fails_names_the_member_and_its_batch(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = CascadeRuntime(bundle, provider="openvino", threads=2)
-    session = runtime._stages[0].load()
-    monkeypatch.setattr(session, "outputs", ["logits"])
 
     def fail(*_: Any) -> Any:
         raise RuntimeError("Exception from src/inference.cpp:9:\nshapes do not fit\n")
@@ -119,7 +117,7 @@ def test_a_forked_process_answers_too(bundle: Path) -> None:
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
-def test_it_reports_nothing_to_its_maker(bundle: Path) -> None:
+def test_no_telemetry_is_loaded(bundle: Path) -> None:
     program = (
         "import sys, threading\n"
         "from cascade_rt import CascadeRuntime\n"
