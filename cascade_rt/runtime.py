@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from .bundle import Bundle, MemberEntry
 from .bundle.manifest import HIDDEN_STATES, PATIENCE, THRESHOLD_RULES, TOKENS
-from .engine.batching import by_length, micro_batches
+from .engine.batching import bulk_batches, by_length
 from .engine.chain import Chain
 from .engine.cost import cumulative_layers, whole_model
 from .engine.drift import exit_shift
@@ -401,8 +401,8 @@ class CascadeRuntime:
         logits = np.empty((len(rows), len(self._bundle.labels)), dtype=np.float32)
         left = HiddenStates(inputs.lengths)
         done = 0
-        groups = list(micro_batches(rows, inputs.lengths, self._opened.budget))
-        outputs = stage.run_each(inputs.batch(some) for some in groups)
+        groups, share_threads = bulk_batches(rows, inputs.lengths, self._opened.budget, stage.at_once)
+        outputs = stage.run_each(groups, inputs.batch, share_threads=share_threads)
         for some, (batch, (answers, hidden_states, seconds)) in zip(groups, outputs, strict=True):
             logits[done : done + len(some)] = answers
             left.put(some, batch["attention_mask"], hidden_states)

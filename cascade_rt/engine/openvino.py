@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain, islice
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -29,13 +27,14 @@ _importing = Lock()
 class OpenVinoSession:
     """A compiled model, with the part of ONNX Runtime's session that stages use; safe to use from several threads."""
 
-    def __init__(self, path: Path, threads: int, options: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, threads: int, options: Mapping[str, str], *, share_threads: bool = False) -> None:
         """Compile the ONNX file at `path`; `options`: OpenVINO's properties for CPUs, by name.
 
-        Raises ValueError for a property that it does not have.
+        `share_threads`: whether runs at the same time each have a part of the threads, else one has all. Raises
+        ValueError for a property that OpenVINO does not have.
         """
-        self._threads = threads
-        self._settings: dict[str, Any] = {**_SETTINGS, "INFERENCE_NUM_THREADS": threads, **options}
+        hint = "THROUGHPUT" if share_threads else "LATENCY"
+        self._settings = {"PERFORMANCE_HINT": hint, **_SETTINGS, "INFERENCE_NUM_THREADS": threads, **options}
         self._core = load_openvino().Core()
         try:
             self._core.set_property("CPU", dict(options))
@@ -50,8 +49,7 @@ class OpenVinoSession:
         self.outputs: list[str] = [port.get_any_name() for port in self._model.outputs]
 
     def _compile(self) -> None:
-        self._for_one = self._model_for("LATENCY")
-        self._for_many: Any = None
+        self._compiled = self._core.compile_model(self._model, "CPU", self._settings)
         self._idle: list[Any] = []
         self._process = os.getpid()
 
@@ -64,52 +62,21 @@ class OpenVinoSession:
             return
         with self._compiling:
             if self._process != os.getpid():
-                self._before_fork += [self._core, self._for_one, self._for_many, self._idle]
+                self._before_fork += [self._core, self._compiled, self._idle]
                 self._core = load_openvino().Core()
                 self._compile()
 
     def run(self, outputs: Sequence[str], feed: Feed) -> list[NDArray[Any]]:
-        """Run one micro-batch with all threads."""
+        """Run one micro-batch."""
         self._compile_after_fork()
         try:
             request = self._idle.pop()
         except IndexError:
-            request = self._for_one.create_infer_request()
+            request = self._compiled.create_infer_request()
         request.infer(feed, share_inputs=True)
         found = _outputs(request, outputs)
         self._idle.append(request)
         return found
-
-    def run_each(self, outputs: Sequence[str], feeds: Iterator[Feed]) -> Iterator[list[NDArray[Any]]]:
-        """Run micro-batches in order, as many at a time as is fastest: each has a part of the threads."""
-        some = list(islice(feeds, 2))
-        feeds = chain(some, feeds)
-        if len(some) < 2 or self._threads == 1:
-            yield from (self.run(outputs, feed) for feed in feeds)
-            return
-        self._compile_after_fork()
-        with self._compiling:
-            self._for_many = self._for_many or self._model_for("THROUGHPUT")
-        idle = [self._for_many.create_infer_request() for _ in range(self._threads + 1)]
-        running = deque[Any]()
-        for feed in feeds:
-            if not idle:
-                yield self._finished(running, outputs, idle)
-            request = idle.pop()
-            request.start_async(feed)
-            running.append(request)
-        while running:
-            yield self._finished(running, outputs, idle)
-
-    def _finished(self, running: deque[Any], outputs: Sequence[str], idle: list[Any]) -> list[NDArray[Any]]:
-        request = running.popleft()
-        request.wait()
-        found = _outputs(request, outputs)
-        idle.append(request)
-        return found
-
-    def _model_for(self, hint: str) -> Any:
-        return self._core.compile_model(self._model, "CPU", {"PERFORMANCE_HINT": hint, **self._settings})
 
 
 def load_openvino() -> Any:

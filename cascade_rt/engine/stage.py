@@ -1,4 +1,4 @@
-"""A stage: one session of ONNX Runtime or OpenVINO, with an explicit number of threads.
+"""A stage: a member as sessions of ONNX Runtime or OpenVINO, with an explicit number of threads.
 
 It starts from token ids (a member of a cascade) or from the hidden states that the stage before it left (a segment of a
 multi-exit model).
@@ -7,8 +7,8 @@ multi-exit model).
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 from time import perf_counter
@@ -45,11 +45,16 @@ class StageOutput(NamedTuple):
     hidden_states: NDArray[np.float32] | None
     """Shape (rows, tokens, hidden); None unless the next stage reads them."""
     seconds: float
-    """Time of the engine's call; of `run_each`, the time that was waited for its answer."""
+    """Time of the engine's call; of `run_each`, the time since the answer before it."""
 
 
 class Stage:
-    """One member, ready to run; its session is made when a text first needs it."""
+    """One member, ready to run; its sessions are made when texts first need them.
+
+    One session runs a micro-batch at a time, with all threads. The other, for bulk work on a CPU, runs as many
+    micro-batches at a time as there are threads, one thread each: threads that compute on the same micro-batch wait
+    for each other after every operator, and move activations between their caches.
+    """
 
     def __init__(
         self,
@@ -85,12 +90,18 @@ class Stage:
         self._spin_us = default if spin_us is None else spin_us
         self._leaves_hidden_states = leaves_hidden_states
         self._session: Any = None
+        self._bulk_session: Any = None
         self._loading = Lock()
 
     @property
     def loaded(self) -> bool:
-        """Whether the session has been made."""
-        return self._session is not None
+        """Whether a session has been made."""
+        return self._session is not None or self._bulk_session is not None
+
+    @property
+    def at_once(self) -> int:
+        """How many micro-batches of bulk work can run at a time."""
+        return self._threads if self._provider in (CPU, OPENVINO) else 1
 
     def load(self) -> Any:
         """Return the session, made now if it was not; raise BundleError if the engine cannot use the file."""
@@ -100,9 +111,44 @@ class Stage:
                     self._session = self._make_session()
         return self._session
 
+    def _load_for_bulk(self) -> Any:
+        if self._bulk_session is None:
+            with self._loading:
+                if self._bulk_session is None:
+                    self._bulk_session = self._make_session(share_threads=True)
+        return self._bulk_session
+
     def run(self, batch: Batch) -> StageOutput:
         """Run a micro-batch; raise InferenceError where that fails or answers NaN or infinity."""
-        session = self.load()
+        return self._run(self.load(), batch)
+
+    def run_each(
+        self, groups: Sequence[NDArray[np.intp]], batch_of: Callable[[NDArray[np.intp]], Batch], *, share_threads: bool
+    ) -> Iterator[tuple[Batch, StageOutput]]:
+        """Run micro-batches, in order; errors as of `run`.
+
+        `groups`: the rows of each, (rows,). `batch_of` makes the micro-batch of some rows. `share_threads`: whether to
+        run several at a time, one thread each.
+        """
+        if not share_threads:
+            for rows in groups:
+                batch = batch_of(rows)
+                yield batch, self.run(batch)
+            return
+        session = self._load_for_bulk()
+
+        def run(rows: NDArray[np.intp]) -> tuple[Batch, StageOutput]:
+            batch = batch_of(rows)
+            return batch, self._run(session, batch)
+
+        started = perf_counter()
+        with ThreadPoolExecutor(self.at_once) as pool:  # not kept: a forked process would not have its threads
+            for batch, output in pool.map(run, groups):
+                ended = perf_counter()
+                yield batch, output._replace(seconds=ended - started)
+                started = ended
+
+    def _run(self, session: Any, batch: Batch) -> StageOutput:
         feed = {name: batch[name] for name in self._inputs}
         on_device = self._provider not in (CPU, OPENVINO)
         started = perf_counter()
@@ -110,37 +156,7 @@ class Stage:
             answers = self._run_bound(session, feed) if on_device else session.run(self._outputs, feed)
         except Exception as error:  # the engines' own classes share no public base
             raise self._failure(error, batch["attention_mask"].shape) from error
-        return self._output(answers, batch, perf_counter() - started)
-
-    def run_each(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, StageOutput]]:
-        """Run micro-batches in order, several at a time where the engine is faster so; errors as of `run`."""
-        session = self.load()
-        if not isinstance(session, OpenVinoSession):
-            for batch in batches:
-                yield batch, self.run(batch)
-            return
-        running = deque[Batch]()
-
-        def feeds() -> Iterator[Batch]:
-            for batch in batches:
-                running.append(batch)
-                yield {name: batch[name] for name in self._inputs}
-
-        answered = session.run_each(self._outputs, feeds())
-        while True:
-            started = perf_counter()
-            try:
-                answers = next(answered, None)
-            except Exception as error:
-                if not running:  # not of the engine
-                    raise
-                raise self._failure(error, running[0]["attention_mask"].shape) from error
-            if answers is None:
-                return
-            batch = running.popleft()
-            yield batch, self._output(answers, batch, perf_counter() - started)
-
-    def _output(self, answers: list[NDArray[Any]], batch: Batch, seconds: float) -> StageOutput:
+        seconds = perf_counter() - started
         logits = answers[0]
         expected = (len(batch["attention_mask"]), self._labels)
         if logits.shape != expected:
@@ -179,31 +195,34 @@ class Stage:
             f"member {self.entry.name!r} failed on {batch} ({reason}); check the model, then export again"
         )
 
-    def _make_session(self) -> Any:
-        """Make a session, and note which of its inputs and outputs are used."""
+    def _make_session(self, *, share_threads: bool = False) -> Any:
+        """Make a session, and note which of its inputs and outputs are used.
+
+        `share_threads`: whether runs at the same time each have one thread, else one run has all.
+        """
         if file_identity(self._path) != self._identity:
             raise BundleError(
                 f"{self._path}: replaced since the bundle was opened; open it again (members can be loaded all at once)"
             )
         if self._provider == OPENVINO:
-            session = self._openvino_session()
+            session = self._openvino_session(share_threads)
             self._use(session.inputs, session.outputs)
         else:
-            session = self._onnxruntime_session()
+            session = self._onnxruntime_session(1 if share_threads else self._threads)
             self._use([node.name for node in session.get_inputs()], [node.name for node in session.get_outputs()])
         return session
 
-    def _openvino_session(self) -> OpenVinoSession:
+    def _openvino_session(self, share_threads: bool) -> OpenVinoSession:
         try:
-            return OpenVinoSession(self._path, self._threads, self._provider_options)
+            return OpenVinoSession(self._path, self._threads, self._provider_options, share_threads=share_threads)
         except ValueError as error:
             raise InvalidOption("provider_options", dict(self._provider_options), str(error)) from error
         except Exception as error:
             raise self._unloadable(error, "OpenVINO", "use the provider cpu, or export in fp32") from error
 
-    def _onnxruntime_session(self) -> Any:
+    def _onnxruntime_session(self, threads: int) -> Any:
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self._threads
+        options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(self._spin_us))

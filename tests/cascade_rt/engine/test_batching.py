@@ -1,4 +1,4 @@
-"""Micro-batches: every row once, within the budget."""
+"""Micro-batches: every row once, within the budget, and about as much for each thread."""
 
 from __future__ import annotations
 
@@ -6,14 +6,44 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cascade_rt.engine.batching import by_length, micro_batches
+from cascade_rt.engine.batching import bulk_batches, by_length, micro_batches
+
+lengths_of_texts = st.lists(st.integers(0, 60), min_size=1, max_size=50).map(lambda some: np.array(some, dtype=np.intp))
 
 
-@given(
-    st.lists(st.integers(0, 60), min_size=1, max_size=50).map(lambda lengths: np.array(lengths, dtype=np.intp)),
-    st.integers(1, 200),
-)
+@given(lengths_of_texts, st.integers(1, 200))
 def test_micro_batches_hold_every_row_once_within_the_budget(lengths: np.ndarray, budget: int) -> None:
     batches = list(micro_batches(by_length(lengths), lengths, budget))
     assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
     assert all(len(batch) == 1 or len(batch) * lengths[batch].max() <= budget for batch in batches)
+
+
+@given(lengths_of_texts, st.integers(1, 200), st.integers(1, 5), st.data())
+def test_bulk_batches_keep_all_threads_busy_or_leave_them_to_one_batch(
+    lengths: np.ndarray, budget: int, threads: int, data: st.DataObject
+) -> None:
+    waiting = by_length(lengths)
+    waiting = waiting[sorted(data.draw(st.sets(st.integers(0, len(waiting) - 1), min_size=1)))]  # the others have left
+    batches, share_threads = bulk_batches(waiting, lengths, budget, threads)
+    assert np.concatenate(batches).tolist() == waiting.tolist()
+    if not share_threads:
+        expected = micro_batches(waiting, lengths, budget)
+        assert [batch.tolist() for batch in batches] == [batch.tolist() for batch in expected]
+        return
+    assert len(batches) >= threads > 1
+    tokens = [len(batch) * max(1, lengths[batch].max()) for batch in batches]
+    assert max(tokens) <= max(budget, lengths.max())
+    free = [0] * threads
+    for count in tokens:
+        first = min(range(threads), key=free.__getitem__)
+        free[first] += count
+    assert max(free) <= 1.1 * sum(tokens) / threads + 1e-9
+
+
+def test_equal_texts_are_shared_and_a_long_one_beside_short_ones_is_not() -> None:
+    equal = np.full(64, 16, dtype=np.intp)
+    batches, share_threads = bulk_batches(by_length(equal), equal, 512, 2)
+    assert share_threads
+    assert [len(batch) for batch in batches] == [32, 32]
+    uneven = np.array([400, 20, 20, 20], dtype=np.intp)
+    assert not bulk_batches(by_length(uneven), uneven, 512, 2)[1]

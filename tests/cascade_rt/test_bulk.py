@@ -1,0 +1,106 @@
+"""Bulk work on several threads: micro-batches side by side, with the answers of one thread, in order."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cascade_rt import CascadeRuntime, InferenceError
+from cascade_rt.engine.stage import Stage
+
+from ..toy import WORDS
+
+_DRAW = random.Random(0)
+TEXTS = ["", *(" ".join(_DRAW.choices(WORDS, k=_DRAW.randint(1, 45))) for _ in range(400))]  # many micro-batches
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("name", ["bundle", "four_segments"])
+def test_answers_are_those_of_one_thread_to_the_last_bit(
+    name: str, threads: int, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(name)
+    runtime, alone = CascadeRuntime(folder, threads=threads), CascadeRuntime(folder, threads=1)
+    expected = alone.predict(TEXTS)
+    assert len({answer.exit for answer in expected}) > 1
+    assert runtime.predict(TEXTS) == expected
+    assert runtime._stages[0]._session is None, "bulk work alone does not load what single texts need"
+    assert runtime.predict(TEXTS[5:6])[0].label == expected[5].label
+    np.testing.assert_array_equal(runtime.member_logits(TEXTS)[0], alone.member_logits(TEXTS)[0])
+    with ThreadPoolExecutor(3) as pool:
+        assert all(answers == expected for answers in pool.map(runtime.predict, [TEXTS] * 6))
+
+
+class Meeting:
+    """Stands before a session: each run waits until another one has begun."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        self._both = Barrier(2, timeout=30)
+
+    def run(self, *arguments: Any) -> Any:
+        self._both.wait()
+        return self._session.run(*arguments)
+
+
+def test_micro_batches_run_side_by_side(bundle: Path) -> None:
+    same_length = ["the film is good"] * 256  # 8 micro-batches of as many tokens
+    runtime = CascadeRuntime(bundle, threads=2, thresholds=0.0)
+    expected = runtime.predict(same_length)
+    stage = runtime._stages[0]
+    stage._bulk_session = Meeting(stage._bulk_session)
+    assert runtime.predict(same_length) == expected
+
+
+def test_a_failure_names_the_member_and_leaves_the_runtime_usable(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = CascadeRuntime(bundle, threads=2)
+    expected = runtime.predict(TEXTS)
+
+    class Failing:
+        def run(self, *_: Any) -> Any:
+            raise RuntimeError("out of luck")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime._stages[0], "_bulk_session", Failing())
+        with pytest.raises(InferenceError, match=r"'tiny' failed on \d+ texts? of \d+ tokens \(out of luck\)"):
+            runtime.predict(TEXTS)
+    assert runtime.predict(TEXTS) == expected
+
+
+def test_a_text_alone_or_much_longer_than_the_others_has_all_threads(bundle: Path) -> None:
+    runtime = CascadeRuntime(bundle, threads=2)
+    runtime.predict(["a film"])
+    runtime.predict(["the film is good " * 10, "a film"])
+    assert all(stage._bulk_session is None for stage in runtime._stages)
+
+
+def test_other_devices_run_one_micro_batch_at_a_time(bundle: Path) -> None:
+    entry = CascadeRuntime(bundle).bundle.members[0]
+    assert Stage(entry, bundle / entry.file, 3, "CUDAExecutionProvider", 8).at_once == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_process_answers_too(bundle: Path) -> None:
+    program = (
+        "import os, sys, warnings\n"
+        "warnings.simplefilter('ignore')  # of newer versions of Python, on a fork beside threads\n"
+        "from cascade_rt import CascadeRuntime\n"
+        f"runtime = CascadeRuntime({str(bundle)!r}, threads=2)\n"
+        f"texts = {TEXTS!r}\n"
+        "before = runtime.predict(texts)\n"
+        "if child := os.fork():\n"
+        "    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+        "os._exit(0 if runtime.predict(texts) == before else 1)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
