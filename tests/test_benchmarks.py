@@ -152,3 +152,9 @@ def test_results_go_from_training_to_figures(task: list[object], tmp_path: Path)
         assert {"1L-0", "4L-0", "2x by layers"} <= ways.keys()
         assert ways["4L-0"]["layers"] == 4
         assert ways["4L-0"]["bulk_speedup"]["median"] == 1
+
+
+def test_single_file_compares_answers_and_times(bundle: Path) -> None:
+    report = run("single_file.py", "--model-dir", bundle, "--texts", 40, "--timed", 8, "--rounds", 2)
+    assert report["equality"] == {"texts": 40, "equal_bits": 40, "equal_exits": 40}
+    assert report["one_file_over_runtime"].keys() == {"single", "batches of 32"}

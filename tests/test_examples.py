@@ -87,3 +87,19 @@ def test_batch_job_keeps_the_order(bundle: Path, tmp_path: Path) -> None:
     assert [(line["label"], line["exit"]) for line in found] == [(p.label, p.exit) for p in expected]
     assert [line["score"] for line in found] == pytest.approx([p.score for p in expected], abs=1e-5)
     assert len({p.score for p in expected}) > 1  # or the order would not matter
+
+
+def test_single_file(bundle: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    from cascade_export.single_file import pack
+
+    pack(bundle, tmp_path / "cascade.onnx")
+    files = [EXAMPLES / "single_file.py", tmp_path / "cascade.onnx", bundle / "tokenizer.json"]
+    finished = subprocess.run([sys.executable, *map(str, files), *TEXTS], capture_output=True, text=True, check=True)
+    rows = [line.split("\t") for line in finished.stdout.splitlines()]
+    runtime = CascadeRuntime(bundle)
+    names = [member.name for member in runtime.bundle.members]
+    expected = [
+        [text, found.label, names[found.exit]] for text, found in zip(TEXTS, runtime.predict(TEXTS), strict=True)
+    ]
+    assert [[text, label, name] for text, label, _, name in rows] == expected

@@ -23,17 +23,26 @@ def open_output(target: str | Path) -> Iterator[TextIO]:
         yield sys.stdout
         sys.stdout.flush()
         return
+    with (
+        whole_file(target) as path,
+        path.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as stream,
+    ):
+        yield stream
+
+
+@contextmanager
+def whole_file(target: str | Path) -> Iterator[Path]:
+    """Yield the path to write a file to, which appears as `target` only when it is complete."""
     path = output_path(target)
-    in_place = path.exists() and not path.is_file()  # a device or a pipe is written to, never replaced
-    partial = path if in_place else path.parent / f".{path.name}.partial-{os.getpid()}"
+    if path.exists() and not path.is_file():  # a device or a pipe is written to, never replaced
+        yield path
+        return
+    partial = path.parent / f".{path.name}.partial-{os.getpid()}"
     try:
-        with partial.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as stream:
-            yield stream
-        if not in_place:
-            partial.replace(path)
+        yield partial
+        partial.replace(path)
     finally:
-        if not in_place:
-            partial.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def output_path(target: str | Path) -> Path:

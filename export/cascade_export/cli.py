@@ -15,6 +15,7 @@ from typing import Any
 from cascade_export.check import MAX_ACCURACY_DROP
 from cascade_export.checkpoint import training_record
 from cascade_export.export import AUTO, DEFAULT_THRESHOLD, FP32_ON_OPENVINO, export_bundle
+from cascade_export.pack import packed
 from cascade_rt.bundle import Bundle, MemberEntry
 from cascade_rt.bundle.manifest import EXIT_RULES
 from cascade_rt.cli.options import add_provider_option, provider_options
@@ -89,6 +90,12 @@ def add_arguments(parser: CommandParser) -> None:
     )
     add("--provider", default="cpu", help="where finished members are checked and timed")
     add_provider_option(parser)
+    add(
+        "--single-file",
+        type=Path,
+        metavar="FILE",
+        help="also write the bundle as one ONNX file, as cascade-rt pack does",
+    )
     add("--overwrite", action="store_true", help="replace an existing bundle")
     add("--json", action="store_true", help="print the manifest as JSON")
 
@@ -116,6 +123,7 @@ def run(options: argparse.Namespace) -> None:
                 calibrate=options.calibrate,
                 overwrite=options.overwrite,
             )
+    line = packed(options.output, options.single_file, overwrite=options.overwrite) if options.single_file else None
     if options.json:
         print(json.dumps(bundle.to_json(), ensure_ascii=False))
         return
@@ -131,6 +139,8 @@ def run(options: argparse.Namespace) -> None:
         print("\nchecked against the originals (diff: of a class probability; original -> exported, in %):")
         print(_table(checks))
     print(f"\n{options.output}: {len(bundle.members)} members, {len(bundle.labels)} labels")
+    if line:
+        print(line)
 
 
 def _segments(members: Sequence[str], options: argparse.Namespace) -> Bundle:

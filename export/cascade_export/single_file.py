@@ -1,0 +1,211 @@
+"""A bundle as one ONNX file that decides about exits itself, for every language that has ONNX Runtime.
+
+input_ids, attention_mask, token_type_ids, thresholds -> member 1 -> probabilities -> the rows whose confidence is not
+above the threshold, if any -> member 2 -> ... -> probabilities, exit, layers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import ArrayLike
+from onnx import TensorProto, compose, helper, numpy_helper
+
+from cascade_rt.bundle import Bundle, read_bundle
+from cascade_rt.engine.cost import cumulative_layers
+from cascade_rt.errors import BundleError, InputError
+from cascade_rt.io.writers import output_path, whole_file
+
+METADATA = "cascade"
+"""Key of the file's metadata: JSON with labels, members, thresholds, max_length, pair and the tokenizer's sha256."""
+
+_TOKENS = ("input_ids", "attention_mask", "token_type_ids")
+_LARGEST = 2**31 - 1  # bytes of a protocol buffer
+_OPSET, _IR_VERSION = 18, 8  # at least; int8 members need newer ones
+
+
+def pack(model_dir: str | Path, output: str | Path, *, overwrite: bool = False) -> Bundle:
+    """Write the members that `CascadeRuntime` uses by default to one ONNX file; return the bundle with them.
+
+    Inputs: `input_ids`, `attention_mask` and `token_type_ids`, int64 (rows, tokens), with at least one row and one
+    token; `thresholds`, float64 (members - 1,). Outputs: `probabilities`, float32 (rows, labels); `exit`, the index
+    of the member that answered, int64 (rows,); `layers` executed, int64 (rows,) (paper, Algorithm 1).
+
+    Raises BundleError for a bundle of segments or with another exit rule, and InputError if the file exists or would
+    be larger than 2 GB.
+    """
+    if output_path(output).exists() and not overwrite:
+        raise InputError(f"{output}: exists already; name another file, or use --overwrite")
+    bundle = read_bundle(model_dir).tuned()
+    if not bundle.is_cascade:
+        raise BundleError(
+            f"{model_dir}: found members that are segments, or exits by {bundle.exit_rule['kind']}; expected complete "
+            "members and exits by maximum_probability"
+        )
+    graph = _Graph(bundle)
+    for entry in bundle.members:
+        graph.add_member(onnx.load((bundle.folder or Path(model_dir)) / entry.file))
+    model = graph.finished()
+    if model.ByteSize() > _LARGEST:
+        raise InputError(
+            f"{model_dir}: its members take {model.ByteSize() / 1e9:.1f} GB, expected at most 2.1; use int8"
+        )
+    with whole_file(output) as path:
+        onnx.save(model, path)
+    return bundle
+
+
+class _Graph:
+    """The graph while members are added to it, small to big."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle = bundle
+        self._nodes: list[onnx.NodeProto] = []
+        self._constants: dict[str, onnx.TensorProto] = {}
+        self._opsets = {"": _OPSET}
+        self._ir_version = _IR_VERSION
+        self._added = 0
+
+    def add_member(self, model: onnx.ModelProto) -> None:
+        """Add the next member: the first runs on all rows, another one on those that have not left.
+
+        Weights stay outside of the branches, where sessions hold them once.
+        """
+        at, last = self._added, len(self._bundle.members) - 1
+        self._added += 1
+        self._ir_version = max(self._ir_version, model.ir_version)
+        for library in model.opset_import:
+            self._opsets[library.domain] = max(self._opsets.get(library.domain, 0), library.version)
+        model = compose.add_prefix(model, f"member{at}/")
+        self._constants |= {weight.name: weight for weight in model.graph.initializer}
+        if at == 0:
+            self._nodes += _reading(model.graph, {name: name for name in _TOKENS}, at)
+            self._nodes += self._probabilities(model.graph, "found0")
+            self._node("Shape", ["found0"], "rows", end=1)
+            self._node("ConstantOfShape", ["rows"], "exit0", value=_tensor([0]))
+        else:
+            self._node("NonZero", [f"waiting{at - 1}"], f"waiting_rows{at}")
+            self._node("Transpose", [f"waiting_rows{at}"], f"rows{at}")
+            self._node("Size", [f"rows{at}"], f"count{at}")
+            self._node("Greater", [f"count{at}", self._constant("zero", 0)], f"any{at}")
+            branches = {"then_branch": self._answering(model.graph, at), "else_branch": _passing(at)}
+            self._nodes.append(helper.make_node("If", [f"any{at}"], [f"found{at}"], name=f"if{at}", **branches))
+            self._node("Cast", [f"waiting{at - 1}"], f"step{at}", to=TensorProto.INT64)
+            self._node("Add", [f"exit{at - 1}", f"step{at}"], f"exit{at}")
+        if at < last:
+            self._node("ReduceMax", [f"found{at}", self._constant("last_axis", [-1])], f"confidence{at}", keepdims=0)
+            self._node("Gather", ["thresholds", self._constant(f"index{at}", at)], f"threshold{at}")
+            self._node("Greater", [f"confidence{at}", f"threshold{at}"], f"confident{at}")
+            staying = f"staying{at}" if at else "waiting0"
+            self._node("Not", [f"confident{at}"], staying)  # NaN continues
+            if at:
+                self._node("And", [f"waiting{at - 1}", staying], f"waiting{at}")
+
+    def finished(self) -> onnx.ModelProto:
+        """Return the model, checked by ONNX."""
+        last = self._added - 1
+        self._node("Identity", [f"exit{last}"], "exit")
+        layers = cumulative_layers(self._bundle.members)
+        self._node("Gather", [self._constant("cumulative_layers", layers), "exit"], "layers")
+        self._node("Cast", [f"found{last}"], "probabilities", to=TensorProto.FLOAT)
+        tokens = [helper.make_tensor_value_info(name, TensorProto.INT64, ["rows", "tokens"]) for name in _TOKENS]
+        graph = helper.make_graph(
+            self._nodes,
+            "cascade",
+            [*tokens, helper.make_tensor_value_info("thresholds", TensorProto.DOUBLE, [last])],
+            [
+                helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["rows", len(self._bundle.labels)]),
+                helper.make_tensor_value_info("exit", TensorProto.INT64, ["rows"]),
+                helper.make_tensor_value_info("layers", TensorProto.INT64, ["rows"]),
+            ],
+            list(self._constants.values()),
+        )
+        opsets = [helper.make_opsetid(domain, version) for domain, version in self._opsets.items()]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=self._ir_version, producer_name="cascade-rt")
+        helper.set_model_props(model, {METADATA: json.dumps(self._facts(), ensure_ascii=False)})
+        return model
+
+    def _facts(self) -> dict[str, Any]:
+        bundle = self._bundle
+        return {
+            "labels": bundle.labels,
+            "members": [{"name": entry.name, "layers": entry.layers} for entry in bundle.members],
+            "thresholds": bundle.thresholds,
+            "max_length": bundle.max_length,
+            "pair": bundle.pair,
+            "tokenizer_sha256": bundle.tokenizer_sha256,
+        }
+
+    def _answering(self, member: onnx.GraphProto, at: int) -> onnx.GraphProto:
+        """Return a branch: a member on the waiting rows, without columns that are padding in all of them."""
+        nodes = []
+
+        def add(operator: str, inputs: Sequence[str], output: str, **settings: Any) -> None:
+            nodes.append(helper.make_node(operator, inputs, [output], name=output, **settings))
+
+        first, last = self._constant("first_axis", [0]), self._constant("last_axis", [-1])
+        add("Squeeze", [f"rows{at}", last], f"row_list{at}")
+        add("Gather", ["attention_mask", f"row_list{at}"], f"mask{at}", axis=0)
+        add("ReduceMax", [f"mask{at}", first], f"columns{at}", keepdims=0)
+        add("NonZero", [f"columns{at}"], f"column_rows{at}")
+        add("Squeeze", [f"column_rows{at}", first], f"column_list{at}")
+        for name in _TOKENS:
+            add("Gather", [name, f"row_list{at}"], f"{name}_rows{at}", axis=0)
+            add("Gather", [f"{name}_rows{at}", f"column_list{at}"], f"{name}{at}", axis=1)
+        nodes += _reading(member, {name: f"{name}{at}" for name in _TOKENS}, at)
+        nodes += self._probabilities(member, f"answers{at}")
+        add("ScatterND", [f"found{at - 1}", f"rows{at}", f"answers{at}"], f"answered{at}")
+        return helper.make_graph(nodes, f"answering{at}", [], [_rows_of_probabilities(f"answered{at}")])
+
+    def _probabilities(self, member: onnx.GraphProto, output: str) -> list[onnx.NodeProto]:
+        """Return the operators from logits to probabilities, in float64 as in the runtime."""
+        logits = next(tensor.name for tensor in member.output if tensor.name.endswith("/logits"))
+        return [
+            helper.make_node("Cast", [logits], [f"{logits}64"], name=f"{logits}64", to=TensorProto.DOUBLE),
+            helper.make_node("Softmax", [f"{logits}64"], [output], name=output, axis=-1),
+        ]
+
+    def _node(self, operator: str, inputs: Sequence[str], output: str, **settings: Any) -> None:
+        self._nodes.append(helper.make_node(operator, inputs, [output], name=output, **settings))
+
+    def _constant(self, name: str, value: ArrayLike) -> str:
+        self._constants[name] = _tensor(value, name)
+        return name
+
+
+def _reading(member: onnx.GraphProto, inputs: dict[str, str], at: int) -> list[onnx.NodeProto]:
+    """Return a member's operators, with other names for its inputs.
+
+    Additions before normalizations become sums: ONNX Runtime would fuse additions into a slower kernel, with other
+    rounding than in `CascadeRuntime`, which can turn that off.
+    """
+    normalized = {node.input[0] for node in member.node if node.op_type == "LayerNormalization"}
+    renamed = {f"member{at}/{name}": other for name, other in inputs.items()}
+    nodes = []
+    for original in member.node:
+        node = onnx.NodeProto()
+        node.CopyFrom(original)
+        node.input[:] = [renamed.get(name, name) for name in original.input]
+        if node.op_type == "Add" and node.output[0] in normalized:
+            node.op_type = "Sum"
+        nodes.append(node)
+    return nodes
+
+
+def _passing(at: int) -> onnx.GraphProto:
+    """Return the branch for no waiting rows."""
+    node = helper.make_node("Identity", [f"found{at - 1}"], [f"passed{at}"], name=f"passed{at}")
+    return helper.make_graph([node], f"passing{at}", [], [_rows_of_probabilities(f"passed{at}")])
+
+
+def _rows_of_probabilities(name: str) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.DOUBLE, ["rows", "labels"])
+
+
+def _tensor(value: ArrayLike, name: str = "") -> onnx.TensorProto:
+    return numpy_helper.from_array(np.asarray(value, dtype=np.int64), name)

@@ -1,0 +1,30 @@
+// Builds the demo page into demo/dist, with a model: node demo/build.js CASCADE.onnx TOKENIZER.json
+
+import { build } from "esbuild";
+import { copyFile, mkdir, rm } from "node:fs/promises";
+import { fileURLToPath } from "node:url";
+
+const here = fileURLToPath(new URL(".", import.meta.url));
+const target = `${here}dist/`;
+const [model, tokenizer] = process.argv.slice(2);
+if (!tokenizer) {
+  console.error("expected two files: node demo/build.js CASCADE.onnx TOKENIZER.json");
+  process.exit(2);
+}
+
+await rm(target, { recursive: true, force: true });
+await mkdir(target);
+await build({
+  entryPoints: [`${here}worker.js`, `${here}page.js`],
+  outdir: target,
+  bundle: true,
+  format: "esm",
+  minify: true,
+  alias: { "cascade-rt": `${here}../dist/index.js` },
+  logLevel: "warning",
+});
+const runtime = fileURLToPath(new URL("../node_modules/onnxruntime-web/dist/", import.meta.url));
+const copies = { [`${here}index.html`]: "index.html", [model]: "cascade.onnx", [tokenizer]: "tokenizer.json" };
+copies[`${runtime}ort-wasm-simd-threaded.wasm`] = "ort-wasm-simd-threaded.wasm";
+for (const [source, name] of Object.entries(copies)) await copyFile(source, target + name);
+console.log(`${target}: serve it with any web server, for instance python -m http.server -d demo/dist`);

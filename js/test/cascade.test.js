@@ -1,0 +1,105 @@
+// The answers of the Python package, from ONNX Runtime in Node, and clear errors.
+
+import assert from "node:assert/strict";
+import { readFile } from "node:fs/promises";
+import { test } from "node:test";
+import { fileURLToPath } from "node:url";
+import ort from "onnxruntime-node";
+
+import { Cascade, CascadeError } from "../dist/index.js";
+import { serve } from "./server.js";
+
+const folder = new URL("./fixture/", import.meta.url);
+const read = (name) => readFile(new URL(name, folder));
+const load = async (name, options = {}) =>
+  Cascade.load({ model: await read(`${name}/cascade.onnx`), tokenizer: await read(`${name}/tokenizer.json`), ort, ...options });
+
+for (const name of ["texts", "pairs", "int8"]) {
+  test(`${name}: answers are those of the Python package`, async () => {
+    const cascade = await load(name);
+    const { texts, answers } = JSON.parse(await read(`${name}/answers.json`));
+    for (const [tau, expected] of Object.entries(answers)) {
+      const thresholds = cascade.thresholds.map(() => Number(tau));
+      const found = await cascade.classify(texts, { thresholds });
+      found.forEach(({ score, probabilities, ...answer }, row) => {
+        const { probabilities: other, ...rest } = expected[row];
+        assert.deepEqual(answer, rest);
+        probabilities.forEach((value, label) => assert.ok(Math.abs(value - other[label]) < 1e-5));
+        assert.equal(score, Math.max(...probabilities));
+      });
+    }
+    assert.ok(new Set(answers["0.8"].map(({ exit }) => exit)).size > 1);
+    await cascade.release();
+  });
+}
+
+test("what a cascade says about itself, and its default thresholds", async () => {
+  const cascade = await load("texts");
+  assert.deepEqual(cascade.labels, ["bad", "fine", "good"]);
+  assert.deepEqual(cascade.members.map(({ name }) => name), ["tiny", "small", "big"]);
+  assert.deepEqual(cascade.thresholds, [0.8, 0.8]);
+  const { texts } = JSON.parse(await read("texts/answers.json"));
+  assert.deepEqual(await cascade.classify(texts), await cascade.classify(texts, { thresholds: 0.8 }));
+});
+
+test("calls at the same time are answered one after another, and no texts give no answers", async () => {
+  const cascade = await load("texts");
+  const { texts } = JSON.parse(await read("texts/answers.json"));
+  const alone = await cascade.classify(texts);
+  const together = await Promise.all([cascade.classify(texts), cascade.classify(texts.slice(0, 5)), cascade.classify([])]);
+  assert.deepEqual(together, [alone, together[1], []]);
+  together[1].forEach((answer, row) => assert.equal(answer.exit, alone[row].exit));
+});
+
+test("bad input gets one clear error", async () => {
+  const cascade = await load("texts");
+  const pairs = await load("pairs");
+  const cases = [
+    [cascade, ["fine", 7], {}, /text 1: found a value of type number, expected a text/],
+    [cascade, [["a", "b"]], {}, /text 0: found an array of 2, expected a text/],
+    [cascade, [null], {}, /text 0: found null, expected a text/],
+    [cascade, "a film", {}, /texts: found string, expected an array of texts/],
+    [cascade, ["a \ud800 b"], {}, /text 0: found half a surrogate pair, expected Unicode text/],
+    [cascade, ["a ".repeat(2 ** 20)], {}, /text 0: found 2097152 characters, expected at most 1048576; shorten it/],
+    [cascade, ["a"], { thresholds: 1.5 }, /thresholds: found 1.5, expected a number from 0 to 1, or 2/],
+    [cascade, ["a"], { thresholds: [0.5] }, /thresholds: found \[0.5\], expected/],
+    [cascade, ["a"], { thresholds: [0.5, "1"] }, /thresholds: found \[0.5,"1"\], expected/],
+    [pairs, ["a film"], {}, /text 0: found a single text, expected a pair of texts/],
+  ];
+  for (const [on, texts, options, message] of cases) {
+    await assert.rejects(on.classify(texts, options), (error) => error instanceof CascadeError && message.test(error.message));
+  }
+});
+
+test("files that cannot be used get one clear error", async () => {
+  const model = await read("texts/cascade.onnx");
+  const tokenizer = await read("texts/tokenizer.json");
+  const cases = [
+    [await read("texts/tiny.onnx"), tokenizer, /found no cascade in its metadata; expected an ONNX file that cascade-rt pack/],
+    [model.subarray(0, model.length - 100), tokenizer, /not a readable ONNX file|found no cascade/],
+    [new TextEncoder().encode("<!doctype html>"), tokenizer, /not a readable ONNX file; expected/],
+    [model, await read("tokenizer.json"), /tokenizer: not the one that the model was packed with; take tokenizer.json/],
+  ];
+  for (const [bytes, file, message] of cases) {
+    await assert.rejects(Cascade.load({ model: bytes, tokenizer: file, ort }), message);
+  }
+});
+
+test("files are fetched, with their progress, and a missing one is named", async (context) => {
+  const server = await serve(fileURLToPath(folder));
+  context.after(server.close);
+  const root = `${server.root}texts`;
+  const seen = [];
+  const cascade = await Cascade.load({
+    model: `${root}/cascade.onnx`,
+    tokenizer: new URL(`${root}/tokenizer.json`),
+    ort,
+    onProgress: (received, total) => seen.push([received, total]),
+  });
+  assert.equal((await cascade.classify(["the film is good"])).length, 1);
+  const size = (await read("texts/cascade.onnx")).length;
+  assert.deepEqual(seen.at(-1), [size, size]);
+  assert.ok(seen.every(([received], at) => at === 0 || received > seen[at - 1][0]));
+  const tokenizer = await read("texts/tokenizer.json");
+  await assert.rejects(Cascade.load({ model: `${root}/none.onnx`, tokenizer, ort }), /model: http.*none.onnx answered 404/);
+});

