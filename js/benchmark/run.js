@@ -1,4 +1,4 @@
-// Times in the browser: node benchmark/run.js CASCADE.onnx TOKENIZER.json BIG TEXTS.txt OUTPUT.json [--tau T] [--rounds N]
+// Times in the browser and in Node: node benchmark/run.js CASCADE.onnx TOKENIZER.json BIG TEXTS.txt OUTPUT.json [--tau T] [--rounds N]
 //
 // BIG is a folder as transformers.js reads it: config.json, tokenizer.json, tokenizer_config.json, and
 // onnx/model_quantized.onnx. Needs Chromium, and `npm install --no-save @huggingface/transformers@4.3.2`.
@@ -9,8 +9,10 @@ import { existsSync } from "node:fs";
 import { cpus } from "node:os";
 import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
+import ort from "onnxruntime-node";
 import { chromium } from "playwright-core";
 
+import { Cascade } from "../dist/index.js";
 import { serve } from "../test/server.js";
 
 const options = { tau: { type: "string" }, rounds: { type: "string", default: "5" } };
@@ -50,15 +52,19 @@ await writeFile(`${target}settings.json`, JSON.stringify(settings));
 
 const server = await serve(target);
 const browser = await chromium.launch({ executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium", args: ["--no-sandbox"] });
+const chromiumVersion = browser.version();
 const page = await browser.newPage();
 page.on("pageerror", (error) => console.error(error.message));
 await page.goto(server.root);
 await page.waitForFunction(() => window.report, null, { timeout: 600_000 });
 const { labels, ...report } = await page.evaluate(() => window.report);
+await browser.close();
+server.close();
+report.milliseconds["cascade-rt, cascade, in Node"] = await inNode();
 const version = async (name) => JSON.parse(await readFile(at(`../node_modules/${name}/package.json`), "utf8")).version;
-report.machine = { processor: cpus()[0].model, cpus: cpus().length, browser: `Chromium ${browser.version()}` };
+report.machine = { processor: cpus()[0].model, cpus: cpus().length, browser: `Chromium ${chromiumVersion}`, node: process.version };
 report.packages = {};
-for (const name of ["onnxruntime-web", "@huggingface/transformers"]) report.packages[name] = await version(name);
+for (const name of ["onnxruntime-web", "onnxruntime-node", "@huggingface/transformers"]) report.packages[name] = await version(name);
 report.threads = 1;
 report.texts = settings.texts.length;
 const [theirs, ours, all] = Object.values(labels);
@@ -70,8 +76,21 @@ for (const [name, found] of Object.entries(report.milliseconds)) {
   console.log(`${name}: ${median.toFixed(2)} ms a text (${sorted[0].toFixed(2)}-${sorted.at(-1).toFixed(2)})`);
 }
 console.log("start, ms:", report.start, "exits:", report.exits, "layer speed-up:", report.speedup, report.labels_equal);
-await browser.close();
-server.close();
+
+/** Time the cascade in this process, on one thread: milliseconds a text, for each round after the first. */
+async function inNode() {
+  const [modelBytes, tokenizerBytes] = await Promise.all([readFile(model), readFile(tokenizer)]);
+  const sessionOptions = { intraOpNumThreads: 1 };
+  const cascade = await Cascade.load({ model: modelBytes, tokenizer: tokenizerBytes, ort, sessionOptions });
+  const found = [];
+  for (let round = 0; round <= settings.rounds; round++) {
+    const started = performance.now();
+    for (const text of settings.texts) await cascade.classify([text], { thresholds: settings.thresholds });
+    if (round) found.push((performance.now() - started) / settings.texts.length);
+  }
+  await cascade.release();
+  return found;
+}
 
 function share(some, others) {
   return some.filter((label, row) => label === others[row]).length / some.length;

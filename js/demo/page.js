@@ -4,6 +4,7 @@ const element = (id) => document.getElementById(id);
 const worker = new Worker("worker.js", { type: "module" });
 let members = [];
 let texts = [];
+let chosen; // threshold; undefined: the bundle's
 
 worker.onmessage = ({ data }) => {
   if (data.error) show(data.error);
@@ -17,9 +18,12 @@ element("form").onsubmit = (event) => {
   event.preventDefault();
   texts = element("texts").value.split("\n").filter((line) => line.trim());
   element("classify").disabled = true;
-  worker.postMessage({ texts, thresholds: Number(element("threshold").value) });
+  worker.postMessage({ texts, thresholds: chosen });
 };
-element("threshold").oninput = () => (element("tau").value = Number(element("threshold").value).toFixed(2));
+element("threshold").oninput = () => {
+  chosen = Number(element("threshold").value);
+  element("tau").value = chosen.toFixed(2);
+};
 
 function show(message) {
   element("status").textContent = message;
@@ -36,8 +40,9 @@ function showProgress(received, total) {
 function start(cascade) {
   members = cascade.members;
   element("progress").hidden = true;
-  element("threshold").value = cascade.thresholds[0] ?? 0;
-  element("threshold").oninput();
+  const tau = cascade.thresholds[0] ?? 0;
+  element("threshold").value = tau;
+  element("tau").value = tau.toFixed(2);
   const names = members.map(({ name, layers }) => `${name} (${layers} layers)`).join(", then ");
   show(`Ready: ${names}; ${cascade.labels.length} labels, ${cascade.threads} thread${cascade.threads > 1 ? "s" : ""}.`);
 }
