@@ -1,7 +1,7 @@
-// Times in the browser and in Node: node benchmark/run.js CASCADE.onnx TOKENIZER.json BIG TEXTS.txt OUTPUT.json [--tau T] [--rounds N]
+// Times in the browser and in Node: node benchmark/run.js CASCADE.onnx TOKENIZER.json BIG TEXTS.tsv OUTPUT.json [--tau T] [--rounds N]
 //
 // BIG is a folder as transformers.js reads it: config.json, tokenizer.json, tokenizer_config.json, and
-// onnx/model_quantized.onnx. Needs Chromium, and `npm install --no-save @huggingface/transformers@4.3.2`.
+// onnx/model_quantized.onnx. TEXTS.tsv has a text and its label on each line. Needs Chromium, and `npm install --no-save @huggingface/transformers@4.3.2`.
 
 import { build } from "esbuild";
 import { cp, mkdir, readFile, rm, writeFile } from "node:fs/promises";
@@ -19,7 +19,7 @@ const options = { tau: { type: "string" }, rounds: { type: "string", default: "5
 const { values, positionals } = parseArgs({ options, allowPositionals: true });
 const [model, tokenizer, big, texts, output] = positionals;
 if (!output) {
-  console.error("expected CASCADE.onnx TOKENIZER.json BIG TEXTS.txt OUTPUT.json");
+  console.error("expected CASCADE.onnx TOKENIZER.json BIG TEXTS.tsv OUTPUT.json");
   process.exit(2);
 }
 
@@ -43,8 +43,10 @@ const wasm = "onnxruntime-web/dist/ort-wasm-simd-threaded.wasm";
 await cp(at(`../node_modules/${wasm}`), `${target}ort-wasm-simd-threaded.wasm`);
 const own = at("../node_modules/@huggingface/transformers/node_modules/onnxruntime-web/dist");
 await cp(existsSync(own) ? own : at("../node_modules/onnxruntime-web/dist"), `${target}transformers`, { recursive: true });
+const examples = (await readFile(texts, "utf8")).split("\n").filter(Boolean);
+const gold = examples.map((line) => line.split("\t")[1]);
 const settings = {
-  texts: (await readFile(texts, "utf8")).split("\n").filter(Boolean),
+  texts: examples.map((line) => line.split("\t")[0]),
   thresholds: values.tau && Number(values.tau),
   rounds: Number(values.rounds),
 };
@@ -67,6 +69,7 @@ report.packages = {};
 for (const name of ["onnxruntime-web", "onnxruntime-node", "@huggingface/transformers"]) report.packages[name] = await version(name);
 report.threads = 1;
 report.texts = settings.texts.length;
+report.accuracy = Object.fromEntries(Object.entries(labels).map(([name, found]) => [name, share(found, gold)]));
 const [theirs, ours, all] = Object.values(labels);
 report.labels_equal = { cascade: share(theirs, ours), "all members": share(theirs, all) };
 await writeFile(output, `${JSON.stringify(report, null, 2)}\n`);
@@ -75,7 +78,7 @@ for (const [name, found] of Object.entries(report.milliseconds)) {
   const median = sorted[Math.floor(sorted.length / 2)];
   console.log(`${name}: ${median.toFixed(2)} ms a text (${sorted[0].toFixed(2)}-${sorted.at(-1).toFixed(2)})`);
 }
-console.log("start, ms:", report.start, "exits:", report.exits, "layer speed-up:", report.speedup, report.labels_equal);
+console.log("start, ms:", report.start, "exits:", report.exits, "layer speed-up:", report.speedup, report.labels_equal, report.accuracy);
 
 /** Time the cascade in this process, on one thread: milliseconds a text, for each round after the first. */
 async function inNode() {

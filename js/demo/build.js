@@ -20,11 +20,12 @@ await build({
   bundle: true,
   format: "esm",
   minify: true,
+  conditions: ["onnxruntime-web-use-extern-wasm"], // its threads load that file again, which must not be our bundle
   alias: { "cascade-rt": `${here}../dist/index.js` },
   logLevel: "warning",
 });
 const runtime = fileURLToPath(new URL("../node_modules/onnxruntime-web/dist/", import.meta.url));
 const copies = { [`${here}index.html`]: "index.html", [model]: "cascade.onnx", [tokenizer]: "tokenizer.json" };
-copies[`${runtime}ort-wasm-simd-threaded.wasm`] = "ort-wasm-simd-threaded.wasm";
+for (const name of ["mjs", "wasm"].map((kind) => `ort-wasm-simd-threaded.${kind}`)) copies[runtime + name] = name;
 for (const [source, name] of Object.entries(copies)) await copyFile(source, target + name);
 console.log(`${target}: serve it with any web server, for instance python -m http.server -d demo/dist`);

@@ -3,7 +3,8 @@
 import { Cascade } from "cascade-rt";
 import * as ort from "onnxruntime-web/wasm";
 
-ort.env.wasm.wasmPaths = { wasm: new URL("ort-wasm-simd-threaded.wasm", self.location).href };
+const runtime = (kind) => new URL(`ort-wasm-simd-threaded.${kind}`, self.location).href;
+ort.env.wasm.wasmPaths = { mjs: runtime("mjs"), wasm: runtime("wasm") };
 ort.env.wasm.numThreads = self.crossOriginIsolated ? navigator.hardwareConcurrency : 1; // threads need shared memory
 
 const loading = Cascade.load({

@@ -65,6 +65,20 @@ test("the page answers as the Python package, and shows who answered", { skip },
   assert.deepEqual(problems, []);
 });
 
+test("an isolated page runs on several threads", { skip }, async (context) => {
+  const isolated = { "cross-origin-opener-policy": "same-origin", "cross-origin-embedder-policy": "require-corp" };
+  const other = await serve(here("../demo/dist/"), isolated);
+  context.after(other.close);
+  const { page } = await open(context);
+  await page.goto(other.root);
+  await page.waitForFunction(() => document.getElementById("status").textContent.startsWith("Ready"));
+  const threads = await page.evaluate(() => navigator.hardwareConcurrency);
+  assert.match(await page.locator("#status").textContent(), new RegExp(`, ${threads} thread`));
+  await page.locator("#classify").click();
+  await page.waitForFunction(() => document.getElementById("status").textContent.includes("layer speed-up"));
+  assert.equal(await page.locator("#answers tr").count(), 5);
+});
+
 test("a model that is missing is named", { skip }, async (context) => {
   const { page } = await open(context);
   await page.route("**/cascade.onnx", (route) => route.fulfill({ status: 404 }));
