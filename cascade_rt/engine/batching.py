@@ -22,9 +22,7 @@ DEVICE_TOKEN_BUDGET = 16_384
 # Against cutting by the budget alone: 15-17% faster for a few dozen survivors of mixed lengths, 3-6% for hundreds.
 _ALIKE = 0.9
 _WORTH_A_CALL = 1 / 4  # of the budget
-_WORTH_A_THREAD = (
-    1 / 2
-)  # of the budget; with less, two threads of their own were no faster than both on one micro-batch
+_WORTH_A_THREAD = 1 / 2  # of the budget; with smaller micro-batches, one per thread was no faster
 _EVEN = 1.1  # longest time of a thread over the mean; two threads on the same micro-batch lose about as much
 
 
@@ -55,13 +53,13 @@ def bulk_batches(
 ) -> tuple[list[NDArray[np.intp]], bool]:
     """Cut `rows` as `micro_batches` does, and say whether each thread should run a micro-batch of its own.
 
-    It should where the micro-batches keep all threads about equally long busy; for that, few texts are cut smaller.
+    It should where that keeps all threads busy for about the same time; for that, few texts are cut smaller.
     """
     share = -int(-lengths[rows].sum() // threads)
     smaller = list(micro_batches(rows, lengths, min(budget, max(1, share, int(_WORTH_A_THREAD * budget)))))
     busy = [0] * threads
     for some in smaller:  # each goes to the thread that is free first
         heapreplace(busy, busy[0] + len(some) * max(1, int(lengths[some[0]])))
-    if threads > 1 and max(busy) <= _EVEN * sum(busy) / threads:
+    if threads > 1 and smaller and max(busy) <= _EVEN * sum(busy) / threads:
         return smaller, True
     return list(micro_batches(rows, lengths, budget)), False

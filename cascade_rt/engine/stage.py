@@ -112,9 +112,12 @@ class Stage:
         return self._session
 
     def _load_for_bulk(self) -> Any:
+        """Return the session for bulk work, made now if it was not; None if the file was replaced since `load`."""
         if self._bulk_session is None:
             with self._loading:
                 if self._bulk_session is None:
+                    if self._session is not None and file_identity(self._path) != self._identity:
+                        return None
                     self._bulk_session = self._make_session(share_threads=True)
         return self._bulk_session
 
@@ -130,12 +133,12 @@ class Stage:
         `groups`: the rows of each, (rows,). `batch_of` makes the micro-batch of some rows. `share_threads`: whether to
         run several at a time, one thread each.
         """
-        if not share_threads:
+        session = self._load_for_bulk() if share_threads else None
+        if session is None:
             for rows in groups:
                 batch = batch_of(rows)
                 yield batch, self.run(batch)
             return
-        session = self._load_for_bulk()
 
         def run(rows: NDArray[np.intp]) -> tuple[Batch, StageOutput]:
             batch = batch_of(rows)
@@ -143,7 +146,11 @@ class Stage:
 
         started = perf_counter()
         with ThreadPoolExecutor(self.at_once) as pool:  # not kept: a forked process would not have its threads
-            for batch, output in pool.map(run, groups):
+            try:
+                answers = pool.map(run, groups)
+            except RuntimeError:  # Python ends and starts no more threads
+                answers = map(run, groups)
+            for batch, output in answers:
                 ended = perf_counter()
                 yield batch, output._replace(seconds=ended - started)
                 started = ended
@@ -257,21 +264,21 @@ class Stage:
 
     def _use(self, inputs: list[str], outputs: list[str]) -> None:
         """Check a session's inputs and outputs, and take those that this stage needs."""
-        self._inputs = inputs
         allowed = _INPUTS[self.reads]
-        if not {allowed[0]} <= set(self._inputs) <= set(allowed):
+        if not {allowed[0]} <= set(inputs) <= set(allowed):
             raise BundleError(
-                f"{self._path}: has the inputs {', '.join(self._inputs)}; expected {allowed[0]} and no others than "
+                f"{self._path}: has the inputs {', '.join(inputs)}; expected {allowed[0]} and no others than "
                 f"{' and '.join(allowed[1:])}"
             )
-        self._outputs = ["logits"] if "logits" in outputs else outputs[:1]
+        used = ["logits"] if "logits" in outputs else outputs[:1]
         if self._leaves_hidden_states:
             if _HIDDEN_OUTPUT not in outputs:
                 raise BundleError(
                     f"{self._path}: has the outputs {', '.join(outputs)}; expected {_HIDDEN_OUTPUT} among them, which "
                     "the next member reads"
                 )
-            self._outputs.append(_HIDDEN_OUTPUT)
+            used.append(_HIDDEN_OUTPUT)
+        self._inputs, self._outputs = inputs, used  # at once: the other session may be running
 
     def _check_provider(self, session: Any) -> None:
         running = session.get_providers()[0]

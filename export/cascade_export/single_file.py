@@ -7,19 +7,23 @@ above the threshold, if any -> member 2 -> ... -> probabilities, exit, layers.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 from numpy.typing import ArrayLike
-from onnx import TensorProto, compose, helper, numpy_helper
+from onnx import TensorProto, compose, helper, inliner, numpy_helper, version_converter
 
+from cascade_rt import CascadeRuntime
 from cascade_rt.bundle import Bundle, read_bundle
+from cascade_rt.bundle.manifest import BATCH_TOLERANCE
 from cascade_rt.engine.cost import cumulative_layers
-from cascade_rt.errors import BundleError, InputError
+from cascade_rt.errors import BundleError, CascadeError, InputError, first_line
 from cascade_rt.io.writers import output_path, whole_file
+from cascade_rt.types import Text
 
 METADATA = "cascade"
 """Key of the file's metadata: JSON with labels, members, thresholds, max_length, pair and the tokenizer's sha256."""
@@ -27,6 +31,7 @@ METADATA = "cascade"
 _TOKENS = ("input_ids", "attention_mask", "token_type_ids")
 _LARGEST = 2**31 - 1  # bytes of a protocol buffer
 _OPSET, _IR_VERSION = 18, 8  # at least; int8 members need newer ones
+_END = 2**62
 
 
 def pack(model_dir: str | Path, output: str | Path, *, overwrite: bool = False) -> Bundle:
@@ -36,8 +41,8 @@ def pack(model_dir: str | Path, output: str | Path, *, overwrite: bool = False) 
     token; `thresholds`, float64 (members - 1,). Outputs: `probabilities`, float32 (rows, labels); `exit`, the index
     of the member that answered, int64 (rows,); `layers` executed, int64 (rows,) (paper, Algorithm 1).
 
-    Raises BundleError for a bundle of segments or with another exit rule, and InputError if the file exists or would
-    be larger than 2 GB.
+    Raises BundleError for a bundle of segments or with another exit rule, or if the file does not answer as the
+    runtime does, and InputError if the file exists or would be larger than 2 GB.
     """
     if output_path(output).exists() and not overwrite:
         raise InputError(f"{output}: exists already; name another file, or use --overwrite")
@@ -47,17 +52,53 @@ def pack(model_dir: str | Path, output: str | Path, *, overwrite: bool = False) 
             f"{model_dir}: found members that are segments, or exits by {bundle.exit_rule['kind']}; expected complete "
             "members and exits by maximum_probability"
         )
+    try:
+        model = _joined(bundle, bundle.folder or Path(model_dir))
+        if (size := model.ByteSize()) > _LARGEST:
+            raise InputError(f"{model_dir}: its members take {size / 1e9:.1f} GB, expected at most 2.1; use int8")
+        with whole_file(output) as path:
+            onnx.save(model, path)
+            _check(path, model_dir, bundle)
+    except (CascadeError, OSError):
+        raise
+    except Exception as error:  # neither ONNX's nor ONNX Runtime's classes share a public base
+        raise BundleError(
+            f"{model_dir}: its members do not work in one ONNX file ({first_line(error)}); export them from their "
+            "checkpoints"
+        ) from error
+    return bundle
+
+
+def _joined(bundle: Bundle, folder: Path) -> onnx.ModelProto:
     graph = _Graph(bundle)
     for entry in bundle.members:
-        graph.add_member(onnx.load((bundle.folder or Path(model_dir)) / entry.file))
-    model = graph.finished()
-    if model.ByteSize() > _LARGEST:
-        raise InputError(
-            f"{model_dir}: its members take {model.ByteSize() / 1e9:.1f} GB, expected at most 2.1; use int8"
-        )
-    with whole_file(output) as path:
-        onnx.save(model, path)
-    return bundle
+        graph.add_member(_modern(onnx.load(folder / entry.file)))
+    return graph.finished()
+
+
+def _modern(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a member of any writer without local functions, with ONNX's operators of at least `_OPSET`."""
+    model = inliner.inline_local_functions(model)
+    for library in [*model.opset_import, *model.graph.node]:
+        if library.domain == "ai.onnx":  # another name of the default
+            library.domain = ""
+    version = max(library.version for library in model.opset_import if not library.domain)
+    return model if version >= _OPSET else version_converter.convert_version(model, _OPSET)
+
+
+def _check(file: Path, model_dir: str | Path, bundle: Bundle) -> None:
+    """Raise AssertionError unless `file` answers as `CascadeRuntime` does, at every member."""
+    texts: list[Text] = [("a", "b c"), ("b", "c")] if bundle.pair else ["a", "b c"]
+    last = len(bundle.members) - 1
+    session = onnxruntime.InferenceSession(str(file))
+    with CascadeRuntime(model_dir) as runtime:
+        inputs = runtime.chain.tokenizer.encode(texts).batch(np.arange(len(texts)))
+        for exit in range(last + 1):
+            taus = [1.0] * exit + [0.0] * (last - exit)
+            found, exits, _ = session.run(None, {**inputs, "thresholds": np.array(taus)})
+            expected = runtime.with_thresholds(taus).predict(texts)
+            np.testing.assert_array_equal(exits, [answer.exit for answer in expected])
+            np.testing.assert_allclose(found, [answer.probabilities for answer in expected], atol=BATCH_TOLERANCE)
 
 
 class _Graph:
@@ -85,7 +126,7 @@ class _Graph:
         self._constants |= {weight.name: weight for weight in model.graph.initializer}
         if at == 0:
             self._nodes += _reading(model.graph, {name: name for name in _TOKENS}, at)
-            self._nodes += self._probabilities(model.graph, "found0")
+            self._nodes += _probabilities(model.graph, at, "found0")
             self._node("Shape", ["found0"], "rows", end=1)
             self._node("ConstantOfShape", ["rows"], "exit0", value=_tensor([0]))
         else:
@@ -107,7 +148,7 @@ class _Graph:
                 self._node("And", [f"waiting{at - 1}", staying], f"waiting{at}")
 
     def finished(self) -> onnx.ModelProto:
-        """Return the model, checked by ONNX."""
+        """Return the model."""
         last = self._added - 1
         self._node("Identity", [f"exit{last}"], "exit")
         layers = cumulative_layers(self._bundle.members)
@@ -151,24 +192,18 @@ class _Graph:
         first, last = self._constant("first_axis", [0]), self._constant("last_axis", [-1])
         add("Squeeze", [f"rows{at}", last], f"row_list{at}")
         add("Gather", ["attention_mask", f"row_list{at}"], f"mask{at}", axis=0)
-        add("ReduceMax", [f"mask{at}", first], f"columns{at}", keepdims=0)
+        add("ReduceMax", [f"mask{at}", first], f"used{at}", keepdims=0)
+        add("Slice", [f"used{at}", self._constant("one_axis", [1]), self._constant("end", [_END])], f"others{at}")
+        add("Concat", [self._constant("one_axis", [1]), f"others{at}"], f"columns{at}", axis=0)  # at least one
         add("NonZero", [f"columns{at}"], f"column_rows{at}")
         add("Squeeze", [f"column_rows{at}", first], f"column_list{at}")
         for name in _TOKENS:
             add("Gather", [name, f"row_list{at}"], f"{name}_rows{at}", axis=0)
             add("Gather", [f"{name}_rows{at}", f"column_list{at}"], f"{name}{at}", axis=1)
         nodes += _reading(member, {name: f"{name}{at}" for name in _TOKENS}, at)
-        nodes += self._probabilities(member, f"answers{at}")
+        nodes += _probabilities(member, at, f"answers{at}")
         add("ScatterND", [f"found{at - 1}", f"rows{at}", f"answers{at}"], f"answered{at}")
         return helper.make_graph(nodes, f"answering{at}", [], [_rows_of_probabilities(f"answered{at}")])
-
-    def _probabilities(self, member: onnx.GraphProto, output: str) -> list[onnx.NodeProto]:
-        """Return the operators from logits to probabilities, in float64 as in the runtime."""
-        logits = next(tensor.name for tensor in member.output if tensor.name.endswith("/logits"))
-        return [
-            helper.make_node("Cast", [logits], [f"{logits}64"], name=f"{logits}64", to=TensorProto.DOUBLE),
-            helper.make_node("Softmax", [f"{logits}64"], [output], name=output, axis=-1),
-        ]
 
     def _node(self, operator: str, inputs: Sequence[str], output: str, **settings: Any) -> None:
         self._nodes.append(helper.make_node(operator, inputs, [output], name=output, **settings))
@@ -186,15 +221,31 @@ def _reading(member: onnx.GraphProto, inputs: dict[str, str], at: int) -> list[o
     """
     normalized = {node.input[0] for node in member.node if node.op_type == "LayerNormalization"}
     renamed = {f"member{at}/{name}": other for name, other in inputs.items()}
-    nodes = []
-    for original in member.node:
-        node = onnx.NodeProto()
-        node.CopyFrom(original)
-        node.input[:] = [renamed.get(name, name) for name in original.input]
+    nodes = list(member.node)
+    _rename(nodes, renamed)
+    for node in nodes:
         if node.op_type == "Add" and node.output[0] in normalized:
             node.op_type = "Sum"
-        nodes.append(node)
     return nodes
+
+
+def _rename(nodes: Iterable[onnx.NodeProto], renamed: Mapping[str, str]) -> None:
+    """Give inputs of operators other names, in their branches too."""
+    for node in nodes:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+        for setting in node.attribute:
+            for branch in [setting.g, *setting.graphs]:
+                _rename(branch.node, renamed)
+
+
+def _probabilities(member: onnx.GraphProto, at: int, output: str) -> list[onnx.NodeProto]:
+    """Return the operators from logits to probabilities, in float64 as in the runtime."""
+    outputs = [tensor.name for tensor in member.output]
+    logits = f"member{at}/logits" if f"member{at}/logits" in outputs else outputs[0]
+    return [
+        helper.make_node("Cast", [logits], [f"logits{at}"], name=f"logits{at}", to=TensorProto.DOUBLE),
+        helper.make_node("Softmax", [f"logits{at}"], [output], name=output, axis=-1),
+    ]
 
 
 def _passing(at: int) -> onnx.GraphProto:

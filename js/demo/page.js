@@ -5,10 +5,13 @@ const worker = new Worker("worker.js", { type: "module" });
 let members = [];
 let texts = [];
 let chosen; // threshold; undefined: the bundle's
+let failed = false;
 
 worker.onmessage = ({ data }) => {
-  if (data.error) show(data.error);
-  else if (data.received) showProgress(data.received, data.total);
+  if (data.error) {
+    failed ||= !members.length;
+    show(data.error);
+  } else if (data.received) failed || showProgress(data.received, data.total);
   else if (data.members) start(data);
   else if (data.predictions) showAnswers(data);
 };
@@ -40,6 +43,7 @@ function showProgress(received, total) {
 function start(cascade) {
   members = cascade.members;
   element("progress").hidden = true;
+  element("threshold").disabled = false;
   const tau = cascade.thresholds[0] ?? 0;
   element("threshold").value = tau;
   element("tau").value = tau.toFixed(2);

@@ -68,6 +68,7 @@ export class Cascade {
   readonly #tokenizer: TextTokenizer;
   readonly #facts: Facts;
   #last: Promise<unknown> = Promise.resolve();
+  #released = false;
 
   private constructor(session: InferenceSession, ort: OnnxRuntime, tokenizer: TextTokenizer, facts: Facts) {
     this.#session = session;
@@ -78,17 +79,23 @@ export class Cascade {
 
   /** Fetch what is not given as bytes, and make the session; throw CascadeError for files that cannot be used. */
   static async load({ model, tokenizer, ort, sessionOptions, onProgress }: LoadOptions): Promise<Cascade> {
-    const [modelBytes, tokenizerBytes] = await Promise.all([bytesOf(model, "model", onProgress), bytesOf(tokenizer, "tokenizer")]);
-    const facts = readFacts(modelBytes);
-    await checkHash(tokenizerBytes, facts.tokenizer_sha256);
-    let file: object;
+    const abort = new AbortController();
     try {
-      file = JSON.parse(new TextDecoder().decode(tokenizerBytes)) as object;
+      const [modelBytes, tokenizerBytes] = await Promise.all([
+        bytesOf(model, "model", abort.signal, onProgress),
+        bytesOf(tokenizer, "tokenizer", abort.signal),
+      ]);
+      const facts = readFacts(modelBytes);
+      await checkHash(tokenizerBytes, facts.tokenizer_sha256);
+      const reader = TextTokenizer.parse(tokenizerBytes, facts.max_length, facts.pair);
+      const session = await ort.InferenceSession.create(modelBytes, sessionOptions).catch((error) => {
+        throw failure("model: ONNX Runtime cannot load it", error);
+      });
+      return new Cascade(session, ort, reader, facts);
     } catch (error) {
-      throw new CascadeError("tokenizer: not JSON; expected the bundle's tokenizer.json", { cause: error });
+      abort.abort(); // the other file is not needed
+      throw error;
     }
-    const session = await ort.InferenceSession.create(modelBytes, sessionOptions);
-    return new Cascade(session, ort, new TextTokenizer(file, facts.max_length, facts.pair), facts);
   }
 
   /** Names of the classes. */
@@ -109,18 +116,23 @@ export class Cascade {
   /** Classify texts, or pairs of texts; answers are in their order. Throws CascadeError for anything else. */
   async classify(texts: readonly Text[], { thresholds }: ClassifyOptions = {}): Promise<Prediction[]> {
     if (!Array.isArray(texts)) throw new CascadeError(`texts: found ${typeof texts}, expected an array of texts`);
+    if (this.#released) throw new CascadeError("this cascade is released; load it again");
     const taus = this.#taus(thresholds);
-    const encoded = texts.map((text: Text, index) => this.#tokenizer.encode(text, index));
-    const predictions = new Array<Prediction>(encoded.length);
-    for (const rows of batches(encoded)) {
-      const answers = await this.#inTurn(() => this.#run(rows.map((row) => encoded[row]!), taus));
-      rows.forEach((row, at) => (predictions[row] = answers[at]!));
-    }
-    return predictions;
+    const encoded = Array.from(texts as readonly Text[], (text, index) => this.#tokenizer.encode(text, index));
+    return this.#inTurn(async () => {
+      const predictions = new Array<Prediction>(encoded.length);
+      for (const rows of batches(encoded)) {
+        const answers = await this.#run(rows.map((row) => encoded[row]!), taus);
+        rows.forEach((row, at) => (predictions[row] = answers[at]!));
+      }
+      return predictions;
+    });
   }
 
   /** Free the session, after the calls before. */
   async release(): Promise<void> {
+    if (this.#released) return;
+    this.#released = true;
     await this.#inTurn(() => this.#session.release());
   }
 
@@ -128,7 +140,9 @@ export class Cascade {
     const { shape, ...inputs } = this.#tokenizer.batch(texts);
     const feeds: Record<string, Tensor> = { thresholds: new this.#ort.Tensor("float64", taus, [taus.length]) };
     for (const [name, values] of Object.entries(inputs)) feeds[name] = new this.#ort.Tensor("int64", values, shape);
-    const found = await this.#session.run(feeds);
+    const found = await this.#session.run(feeds).catch((error) => {
+      throw failure(`model: failed on ${shape[0]} texts of ${shape[1]} tokens`, error);
+    });
     const probabilities = (found["probabilities"] as TypedTensor<"float32">).data;
     const exits = (found["exit"] as TypedTensor<"int64">).data;
     const layers = (found["layers"] as TypedTensor<"int64">).data;
@@ -160,7 +174,7 @@ export class Cascade {
     const taus = typeof given === "number" ? new Array<number>(count).fill(given) : (given ?? this.thresholds);
     if (!Array.isArray(taus) || taus.length !== count || !taus.every((tau) => typeof tau === "number" && tau >= 0 && tau <= 1)) {
       throw new CascadeError(
-        `thresholds: found ${JSON.stringify(given)}, expected a number from 0 to 1, or ${count}: one per member but the last`,
+        `thresholds: found ${Array.isArray(given) ? JSON.stringify(given) : String(given)}, expected a number from 0 to 1, or ${count}: one per member but the last`,
       );
     }
     return Float64Array.from(taus as number[]);
@@ -178,18 +192,27 @@ function* batches(texts: readonly Encoded[]): Generator<number[]> {
   }
 }
 
-async function bytesOf(source: Source, what: string, onProgress?: LoadOptions["onProgress"]): Promise<Uint8Array> {
+async function bytesOf(
+  source: Source,
+  what: string,
+  signal: AbortSignal,
+  onProgress?: LoadOptions["onProgress"],
+): Promise<Uint8Array> {
   if (source instanceof Uint8Array) return source;
   if (source instanceof ArrayBuffer) return new Uint8Array(source);
-  let response: Response;
   try {
-    response = await fetch(source);
+    const response = await fetch(source, { signal });
+    if (!response.ok) throw new CascadeError(`${what}: ${source} answered ${response.status}, expected the file`);
+    return await body(response, onProgress);
   } catch (error) {
-    throw new CascadeError(`${what}: cannot fetch ${source} (${(error as Error).message})`, { cause: error });
+    throw error instanceof CascadeError ? error : failure(`${what}: cannot fetch ${source}`, error);
   }
-  if (!response.ok) throw new CascadeError(`${what}: ${source} answered ${response.status}, expected the file`);
+}
+
+async function body(response: Response, onProgress?: LoadOptions["onProgress"]): Promise<Uint8Array> {
   if (!onProgress || !response.body) return new Uint8Array(await response.arrayBuffer());
-  const total = Number(response.headers.get("content-length")) || undefined;
+  const length = response.headers.has("content-encoding") ? null : response.headers.get("content-length");
+  const total = Number(length) || undefined;
   const parts: Uint8Array[] = [];
   let received = 0;
   const reader = response.body.getReader();
@@ -205,6 +228,13 @@ async function bytesOf(source: Source, what: string, onProgress?: LoadOptions["o
     at += part.length;
   }
   return whole;
+}
+
+/** Return a CascadeError with the cause's own words. */
+function failure(what: string, error: unknown): CascadeError {
+  const { message, cause } = error as Error;
+  const reason = cause instanceof Error && cause.message ? cause.message : message;
+  return new CascadeError(`${what} (${reason})`, { cause: error });
 }
 
 /** Compare the tokenizer's hash where the browser can compute one: on https and localhost. */

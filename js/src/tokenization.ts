@@ -29,6 +29,8 @@ interface Normalizer {
 }
 
 interface TokenizerFile {
+  model?: { type?: string };
+  post_processor?: { type?: string } | null;
   normalizer?: Normalizer | null;
   padding?: { direction?: string; pad_id?: number; pad_type_id?: number } | null;
   truncation?: { direction?: string } | null;
@@ -45,7 +47,22 @@ export class TextTokenizer {
   readonly #cutsLeft: boolean;
   readonly #parts: boolean;
 
-  /** `file`: the parsed tokenizer.json. `maxLength`: in tokens, special ones included. */
+  /** Read a tokenizer.json; throw CascadeError for one that is not a BERT's. `maxLength`: with special tokens. */
+  static parse(bytes: Uint8Array, maxLength: number, pair: boolean): TextTokenizer {
+    let file: TokenizerFile;
+    try {
+      file = JSON.parse(new TextDecoder().decode(bytes)) as TokenizerFile;
+    } catch (error) {
+      throw new CascadeError("tokenizer: not JSON; expected the bundle's tokenizer.json", { cause: error });
+    }
+    const [model, special] = [file.model?.type, file.post_processor?.type];
+    if (model !== "WordPiece" || (special !== "BertProcessing" && special !== "TemplateProcessing")) {
+      throw new CascadeError(`tokenizer: found ${model} with ${special}, expected WordPiece, as BERT has`);
+    }
+    return new TextTokenizer(file, maxLength, pair);
+  }
+
+  /** `file`: the parsed tokenizer.json of a BERT. `maxLength`: in tokens, special ones included. */
   constructor(
     file: object,
     readonly maxLength: number,
@@ -132,8 +149,9 @@ export class TextTokenizer {
     }
     const sides = (isPair ? text : [text]) as string[];
     for (const side of sides) {
-      if (side.length > LONGEST) {
-        throw new CascadeError(`text ${index}: found ${side.length} characters, expected at most ${LONGEST}; shorten it`);
+      const characters = side.length > LONGEST ? [...side].length : 0;
+      if (characters > LONGEST) {
+        throw new CascadeError(`text ${index}: found ${characters} characters, expected at most ${LONGEST}; shorten it`);
       }
       if (/\p{Surrogate}/u.test(side)) {
         throw new CascadeError(`text ${index}: found half a surrogate pair, expected Unicode text; replace it`);

@@ -43,12 +43,30 @@ test("what a cascade says about itself, and its default thresholds", async () =>
 });
 
 test("calls at the same time are answered one after another, and no texts give no answers", async () => {
-  const cascade = await load("texts");
+  let running = 0;
+  const InferenceSession = {
+    async create(...given) {
+      const session = await ort.InferenceSession.create(...given);
+      const run = async (feeds) => {
+        assert.equal(running++, 0, "another run is not over");
+        await new Promise((resolve) => setTimeout(resolve, 5));
+        const found = await session.run(feeds);
+        running--;
+        return found;
+      };
+      return { run, release: () => session.release() };
+    },
+  };
+  const cascade = await load("texts", { ort: { ...ort, InferenceSession } });
   const { texts } = JSON.parse(await read("texts/answers.json"));
   const alone = await cascade.classify(texts);
-  const together = await Promise.all([cascade.classify(texts), cascade.classify(texts.slice(0, 5)), cascade.classify([])]);
-  assert.deepEqual(together, [alone, together[1], []]);
-  together[1].forEach((answer, row) => assert.equal(answer.exit, alone[row].exit));
+  const calls = [cascade.classify(texts), cascade.classify(texts.slice(0, 1)), cascade.classify([])];
+  const released = cascade.release(); // after the calls before
+  const [whole, one, none] = await Promise.all(calls);
+  await Promise.all([released, cascade.release()]);
+  assert.deepEqual(whole, alone);
+  assert.deepEqual([one[0].label, one[0].exit, none], [alone[0].label, alone[0].exit, []]);
+  await assert.rejects(cascade.classify(texts), /this cascade is released; load it again/);
 });
 
 test("bad input gets one clear error", async () => {
@@ -62,6 +80,8 @@ test("bad input gets one clear error", async () => {
     [cascade, ["a \ud800 b"], {}, /text 0: found half a surrogate pair, expected Unicode text/],
     [cascade, ["a ".repeat(2 ** 20)], {}, /text 0: found 2097152 characters, expected at most 1048576; shorten it/],
     [cascade, ["a"], { thresholds: 1.5 }, /thresholds: found 1.5, expected a number from 0 to 1, or 2/],
+    [cascade, new Array(2), {}, /text 0: found undefined, expected a text/],
+    [cascade, ["a"], { thresholds: NaN }, /thresholds: found NaN, expected a number from 0 to 1/],
     [cascade, ["a"], { thresholds: [0.5] }, /thresholds: found \[0.5\], expected/],
     [cascade, ["a"], { thresholds: [0.5, "1"] }, /thresholds: found \[0.5,"1"\], expected/],
     [pairs, ["a film"], {}, /text 0: found a single text, expected a pair of texts/],
@@ -71,14 +91,22 @@ test("bad input gets one clear error", async () => {
   }
 });
 
+/** Return a model whose metadata can be read, but not its operators. */
+function broken(model) {
+  const bytes = Uint8Array.from(model);
+  const at = Buffer.from(bytes.buffer).indexOf("LayerNormalization");
+  return bytes.fill(120, at, at + 5);
+}
+
 test("files that cannot be used get one clear error", async () => {
   const model = await read("texts/cascade.onnx");
   const tokenizer = await read("texts/tokenizer.json");
   const cases = [
     [await read("texts/tiny.onnx"), tokenizer, /found no cascade in its metadata; expected an ONNX file that cascade-rt pack/],
     [model.subarray(0, model.length - 100), tokenizer, /not a readable ONNX file|found no cascade/],
+    [broken(model), tokenizer, /model: ONNX Runtime cannot load it \(/],
     [new TextEncoder().encode("<!doctype html>"), tokenizer, /not a readable ONNX file; expected/],
-    [model, await read("tokenizer.json"), /tokenizer: not the one that the model was packed with; take tokenizer.json/],
+    [model, await read("right/tokenizer.json"), /tokenizer: not the one that the model was packed with; take tokenizer.json/],
   ];
   for (const [bytes, file, message] of cases) {
     await assert.rejects(Cascade.load({ model: bytes, tokenizer: file, ort }), message);
@@ -102,4 +130,8 @@ test("files are fetched, with their progress, and a missing one is named", async
   assert.ok(seen.every(([received], at) => at === 0 || received > seen[at - 1][0]));
   const tokenizer = await read("texts/tokenizer.json");
   await assert.rejects(Cascade.load({ model: `${root}/none.onnx`, tokenizer, ort }), /model: http.*none.onnx answered 404/);
+  server.close();
+  await assert.rejects(Cascade.load({ model: "http://127.0.0.1:9/", tokenizer, ort }), (error) => {
+    return error instanceof CascadeError && /model: cannot fetch http.* \(.+\)/.test(error.message);
+  });
 });

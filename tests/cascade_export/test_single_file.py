@@ -25,7 +25,7 @@ from cascade_rt.engine.tokenization import TextTokenizer
 from cascade_rt.errors import InputError
 
 from ..cascade_rt.bundle.manifests import altered, set_to
-from ..toy import WORDS, write_segments
+from ..toy import WORDS, write_cascade, write_segments
 
 _DRAW = random.Random(0)
 TEXTS = [" ".join(_DRAW.choices(WORDS, k=_DRAW.randint(1, 45))) for _ in range(120)]
@@ -112,7 +112,10 @@ def test_int8_members_have_the_same_exits(copied: Path, tmp_path: Path) -> None:
     )
 
 
-def test_a_member_that_answers_nan_passes_the_text_on(copied: Path, tmp_path: Path) -> None:
+def test_a_member_that_answers_nan_passes_the_text_on(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cascade_export.single_file._check", lambda *_: None)  # the runtime refuses such a member
     model = onnx.load(copied / "tiny.onnx")
     (bias,) = (weight for weight in model.graph.initializer if weight.name == "classifier.bias")
     bias.CopyFrom(onnx.numpy_helper.from_array(np.array([np.nan, 0, 0], dtype=np.float32), bias.name))
@@ -172,6 +175,63 @@ def test_what_it_cannot_hold_is_refused_and_nothing_is_lost(bundle: Path, tmp_pa
         pack(bundle, tmp_path / "nowhere" / "one.onnx")
     assert Packed(bundle, tmp_path / "one.onnx", overwrite=True)(TEXTS[:1], [0.0, 0.0])[1].tolist() == [0]
     assert [path.name for path in tmp_path.glob("*one*")] == ["one.onnx"]
+
+
+def test_members_of_other_writers(tmp_path: Path) -> None:
+    folder = write_cascade(tmp_path / "old")  # of an older operator set
+    for name, change in (("tiny", _domain_by_its_other_name), ("small", _mask_through_a_branch)):
+        model = onnx.load(folder / f"{name}.onnx")
+        change(model)
+        onnx.save(model, folder / f"{name}.onnx")
+        at = {"tiny": 0, "small": 1}[name]
+        altered(folder, set_to("members", at, "sha256", to=sha256_of(folder / f"{name}.onnx")))
+    probabilities, exits, _ = Packed(folder, tmp_path / "one.onnx")(TEXTS, [0.8, 0.8])
+    expected = CascadeRuntime(folder, threads=1).predict(TEXTS)
+    assert set(exits.tolist()) == {0, 1, 2}
+    assert exits.tolist() == [answer.exit for answer in expected]
+    np.testing.assert_allclose(probabilities, [answer.probabilities for answer in expected], atol=1e-5)
+
+
+def _domain_by_its_other_name(model: onnx.ModelProto) -> None:
+    for library in [*model.opset_import, *model.graph.node]:
+        library.domain = "ai.onnx"
+
+
+def _mask_through_a_branch(model: onnx.ModelProto) -> None:
+    for node in model.graph.node:
+        node.input[:] = ["mask" if name == "attention_mask" else name for name in node.input]
+    kept = onnx.helper.make_node("Identity", ["attention_mask"], ["kept"])
+    output = onnx.helper.make_tensor_value_info("kept", onnx.TensorProto.INT64, ["rows", "tokens"])
+    branch = onnx.helper.make_graph([kept], "branch", [], [output])
+    condition = onnx.helper.make_node("Constant", [], ["yes"], value=onnx.numpy_helper.from_array(np.array(True)))
+    choice = onnx.helper.make_node("If", ["yes"], ["mask"], then_branch=branch, else_branch=branch)
+    nodes = [condition, choice, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
+def test_rows_without_a_token_do_not_stop_a_call(packed: Packed) -> None:
+    tokens = np.ones((2, 4), dtype=np.int64)
+    feed = {"input_ids": tokens, "attention_mask": 0 * tokens, "token_type_ids": 0 * tokens}
+    probabilities, exits, _ = packed.session.run(None, feed | {"thresholds": np.ones(2)})
+    assert exits.tolist() == [2, 2]
+    assert np.isfinite(probabilities).all()
+
+
+def test_a_file_that_answers_otherwise_than_the_runtime_is_refused(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cascade_export.single_file._passing", _zeros)
+    with pytest.raises(BundleError, match=r"do not work in one ONNX file \(.*\); export them from their checkpoints"):
+        pack(bundle, tmp_path / "one.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def _zeros(at: int) -> onnx.GraphProto:
+    """Return a branch that forgets the probabilities of texts that have left."""
+    output = onnx.helper.make_tensor_value_info(f"zeros{at}", onnx.TensorProto.DOUBLE, ["rows", "labels"])
+    node = onnx.helper.make_node("Sub", [f"found{at - 1}", f"found{at - 1}"], [f"zeros{at}"])
+    return onnx.helper.make_graph([node], f"zeros{at}", [], [output])
 
 
 def test_a_bundle_that_is_too_large(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -83,6 +84,36 @@ def test_a_text_alone_or_much_longer_than_the_others_has_all_threads(bundle: Pat
     runtime.predict(["a film"])
     runtime.predict(["the film is good " * 10, "a film"])
     assert all(stage._bulk_session is None for stage in runtime._stages)
+
+
+def test_no_texts_load_nothing(bundle: Path) -> None:
+    runtime = CascadeRuntime(bundle, threads=2)
+    assert runtime.predict([]) == []
+    assert runtime.member_logits([])[0].shape == (3, 0, 3)
+    assert all(stage._bulk_session is None for stage in runtime._stages)
+
+
+def test_a_preloaded_runtime_does_bulk_work_after_its_bundle_is_gone(copied: Path) -> None:
+    expected = CascadeRuntime(copied, threads=1).predict(TEXTS)
+    runtime = CascadeRuntime(copied, threads=2, preload=True)
+    shutil.rmtree(copied)
+    assert runtime.predict(TEXTS) == expected
+
+
+def test_a_thread_that_outlives_the_main_thread_is_answered(bundle: Path) -> None:
+    program = (
+        "import threading\n"
+        "from cascade_rt import CascadeRuntime\n"
+        f"runtime = CascadeRuntime({str(bundle)!r}, threads=2)\n"
+        f"texts = {TEXTS!r}\n"
+        "expected = runtime.predict(texts)\n"
+        "def work():\n"
+        "    threading.main_thread().join()\n"
+        "    print(runtime.predict(texts) == expected)\n"
+        "threading.Thread(target=work).start()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert (done.stdout.strip(), done.stderr) == ("True", "")
 
 
 def test_other_devices_run_one_micro_batch_at_a_time(bundle: Path) -> None:
