@@ -15,7 +15,7 @@ from typing import Any
 from cascade_export.check import MAX_ACCURACY_DROP
 from cascade_export.checkpoint import training_record
 from cascade_export.export import AUTO, DEFAULT_THRESHOLD, FP32_ON_OPENVINO, export_bundle
-from cascade_export.pack import packed
+from cascade_export.pack import check_output, packed
 from cascade_rt.bundle import Bundle, MemberEntry
 from cascade_rt.bundle.manifest import EXIT_RULES
 from cascade_rt.cli.options import add_provider_option, provider_options
@@ -102,6 +102,8 @@ def add_arguments(parser: CommandParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Export, and print a table: the members, and how they compare with their originals on the check data."""
+    if options.single_file:
+        check_output(options.single_file, overwrite=options.overwrite)
     with TemporaryDirectory(prefix="cascade-export-") as folder:
         members = options.member or _random_members(options, Path(folder))
         if any("exits" in training_record(member) for member in members):

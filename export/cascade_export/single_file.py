@@ -17,12 +17,13 @@ import onnxruntime
 from numpy.typing import ArrayLike
 from onnx import TensorProto, compose, helper, inliner, numpy_helper, version_converter
 
+from cascade_export.pack import check_output
 from cascade_rt import CascadeRuntime
 from cascade_rt.bundle import Bundle, read_bundle
 from cascade_rt.bundle.manifest import BATCH_TOLERANCE
 from cascade_rt.engine.cost import cumulative_layers
 from cascade_rt.errors import BundleError, CascadeError, InputError, first_line
-from cascade_rt.io.writers import output_path, whole_file
+from cascade_rt.io.writers import whole_file
 from cascade_rt.types import Text
 
 METADATA = "cascade"
@@ -44,8 +45,7 @@ def pack(model_dir: str | Path, output: str | Path, *, overwrite: bool = False) 
     Raises BundleError for a bundle of segments or with another exit rule, or if the file does not answer as the
     runtime does, and InputError if the file exists or would be larger than 2 GB.
     """
-    if output_path(output).exists() and not overwrite:
-        raise InputError(f"{output}: exists already; name another file, or use --overwrite")
+    check_output(output, overwrite=overwrite)
     bundle = read_bundle(model_dir).tuned()
     if not bundle.is_cascade:
         raise BundleError(

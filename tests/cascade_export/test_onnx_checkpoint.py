@@ -213,3 +213,18 @@ def test_what_is_missing_is_named(
         assert error.count("\n") == 1
         shutil.rmtree(folder)
     assert not Path("out").exists()
+
+
+def test_one_file_is_written_beside_the_bundle(
+    laid_out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    members = [option for name in ("small", "big") for option in ("--member", str(laid_out / name))]
+    command = ["export", *members, "--output", "out", "--single-file", "one.onnx"]
+    (tmp_path / "one.onnx").write_bytes(b"mine")
+    assert main(command) == 2
+    assert "one.onnx: exists already" in capsys.readouterr().err
+    assert not Path("out").exists()
+    assert main([*command, "--overwrite"]) == 0
+    assert "one.onnx: small (2L fp32), big (4L fp32); 3 labels" in capsys.readouterr().out
+    names = [tensor.name for tensor in onnx.load("one.onnx").graph.output]
+    assert names == ["probabilities", "exit", "layers"]
