@@ -104,10 +104,15 @@ class Stage:
         return self._threads if self._provider in (CPU, OPENVINO) else 1
 
     def load(self) -> Any:
-        """Return the session, made now if it was not; raise BundleError if the engine cannot use the file."""
+        """Return the session, made now if it was not; raise BundleError if the engine cannot use the file.
+
+        If the file was replaced since the session for bulk work was made, return that one.
+        """
         if self._session is None:
             with self._loading:
                 if self._session is None:
+                    if self._bulk_session is not None and self._replaced():
+                        return self._bulk_session
                     self._session = self._make_session()
         return self._session
 
@@ -116,7 +121,7 @@ class Stage:
         if self._bulk_session is None:
             with self._loading:
                 if self._bulk_session is None:
-                    if self._session is not None and file_identity(self._path) != self._identity:
+                    if self._session is not None and self._replaced():
                         return None
                     self._bulk_session = self._make_session(share_threads=True)
         return self._bulk_session
@@ -207,7 +212,7 @@ class Stage:
 
         `share_threads`: whether runs at the same time each have one thread, else one run has all.
         """
-        if file_identity(self._path) != self._identity:
+        if self._replaced():
             raise BundleError(
                 f"{self._path}: replaced since the bundle was opened; open it again (members can be loaded all at once)"
             )
@@ -218,6 +223,9 @@ class Stage:
             session = self._onnxruntime_session(1 if share_threads else self._threads)
             self._use([node.name for node in session.get_inputs()], [node.name for node in session.get_outputs()])
         return session
+
+    def _replaced(self) -> bool:
+        return file_identity(self._path) != self._identity
 
     def _openvino_session(self, share_threads: bool) -> OpenVinoSession:
         try:

@@ -93,11 +93,16 @@ def test_no_texts_load_nothing(bundle: Path) -> None:
     assert all(stage._bulk_session is None for stage in runtime._stages)
 
 
-def test_a_preloaded_runtime_does_bulk_work_after_its_bundle_is_gone(copied: Path) -> None:
-    expected = CascadeRuntime(copied, threads=1).predict(TEXTS)
-    runtime = CascadeRuntime(copied, threads=2, preload=True)
+def test_a_member_that_was_loaded_answers_after_its_bundle_is_gone(copied: Path) -> None:
+    alone = CascadeRuntime(copied, threads=1, preload=True)
+    preloaded = CascadeRuntime(copied, threads=2, preload=True)
+    used = CascadeRuntime(copied, threads=2)
+    used.predict(TEXTS)
     shutil.rmtree(copied)
-    assert runtime.predict(TEXTS) == expected
+    for runtime in (preloaded, used):
+        assert runtime.predict(TEXTS) == alone.predict(TEXTS)
+        for text in TEXTS[:5]:
+            assert runtime.predict([text]) == alone.predict([text])
 
 
 def test_a_thread_that_outlives_the_main_thread_is_answered(bundle: Path) -> None:
