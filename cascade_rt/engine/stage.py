@@ -53,7 +53,7 @@ class Stage:
 
     One session runs a micro-batch at a time, with all threads. The other, for bulk work on a CPU, runs as many
     micro-batches at a time as there are threads, one thread each: threads that compute on the same micro-batch wait
-    for each other after every operator, and move activations between their caches.
+    for each other after every operator.
     """
 
     def __init__(
