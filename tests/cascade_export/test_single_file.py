@@ -12,7 +12,6 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from cascade_export.precision import write_precision
 from cascade_export.single_file import METADATA, pack
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,6 +25,7 @@ from cascade_rt.errors import InputError
 
 from ..cascade_rt.bundle.manifests import altered, set_to
 from ..toy import WORDS, write_cascade, write_segments
+from .int8_bundles import to_int8
 
 _DRAW = random.Random(0)
 TEXTS = [" ".join(_DRAW.choices(WORDS, k=_DRAW.randint(1, 45))) for _ in range(120)]
@@ -93,14 +93,7 @@ def test_pairs_keep_their_token_types(pair_bundle: Path, tmp_path: Path) -> None
 
 
 def test_int8_members_have_the_same_exits(copied: Path, tmp_path: Path) -> None:
-    def to_int8(manifest: dict[str, Any]) -> None:
-        for entry in manifest["members"]:
-            file = copied / entry["file"]
-            write_precision(file, copied / "int8.onnx", "int8")
-            (copied / "int8.onnx").replace(file)
-            entry |= {"precision": "int8", "sha256": sha256_of(file)}
-
-    altered(copied, to_int8)
+    to_int8(copied)
     packed = Packed(copied, tmp_path / "int8.onnx")
     assert {node.op_type for node in onnx.load(tmp_path / "int8.onnx").graph.node} >= {"QuantizeLinear", "If"}
     expected = CascadeRuntime(copied, threads=1, thresholds=0.8).predict(TEXTS)
@@ -168,7 +161,7 @@ def test_what_it_cannot_hold_is_refused_and_nothing_is_lost(bundle: Path, tmp_pa
     with pytest.raises(BundleError, match="found members that are segments, or exits by patience; expected complete"):
         pack(segments, tmp_path / "one.onnx")
     (tmp_path / "one.onnx").write_bytes(b"mine")
-    with pytest.raises(InputError, match=r"one\.onnx: exists already; name another file, or use --overwrite"):
+    with pytest.raises(InputError, match=r"one\.onnx: exists already; name another file, or use `overwrite`"):
         pack(bundle, tmp_path / "one.onnx")
     assert (tmp_path / "one.onnx").read_bytes() == b"mine"
     with pytest.raises(InputError, match="does not exist; create it first"):

@@ -19,6 +19,7 @@ from cascade_rt import CascadeRuntime, InferenceError
 from cascade_rt.engine.stage import Stage
 
 from ..toy import WORDS
+from .forks import check_a_fork
 
 _DRAW = random.Random(0)
 TEXTS = ["", *(" ".join(_DRAW.choices(WORDS, k=_DRAW.randint(1, 45))) for _ in range(400))]  # many micro-batches
@@ -34,7 +35,7 @@ def test_answers_are_those_of_one_thread_to_the_last_bit(
     expected = alone.predict(TEXTS)
     assert len({answer.exit for answer in expected}) > 1
     assert runtime.predict(TEXTS) == expected
-    assert runtime._stages[0]._session is None, "bulk work alone does not load what single texts need"
+    assert runtime._stages[0]._sessions.get(False) is None, "bulk work alone does not load what single texts need"
     assert runtime.predict(TEXTS[5:6])[0].label == expected[5].label
     np.testing.assert_array_equal(runtime.member_logits(TEXTS)[0], alone.member_logits(TEXTS)[0])
     with ThreadPoolExecutor(3) as pool:
@@ -54,11 +55,11 @@ class Meeting:
 
 
 def test_micro_batches_run_side_by_side(bundle: Path) -> None:
-    same_length = ["the film is good"] * 256  # 8 micro-batches of as many tokens
+    same_length = ["the film is good"] * 340  # 4 micro-batches of as many tokens
     runtime = CascadeRuntime(bundle, threads=2, thresholds=0.0)
     expected = runtime.predict(same_length)
     stage = runtime._stages[0]
-    stage._bulk_session = Meeting(stage._bulk_session)
+    stage._sessions[True] = Meeting(stage._sessions[True])
     assert runtime.predict(same_length) == expected
 
 
@@ -73,7 +74,7 @@ def test_a_failure_names_the_member_and_leaves_the_runtime_usable(
             raise RuntimeError("out of luck")
 
     with monkeypatch.context() as patch:
-        patch.setattr(runtime._stages[0], "_bulk_session", Failing())
+        patch.setitem(runtime._stages[0]._sessions, True, Failing())
         with pytest.raises(InferenceError, match=r"'tiny' failed on \d+ texts? of \d+ tokens \(out of luck\)"):
             runtime.predict(TEXTS)
     assert runtime.predict(TEXTS) == expected
@@ -83,14 +84,14 @@ def test_a_text_alone_or_much_longer_than_the_others_has_all_threads(bundle: Pat
     runtime = CascadeRuntime(bundle, threads=2)
     runtime.predict(["a film"])
     runtime.predict(["the film is good " * 10, "a film"])
-    assert all(stage._bulk_session is None for stage in runtime._stages)
+    assert all(True not in stage._sessions for stage in runtime._stages)
 
 
 def test_no_texts_load_nothing(bundle: Path) -> None:
     runtime = CascadeRuntime(bundle, threads=2)
     assert runtime.predict([]) == []
     assert runtime.member_logits([])[0].shape == (3, 0, 3)
-    assert all(stage._bulk_session is None for stage in runtime._stages)
+    assert all(True not in stage._sessions for stage in runtime._stages)
 
 
 def test_a_member_that_was_loaded_answers_after_its_bundle_is_gone(copied: Path) -> None:
@@ -128,15 +129,4 @@ def test_other_devices_run_one_micro_batch_at_a_time(bundle: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_forked_process_answers_too(bundle: Path) -> None:
-    program = (
-        "import os, sys, warnings\n"
-        "warnings.simplefilter('ignore')  # of newer versions of Python, on a fork beside threads\n"
-        "from cascade_rt import CascadeRuntime\n"
-        f"runtime = CascadeRuntime({str(bundle)!r}, threads=2)\n"
-        f"texts = {TEXTS!r}\n"
-        "before = runtime.predict(texts)\n"
-        "if child := os.fork():\n"
-        "    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
-        "os._exit(0 if runtime.predict(texts) == before else 1)\n"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    check_a_fork(bundle, TEXTS, "cpu")

@@ -51,11 +51,11 @@ class CountingSession:
 def test_a_text_that_left_never_reaches_a_bigger_member(bundle: Path, corpus: list[str]) -> None:
     runtime = CascadeRuntime(bundle, thresholds=[0.6, 0.8])
     for stage in runtime._stages:
-        stage._session = CountingSession(stage.load())
+        stage._sessions[False] = CountingSession(stage.load())
     predictions = runtime.predict(corpus)
     exits = [prediction.exit for prediction in predictions]
     assert len(set(exits)) == 3, "the case needs texts that leave at every member"
-    seen = [stage._session.rows for stage in runtime._stages]
+    seen = [stage._sessions[False].rows for stage in runtime._stages]
     assert seen == [300, sum(exit > 0 for exit in exits), sum(exit > 1 for exit in exits)]
 
 

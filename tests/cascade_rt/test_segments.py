@@ -109,7 +109,7 @@ def test_states_of_texts_that_left_are_not_handed_on(four_segments: Path) -> Non
     runtime = CascadeRuntime(four_segments)
     before = [answer.exit for answer in runtime.predict(TEXTS)]
     stage = runtime._stages[3]
-    stage._session = recording = Recording(stage.load())
+    stage._sessions[False] = recording = Recording(stage.load())
     runtime.predict(TEXTS)
     lengths = [len(encoding.ids) for encoding in tokenized(str(four_segments / "tokenizer.json"), TEXTS)]
     staying = sorted(length for length, exit in zip(lengths, before, strict=True) if exit == 3)

@@ -65,7 +65,7 @@ def test_seconds_are_those_of_the_session(bundle: Path) -> None:
             time.sleep(0.02)
             return session.run(*arguments)
 
-    runtime._stages[0]._session = Slow()
+    runtime._stages[0]._sessions[False] = Slow()
     started = time.perf_counter()
     runtime.predict(["a film"])
     runtime.predict(["a film", "a cat"])

@@ -22,6 +22,7 @@ from cascade_rt.engine import providers
 from cascade_rt.engine.stage import Stage
 
 from ...toy import WORDS
+from ..forks import check_a_fork
 
 pytest.importorskip("openvino", reason="the extra openvino is not installed")
 
@@ -102,19 +103,7 @@ def test_what_it_cannot_run_is_refused(copied: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_forked_process_answers_too(bundle: Path) -> None:
-    program = (
-        "import os, sys, warnings\n"
-        "warnings.simplefilter('ignore')  # of newer versions of Python, on a fork beside threads\n"
-        "from cascade_rt import CascadeRuntime\n"
-        f"runtime = CascadeRuntime({str(bundle)!r}, provider='openvino', threads=2)\n"
-        f"texts = {TEXTS!r}\n"
-        "before = runtime.predict(texts)\n"
-        "if child := os.fork():\n"
-        "    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
-        "same = runtime.predict(texts) == before and runtime.predict(texts[:1])[0].label == before[0].label\n"
-        "os._exit(0 if same else 1)\n"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    check_a_fork(bundle, TEXTS, "openvino")
 
 
 def test_no_telemetry_is_loaded(bundle: Path) -> None:

@@ -31,7 +31,7 @@ def standing_in(bundle: Path, answer: Any) -> CascadeRuntime:
     """Return a runtime whose first member answers with `answer(rows)`, or raises it."""
     runtime = CascadeRuntime(bundle)
     runtime._stages[0].load()
-    runtime._stages[0]._session = Answering(answer)
+    runtime._stages[0]._sessions[False] = Answering(answer)
     return runtime
 
 
