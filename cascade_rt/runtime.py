@@ -27,6 +27,7 @@ from .engine.drift import exit_shift
 from .engine.exit_rules import ExitRule, checked_thresholds, exit_rule
 from .engine.hidden_states import HiddenStates
 from .engine.inputs import check_types, iterated, listed, unwrapped
+from .engine.journey import Journey, StageCall
 from .engine.opened import Opened
 from .engine.probabilities import softmax, softmax_row
 from .engine.stage import Stage
@@ -45,7 +46,6 @@ class _LeftOut:
 
 
 _BEST: Any = _LeftOut()
-_Run = tuple[int, tuple[int, int], float]  # stage, (rows, tokens), seconds
 
 
 class CascadeRuntime:
@@ -168,34 +168,61 @@ class CascadeRuntime:
         encoded = self._opened.tokenizer.encode(list(iterated(texts)))
         if len(encoded.lengths) == 1:
             return [self._predict_one(encoded, stages)]
-        probabilities = np.empty((len(encoded.lengths), len(self._bundle.labels)))
-        exits = np.empty(len(probabilities), dtype=np.intp)
-        waiting = by_length(encoded.lengths)
-        decisions = self._rule.begin(len(probabilities))
-        inputs: dict[str, Encoded | HiddenStates] = {TOKENS: encoded}
-        runs: list[_Run] = []
+        journey = self._begun(encoded)
         for index, stage in enumerate(stages):
-            if not waiting.size:
-                break
-            logits, inputs[HIDDEN_STATES] = self._run(index, stage, inputs[stage.reads], waiting, runs)
-            probabilities[waiting] = answers = softmax(logits)
-            leaving = decisions.leaving(index, waiting, answers)
-            exits[waiting[leaving]] = index
-            waiting = waiting[~leaving]
-        self._record(np.bincount(exits, minlength=len(stages)).tolist(), encoded, runs)
-        winners = probabilities.argmax(axis=1).tolist()
-        return [
-            self._prediction(row, winner, exit, encoded.truncated(index))
-            for index, (row, winner, exit) in enumerate(
-                zip(probabilities.tolist(), winners, exits.tolist(), strict=True)
-            )
-        ]
+            self._advance(journey, index, stage)
+        return self.finish(journey)
+
+    def begin(self, texts: Iterable[Text]) -> Journey:
+        """Tokenize texts for `advance`: `predict` in steps, which may run in several processes. Errors as of `predict`.
+
+        Step by step, `predict` is `begin`, `advance` to each member in turn, and `finish`. A journey can be pickled;
+        only the tokens of texts that have not left go with it.
+        """
+        self._open_stages()
+        return self._begun(self._opened.tokenizer.encode(list(iterated(texts))))
+
+    def _begun(self, encoded: Encoded) -> Journey:
+        texts = len(encoded.lengths)
+        return Journey(
+            probabilities=np.empty((texts, len(self._bundle.labels))),
+            exits=np.empty(texts, dtype=np.intp),
+            waiting=by_length(encoded.lengths),
+            truncated=[encoded.truncated(row) for row in range(texts)],
+            decisions=self._rule.begin(texts),
+            inputs={TOKENS: encoded},
+            tokenization_seconds=encoded.seconds,
+        )
+
+    def advance(self, journey: Journey, member: int) -> None:
+        """Run a member, by its 0-based position, on the texts of a journey that have not left."""
+        self._advance(journey, member, self._open_stages()[member])
+
+    def _advance(self, journey: Journey, index: int, stage: Stage) -> None:
+        waiting = journey.waiting
+        if not waiting.size:
+            return
+        logits, journey.inputs[HIDDEN_STATES] = self._run(
+            index, stage, journey.inputs[stage.reads], waiting, journey.runs
+        )
+        journey.probabilities[waiting] = answers = softmax(logits)
+        leaving = journey.decisions.leaving(index, waiting, answers)
+        journey.exits[waiting[leaving]] = index
+        journey.waiting = waiting[~leaving]
+
+    def finish(self, journey: Journey) -> list[Prediction]:
+        """Return the answers to a journey's texts in input order, after all members; counted in `stats`."""
+        exits, winners = journey.exits.tolist(), journey.probabilities.argmax(axis=1).tolist()
+        counts = np.bincount(journey.exits, minlength=len(self._bundle.members)).tolist()
+        self._record(counts, journey.tokenization_seconds, journey.runs)
+        rows = zip(journey.probabilities.tolist(), winners, exits, journey.truncated, strict=True)
+        return [self._prediction(*row) for row in rows]
 
     def _predict_one(self, encoded: Encoded, stages: Sequence[Stage]) -> Prediction:
         """The same journey for one text: there is nothing to order, and all members read the same arrays."""
         inputs: dict[str, dict[str, Any]] = {TOKENS: encoded.batch(_FIRST)}
         decisions = self._rule.begin(1)
-        runs: list[_Run] = []
+        runs: list[StageCall] = []
         for index, stage in enumerate(stages):
             batch = inputs[stage.reads]
             logits, hidden_states, seconds = stage.run(batch)
@@ -204,7 +231,7 @@ class CascadeRuntime:
             if decisions.leaves_alone(index, probabilities):
                 break
             inputs[HIDDEN_STATES] = {"hidden_states": hidden_states, "attention_mask": batch["attention_mask"]}
-        self._record([int(at == index) for at in range(len(stages))], encoded, runs)
+        self._record([int(at == index) for at in range(len(stages))], encoded.seconds, runs)
         return self._prediction(probabilities, probabilities.index(max(probabilities)), index, encoded.truncated(0))
 
     def predict_iter(self, texts: Iterable[Text], chunk_size: int = 1024) -> Iterator[Prediction]:
@@ -369,7 +396,7 @@ class CascadeRuntime:
         }
         members = [entry.name for entry in self._bundle.members]
         state = (str(opened.model_dir), opened.bundle.sha256, settings, members, self._thresholds or None)
-        return _reopened, (type(self), *state)
+        return _reopened, (type(self), *state, self._bundle.exit_rule.get("patience"))
 
     def _with(
         self,
@@ -395,7 +422,7 @@ class CascadeRuntime:
         stage: Stage,
         inputs: Encoded | HiddenStates,
         rows: NDArray[np.intp],
-        runs: list[_Run],
+        runs: list[StageCall],
     ) -> tuple[NDArray[np.float32], HiddenStates]:
         """Run one stage on `rows`, in micro-batches: logits in the order of `rows`, and the hidden states it left."""
         logits = np.empty((len(rows), len(self._bundle.labels)), dtype=np.float32)
@@ -410,14 +437,14 @@ class CascadeRuntime:
             done += len(some)
         return logits, left
 
-    def _record(self, exits: list[int], encoded: Encoded, runs: list[_Run]) -> None:
+    def _record(self, exits: list[int], tokenization_seconds: float, runs: list[StageCall]) -> None:
         self.count(exits)
         if self._trace is not None:
             names = [entry.name for entry in self._bundle.members]
             stage_runs = [
                 StageRun(index, names[index], rows, tokens, seconds) for index, (rows, tokens), seconds in runs
             ]
-            self._trace(Trace(sum(exits), encoded.seconds, stage_runs))
+            self._trace(Trace(sum(exits), tokenization_seconds, stage_runs))
 
     def _prediction(self, probabilities: list[float], winner: int, exit: int, truncated: bool) -> Prediction:
         label, score = self._bundle.labels[winner], probabilities[winner]
@@ -437,9 +464,11 @@ def _reopened(
     settings: Mapping[str, Any],
     members: Sequence[str],
     thresholds: Sequence[float] | None,
+    patience: int | None,
 ) -> CascadeRuntime:
     """Open a pickled runtime's bundle again; raise BundleError if another one is there now."""
     runtime = kind(model_dir, **settings)
     if runtime.bundle.sha256 != sha256:
         raise BundleError(f"{model_dir}: replaced since the runtime was pickled; open the bundle again")
-    return runtime.with_members(members).with_thresholds(thresholds)
+    runtime = runtime.with_members(members)
+    return runtime.with_thresholds(thresholds) if patience is None else runtime.with_patience(patience)

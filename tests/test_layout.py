@@ -31,12 +31,13 @@ RANKS = {
     "engine": 3,
     "runtime": 4,
     "__init__": 5,  # the public names
-    "tuning": 6,
-    "jobs": 6,
-    "serving": 6,
-    "benchmark": 7,
-    "cli": 8,
-    "__main__": 9,
+    "cluster": 6,
+    "tuning": 7,
+    "jobs": 7,
+    "serving": 7,
+    "benchmark": 8,
+    "cli": 9,
+    "__main__": 10,
 }
 """Rooms of cascade_rt: a module imports from its own room and from those of a lower rank."""
 

@@ -27,6 +27,12 @@ class HiddenStates:
         found._states = {at: source._states[row] for at, (source, row) in enumerate(picks)}
         return found
 
+    def kept(self, rows: NDArray[np.intp]) -> HiddenStates:
+        """Return the states of the texts in these rows, still under their rows."""
+        found = HiddenStates(self.lengths)
+        found._states = {row: self._states[row] for row in rows.tolist() if row in self._states}
+        return found
+
     def put(self, rows: NDArray[np.intp], mask: NDArray[np.int64], states: NDArray[np.float32] | None) -> None:
         """Keep the states of a micro-batch, (rows, tokens, hidden), without its padding; None keeps nothing.
 

@@ -318,9 +318,10 @@ def test_a_tuned_runtime_and_its_variants_are_pickled_as_they_are(tuned: Path, w
 
 def test_segments_are_pickled(four_segments: Path, worker: Pool) -> None:
     runtime = CascadeRuntime(four_segments)
-    for variant in (runtime, runtime.with_members(["segment-1", "segment-2"])):
+    for variant in (runtime, runtime.with_members(["segment-1", "segment-2"]), runtime.with_patience(2)):
         assert worker.apply(variant.predict, (TEXTS,)) == variant.predict(TEXTS)
         same = pickle.loads(pickle.dumps(variant))
+        assert same.bundle == variant.bundle
         assert list(same.original) == list(runtime.bundle.members)
 
 

@@ -1,0 +1,142 @@
+"""Ray: a connection to a cluster, and runtimes that open on any of its machines, also where the bundle's folder is not.
+
+The bundle goes along in Ray's object store, one copy for each machine, and is checked by its sha256 where it arrives.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .bundle.manifest import read_manifest
+from .bundle.storage import bundle_files
+from .errors import BundleError, CascadeError, InputError, MissingExtraError, first_line
+from .runtime import CascadeRuntime
+
+
+@contextmanager
+def cluster(address: str | None = None) -> Iterator[Any]:
+    """Connect to a cluster for a block, which gets the module `ray`; a cluster that this started ends with it.
+
+    `address`: of a cluster, "auto" for the one on this machine, or "local" for a new one. None: as `ray.init` does, the
+    cluster of RAY_ADDRESS, else one that runs on this machine, else a new one. Where Ray is initialized, that is used.
+    Raises MissingExtraError without Ray, and InputError for a cluster that does not answer.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster that we start reports nothing to anyone
+    try:
+        import ray  # noqa: PLC0415 - an extra
+    except ImportError as error:
+        raise MissingExtraError("Ray", "ray", error) from error
+    if ray.is_initialized():
+        yield ray
+        return
+    try:
+        ray.init(address=address, include_dashboard=_new(address), log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise InputError(
+            f"cannot connect to the cluster {address or 'auto'} ({first_line(error)}); check the `address`"
+        ) from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _new(address: str | None) -> bool | None:
+    """Return the setting for the dashboard: none in a cluster that is started here."""
+    return False if address in (None, "local") and "RAY_ADDRESS" not in os.environ else None
+
+
+@dataclass(frozen=True)
+class RemoteRuntime:
+    """How to open the same runtime on any machine of a cluster."""
+
+    folder: str
+    """The bundle's, on the machine of `shared`."""
+    sha256: str
+    """Of the bundle."""
+    files: Mapping[str, Any]
+    """The bundle's files, as references to bytes in the object store, by their relative path."""
+    members: Sequence[str]
+    thresholds: Sequence[float] | None
+    patience: int | None
+    version: str = __version__
+
+    def open(self, **settings: Any) -> CascadeRuntime:
+        """Open the runtime; `settings`: provider, threads and others of `CascadeRuntime`.
+
+        Raises CascadeError where another version of cascade-rt is installed, and the errors of `CascadeRuntime`.
+        """
+        if self.version != __version__:
+            raise CascadeError(
+                f"found cascade-rt {__version__} on a machine of the cluster, expected {self.version}, as here; install "
+                "the same version everywhere"
+            )
+        runtime = CascadeRuntime(
+            self._folder(),
+            expected_sha256=self.sha256,
+            members=self.members,
+            thresholds=self.thresholds,
+            **settings,
+        )
+        return runtime if self.patience is None else runtime.with_patience(self.patience)
+
+    def _folder(self) -> Path:
+        """Return a folder of this machine that has the bundle; one for all processes and jobs."""
+        here = Path(self.folder)
+        if self._is_in(here):
+            return here
+        kept = Path(tempfile.gettempdir()) / f"cascade-rt-{getpass.getuser()}" / self.sha256[:32]
+        if not self._is_in(kept):
+            shutil.rmtree(kept, ignore_errors=True)  # of old files in it, a system may have deleted some
+            self._unpack(kept)
+        return kept
+
+    def _is_in(self, folder: Path) -> bool:
+        try:
+            return read_manifest(folder).sha256 == self.sha256 and all((folder / file).is_file() for file in self.files)
+        except BundleError:
+            return False
+
+    def _unpack(self, target: Path) -> None:
+        import ray  # noqa: PLC0415 - an extra
+
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".partial-", dir=target.parent))
+        try:
+            for file, reference in self.files.items():
+                path = work / file
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(ray.get(reference))
+            try:
+                work.rename(target)
+            except OSError:
+                if not self._is_in(target):  # else another process was faster
+                    raise
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def shared(runtime: CascadeRuntime) -> RemoteRuntime:
+    """Put a runtime's bundle into the object store, and return how to open the runtime anywhere."""
+    import ray  # noqa: PLC0415 - an extra
+
+    bundle = runtime.bundle
+    folder, sha256 = bundle.folder, bundle.sha256
+    assert folder is not None and sha256 is not None, "a runtime's bundle was read from a folder"
+    return RemoteRuntime(
+        folder=str(folder.absolute()),
+        sha256=sha256,
+        files={file: ray.put((folder / file).read_bytes()) for file in bundle_files(bundle)},
+        members=[member.name for member in bundle.members],
+        thresholds=runtime.thresholds or None,
+        patience=bundle.exit_rule.get("patience"),
+    )
