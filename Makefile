@@ -44,7 +44,7 @@ $(DEMO)/bundle: | .venv/demo-ready
 
 # The fast tests, without real data. One process and one thread per core: tiny models gain nothing from more threads.
 test: .venv/dev-ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m 'not real_data'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup -m 'not real_data'
 
 # The npm package, against the answers of the Python package; its page too, where Chromium is installed.
 test-js: .venv/dev-ready js/node_modules/.package-lock.json

@@ -8,7 +8,10 @@ from __future__ import annotations
 import getpass
 import os
 import shutil
+import signal
+import socket
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +23,8 @@ from .bundle.manifest import read_manifest
 from .bundle.storage import bundle_files
 from .errors import BundleError, CascadeError, InputError, MissingExtraError, first_line
 from .runtime import CascadeRuntime
+
+_CONNECT_SECONDS = 10.0
 
 
 @contextmanager
@@ -38,16 +43,28 @@ def cluster(address: str | None = None) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
+    handler = signal.getsignal(signal.SIGTERM)
+    named = address or os.environ.get("RAY_ADDRESS", "")
     try:
+        _check_reachable(named)
         ray.init(address=address, include_dashboard=_new(address), log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, RuntimeError, ValueError) as error:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # Ray ends the process with a stack trace
+    except (OSError, RuntimeError, ValueError) as error:
         raise InputError(
-            f"cannot connect to the cluster {address or 'auto'} ({first_line(error)}); check the `address`"
+            f"cannot connect to the cluster {named or 'auto'} ({first_line(error)}); check the `address`"
         ) from error
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Raise OSError where nothing answers at "host:port", which Ray would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
 
 
 def _new(address: str | None) -> bool | None:
@@ -77,8 +94,8 @@ class RemoteRuntime:
         """
         if self.version != __version__:
             raise CascadeError(
-                f"found cascade-rt {__version__} on a machine of the cluster, expected {self.version}, as here; install "
-                "the same version everywhere"
+                f"found cascade-rt {__version__} on a machine of the cluster, expected {self.version}, as here; "
+                "install the same version everywhere"
             )
         runtime = CascadeRuntime(
             self._folder(),

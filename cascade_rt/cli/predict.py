@@ -7,20 +7,34 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
-from ..errors import InputError
+from ..errors import CascadeError, InputError
 from ..io.readers import FORMATS, Example, Reject, read_records
 from ..io.writers import open_output
 from ..jobs.answering import ON_ERROR, SKIP, STOP, Counts, answer
 from ..jobs.files import JobFiles
+from ..jobs.shards import ENDINGS as SHARD_FORMATS
 from ..runtime import CascadeRuntime
 from ..types import Text
-from .options import add_bundle, add_input, add_running, add_threshold, open_runtime, progress_bar, reading, rows_of
+from .options import (
+    add_bundle,
+    add_input,
+    add_running,
+    add_threshold,
+    open_runtime,
+    progress_bar,
+    provider_options,
+    reading,
+    rows_of,
+)
 from .parser import CommandParser
 from .rendering import exits_line, printable
 from .signals import Termination
 
 SUMMARY = "classify texts"
+LOCAL, RAY = "local", "ray"
+_CLUSTER_ALONE = ("--address", "--actors", "--pools", "--shard-rows", "--shard-format")
 EXAMPLE = 'cascade-rt predict --model-dir bundle/ "a text" "another text"'
 
 
@@ -28,12 +42,18 @@ def add_arguments(parser: CommandParser) -> None:
     """Add the options."""
     add_bundle(parser)
     parser.add_argument("text", nargs="*", metavar="TEXT", help="texts to classify; for pairs: TEXT TEXT ...")
-    add_input(parser, required=False, help=f"read texts from a file ({', '.join(FORMATS)}); - for standard input")
+    add_input(
+        parser,
+        required=False,
+        help=f"read texts from a file ({', '.join(FORMATS)}), a folder or a pattern, also behind a URI such as s3://; "
+        "- for standard input",
+    )
     parser.add_argument(
         "--output",
         metavar="FILE",
         default="-",
-        help="file for the answers: JSON lines, or csv or parquet by its ending, also .gz, .zst; - for standard output",
+        help="file for the answers: JSON lines, or csv or parquet by its ending, also .gz, .zst; - for standard "
+        "output; with --engine ray a folder, or a URI of one",
     )
     parser.add_argument(
         "--on-error",
@@ -47,6 +67,32 @@ def add_arguments(parser: CommandParser) -> None:
     parser.add_argument("--rejects", metavar="FILE", help="file for such rows, one JSON object a line, with the reason")
     add_threshold(parser)
     add_running(parser)
+    _add_cluster(parser)
+
+
+def _add_cluster(parser: CommandParser) -> None:
+    cluster = parser.add_argument_group("on a Ray cluster")
+    cluster.add_argument(
+        "--engine", choices=(LOCAL, RAY), default=LOCAL, help="where: in this process, or on a cluster by Ray Data"
+    )
+    cluster.add_argument("--address", help="of the cluster (default: RAY_ADDRESS, else one on this machine, else new)")
+    cluster.add_argument(
+        "--actors", type=int, metavar="N", help="processes that answer texts (default: as many as there is room for)"
+    )
+    cluster.add_argument(
+        "--pool",
+        dest="pools",
+        action="append",
+        default=[],
+        metavar="MEMBER=ACTORS[:PROVIDER]",
+        help="give a member processes of its own; once for each member, instead of --actors",
+    )
+    cluster.add_argument("--shard-rows", type=int, metavar="N", help="rows in each file of the output (default: 10240)")
+    cluster.add_argument(
+        "--shard-format",
+        choices=SHARD_FORMATS,
+        help=f"format of the files of the output (default: {SHARD_FORMATS[0]})",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -57,6 +103,11 @@ def run(options: argparse.Namespace) -> None:
         raise InputError("found texts and --input, expected one of them")
     if options.rejects and options.on_error == STOP:
         raise InputError("found --rejects alone, expected --on-error skip or null with it")
+    if options.engine == RAY:
+        _on_cluster(options)
+        return
+    if alone := [option for option in _CLUSTER_ALONE if getattr(options, option.strip("-").replace("-", "_"))]:
+        raise InputError(f"found {alone[0]} alone, expected --engine ray with it")
     output = None if options.output == "-" else Path(options.output)
     to_file = output is not None and (output.is_file() or not output.exists())  # not a device, a pipe or a folder
     if options.resume and not (to_file and options.input):
@@ -71,6 +122,11 @@ def run(options: argparse.Namespace) -> None:
             records = _records(runtime, options)
             for _ in answer(runtime, records, out, counts, on_error=options.on_error, rejects=rejected):
                 progress(counts, runtime)
+    _report(runtime, options, counts)
+
+
+def _report(runtime: CascadeRuntime, options: argparse.Namespace, counts: Counts) -> None:
+    """Say which exits the texts took, and how many rows were rejected; raise InputError where that is an error."""
     if options.input:
         print(printable(exits_line(runtime.stats())), file=sys.stderr)
     if counts.rejected:
@@ -80,6 +136,65 @@ def run(options: argparse.Namespace) -> None:
         if options.on_error != SKIP:
             raise InputError(found)
         print(found, file=sys.stderr)
+
+
+def _on_cluster(options: argparse.Namespace) -> None:
+    """Write the answers to a folder, by a Ray cluster."""
+    if options.input in (None, "-") or options.output == "-":
+        raise InputError("found --engine ray alone, expected --input with files and --output with a folder")
+    if options.pools and options.actors is not None:
+        raise InputError("found --actors and --pool, expected one of them")
+    from ..jobs.ray_job import SHARD_ROWS, predict_on_cluster  # noqa: PLC0415 - not needed elsewhere
+
+    runtime = open_runtime(options)
+    counts = Counts()
+    try:
+        with (
+            open_output(options.rejects) if options.rejects else nullcontext() as rejects,
+            _progress(options) as progress,
+        ):
+            predict_on_cluster(
+                runtime,
+                options.input,
+                options.output,
+                counts,
+                address=options.address,
+                pools=_pools(options),
+                shard_rows=SHARD_ROWS if options.shard_rows is None else options.shard_rows,
+                shard_format=options.shard_format or SHARD_FORMATS[0],
+                on_error=options.on_error,
+                rejects=rejects,
+                resume=options.resume,
+                settings={"provider_options": provider_options(options), "verify": options.verify},
+                reading=reading(options),
+                progress=lambda: progress(counts, runtime),
+            )
+    except CascadeError as error:
+        if counts.records:
+            kept = f"the answers before it are in {options.output}, and `resume` goes on after {counts.records:,} rows"
+            raise CascadeError(f"{error}; {kept}") from error
+        raise
+    except (KeyboardInterrupt, Termination):
+        print(f"cascade-rt: stopped; --resume goes on after {counts.records:,} rows", file=sys.stderr)
+        raise
+    _report(runtime, options, counts)
+
+
+def _pools(options: argparse.Namespace) -> Any:
+    """Return the pools of actors that the options ask for."""
+    from ..jobs.ray_job import Pool  # noqa: PLC0415 - not needed elsewhere
+
+    threads = 1 if options.threads is None else options.threads
+    if not options.pools:
+        return Pool(options.actors, options.provider, threads)
+    pools = {}
+    for entry in options.pools:
+        name, _, asked = entry.rpartition("=")
+        actors, _, provider = asked.partition(":")
+        if not name or not actors.isdecimal() or name in pools:
+            raise InputError(f"found --pool {entry}, expected MEMBER=ACTORS[:PROVIDER], each member once")
+        pools[name] = Pool(int(actors), provider or options.provider, threads)
+    return pools
 
 
 def _to_file(runtime: CascadeRuntime, output: Path, options: argparse.Namespace, counts: Counts) -> None:

@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
+from urllib.parse import urlsplit
 
 from ..errors import MissingExtraError
+from .remote import is_uri, open_uri
 
 ENDINGS = (".gz", ".zst")
 DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)
@@ -18,20 +20,21 @@ DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)
 
 
 def without_compression(path: str | Path) -> Path:
-    """Return a path without its ending for compression."""
-    path = Path(path)
+    """Return a path, or that of a URI, without its ending for compression."""
+    path = Path(urlsplit(str(path)).path if is_uri(path) else path)
     return path.with_suffix("") if path.suffix.lower() in ENDINGS else path
 
 
-def open_binary(path: str | Path) -> BinaryIO:
-    """Open a file for reading, through its compression if the ending names one."""
-    path = Path(path)
+def open_binary(source: str | Path) -> BinaryIO:
+    """Open a file, or what is behind a URI, for reading, through its compression if the ending names one."""
+    uri = open_uri(str(source)) if is_uri(source) else None
+    path = Path(source if uri is None else urlsplit(str(source)).path)
     ending = path.suffix.lower()
     if ending == ".gz":
-        return io.BufferedReader(cast(io.RawIOBase, gzip.open(path, "rb")))
+        return io.BufferedReader(cast(io.RawIOBase, gzip.open(uri or path, "rb")))
     if ending == ".zst":
-        return io.BufferedReader(_zstandard(path).open(path, "rb"))
-    return path.open("rb")
+        return io.BufferedReader(_zstandard(path).open(uri or path, "rb"))
+    return uri or path.open("rb")
 
 
 @contextmanager

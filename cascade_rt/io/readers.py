@@ -19,6 +19,7 @@ from ..errors import InputError, InvalidOption, MissingExtraError
 from ..types import Text
 from .compression import without_compression
 from .lines import LONGEST_LINE, Line, read_lines, source_name
+from .remote import files_behind, is_uri, located
 
 FORMATS = ("jsonl", "json", "csv", "tsv", "txt", "parquet")
 _ALIASES = {"ndjson": "jsonl"}
@@ -45,6 +46,11 @@ class Example:
     fields: dict[str, Any]
     where: str
 
+    @property
+    def content(self) -> bytes:
+        """What the file has there, to tell whether it has changed."""
+        return repr((self.text, self.fields)).encode("utf-8", "surrogatepass")
+
     def field(self, column: str) -> str:
         """Return a field as text, for instance a label; raise InputError if the record has none, or an empty one."""
         found = _field(self.fields, column, self.where)
@@ -68,6 +74,11 @@ class Reject:
     """What `read_examples` raises for it."""
     fields: dict[str, Any] = field(default_factory=dict)
     """Its fields, where they are known."""
+
+    @property
+    def content(self) -> bytes:
+        """What the file has there, to tell whether it has changed."""
+        return repr((self.row,)).encode("utf-8", "surrogatepass")
 
 
 class _Record(NamedTuple):
@@ -96,10 +107,11 @@ def read_examples(
 ) -> Iterator[Example]:
     """Yield the examples of a file, of all files of a folder or a pattern, or of standard input when `source` is "-".
 
-    `format`: one of FORMATS, None for that of the file's extension (txt for standard input). `columns`: name of the
-    text's column, or of the pair's two; None tries the usual names ("text", "sentence", "sentence1"/"sentence2",
-    "premise"/"hypothesis", ...). `encoding`: that of `read_lines`. `skip_malformed` skips table rows with a wrong
-    number of fields (QQP's official file has some). Raises InputError for a file or a record that cannot be used.
+    `source`: a path, or a URI such as "s3://bucket/folder", which needs pyarrow. `format`: one of FORMATS, None for
+    that of the file's extension (txt for standard input). `columns`: name of the text's column, or of the pair's two;
+    None tries the usual names ("text", "sentence", "sentence1"/"sentence2", "premise"/"hypothesis", ...). `encoding`:
+    that of `read_lines`. `skip_malformed` skips table rows with a wrong number of fields (QQP's official file has
+    some). Raises InputError for a file or a record that cannot be used.
     """
     for record in read_records(
         source, pair=pair, format=format, columns=columns, encoding=encoding, skip_malformed=skip_malformed
@@ -163,18 +175,19 @@ def _checked(
 
 
 def input_files(source: str | Path) -> Sequence[str | Path]:
-    """Return the files of a folder or a pattern in the order of their names; one file, or "-", as it is.
+    """Return the files of a folder or a pattern, also behind a URI, in the order of their names; one file as it is.
 
     Of a folder: those whose ending is known, without hidden ones. Raises InputError where there are none.
     """
     path = Path(source)
-    if path.is_dir():
-        kinds = {*FORMATS, *_ALIASES}
-        found = sorted(
-            file
-            for file in path.iterdir()
-            if without_compression(file).suffix.lower().lstrip(".") in kinds and not file.name.startswith(".")
-        )
+    found: list[str] | list[Path]
+    if is_uri(source):
+        behind = files_behind(str(source))
+        if behind is None:
+            return [source]
+        found = [file for file in behind if _known(file)]
+    elif path.is_dir():
+        found = sorted(file for file in path.iterdir() if _known(file) and not file.name.startswith("."))
     elif glob.has_magic(str(source)) and not path.exists():
         found = sorted(map(Path, glob.glob(str(source), recursive=True)))  # noqa: PTH207 - absolute patterns too
     else:
@@ -182,6 +195,10 @@ def input_files(source: str | Path) -> Sequence[str | Path]:
     if not found:
         raise InputError(f"{source}: found no files; expected some of {', '.join('.' + known for known in FORMATS)}")
     return found
+
+
+def _known(file: str | Path) -> bool:
+    return without_compression(file).suffix.lower().lstrip(".") in {*FORMATS, *_ALIASES}
 
 
 def _format_of(source: str | Path) -> str:
@@ -284,10 +301,11 @@ def _read_parquet(source: str | Path, name: str) -> Iterator[_Record]:
         from pyarrow import parquet  # noqa: PLC0415
     except ImportError as error:
         raise MissingExtraError("reading parquet", "parquet", error) from error
-    if not Path(source).is_file():
+    if not is_uri(source) and not Path(source).is_file():
         raise InputError(f"{name}: no such file; parquet is read from a file, not from standard input")
+    system, path = located(source)
     try:
-        with parquet.ParquetFile(source) as file:
+        with system.open_input_file(path) as opened, parquet.ParquetFile(opened) as file:
             _check_header(file.schema_arrow.names, name)
             number = 0
             for batch in file.iter_batches(batch_size=1024):

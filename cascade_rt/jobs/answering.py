@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 from ..errors import InputError, InvalidOption, TextError
 from ..io.readers import Example, Reject
 from ..io.writers import json_line
 from ..runtime import CascadeRuntime
-from ..types import Prediction
+from ..types import Prediction, Text
 
 STOP, SKIP, NULL = "stop", "skip", "null"
 ON_ERROR = (STOP, SKIP, NULL)
@@ -20,6 +20,8 @@ ON_ERROR = (STOP, SKIP, NULL)
 CHUNK = 1024
 """Texts in memory at a time."""
 
+Record = Example | Reject
+Answers = TypeVar("Answers")
 _FIELDS = ("label", "score", "exit", "layers", "truncated")
 
 
@@ -38,7 +40,7 @@ class Counts:
 
 def answer(
     runtime: CascadeRuntime,
-    records: Iterable[Example | Reject],
+    records: Iterable[Record],
     output: TextIO,
     counts: Counts,
     *,
@@ -53,31 +55,50 @@ def answer(
     """
     if on_error not in ON_ERROR:
         raise InvalidOption("on_error", on_error, f"one of {', '.join(ON_ERROR)}")
-    for chunk, complete in _chunks(records):
-        for record, prediction in _answered(runtime, chunk):
-            if not isinstance(record, Reject):
-                output.write(json_line(record.fields, {name: getattr(prediction, name) for name in _FIELDS}))
-                counts.answered += 1
-                continue
-            if on_error == STOP:
-                raise record.error
-            counts.rejected += 1
-            if on_error == NULL:
-                output.write(json_line(record.fields, {**dict.fromkeys(_FIELDS), "error": record.reason}))
-            if rejects is not None:
-                line = {"where": record.where, "reason": record.reason, "row": record.row}
-                rejects.write(json.dumps(line, ensure_ascii=False) + "\n")
+    for chunk, complete in chunks(records, CHUNK):
+        found, predictions = usable(chunk, runtime.predict)
+        write_answers(found, predictions, output, counts, on_error=on_error, rejects=rejects)
         if complete:
             yield
 
 
-def _chunks(records: Iterable[Example | Reject]) -> Iterator[tuple[list[Example | Reject], bool]]:
+def write_answers(
+    records: Iterable[Record],
+    predictions: Iterable[Prediction],
+    output: TextIO,
+    counts: Counts,
+    *,
+    on_error: str,
+    rejects: TextIO | None,
+) -> None:
+    """Write the lines of records, and count them; `predictions`: of the examples among them, in order.
+
+    Raises the error of the first record that cannot be used after those before it were written (STOP).
+    """
+    answers = iter(predictions)
+    for record in records:
+        if not isinstance(record, Reject):
+            prediction = next(answers)
+            output.write(json_line(record.fields, {name: getattr(prediction, name) for name in _FIELDS}))
+            counts.answered += 1
+            continue
+        if on_error == STOP:
+            raise record.error
+        counts.rejected += 1
+        if on_error == NULL:
+            output.write(json_line(record.fields, {**dict.fromkeys(_FIELDS), "error": record.reason}))
+        if rejects is not None:
+            line = {"where": record.where, "reason": record.reason, "row": record.row}
+            rejects.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def chunks(records: Iterable[Record], size: int) -> Iterator[tuple[list[Record], bool]]:
     """Yield the records in chunks; where reading fails, those before it come first, with False."""
-    chunk: list[Example | Reject] = []
+    chunk: list[Record] = []
     try:
         for record in records:
             chunk.append(record)
-            if len(chunk) == CHUNK:
+            if len(chunk) == size:
                 yield chunk, True
                 chunk = []
     except InputError:
@@ -87,24 +108,17 @@ def _chunks(records: Iterable[Example | Reject]) -> Iterator[tuple[list[Example 
         yield chunk, True
 
 
-def _answered(
-    runtime: CascadeRuntime, chunk: list[Example | Reject]
-) -> Iterator[tuple[Example | Reject, Prediction | None]]:
-    """Yield each record with its prediction; a text that the runtime cannot use becomes a rejected record."""
+def usable(chunk: Sequence[Record], run: Callable[[list[Text]], Answers]) -> tuple[list[Record], Answers]:
+    """Return what `run` makes of the texts, and the records; one whose text raises TextError becomes a rejected one."""
     records = list(chunk)
-    waiting = [place for place, record in enumerate(records) if isinstance(record, Example)]
-    predictions: dict[int, Prediction] = {}
-    while waiting:
-        examples = [record for place in waiting if isinstance(record := records[place], Example)]
+    while True:
+        places = [place for place, record in enumerate(records) if isinstance(record, Example)]
+        examples = [record for record in records if isinstance(record, Example)]
         try:
-            predictions = dict(zip(waiting, runtime.predict(example.text for example in examples), strict=True))
+            return records, run([example.text for example in examples])
         except TextError as error:
-            bad, example = waiting.pop(error.index), examples[error.index]
+            example = examples[error.index]
             found = TextError(error.index, error.reason, example.where)
             found.__cause__ = error
             row = json.dumps(example.fields, default=str) if example.fields else str(example.text)
-            records[bad] = Reject(example.where, error.reason, row, found, example.fields)
-        else:
-            break
-    for place, record in enumerate(records):
-        yield record, predictions.get(place)
+            records[places[error.index]] = Reject(example.where, error.reason, row, found, example.fields)

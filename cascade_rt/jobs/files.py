@@ -76,8 +76,7 @@ class JobFiles:
 
     def _add(self, record: Example | Reject) -> bool:
         """Add a record to the digest of the input."""
-        content = (record.row,) if isinstance(record, Reject) else (record.text, record.fields)
-        self._digest.update(repr(content).encode("utf-8", "surrogatepass"))
+        self._digest.update(record.content)
         return True
 
     def commit(self, records: int, answered: int, rejected: int) -> None:
@@ -96,7 +95,7 @@ class JobFiles:
             self._sync()
             fresh = self.output.with_name(f".fresh-{os.getpid()}-{self.output.name}")
             try:
-                converted = _convert(self._partials[0], fresh)
+                converted = convert(self._partials[0], fresh)
                 for partial, target in list(zip(self._partials, self._targets, strict=True))[1:]:
                     partial.replace(target)
                 (fresh if converted else self._partials[0]).replace(self.output)
@@ -169,7 +168,7 @@ def _lock(stream: TextIO, path: Path) -> None:
         raise InputError(f"{path}: another process is writing it; wait for it, or name another output") from error
 
 
-def _convert(lines: Path, target: Path) -> bool:
+def convert(lines: Path, target: Path) -> bool:
     """Write the lines in the format that the name of `target` says; return False where they have it already."""
     plain = without_compression(target)
     if plain.suffix.lower() == ".parquet":

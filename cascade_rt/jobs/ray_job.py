@@ -1,0 +1,314 @@
+"""The journey of many texts through a cluster, on Ray Data.
+
+files -> parts of some thousand records (a task for each file) -> actors, each with a runtime, which answer a part and
+write its shard -> receipts in input order.
+
+With member pools, each member has actors of its own: a part goes from pool to pool, with the tokens of the texts that
+have not left. Ray Data holds back whoever is ahead, and repeats what was lost with a process or a machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import pickle
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+from ..cluster import RemoteRuntime, cluster, shared
+from ..engine.cpus import usable_threads
+from ..engine.journey import Journey
+from ..engine.providers import CPU, OPENVINO, provider_name
+from ..errors import CascadeError, InputError, InvalidOption, first_line
+from ..io.readers import input_files, read_records
+from ..io.remote import is_uri
+from ..runtime import CascadeRuntime
+from .answering import CHUNK, ON_ERROR, Counts, Record, chunks, usable, write_answers
+from .shards import Receipt, ShardFolder
+
+SHARD_ROWS = 10 * CHUNK
+"""Records in a part."""
+
+
+class Pool(NamedTuple):
+    """The actors of one member, or of all."""
+
+    actors: int | None = None
+    """None for as many as the cluster has room for."""
+    provider: str = "cpu"
+    threads: int = 1
+    """Of each actor, and the CPUs that Ray reserves for it; on another provider it reserves a GPU."""
+
+
+_POOL = Pool()
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every process of a job knows of it."""
+
+    runtime: RemoteRuntime
+    settings: Mapping[str, Any]
+    """`provider_options` and `verify` of the runtimes."""
+    folder: ShardFolder
+    pair: bool
+    reading: Mapping[str, Any]
+    """Format, columns and encoding of the input."""
+    on_error: str
+    shard_rows: int
+    resume: bool
+
+
+class _Failure(NamedTuple):
+    """Why a part was not answered."""
+
+    error: CascadeError
+
+
+_Begun = list[tuple[list[Record], Journey]]
+_Work = list[Record] | _Begun | Receipt | _Failure
+
+
+class _Part(NamedTuple):
+    """A part on its way: its work is what is left to do, at last a receipt."""
+
+    name: str
+    digest: str
+    work: Any
+
+    def row(self) -> dict[str, list[Any]]:
+        """Return it as a batch of one row."""
+        return {"part": [pickle.dumps(self)]}
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Any]) -> _Part:
+        """Return it from a batch of one row."""
+        found: _Part = pickle.loads(batch["part"][0])
+        return found
+
+
+def predict_on_cluster(
+    runtime: CascadeRuntime,
+    source: str,
+    output: str,
+    counts: Counts,
+    *,
+    address: str | None = None,
+    pools: Mapping[str, Pool] | Pool = _POOL,
+    shard_rows: int = SHARD_ROWS,
+    shard_format: str = "jsonl",
+    on_error: str = "stop",
+    rejects: TextIO | None = None,
+    resume: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    reading: Mapping[str, Any] | None = None,
+    progress: Callable[[], object] = lambda: None,
+) -> None:
+    """Answer the texts of files on a Ray cluster, write the answers as shards, and count the records.
+
+    Args:
+        runtime: What answers; it counts the exits, for `stats`. Its sessions are not used.
+        source: A file, a folder or a pattern, or a URI of one; all machines must see it.
+        output: The folder of the shards (see `shards`): a path that all machines share, or a URI.
+        counts: What was done so far; after each part, in input order.
+        address: Of the cluster, as for `cluster.cluster`.
+        pools: The actors that run all members, or a pool for each member by its name.
+        shard_rows: Records in each shard.
+        shard_format: One of `shards.ENDINGS`.
+        on_error: As for `answer`.
+        rejects: Where lines of the records that cannot be used go, in input order.
+        resume: Go on in the folder of an interrupted run. Shards whose records have changed are written anew.
+        settings: `provider_options` and `verify` of `CascadeRuntime`.
+        reading: `format`, `columns` and `encoding` of `read_records`.
+        progress: Called after each part.
+
+    Raises:
+        InputError: The input, the output or a record cannot be used; the shards before it are in the folder.
+        CascadeError: An error of a runtime, as of `predict`, or of the cluster.
+    """
+    if on_error not in ON_ERROR:
+        raise InvalidOption("on_error", on_error, f"one of {', '.join(ON_ERROR)}")
+    if isinstance(shard_rows, bool) or not isinstance(shard_rows, int) or shard_rows < 1:
+        raise InvalidOption("shard_rows", shard_rows, "a whole number from 1")
+    folder = ShardFolder(output, shard_format)
+    files = [_seen(file) for file in input_files(source)]
+    stages = _stages(runtime, pools)
+    with cluster(address):
+        folder.begin(_described(runtime, shard_rows, shard_format, on_error), resume=resume)
+        job = Job(
+            runtime=shared(runtime),
+            settings=settings or {},
+            folder=folder,
+            pair=runtime.bundle.pair,
+            reading=reading or {},
+            on_error=on_error,
+            shard_rows=shard_rows,
+            resume=resume,
+        )
+        parts = []
+        with closing(_done(job, files, stages)) as done:
+            for part in done:
+                if isinstance(part.work, _Failure):
+                    raise part.work.error
+                receipt: Receipt = part.work
+                parts.append(part.name)
+                counts.answered += receipt.answered
+                counts.rejected += receipt.rejected
+                runtime.count(receipt.exits)
+                if rejects is not None:
+                    rejects.write(receipt.rejects)
+                progress()
+        stats = runtime.stats()
+        summary = {"answered": counts.answered, "rejected": counts.rejected, "exits": stats.exits}
+        folder.finish(parts, summary | {"distance": stats.distance, "p_value": stats.p_value})
+
+
+def _seen(file: str | Path) -> str:
+    """Return the URI or absolute path of a file; raise InputError where there is none."""
+    if is_uri(file):
+        return str(file)
+    if not Path(file).is_file():
+        raise InputError(f"{file}: no such file; check the path")
+    return str(Path(file).absolute())
+
+
+def _described(runtime: CascadeRuntime, shard_rows: int, shard_format: str, on_error: str) -> dict[str, Any]:
+    """Return what a resumed job must share."""
+    return {
+        "bundle": runtime.bundle.sha256,
+        "members": [member.name for member in runtime.bundle.members],
+        "thresholds": runtime.thresholds,
+        "exit_rule": dict(runtime.bundle.exit_rule),
+        "on_error": on_error,
+        "shard_rows": shard_rows,
+        "shard_format": shard_format,
+    }
+
+
+def _stages(runtime: CascadeRuntime, pools: Mapping[str, Pool] | Pool) -> list[tuple[range, Pool]]:
+    """Return which members each pool runs, by their positions."""
+    names = [member.name for member in runtime.bundle.members]
+    for pool in [pools] if isinstance(pools, Pool) else pools.values():
+        if pool.actors is not None and pool.actors < 1:
+            raise InvalidOption("actors", pool.actors, "a whole number from 1")
+        usable_threads(pool.threads)
+        provider_name(pool.provider)
+    if isinstance(pools, Pool):
+        return [(range(len(names)), pools)]
+    if set(pools) != set(names):
+        raise InvalidOption("pools", ", ".join(pools), f"each member once: {', '.join(names)}")
+    return [(range(at, at + 1), pools[name]) for at, name in enumerate(names)]
+
+
+def _done(job: Job, files: Sequence[str], stages: Sequence[tuple[range, Pool]]) -> Generator[_Part, None, None]:
+    """Run the job, and yield its parts in input order."""
+    import ray  # noqa: PLC0415 - an extra
+    import ray.data  # noqa: PLC0415
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current().copy()
+    context.target_max_block_size = 1  # each part is a block of its own, to be worked on by itself
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    with ray.data.DataContext.current(context):
+        items = [{"at": at, "file": file} for at, file in enumerate(files)]
+        parts = ray.data.from_items(items, override_num_blocks=len(files)).map_batches(
+            _Reader(job), batch_size=1, num_cpus=0, zero_copy_batch=False
+        )
+        for members, pool in stages:
+            parts = parts.map_batches(
+                _Answerer,
+                fn_constructor_args=(job, members, pool),
+                batch_size=1,
+                # Idle actors may end, to make room for those that a dead machine leaves behind.
+                compute=ray.data.ActorPoolStrategy(min_size=1, max_size=pool.actors, initial_size=pool.actors),
+                **_resources(pool),
+            )
+        try:
+            for row in parts.iter_rows():
+                part: _Part = pickle.loads(row["part"])
+                yield part
+        except ray.exceptions.RayError as error:
+            raise CascadeError(f"the cluster failed ({first_line(error)}); go on with `resume`") from error
+
+
+def _resources(pool: Pool) -> dict[str, int]:
+    """Return what Ray reserves for an actor."""
+    return {"num_cpus": pool.threads} if provider_name(pool.provider) in (CPU, OPENVINO) else {"num_gpus": 1}
+
+
+class _Reader:
+    """Reads files, and cuts their records into parts."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+
+    def __call__(self, batch: Mapping[str, Any]) -> Iterator[dict[str, list[Any]]]:
+        job, at, file = self._job, int(batch["at"][0]), str(batch["file"][0])
+        number = 0
+        try:
+            records = read_records(file, pair=job.pair, **job.reading)
+            for number, (some, _) in enumerate(chunks(records, job.shard_rows), 1):
+                yield self._part(f"{at:05d}-{number - 1:06d}", some).row()
+        except CascadeError as error:
+            yield _Part(f"{at:05d}-{number:06d}", "", _Failure(error)).row()
+
+    def _part(self, name: str, records: list[Record]) -> _Part:
+        digest = hashlib.blake2b(digest_size=16)
+        for record in records:
+            digest.update(record.content)
+        found = digest.hexdigest()
+        receipt = self._job.folder.receipt(name, found) if self._job.resume else None
+        return _Part(name, found, records if receipt is None else receipt)
+
+
+class _Answerer:
+    """An actor: runs one member or all on parts, and writes the shard after the last."""
+
+    def __init__(self, job: Job, members: range, pool: Pool) -> None:
+        self._job = job
+        self._members = members
+        self._error: CascadeError | None = None
+        try:
+            self._runtime = job.runtime.open(provider=pool.provider, threads=pool.threads, **job.settings)
+        except CascadeError as error:  # else Ray would start the actor again and again
+            self._error = error
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
+        part = _Part.of(batch)
+        if isinstance(part.work, Receipt | _Failure):
+            return part.row()
+        try:
+            if self._error is not None:
+                raise self._error
+            return part._replace(work=self._advanced(part)).row()
+        except CascadeError as error:
+            return part._replace(work=_Failure(error)).row()
+
+    def _advanced(self, part: _Part) -> _Begun | Receipt:
+        runtime = self._runtime
+        begun: _Begun = part.work
+        if self._members.start == 0:
+            begun = [usable(some, runtime.begin) for some, _ in chunks(part.work, CHUNK)]
+        for _, journey in begun:
+            for member in self._members:
+                runtime.advance(journey, member)
+        return self._written(part, begun) if self._members.stop == len(runtime.bundle.members) else begun
+
+    def _written(self, part: _Part, begun: _Begun) -> Receipt:
+        lines, rejects, counts = io.StringIO(), io.StringIO(), Counts()
+        self._runtime.stats(reset=True)
+        for records, journey in begun:
+            predictions = self._runtime.finish(journey)
+            write_answers(records, predictions, lines, counts, on_error=self._job.on_error, rejects=rejects)
+        exits = self._runtime.stats().exits
+
+        def receipt(size: int) -> Receipt:
+            return Receipt(part.name, part.digest, size, counts.answered, counts.rejected, exits, rejects.getvalue())
+
+        return self._job.folder.write(part.name, lines.getvalue(), receipt)
