@@ -154,8 +154,8 @@ class CascadeRuntime:
     @property
     def chain(self) -> Chain:
         """What drives the stages otherwise than `predict` does: the server regroups the texts of many requests."""
-        opened = self._opened
-        return Chain(opened.tokenizer, self._open_stages(), self._rule, opened.budget, self._prediction)
+        stages = self._open_stages()
+        return Chain(self._opened.tokenizer, stages, self._rule, stages[0].budget, self._prediction)
 
     def predict(self, texts: Iterable[Text]) -> list[Prediction]:
         """Classify texts, or (text, text pair) tuples for a bundle on pairs; answers are in input order.
@@ -194,9 +194,13 @@ class CascadeRuntime:
             tokenization_seconds=encoded.seconds,
         )
 
-    def advance(self, journey: Journey, member: int) -> None:
-        """Run a member, by its 0-based position, on the texts of a journey that have not left."""
-        self._advance(journey, member, self._open_stages()[member])
+    def advance(self, journey: Journey, member: int, stage: Stage | None = None) -> None:
+        """Run a member on the texts of a journey that have not left.
+
+        `member`: its 0-based position. `stage`: what runs it, for instance that of a runtime on another provider; None
+        for this runtime's own.
+        """
+        self._advance(journey, member, stage or self._open_stages()[member])
 
     def _advance(self, journey: Journey, index: int, stage: Stage) -> None:
         waiting = journey.waiting
@@ -428,7 +432,7 @@ class CascadeRuntime:
         logits = np.empty((len(rows), len(self._bundle.labels)), dtype=np.float32)
         left = HiddenStates(inputs.lengths)
         done = 0
-        groups, share_threads = bulk_batches(rows, inputs.lengths, self._opened.budget, stage.at_once)
+        groups, share_threads = bulk_batches(rows, inputs.lengths, stage.budget, stage.at_once)
         outputs = stage.run_each(groups, inputs.batch, share_threads=share_threads)
         for some, (batch, (answers, hidden_states, seconds)) in zip(groups, outputs, strict=True):
             logits[done : done + len(some)] = answers

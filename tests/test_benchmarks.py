@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -158,3 +159,40 @@ def test_single_file_compares_answers_and_times(bundle: Path) -> None:
     report = run("single_file.py", "--model-dir", bundle, "--texts", 40, "--timed", 8, "--rounds", 2)
     assert report["equality"] == {"texts": 40, "equal_bits": 40, "equal_exits": 40}
     assert report["one_file_over_runtime"].keys() == {"single", "batches of 32"}
+
+
+def test_a_cluster_is_simulated_and_prices_follow(bundle: Path) -> None:
+    pytest.importorskip("ray")
+    texts = [" ".join(WORDS[at % 7 : at % 7 + 1 + at % 9]) for at in range(3000)]
+    Path("in.txt").write_text("\n".join(texts))
+    small = ["--nodes", 1, "--real-nodes", "--seconds", 1, "--shard-rows", 256, "--measured", 3000]
+    report = run("cluster.py", "--model-dir", bundle, "--input", "in.txt", *small)
+    assert report["costs"]["reached"][0] == 1
+    one, pools = report["simulated"]
+    assert (one["actors"], pools["actors"]) == (2, {"tiny": 1, "small": 1, "big": 1})
+    for row in (one, pools):
+        assert row["texts"] >= 2560
+        assert row["rate"] > 0
+    prices = ["--gpu-speedup", 1, 2, 3, "--core-price", 1, "--gpu-price", 2.5]
+    command = [sys.executable, BENCHMARKS / "pool_costs.py", "--costs", "report.json", *prices]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+    assert len(done.stdout.splitlines()) == 9
+    assert done.stdout.splitlines()[0].endswith("member pools  tiny on CPU, small on CPU, big on GPU")
+
+
+def test_the_cheapest_placement_is_that_of_each_member_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import pool_costs
+
+    prices = pool_costs.Prices(core=0.05, gpu=1.0)
+    draw = random.Random(0)
+    for _ in range(200):
+        seconds = [draw.random() for _ in range(3)]
+        speedups = [draw.uniform(1, 40) for _ in seconds]
+        (cheapest, places), *others = pool_costs.placements(seconds, speedups, prices, sending=0.0)
+        assert list(places) == ["GPU" if speedup > 20 else "CPU" for speedup in speedups]
+        each = [min(one * 0.05, one / speedup) for one, speedup in zip(seconds, speedups, strict=True)]
+        assert cheapest == pytest.approx(sum(each) * 1e6 / 3600)
+        assert [total for total, _ in others] == sorted(total for total, _ in others)
+        sent = pool_costs.placements(seconds, speedups, prices, sending=1e9)
+        assert sent[0][1] in (("CPU",) * 3, ("GPU",) * 3), "where sending costs too much, one pool is the cheapest"

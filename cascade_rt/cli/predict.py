@@ -146,6 +146,8 @@ def _on_cluster(options: argparse.Namespace) -> None:
         raise InputError("found --actors and --pool, expected one of them")
     from ..jobs.ray_job import SHARD_ROWS, predict_on_cluster  # noqa: PLC0415 - not needed elsewhere
 
+    pools = _pools(options)
+    options.provider, options.provider_options, options.threads = "cpu", [], None  # no member runs in this process
     runtime = open_runtime(options)
     counts = Counts()
     try:
@@ -159,13 +161,13 @@ def _on_cluster(options: argparse.Namespace) -> None:
                 options.output,
                 counts,
                 address=options.address,
-                pools=_pools(options),
+                pools=pools,
                 shard_rows=SHARD_ROWS if options.shard_rows is None else options.shard_rows,
                 shard_format=options.shard_format or SHARD_FORMATS[0],
                 on_error=options.on_error,
                 rejects=rejects,
                 resume=options.resume,
-                settings={"provider_options": provider_options(options), "verify": options.verify},
+                verify=options.verify,
                 reading=reading(options),
                 progress=lambda: progress(counts, runtime),
             )
@@ -185,15 +187,17 @@ def _pools(options: argparse.Namespace) -> Any:
     from ..jobs.ray_job import Pool  # noqa: PLC0415 - not needed elsewhere
 
     threads = 1 if options.threads is None else options.threads
+    given = provider_options(options)
     if not options.pools:
-        return Pool(options.actors, options.provider, threads)
+        return Pool(options.actors, options.provider, threads, given)
     pools = {}
     for entry in options.pools:
         name, _, asked = entry.rpartition("=")
         actors, _, provider = asked.partition(":")
         if not name or not actors.isdecimal() or name in pools:
             raise InputError(f"found --pool {entry}, expected MEMBER=ACTORS[:PROVIDER], each member once")
-        pools[name] = Pool(int(actors), provider or options.provider, threads)
+        provider = provider or options.provider
+        pools[name] = Pool(int(actors), provider, threads, given if provider == options.provider else None)
     return pools
 
 

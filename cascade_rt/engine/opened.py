@@ -10,9 +10,8 @@ from ..bundle import MANIFEST, Bundle, read_bundle
 from ..bundle.files import file_identity
 from ..bundle.manifest import HIDDEN_STATES, TOKENS
 from ..errors import BundleError
-from .batching import DEVICE_TOKEN_BUDGET, TOKEN_BUDGET
 from .cpus import spin_duration, usable_threads
-from .providers import CPU, OPENVINO, provider_name
+from .providers import provider_name
 from .stage import Stage
 from .tokenization import TextTokenizer
 
@@ -31,8 +30,6 @@ class Opened:
     tokenizer: TextTokenizer
     stages: Mapping[str, Stage]
     """By the member's name; a stage makes its session when it first runs."""
-    budget: int
-    """Padded tokens per micro-batch."""
 
     @classmethod
     def open(
@@ -73,8 +70,7 @@ class Opened:
         }
         if file_identity(folder / MANIFEST) != bundle.identity:  # members would be loaded from another bundle
             raise BundleError(f"{folder}: replaced while it was opened; open it again")
-        budget = TOKEN_BUDGET if wanted in (CPU, OPENVINO) else DEVICE_TOKEN_BUDGET
-        return cls(model_dir, provider, threads, provider_options, spin, verify, bundle, tokenizer, stages, budget)
+        return cls(model_dir, provider, threads, provider_options, spin, verify, bundle, tokenizer, stages)
 
     def without_stages(self) -> Opened:
         """Return the same without the stages, so that their sessions can be freed."""

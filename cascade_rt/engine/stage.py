@@ -22,6 +22,7 @@ from ..bundle import MemberEntry
 from ..bundle.files import file_identity
 from ..bundle.manifest import HIDDEN_STATES, TOKENS
 from ..errors import BundleError, CascadeError, InferenceError, InvalidOption, first_line
+from .batching import DEVICE_TOKEN_BUDGET, TOKEN_BUDGET
 from .openvino import OpenVinoSession
 from .providers import CPU, OPENVINO, check_precision, int8_saturates, options_for, products_on_cpu
 
@@ -91,6 +92,11 @@ class Stage:
         self._leaves_hidden_states = leaves_hidden_states
         self._sessions: dict[bool, Any] = {}  # by whether it is that for bulk work
         self._loading = Lock()
+
+    @property
+    def budget(self) -> int:
+        """Padded tokens per micro-batch."""
+        return TOKEN_BUDGET if self._provider in (CPU, OPENVINO) else DEVICE_TOKEN_BUDGET
 
     @property
     def loaded(self) -> bool:

@@ -47,8 +47,8 @@ def open_uri(uri: str) -> BinaryIO:
 def files_behind(uri: str) -> list[str] | None:
     """Return the files of a folder, or those whose names match a pattern, as URIs in the order of their names.
 
-    None where `uri` is neither. Hidden files are left out. Raises InputError for a folder that cannot be listed, and
-    for a pattern in the name of a folder.
+    None where `uri` is a file. Hidden files are left out. Raises InputError where there is nothing, for a folder that
+    cannot be listed, and for a pattern in the name of a folder.
     """
     from pyarrow import fs  # noqa: PLC0415 - `located` says what is missing
 
@@ -60,7 +60,10 @@ def files_behind(uri: str) -> list[str] | None:
         folder, pattern = parts.path.rstrip("/"), "*"
     system, path = located(urlunsplit(parts._replace(path=folder)))
     try:
-        if system.get_file_info(path).type != fs.FileType.Directory:
+        kind = system.get_file_info(path).type
+        if kind == fs.FileType.NotFound:
+            raise InputError(f"{uri}: no such file or folder; check the URI")
+        if kind != fs.FileType.Directory:
             return None
         found = system.get_file_info(fs.FileSelector(path))
     except OSError as error:

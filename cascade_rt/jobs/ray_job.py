@@ -15,14 +15,15 @@ import logging
 import pickle
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from ..cluster import RemoteRuntime, cluster, shared
 from ..engine.cpus import usable_threads
 from ..engine.journey import Journey
-from ..engine.providers import CPU, OPENVINO, provider_name
+from ..engine.providers import CPU, OPENVINO
+from ..engine.stage import Stage
 from ..errors import CascadeError, InputError, InvalidOption, first_line
 from ..io.readers import input_files, read_records
 from ..io.remote import is_uri
@@ -41,10 +42,12 @@ class Pool(NamedTuple):
     """None for as many as the cluster has room for."""
     provider: str = "cpu"
     threads: int = 1
-    """Of each actor, and the CPUs that Ray reserves for it; on another provider it reserves a GPU."""
+    """Of each actor, and the CPUs that Ray reserves for it; on CUDA and others it reserves a GPU instead."""
+    provider_options: Mapping[str, str] | None = None
 
 
 _POOL = Pool()
+_READERS = 2  # files that are read at a time, for each machine
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,8 @@ class Job:
     """What every process of a job knows of it."""
 
     runtime: RemoteRuntime
-    settings: Mapping[str, Any]
-    """`provider_options` and `verify` of the runtimes."""
+    verify: bool
+    """Whether the bundle's files are checked where they are opened."""
     folder: ShardFolder
     pair: bool
     reading: Mapping[str, Any]
@@ -104,7 +107,7 @@ def predict_on_cluster(
     on_error: str = "stop",
     rejects: TextIO | None = None,
     resume: bool = False,
-    settings: Mapping[str, Any] | None = None,
+    verify: bool = True,
     reading: Mapping[str, Any] | None = None,
     progress: Callable[[], object] = lambda: None,
 ) -> None:
@@ -122,7 +125,7 @@ def predict_on_cluster(
         on_error: As for `answer`.
         rejects: Where lines of the records that cannot be used go, in input order.
         resume: Go on in the folder of an interrupted run. Shards whose records have changed are written anew.
-        settings: `provider_options` and `verify` of `CascadeRuntime`.
+        verify: As for `CascadeRuntime`.
         reading: `format`, `columns` and `encoding` of `read_records`.
         progress: Called after each part.
 
@@ -137,11 +140,12 @@ def predict_on_cluster(
     folder = ShardFolder(output, shard_format)
     files = [_seen(file) for file in input_files(source)]
     stages = _stages(runtime, pools)
-    with cluster(address):
+    with cluster(address) as ray:
+        _check_room(ray, [pool for _, pool in stages])
         folder.begin(_described(runtime, shard_rows, shard_format, on_error), resume=resume)
         job = Job(
             runtime=shared(runtime),
-            settings=settings or {},
+            verify=verify,
             folder=folder,
             pair=runtime.bundle.pair,
             reading=reading or {},
@@ -196,12 +200,26 @@ def _stages(runtime: CascadeRuntime, pools: Mapping[str, Pool] | Pool) -> list[t
         if pool.actors is not None and pool.actors < 1:
             raise InvalidOption("actors", pool.actors, "a whole number from 1")
         usable_threads(pool.threads)
-        provider_name(pool.provider)
+        _on_gpu(pool)
     if isinstance(pools, Pool):
         return [(range(len(names)), pools)]
     if set(pools) != set(names):
         raise InvalidOption("pools", ", ".join(pools), f"each member once: {', '.join(names)}")
     return [(range(at, at + 1), pools[name]) for at, name in enumerate(names)]
+
+
+def _check_room(ray: Any, pools: Sequence[Pool]) -> None:
+    """Raise InvalidOption for actors that a cluster of one machine has no room for; others may grow."""
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if len(machines) > 1:
+        return
+    cpus, gpus = (int(machines[0].get(kind, 0)) for kind in ("CPU", "GPU"))
+    for pool in pools:
+        needed = _resources(pool)
+        if needed.get("num_cpus", 0) > cpus:
+            raise InvalidOption("threads", pool.threads, f"at most {cpus}, the CPUs of the cluster's only machine")
+        if needed.get("num_gpus", 0) > gpus:
+            raise InvalidOption("provider", pool.provider, "cpu: Ray knows no GPU on the cluster's only machine")
 
 
 def _done(job: Job, files: Sequence[str], stages: Sequence[tuple[range, Pool]]) -> Generator[_Part, None, None]:
@@ -216,9 +234,10 @@ def _done(job: Job, files: Sequence[str], stages: Sequence[tuple[range, Pool]]) 
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     with ray.data.DataContext.current(context):
+        readers = min(len(files), _READERS * len(ray.nodes()))
         items = [{"at": at, "file": file} for at, file in enumerate(files)]
         parts = ray.data.from_items(items, override_num_blocks=len(files)).map_batches(
-            _Reader(job), batch_size=1, num_cpus=0, zero_copy_batch=False
+            _Reader(job), batch_size=1, num_cpus=0, compute=ray.data.TaskPoolStrategy(readers)
         )
         for members, pool in stages:
             parts = parts.map_batches(
@@ -234,12 +253,24 @@ def _done(job: Job, files: Sequence[str], stages: Sequence[tuple[range, Pool]]) 
                 part: _Part = pickle.loads(row["part"])
                 yield part
         except ray.exceptions.RayError as error:
-            raise CascadeError(f"the cluster failed ({first_line(error)}); go on with `resume`") from error
+            cause = getattr(error, "cause", None) or error
+            raise CascadeError(f"the cluster failed ({first_line(cause)}); go on with `resume`") from error
 
 
 def _resources(pool: Pool) -> dict[str, int]:
     """Return what Ray reserves for an actor."""
-    return {"num_cpus": pool.threads} if provider_name(pool.provider) in (CPU, OPENVINO) else {"num_gpus": 1}
+    return {"num_gpus": 1} if _on_gpu(pool) else {"num_cpus": pool.threads}
+
+
+def _on_gpu(pool: Pool) -> bool:
+    """Return whether actors need a GPU; raise InvalidOption for what no provider is called.
+
+    Which providers there are is known on the machines where actors run.
+    """
+    name = pool.provider.lower()
+    if name not in ("cpu", "cuda", OPENVINO) and not pool.provider.endswith("ExecutionProvider"):
+        raise InvalidOption("provider", pool.provider, "cpu, cuda, openvino or ONNX Runtime's name of a provider")
+    return name not in ("cpu", OPENVINO) and pool.provider != CPU
 
 
 class _Reader:
@@ -275,7 +306,7 @@ class _Answerer:
         self._members = members
         self._error: CascadeError | None = None
         try:
-            self._runtime = job.runtime.open(provider=pool.provider, threads=pool.threads, **job.settings)
+            self._runtime, self._stages = _opened(job, members, pool)
         except CascadeError as error:  # else Ray would start the actor again and again
             self._error = error
 
@@ -297,7 +328,7 @@ class _Answerer:
             begun = [usable(some, runtime.begin) for some, _ in chunks(part.work, CHUNK)]
         for _, journey in begun:
             for member in self._members:
-                runtime.advance(journey, member)
+                runtime.advance(journey, member, self._stages[member])
         return self._written(part, begun) if self._members.stop == len(runtime.bundle.members) else begun
 
     def _written(self, part: _Part, begun: _Begun) -> Receipt:
@@ -312,3 +343,18 @@ class _Answerer:
             return Receipt(part.name, part.digest, size, counts.answered, counts.rejected, exits, rejects.getvalue())
 
         return self._job.folder.write(part.name, lines.getvalue(), receipt)
+
+
+def _opened(job: Job, members: range, pool: Pool) -> tuple[CascadeRuntime, Mapping[int, Stage]]:
+    """Return the runtime, and what runs some of its members, by their positions.
+
+    Another provider opens those members alone: it may have no kernels for the precision of the others.
+    """
+    whole, settings = job.runtime, {"threads": pool.threads, "verify": job.verify}
+    chosen = {"provider": pool.provider, "provider_options": pool.provider_options}
+    if pool.provider == "cpu" or len(members) == len(whole.members):
+        runtime = whole.open(**settings, **chosen)
+        return runtime, dict(enumerate(runtime.chain.stages))
+    alone = replace(whole, members=[whole.members[member] for member in members], thresholds=None)
+    stages = alone.open(**settings, **chosen).chain.stages
+    return whole.open(**settings), dict(zip(members, stages, strict=True))

@@ -50,8 +50,9 @@ def test_zstandard_and_parquet(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "error"),
     [
-        ("/nothing.jsonl", "no such file; check the path"),
-        ("/nothing.parquet", "not a readable parquet file"),
+        ("/nothing.jsonl", "no such file or folder; check the URI"),
+        ("/nothing/*.jsonl", "no such file or folder; check the URI"),
+        ("/notes.md", "unknown format '.md'"),
         ("/*.csv", "found no files; expected some of .jsonl"),
         ("/*/a.jsonl", "found a pattern in the name of a folder, expected one in the file's name alone"),
     ],

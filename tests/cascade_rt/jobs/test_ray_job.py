@@ -265,6 +265,18 @@ def test_a_bundle_goes_to_machines_that_do_not_have_it(
         replace(remote, version="0.0").open()
 
 
+def test_each_member_may_have_its_own_provider(machines: Any, bundle: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    source = write_texts(tmp_path / "in.jsonl", 300)
+    options = {"INFERENCE_PRECISION_HINT": "f32"}
+    pools = {"tiny": Pool(1), "small": Pool(1, "openvino", 1, options), "big": Pool(1)}
+    predict_on_cluster(CascadeRuntime(bundle), str(source), "out", Counts(), pools=pools)
+    assert_equal(answers(Path("out")), in_one_process(bundle, source))
+    pools["small"] = Pool(1, "openvino", 1, {"NO_PRECISION": "f32"})
+    with pytest.raises(InputError, match="NO_PRECISION"):
+        predict_on_cluster(CascadeRuntime(bundle), str(source), "wrong", Counts(), pools=pools)
+
+
 def test_an_error_of_a_runtime_ends_the_job_with_its_message(machines: Any, copied: Path, tmp_path: Path) -> None:
     source = write_texts(tmp_path / "in.jsonl", 100)
     runtime = CascadeRuntime(copied)
@@ -280,7 +292,7 @@ def test_an_error_of_a_runtime_ends_the_job_with_its_message(machines: Any, copi
         ({"pools": {"tiny": Pool()}}, "`pools`: found 'tiny', expected each member once: tiny, small, big"),
         ({"pools": Pool(0)}, "`actors`: found 0, expected a whole number from 1"),
         ({"pools": Pool(threads=0)}, "`threads`: found 0"),
-        ({"pools": Pool(provider="gpu")}, "`provider`: found 'gpu'"),
+        ({"pools": Pool(provider="gpu")}, "`provider`: found 'gpu', expected cpu, cuda, openvino or"),
         ({"shard_rows": 0}, "`shard_rows`: found 0, expected a whole number from 1"),
         ({"shard_format": "xml"}, "`shard_format`: found 'xml', expected one of jsonl, "),
         ({"on_error": "ask"}, "`on_error`: found 'ask'"),
