@@ -8,14 +8,20 @@ from __future__ import annotations
 import argparse
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..errors import InputError, MissingExtraError
+from ..errors import InputError, InvalidOption, MissingExtraError
 from .options import add_running, provider_options
 from .parser import CommandParser
 from .signals import Termination
 
+if TYPE_CHECKING:  # of an extra
+    from ..serving.server import Setup
+
 SUMMARY = "serve bundles over HTTP"
 EXAMPLE = "cascade-rt serve --model-dir bundle/ --port 8000"
+
+_SCALING = ("min_replicas", "max_replicas", "target_requests")
 
 
 def add_arguments(parser: CommandParser) -> None:
@@ -43,12 +49,27 @@ def add_arguments(parser: CommandParser) -> None:
     add("--allow-thresholds", action="store_true", help="let requests set their own thresholds")
     add("--log-texts", action="store_true", help="log texts and answers too, not only requests")
     add("--traces", action="store_true", help="send OpenTelemetry traces to what OTEL_EXPORTER_OTLP_ENDPOINT names")
-    add("--reload-seconds", type=float, default=1.0, help="how often to look for a replaced bundle; 0 for never")
+    add(
+        "--reload-seconds",
+        type=float,
+        help="how often to look for a replaced bundle; 0 for never (default: 1; never with --engine ray)",
+    )
     add("--grace", type=float, default=30.0, help="seconds for open requests after SIGTERM")
     add("--workers", type=int, default=1, help="processes that serve side by side, each on CPUs of its own")
     add("--token-file", metavar="FILE", help="file with the bearer token that requests must carry")
     add("--cors-origin", action="append", default=[], metavar="ORIGIN", help="pages of this origin may call the server")
     add_running(parser)
+    ray = parser.add_argument_group("where members run").add_argument
+    ray("--engine", choices=("local", "ray"), default="local", help="local: this machine; ray: a Ray cluster")
+    ray("--address", help="with --engine ray: the cluster (default: the one on this machine, else a new one)")
+    ray("--min-replicas", type=int, metavar="N", help="with --engine ray: of each member, at least (default: 1)")
+    ray("--max-replicas", type=int, metavar="N", help="with --engine ray: at most (default: what finds room)")
+    ray(
+        "--target-requests",
+        type=float,
+        metavar="N",
+        help="with --engine ray: calls that a replica should have at a time; more start another one (default: 8)",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -71,7 +92,7 @@ def run(options: argparse.Namespace) -> None:
         degrade=options.degrade,
         allow_thresholds=options.allow_thresholds,
         log_texts=options.log_texts,
-        reload_seconds=options.reload_seconds,
+        reload_seconds=_reload_seconds(options),
     )
     setup = Setup(
         _sources(options),
@@ -84,6 +105,10 @@ def run(options: argparse.Namespace) -> None:
         options.traces,
     )
     with suppress(KeyboardInterrupt, Termination):  # the signal that ended it, after all was answered
+        if options.engine == "ray":
+            _serve_on_cluster(setup, options)
+            return
+        _refuse_for_local(options)
         if options.workers != 1:
             serve_with_workers(setup, options.workers)
             return
@@ -91,6 +116,35 @@ def run(options: argparse.Namespace) -> None:
             service = setup.open()
             announce(described(service), setup, listener.getsockname()[1])
             serve(service, listener, setup)
+
+
+def _serve_on_cluster(setup: Setup, options: argparse.Namespace) -> None:
+    try:
+        from ..serving.ray_serve import Scaling, serve_on_cluster  # noqa: PLC0415
+    except ImportError as error:
+        raise MissingExtraError("--engine ray", "ray", error) from error
+    if options.workers != 1:
+        raise InvalidOption("workers", options.workers, "1 with `engine` ray, where `max_replicas` is what counts")
+    if options.max_wait_ms:
+        expected = "0 with `engine` ray, where a replica has only one member's texts and never waits for more"
+        raise InvalidOption("max_wait_ms", options.max_wait_ms, expected)
+    scaling = {name: getattr(options, name) for name in _SCALING if getattr(options, name) is not None}
+    serve_on_cluster(setup, Scaling(**scaling), options.address)
+
+
+def _refuse_for_local(options: argparse.Namespace) -> None:
+    for name in ("address", *_SCALING):
+        if (found := getattr(options, name)) is not None:
+            raise InvalidOption(name, found, "none without `engine` ray")
+
+
+def _reload_seconds(options: argparse.Namespace) -> float:
+    found: float | None = options.reload_seconds
+    if options.engine == "local":
+        return 1.0 if found is None else found
+    if found:
+        raise InvalidOption("reload_seconds", found, "0 with `engine` ray: deploy a new bundle by a new server")
+    return 0.0
 
 
 def _sources(options: argparse.Namespace) -> dict[str, str]:

@@ -1,15 +1,19 @@
 """Dynamic batching per stage: texts of different requests run together, and are regrouped before every member.
 
 submit -> queue of stage 1 -> micro-batch -> exit rule -> remaining texts, with those of other requests, queue for
-stage 2 -> ... -> answers. One thread runs the stages; a lock guards the queues.
+stage 2 -> ... -> answers. One thread runs the stages; a lock guards the queues. `BaseBatcher` is what does not depend
+on where stages run.
 """
 
 from __future__ import annotations
 
+import asyncio
 import math
+from abc import ABC, abstractmethod
 from bisect import insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from threading import Condition, Thread
 from time import monotonic
 from typing import Any, NamedTuple, Protocol
@@ -113,8 +117,8 @@ class Observer(Protocol):
 
 
 @dataclass(eq=False)
-class _Waiting:
-    """A text in a queue."""
+class Waiting:
+    """A text that was accepted and has not left."""
 
     ticket: Ticket
     row: int
@@ -128,49 +132,42 @@ class _Waiting:
     steps: tuple[tuple[float, ...], ...] = ()
 
 
-def _by_arrival(text: _Waiting) -> float:
+def _by_arrival(text: Waiting) -> float:
     return text.arrived
 
 
-class Batcher:
-    """Answers the texts of many requests by one runtime.
-
-    A stage runs when its texts fill a micro-batch, when one of them has waited `max_wait` seconds for that, or when
-    there is nothing else to run; among those stages, the one with the text that arrived first. Its micro-batch is that
-    text, and waiting texts of similar length.
-    """
+class BaseBatcher(ABC):
+    """The texts that were accepted and are not yet answered, and how their requests end."""
 
     def __init__(
-        self,
-        runtime: CascadeRuntime,
-        *,
-        max_wait: float = 0.0,
-        max_queue: int = 1000,
-        degrade: bool = False,
-        observer: Observer | None = None,
+        self, runtime: CascadeRuntime, *, max_queue: int, degrade: bool = False, observer: Observer | None = None
     ) -> None:
-        """Start the thread.
+        """Accept texts from now on.
 
         Args:
             runtime: Closed by `close`.
-            max_wait: Seconds that a text may wait for its micro-batch to fill, while other stages have texts.
             max_queue: Texts that may be accepted and not yet answered; more raise Overloaded.
             degrade: Whether a text without time for the next member gets the answer of the member before.
-            observer: Told of batches and answers, in the thread.
+            observer: Told of batches and answers.
         """
         self.runtime = runtime
         self._chain = runtime.chain
-        self._max_wait = max_wait
         self._max_queue = max_queue
         self._degrade = degrade
         self._observer = observer
-        self._queues: list[list[_Waiting]] = [[] for _ in self._chain.stages]
+        self._queues: list[list[Waiting]] = [[] for _ in self._chain.stages]
         self._accepted = 0
         self._seconds_per_token = [0.0] * len(self._queues)
         self._draining = False
         self._wake = Condition()
-        self._thread = Thread(target=self._work, name="cascade-batcher", daemon=True)
-        self._thread.start()
+
+    @abstractmethod
+    def _begin(self, ticket: Ticket, texts: list[Waiting]) -> None:
+        """Let texts that were queued for the first stage go on; the lock is held."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Answer what was accepted, and take no more; then close the runtime."""
 
     def queued(self) -> list[int]:
         """Return how many texts wait for each stage."""
@@ -196,16 +193,32 @@ class Batcher:
         with self._wake:
             self._check_room(count)
             now = monotonic()
+            texts = []
             for row, length in enumerate(encoded.lengths.tolist()):
                 inputs: dict[str, tuple[Any, int]] = {TOKENS: (encoded, row)}
                 decisions = rule.begin(1)
-                text = _Waiting(ticket, row, now, now, max(1, length), encoded.truncated(row), decisions, inputs)
-                self._queues[0].append(text)
-            self._accepted += count
-            self._wake.notify()
+                texts.append(Waiting(ticket, row, now, now, max(1, length), encoded.truncated(row), decisions, inputs))
+            if count:
+                self._queues[0] += texts
+                self._accepted += count
+                self._begin(ticket, texts)
         if not count:
             on_done()
         return ticket
+
+    def start(
+        self, encoded: Encoded, *, rule: ExitRule | None = None, deadline: float = math.inf
+    ) -> tuple[Ticket, asyncio.Future[None]]:
+        """Queue texts from a coroutine: `submit`, with a future instead of `on_done`."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+
+        def finish() -> None:
+            if not done.done():
+                done.set_result(None)
+
+        on_done = partial(loop.call_soon_threadsafe, finish)
+        return self.submit(encoded, rule=rule, deadline=deadline, on_done=on_done), done
 
     def check_room(self, texts: int) -> None:
         """Raise what `submit` would raise for this many texts, before they are tokenized."""
@@ -239,6 +252,100 @@ class Batcher:
                 if ticket.answers[row] is None and so_far is not None:
                     self._settle(ticket, row, replace(so_far, degraded=True))
 
+    def _backlog(self) -> float:
+        """Return the seconds that the queues need at least: what they hold, without what goes on to bigger members."""
+        tokens = (sum(text.length for text in queue) for queue in self._queues)
+        return sum(count * pace for count, pace in zip(tokens, self._seconds_per_token, strict=True))
+
+    def _in_time(self, stage: int, texts: list[Waiting]) -> tuple[list[Waiting], list[Ticket]]:
+        """Return the texts whose deadline allows this stage, and the tickets that the others finish."""
+        expected = monotonic() + self._seconds_per_token[stage] * len(texts) * max(text.length for text in texts)
+        kept, finished = list[Waiting](), list[Ticket]()
+        for text in texts:
+            ticket = text.ticket
+            if ticket.finished:
+                continue
+            so_far = ticket._so_far[text.row]
+            if ticket.deadline >= expected:
+                kept.append(text)
+            elif self._degrade and so_far is not None:
+                self._settle(ticket, text.row, replace(so_far, degraded=True))
+            else:
+                self._abandon(ticket, DeadlineExceeded())
+            if ticket.finished:
+                finished.append(ticket)
+        if not kept:  # nothing runs, so nothing is measured: one slow run must not refuse texts for good
+            self._seconds_per_token[stage] *= 1 - _SMOOTHING
+        return [text for text in kept if not text.ticket.finished], finished
+
+    def _timed(self, stage: int, tokens: int, seconds: float) -> None:
+        """Learn a stage's pace from a micro-batch: its padded tokens, and the time of its run."""
+        pace = self._seconds_per_token
+        pace[stage] += (_SMOOTHING if pace[stage] else 1.0) * (seconds / tokens - pace[stage])
+
+    def _answered(self, stage: int, text: Waiting, logits: list[float], probabilities: list[float]) -> bool:
+        """Note a stage's answer to a text, and return whether the text leaves with it."""
+        text.steps += (tuple(probabilities),)
+        winner = probabilities.index(max(probabilities))
+        prediction = self._chain.prediction(probabilities, winner, stage, text.truncated)
+        answer = Answer(prediction, tuple(logits), text.steps)
+        leaves = text.decisions.leaves_alone(stage, probabilities)
+        if leaves:
+            self._settle(text.ticket, text.row, answer)
+        else:
+            text.ticket._so_far[text.row] = answer
+        return leaves
+
+    def _settle(self, ticket: Ticket, row: int, answer: Answer) -> None:
+        ticket.answers[row] = answer
+        ticket._left -= 1
+        self._accepted -= 1
+        exits = [0] * len(self._queues)
+        exits[answer.prediction.exit] = 1
+        self.runtime.count(exits)
+        if self._observer is not None:
+            self._observer.answered(answer)
+
+    def _abandon(self, ticket: Ticket, error: Exception) -> None:
+        ticket.error = error
+        self._accepted -= ticket._left
+        self._dequeue(ticket)
+
+    def _dequeue(self, ticket: Ticket) -> None:
+        for queue in self._queues:
+            queue[:] = [text for text in queue if text.ticket is not ticket]
+
+
+class Batcher(BaseBatcher):
+    """Answers the texts of many requests by one runtime.
+
+    A stage runs when its texts fill a micro-batch, when one of them has waited `max_wait` seconds for that, or when
+    there is nothing else to run; among those stages, the one with the text that arrived first. Its micro-batch is that
+    text, and waiting texts of similar length.
+    """
+
+    def __init__(
+        self,
+        runtime: CascadeRuntime,
+        *,
+        max_wait: float = 0.0,
+        max_queue: int = 1000,
+        degrade: bool = False,
+        observer: Observer | None = None,
+    ) -> None:
+        """Start the thread.
+
+        `max_wait`: seconds that a text may wait for its micro-batch to fill, while other stages have texts. The other
+        arguments are those of `BaseBatcher`; the observer is told in the thread.
+        """
+        super().__init__(runtime, max_queue=max_queue, degrade=degrade, observer=observer)
+        self._max_wait = max_wait
+        self._thread = Thread(target=self._work, name="cascade-batcher", daemon=True)
+        self._thread.start()
+
+    def _begin(self, ticket: Ticket, texts: list[Waiting]) -> None:
+        self._wake.notify()
+
     def close(self) -> None:
         """Answer what was accepted, then stop the thread and close the runtime."""
         with self._wake:
@@ -246,11 +353,6 @@ class Batcher:
             self._wake.notify()
         self._thread.join()
         self.runtime.close()
-
-    def _backlog(self) -> float:
-        """Return the seconds that the queues need at least: what they hold, without what goes on to bigger members."""
-        tokens = (sum(text.length for text in queue) for queue in self._queues)
-        return sum(count * pace for count, pace in zip(tokens, self._seconds_per_token, strict=True))
 
     def _work(self) -> None:
         while True:
@@ -276,7 +378,7 @@ class Batcher:
         ]
         return min(ready, key=lambda stage: self._queues[stage][0].arrived) if ready else waiting[0]
 
-    def _take(self, stage: int) -> list[_Waiting]:
+    def _take(self, stage: int) -> list[Waiting]:
         """Take the text that arrived first, and waiting texts of similar length, out of a stage's queue."""
         queue = self._queues[stage]
         lengths = np.array([text.length for text in queue[:_WINDOW]], dtype=np.intp)
@@ -288,28 +390,7 @@ class Batcher:
             del queue[row]
         return taken
 
-    def _in_time(self, stage: int, texts: list[_Waiting]) -> tuple[list[_Waiting], list[Ticket]]:
-        """Return the texts whose deadline allows this stage, and the tickets that the others finish."""
-        expected = monotonic() + self._seconds_per_token[stage] * len(texts) * max(text.length for text in texts)
-        kept, finished = list[_Waiting](), list[Ticket]()
-        for text in texts:
-            ticket = text.ticket
-            if ticket.finished:
-                continue
-            so_far = ticket._so_far[text.row]
-            if ticket.deadline >= expected:
-                kept.append(text)
-            elif self._degrade and so_far is not None:
-                self._settle(ticket, text.row, replace(so_far, degraded=True))
-            else:
-                self._abandon(ticket, DeadlineExceeded())
-            if ticket.finished:
-                finished.append(ticket)
-        if not kept:  # nothing runs, so nothing is measured: one slow run must not refuse texts for good
-            self._seconds_per_token[stage] *= 1 - _SMOOTHING
-        return [text for text in kept if not text.ticket.finished], finished
-
-    def _execute(self, index: int, texts: list[_Waiting]) -> None:
+    def _execute(self, index: int, texts: list[Waiting]) -> None:
         """Run one stage on a micro-batch, and move every text on: out, or to the next stage's queue."""
         stage = self._chain.stages[index]
         picks = [text.inputs[stage.reads] for text in texts]
@@ -337,30 +418,23 @@ class Batcher:
         with self._wake:
             for ticket, times in queued.items():
                 ticket.runs.append(Run(index, min(times), started, seconds, len(times), len(texts)))
-            pace = self._seconds_per_token
-            pace[index] += (_SMOOTHING if pace[index] else 1.0) * (seconds / tokens - pace[index])
+            self._timed(index, tokens, seconds)
             now = monotonic()
             for row, text in enumerate(texts):
                 ticket = text.ticket
                 if ticket.finished:
                     continue
-                found = probabilities[row]
-                text.steps += (tuple(found),)
-                prediction = self._chain.prediction(found, found.index(max(found)), index, text.truncated)
-                answer = Answer(prediction, tuple(logits[row].tolist()), text.steps)
-                if text.decisions.leaves_alone(index, found):
-                    self._settle(ticket, text.row, answer)
+                if self._answered(index, text, logits[row].tolist(), probabilities[row]):
                     if ticket.finished:
                         finished.append(ticket)
                     continue
-                ticket._so_far[text.row] = answer
                 text.inputs[HIDDEN_STATES] = left, row
                 text.queued = now
                 insort(self._queues[index + 1], text, key=_by_arrival)
         for ticket in finished:
             ticket._on_done()
 
-    def _isolate(self, index: int, texts: list[_Waiting], error: Exception) -> None:
+    def _isolate(self, index: int, texts: list[Waiting], error: Exception) -> None:
         """Run the texts of each request on their own after an error, so that it reaches only the request it is from."""
         tickets = list(dict.fromkeys(text.ticket for text in texts))
         if len(tickets) > 1:
@@ -373,22 +447,3 @@ class Batcher:
                 return
             self._abandon(ticket, error if isinstance(error, CascadeError) else InferenceError(str(error)))
         ticket._on_done()
-
-    def _settle(self, ticket: Ticket, row: int, answer: Answer) -> None:
-        ticket.answers[row] = answer
-        ticket._left -= 1
-        self._accepted -= 1
-        exits = [0] * len(self._queues)
-        exits[answer.prediction.exit] = 1
-        self.runtime.count(exits)
-        if self._observer is not None:
-            self._observer.answered(answer)
-
-    def _abandon(self, ticket: Ticket, error: Exception) -> None:
-        ticket.error = error
-        self._accepted -= ticket._left
-        self._dequeue(ticket)
-
-    def _dequeue(self, ticket: Ticket) -> None:
-        for queue in self._queues:
-            queue[:] = [text for text in queue if text.ticket is not ticket]

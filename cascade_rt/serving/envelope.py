@@ -15,9 +15,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .metrics import Metrics
 from .responses import error_response
 
+PROBES = ("/health", "/v2/health/live", "/v2/health/ready")
+"""Paths that tell whether the server takes requests."""
+
 _REQUEST_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
 _CLOSING = {"Connection": "close"}
-_OPEN_PATHS = ("/", "/health", "/v2/health/live", "/v2/health/ready")
+_OPEN_PATHS = ("/", *PROBES)
 _log = logging.getLogger("cascade_rt.serving.requests")
 
 

@@ -14,13 +14,14 @@ from ..bundle import MANIFEST
 from ..bundle.files import FileIdentity, file_identity
 from ..errors import CascadeError
 from ..runtime import CascadeRuntime
-from .batcher import Batcher
+from .batcher import BaseBatcher
 from .metrics import Metrics
 
 _LONGEST_PAUSE = 30.0  # seconds between attempts to open a bundle that cannot be used
 _log = logging.getLogger(__name__)
 
-Open = Callable[[str], CascadeRuntime]
+Open = Callable[[str, str], CascadeRuntime]
+"""Opens a bundle by its name and source."""
 
 
 class UnknownModel(CascadeError):
@@ -35,7 +36,7 @@ class Model:
 
     name: str
     runtime: CascadeRuntime
-    batcher: Batcher
+    batcher: BaseBatcher
     loaded: str
     """When it was opened: UTC, ISO 8601."""
 
@@ -52,7 +53,7 @@ class Models:
         self,
         sources: Mapping[str, str],
         open_bundle: Open,
-        make_batcher: Callable[[str, CascadeRuntime], Batcher],
+        make_batcher: Callable[[str, CascadeRuntime], BaseBatcher],
         metrics: Metrics,
     ) -> None:
         """Open all bundles; `sources`: folder, or "hf:org/name", by name. The first answers where no name is given."""
@@ -121,7 +122,7 @@ class Models:
             model.batcher.close()
 
     def _open(self, name: str) -> Model:
-        runtime = self._open_bundle(self._sources[name])
+        runtime = self._open_bundle(name, self._sources[name])
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         return Model(name, runtime, self._make_batcher(name, runtime), now)
 

@@ -19,10 +19,10 @@ from pythonjsonlogger.json import JsonFormatter
 
 from ..errors import InputError, InvalidOption, MissingExtraError
 from .app import create_app
-from .service import Service, Settings
+from .service import Engine, Service, Settings
 
 _BACKLOG = 2048
-_KEEP_ALIVE = 65  # seconds: longer than the 60 of common load balancers, which else reuse closed connections
+KEEP_ALIVE = 65  # seconds: longer than the 60 of common load balancers, which else reuse closed connections
 _IDLE_SECONDS = 70.0
 _LAST_PORT = 65535
 
@@ -45,15 +45,15 @@ class Setup:
     traces: bool = False
     """Whether requests are traced: see `tracing`."""
 
-    def open(self) -> Service:
+    def open(self, engine: Engine | None = None) -> Service:
         """Open the bundles; raise MissingExtraError where traces need packages that are not installed."""
         if not self.traces:
-            return Service(self.sources, self.settings)
+            return Service(self.sources, self.settings, engine=engine)
         try:
             from .tracing import Tracing  # noqa: PLC0415
         except ImportError as error:
             raise MissingExtraError("--traces", "traces", error) from error
-        return Service(self.sources, self.settings, Tracing())
+        return Service(self.sources, self.settings, Tracing(), engine)
 
 
 def listen(host: str, port: int, *, shared: bool = False) -> socket.socket:
@@ -89,7 +89,7 @@ def serve(service: Service, listener: socket.socket, setup: Setup) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_keep_alive=_KEEP_ALIVE,
+        timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=round(setup.grace),
     )
     gc.freeze()  # what is loaded by now stays, so it is not looked through again and again

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -37,13 +37,12 @@ def serving(*options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
         address = f"http://127.0.0.1:{port}"
         until = time.monotonic() + 60
         while True:
-            try:
-                assert httpx.get(f"{address}/health").status_code == 200
-                break
-            except httpx.TransportError:
-                assert process.poll() is None
-                assert time.monotonic() < until
-                time.sleep(0.05)
+            with suppress(httpx.TransportError):
+                if httpx.get(f"{address}/health").status_code == 200:
+                    break
+            assert process.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.05)
         try:
             yield process, address
         finally:
