@@ -7,7 +7,7 @@ export CASCADE_DATA ?= $(abspath ../shared/data)
 # Errors only: a first install downloads about 500 MB.
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
-.PHONY: demo test test-js test-real soak lint docs docs-test bench clean
+.PHONY: demo test test-cluster test-js test-real soak lint docs docs-test bench clean
 
 .venv/pyvenv.cfg:
 	@$(PYTHON) -m venv .venv
@@ -42,9 +42,9 @@ $(DEMO)/bundle: | .venv/demo-ready
 		$(BIN)/cascade-rt build --task smart-home --big $$minilm --small $$minilm=2 --augment 2 --max-drop 0.005 \
 		--batch-size 64 --epochs 4 --learning-rate 4e-4 --small-epochs 4 --small-learning-rate 4e-4 --output $@
 
-# The fast tests, without real data. One process and one thread per core: tiny models gain nothing from more threads.
+# The fast tests, without real data and without Ray clusters. One process and one thread per core: tiny models gain nothing from more threads.
 test: .venv/dev-ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup -m 'not real_data'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m 'not real_data and not cluster'
 
 # The npm package, against the answers of the Python package; its page too, where Chromium is installed.
 test-js: .venv/dev-ready js/node_modules/.package-lock.json
@@ -55,7 +55,11 @@ js/node_modules/.package-lock.json: js/package-lock.json
 	@cd js && ONNXRUNTIME_NODE_INSTALL=skip npm ci --no-audit --no-fund --loglevel=error
 
 test-real: .venv/dev-ready
-	$(BIN)/python -m pytest -m real_data
+	$(BIN)/python -m pytest -m 'real_data and not cluster'
+
+# Jobs and servers on Ray clusters of this machine.
+test-cluster: .venv/dev-ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster
 
 # Random operations for 20 minutes: answers never change, and memory stays flat.
 soak: .venv/dev-ready

@@ -26,7 +26,7 @@ from ...toy import WORDS
 
 ray = pytest.importorskip("ray")
 pytestmark = [
-    pytest.mark.xdist_group("ray"),
+    pytest.mark.cluster,
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.*", "ignore::FutureWarning:ray.*"),
 ]
 
@@ -123,11 +123,6 @@ def check_kills(machines: Any, bundle: Path, source: Path, kind: str, count: int
     assert (summary["answered"], summary["rejected"], summary["exits"]) == (count, 0, runtime.stats().exits)
 
 
-def test_a_killed_actor_and_a_killed_machine(machines: Any, bundle: Path, tmp_path: Path) -> None:
-    source = write_texts(tmp_path / "in.jsonl", 20_000)
-    check_kills(machines, bundle, source, "member pools", 20_000, shard_rows=1000)
-
-
 @pytest.mark.real_data
 def test_200_000_real_texts_with_a_killed_actor_and_a_killed_machine(
     machines: Any, bundle: Path, tmp_path: Path, real_data: Callable[[str], Path]
@@ -136,7 +131,7 @@ def test_200_000_real_texts_with_a_killed_actor_and_a_killed_machine(
     with (tmp_path / "in.jsonl").open("w") as stream:
         for row, text in enumerate(islice(cycle(sentences), 200_000)):
             stream.write(json.dumps({"id": row, "text": text}) + "\n")
-    check_kills(machines, bundle, tmp_path / "in.jsonl", "all members", 200_000, shard_rows=5000)
+    check_kills(machines, bundle, tmp_path / "in.jsonl", "member pools", 200_000, shard_rows=5000)
 
 
 @pytest.mark.parametrize(("on_error", "kind"), [("skip", "all members"), ("null", "member pools")])
@@ -223,27 +218,20 @@ def test_other_formats_and_compressed_input(machines: Any, bundle: Path, tmp_pat
     assert_equal(sorted(found, key=lambda row: row["id"]), wanted)
 
 
-def test_patience_and_thresholds_go_along(machines: Any, four_segments: Path, bundle: Path, tmp_path: Path) -> None:
+def test_patience_members_and_thresholds_go_along(
+    machines: Any, four_segments: Path, bundle: Path, tmp_path: Path
+) -> None:
     source = write_texts(tmp_path / "in.jsonl", 200)
-    for number, runtime in enumerate(
-        (
-            CascadeRuntime(four_segments).with_patience(2),
-            CascadeRuntime(bundle, thresholds=[0.6, 0.9]),
-            CascadeRuntime(bundle, members=["small", "big"], thresholds=0.7),
-        )
-    ):
-        texts = [row["text"] for row in rows(source)]
-        wanted = runtime.predict(texts)
-        before = runtime.stats().exits
-        pools = {member.name: Pool(1) for member in runtime.bundle.members[:2]}
-        for kind in (Pool(1), pools) if len(runtime.bundle.members) == 2 else (Pool(1),):
-            out = f"out-{number}-{isinstance(kind, Pool)}"
-            predict_on_cluster(runtime, str(source), out, Counts(), pools=kind, shard_rows=150)
-            found = answers(Path(out))
-            assert [(row["label"], row["exit"], row["layers"]) for row in found] == [
-                (one.label, one.exit, one.layers) for one in wanted
-            ]
-        assert runtime.stats().exits != before
+    some = CascadeRuntime(bundle, members=["small", "big"], thresholds=0.7)
+    pools: list[Any] = [Pool(1), {"small": Pool(1), "big": Pool(1)}]
+    for runtime, kind in zip((CascadeRuntime(four_segments).with_patience(2), some), pools, strict=True):
+        wanted = runtime.predict([row["text"] for row in rows(source)])
+        predict_on_cluster(runtime, str(source), runtime.bundle.members[0].name, Counts(), pools=kind, shard_rows=150)
+        found = answers(Path(runtime.bundle.members[0].name))
+        assert [(row["label"], row["exit"], row["layers"]) for row in found] == [
+            (one.label, one.exit, one.layers) for one in wanted
+        ]
+        assert runtime.stats().texts == 400
 
 
 def test_a_bundle_goes_to_machines_that_do_not_have_it(

@@ -35,7 +35,7 @@ from .test_workers import eventually
 
 pytest.importorskip("ray.serve", exc_type=ImportError)
 pytestmark = [
-    pytest.mark.xdist_group("ray"),
+    pytest.mark.cluster,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # when Ray is imported
     pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for processes as Linux shows them"),
 ]
