@@ -242,7 +242,7 @@ def _write_parquet(lines: Path, target: Path) -> None:
 
     def plain(row: dict[str, Any]) -> dict[str, Any]:
         return {
-            name: value if value is None or columns[name] is not None else json.dumps(value)
+            name: _encodable(value if value is None or columns[name] is not None else json.dumps(value))
             for name, value in row.items()
         }
 
@@ -255,3 +255,8 @@ def _write_parquet(lines: Path, target: Path) -> None:
                 some = []
         if some or not columns:
             writer.write_table(arrow.Table.from_pylist(some, schema))
+
+
+def _encodable(value: Any) -> Any:
+    """Return a value with half a surrogate pair, which UTF-8 cannot encode, as its escape."""
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value

@@ -82,15 +82,12 @@ class ShardFolder:
 
     def receipt(self, part: str, digest: str) -> Receipt | None:
         """Return the receipt of a part whose shard is there, complete and of the same records; None if it is not."""
-        found = self._read(f"{_RECEIPTS}/{part}")
-        if found is None or found["digest"] != digest:
-            return None
-        receipt = Receipt(**found)
         try:
+            found = Receipt(**(self._read(f"{_RECEIPTS}/{part}") or {}))
             size = self._system.get_file_info(self._path(self._shard(part))).size
-        except OSError:
+        except (OSError, TypeError):  # none, or not one of ours
             return None
-        return receipt if size == receipt.bytes else None
+        return found if (found.digest, found.bytes) == (digest, size) else None
 
     def write(self, part: str, lines: str, receipt: Callable[[int], Receipt]) -> Receipt:
         """Write the shard of a part from its lines, then what `receipt` returns for its size, and return that."""

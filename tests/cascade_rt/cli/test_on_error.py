@@ -154,3 +154,16 @@ def test_a_missing_column_is_not_a_matter_of_rows(capsys: pytest.CaptureFixture[
     )
     assert (status, lines) == (2, [])
     assert "no column 'text'; found 'q'" in error
+
+
+def test_half_a_surrogate_pair_is_written_as_its_escape(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "in.jsonl").write_text('{"text": "a film"}\n{"text": "half a pair: \\ud800"}\n')
+    command = ["--input", "in.jsonl", "--on-error", "null", "--output"]
+    for name in ("out.jsonl", "out.csv", "out.parquet"):
+        status, _, error = run(capsys, "predict", "--model-dir", bundle, *command, name)
+        assert (status, "1 of 2 rows were rejected" in error) == (2, True)
+    assert "half a pair: \\ud800" in Path("out.csv").read_text("utf-8")
+    assert parquet.read_table("out.parquet").to_pylist()[1]["text"] == "half a pair: \\ud800"
