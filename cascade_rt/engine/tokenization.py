@@ -60,7 +60,7 @@ class Encoded:
         return Encoded(kept, self._padding, self.seconds)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle by four arrays: the library's encodings are some twenty times as large."""
+        """Pickle by four arrays, a quarter of what the library's encodings take."""
         ids = np.array([id for encoding in self._encodings for id in encoding.ids], dtype=np.int32)
         types = np.array([id for encoding in self._encodings for id in encoding.type_ids], dtype=np.int32)
         truncated = np.array([self.truncated(row) for row in range(len(self._encodings))], dtype=bool)
