@@ -34,7 +34,7 @@ from .signals import Termination
 
 SUMMARY = "classify texts"
 LOCAL, RAY = "local", "ray"
-_CLUSTER_ALONE = ("--address", "--actors", "--pools", "--shard-rows", "--shard-format")
+_FOR_RAY: dict[str, Any] = {"address": None, "actors": None, "pools": [], "shard_rows": None, "shard_format": None}
 EXAMPLE = 'cascade-rt predict --model-dir bundle/ "a text" "another text"'
 
 
@@ -106,8 +106,8 @@ def run(options: argparse.Namespace) -> None:
     if options.engine == RAY:
         _on_cluster(options)
         return
-    if alone := [option for option in _CLUSTER_ALONE if getattr(options, option.strip("-").replace("-", "_"))]:
-        raise InputError(f"found {alone[0]} alone, expected --engine ray with it")
+    if alone := [name for name, default in _FOR_RAY.items() if getattr(options, name) != default]:
+        raise InputError(f"found `{alone[0]}` alone, expected --engine ray with it")
     output = None if options.output == "-" else Path(options.output)
     to_file = output is not None and (output.is_file() or not output.exists())  # not a device, a pipe or a folder
     if options.resume and not (to_file and options.input):
