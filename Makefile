@@ -42,7 +42,8 @@ $(DEMO)/bundle: | .venv/demo-ready
 		$(BIN)/cascade-rt build --task smart-home --big $$minilm --small $$minilm=2 --augment 2 --max-drop 0.005 \
 		--batch-size 64 --epochs 4 --learning-rate 4e-4 --small-epochs 4 --small-learning-rate 4e-4 --output $@
 
-# The fast tests, without real data and without Ray clusters. One process and one thread per core: tiny models gain nothing from more threads.
+# The fast tests, without real data and Ray clusters. One process and one thread per core: tiny models gain nothing
+# from more threads.
 test: .venv/dev-ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m 'not real_data and not cluster'
 
