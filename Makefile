@@ -7,7 +7,7 @@ export CASCADE_DATA ?= $(abspath ../shared/data)
 # Errors only: a first install downloads about 500 MB.
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
-.PHONY: demo test test-cluster test-js test-real soak lint docs docs-test bench clean
+.PHONY: demo test test-cluster test-js test-kills test-real soak lint docs docs-test bench clean
 
 .venv/pyvenv.cfg:
 	@$(PYTHON) -m venv .venv
@@ -60,7 +60,11 @@ test-real: .venv/dev-ready
 
 # Jobs and servers on Ray clusters of this machine.
 test-cluster: .venv/dev-ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'cluster and not real_data'
+
+# Jobs of 200,000 real sentences on a cluster where a process and a machine die (three minutes).
+test-kills: .venv/dev-ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'cluster and real_data'
 
 # Random operations for 20 minutes: answers never change, and memory stays flat.
 soak: .venv/dev-ready

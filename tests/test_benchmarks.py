@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
 import subprocess
@@ -161,24 +162,63 @@ def test_single_file_compares_answers_and_times(bundle: Path) -> None:
     assert report["one_file_over_runtime"].keys() == {"single", "batches of 32"}
 
 
-@pytest.mark.cluster
-def test_a_cluster_is_simulated_and_prices_follow(bundle: Path) -> None:
+@pytest.fixture
+def simulation(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script that simulates a cluster."""
     pytest.importorskip("ray")
-    texts = [" ".join(WORDS[at % 7 : at % 7 + 1 + at % 9]) for at in range(3000)]
-    Path("in.txt").write_text("\n".join(texts))
-    small = ["--nodes", 2, "--real-nodes", "--seconds", 1, "--shard-rows", 256, "--measured", 3000]
-    report = run("cluster.py", "--model-dir", bundle, "--input", "in.txt", *small)
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("cluster")
+
+
+def test_a_cluster_is_planned_and_prices_follow(
+    simulation: Any, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but the jobs themselves, which start clusters."""
+    jobs = []
+
+    def run(*arguments: Any) -> dict[str, float]:
+        jobs.append(arguments[2:6])
+        return {"seconds": 2.0, "first_answers": 1.0, "rate": 100.0, "busy_cpus": 1.0}
+
+    monkeypatch.setattr(simulation, "run", run)
+    Path("in.txt").write_text("\n".join(" ".join(WORDS[at % 7 : at % 7 + 1 + at % 9]) for at in range(3000)))
+    options = [
+        "--nodes",
+        "1",
+        "2",
+        "--real-nodes",
+        "1",
+        "--seconds",
+        "1",
+        "--shard-rows",
+        "256",
+        "--output",
+        "report.json",
+    ]
+    monkeypatch.setattr(sys, "argv", ["cluster.py", "--model-dir", str(bundle), "--input", "in.txt", *options])
+    simulation.main()
+    report = json.loads(Path("report.json").read_text("utf-8"))
     assert report["costs"]["reached"][0] == 1
-    one, pools = report["simulated"]
-    assert (one["actors"], sum(pools["actors"].values())) == (4, 4)
-    for row in (one, pools):
-        assert row["texts"] >= 2560
-        assert row["rate"] > 0
+    assert [row["nodes"] for row in report["simulated"]] == [1, 1, 2, 2]
+    assert [row["actors"] for row in report["simulated"][::2]] == [2, 4]
+    assert sum(report["simulated"][3]["actors"].values()) == 4
+    assert [nodes for *_, nodes, _ in jobs] == [1, 1, 2, 2, 1]
     prices = ["--gpu-speedup", 1, 2, 3, "--core-price", 1, "--gpu-price", 2.5]
     command = [sys.executable, BENCHMARKS / "pool_costs.py", "--costs", "report.json", *prices]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
     assert len(done.stdout.splitlines()) == 9
     assert done.stdout.splitlines()[0].endswith("member pools  tiny on CPU, small on CPU, big on GPU")
+
+
+def test_a_simulated_runtime_lets_as_many_texts_leave(simulation: Any, bundle: Path) -> None:
+    runtime = simulation.Simulated(bundle)
+    runtime.costs = simulation.Costs(1e-6, [1e-6, 1e-6, 1e-6], [1.0, 0.5, 0.1])
+    for _ in range(2):
+        journey = runtime.begin(["a film"] * 200)
+        for member in range(3):
+            runtime.advance(journey, member)
+        assert len(runtime.finish(journey)) == 200
+    assert runtime.stats().exits == [200, 160, 40]
 
 
 def test_the_cheapest_placement_is_that_of_each_member_alone(monkeypatch: pytest.MonkeyPatch) -> None:

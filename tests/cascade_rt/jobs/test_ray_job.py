@@ -123,15 +123,21 @@ def check_kills(machines: Any, bundle: Path, source: Path, kind: str, count: int
     assert (summary["answered"], summary["rejected"], summary["exits"]) == (count, 0, runtime.stats().exits)
 
 
+def test_a_killed_actor_and_a_killed_machine(machines: Any, bundle: Path, tmp_path: Path) -> None:
+    source = write_texts(tmp_path / "in.jsonl", 20_000)
+    check_kills(machines, bundle, source, "member pools", 20_000, shard_rows=1000)
+
+
 @pytest.mark.real_data
+@pytest.mark.parametrize("kind", POOLS)
 def test_200_000_real_texts_with_a_killed_actor_and_a_killed_machine(
-    machines: Any, bundle: Path, tmp_path: Path, real_data: Callable[[str], Path]
+    machines: Any, bundle: Path, tmp_path: Path, real_data: Callable[[str], Path], kind: str
 ) -> None:
     sentences = [example.text for example in read_examples(real_data("sst2") / "train.tsv", pair=False)]
     with (tmp_path / "in.jsonl").open("w") as stream:
         for row, text in enumerate(islice(cycle(sentences), 200_000)):
             stream.write(json.dumps({"id": row, "text": text}) + "\n")
-    check_kills(machines, bundle, tmp_path / "in.jsonl", "member pools", 200_000, shard_rows=5000)
+    check_kills(machines, bundle, tmp_path / "in.jsonl", kind, 200_000, shard_rows=5000)
 
 
 @pytest.mark.parametrize(("on_error", "kind"), [("skip", "all members"), ("null", "member pools")])
