@@ -14,6 +14,9 @@ from ..io.readers import FORMATS, Example, read_examples
 from ..runtime import CascadeRuntime
 from .parser import CommandParser
 
+LOCAL, RAY = "local", "ray"
+"""Engines."""
+
 
 def add_bundle(parser: CommandParser) -> None:
     """Add which bundle to open."""
@@ -48,6 +51,19 @@ def add_provider_option(parser: CommandParser) -> None:
         metavar="KEY=VALUE",
         help="option for the provider, for instance device_id=1; may be repeated",
     )
+
+
+def add_engine(parser: CommandParser) -> Any:
+    """Add where texts are answered, and which cluster; return the group, for more options of clusters."""
+    group = parser.add_argument_group("on a Ray cluster")
+    group.add_argument(
+        "--engine",
+        choices=(LOCAL, RAY),
+        default=LOCAL,
+        help="local: this machine; ray: a Ray cluster, where --threads is 1 unless given",
+    )
+    group.add_argument("--address", help="of the cluster (default: RAY_ADDRESS, else one on this machine, else new)")
+    return group
 
 
 def add_threshold(parser: CommandParser) -> None:

@@ -12,13 +12,15 @@ from typing import Any
 from ..errors import CascadeError, InputError
 from ..io.readers import FORMATS, Example, Reject, read_records
 from ..io.writers import open_output
-from ..jobs.answering import ON_ERROR, SKIP, STOP, Counts, answer
+from ..jobs.answering import ON_ERROR, SKIP, STOP, Counts, answer, described
 from ..jobs.files import JobFiles
 from ..jobs.shards import ENDINGS as SHARD_FORMATS
 from ..runtime import CascadeRuntime
 from ..types import Text
 from .options import (
+    RAY,
     add_bundle,
+    add_engine,
     add_input,
     add_running,
     add_threshold,
@@ -33,7 +35,6 @@ from .rendering import exits_line, printable
 from .signals import Termination
 
 SUMMARY = "classify texts"
-LOCAL, RAY = "local", "ray"
 _FOR_RAY: dict[str, Any] = {"address": None, "actors": None, "pools": [], "shard_rows": None, "shard_format": None}
 EXAMPLE = 'cascade-rt predict --model-dir bundle/ "a text" "another text"'
 
@@ -71,11 +72,7 @@ def add_arguments(parser: CommandParser) -> None:
 
 
 def _add_cluster(parser: CommandParser) -> None:
-    cluster = parser.add_argument_group("on a Ray cluster")
-    cluster.add_argument(
-        "--engine", choices=(LOCAL, RAY), default=LOCAL, help="where: in this process, or on a cluster by Ray Data"
-    )
-    cluster.add_argument("--address", help="of the cluster (default: RAY_ADDRESS, else one on this machine, else new)")
+    cluster = add_engine(parser)
     cluster.add_argument(
         "--actors", type=int, metavar="N", help="processes that answer texts (default: as many as there is room for)"
     )
@@ -203,14 +200,7 @@ def _pools(options: argparse.Namespace) -> Any:
 
 def _to_file(runtime: CascadeRuntime, output: Path, options: argparse.Namespace, counts: Counts) -> None:
     """Write the answers to a file that a killed run leaves resumable."""
-    job = {
-        "bundle": runtime.bundle.sha256,
-        "members": [member.name for member in runtime.bundle.members],
-        "thresholds": runtime.thresholds,
-        "exit_rule": dict(runtime.bundle.exit_rule),
-        "on_error": options.on_error,
-        "rejects": bool(options.rejects),
-    }
+    job = described(runtime, options.on_error) | {"rejects": bool(options.rejects)}
     rejects = Path(options.rejects) if options.rejects else None
     files = JobFiles(output, rejects, job, resume=options.resume)
     counts.answered, counts.rejected = files.done["answered"], files.done["rejected"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError, InvalidOption, MissingExtraError
-from .options import add_running, provider_options
+from .options import LOCAL, RAY, add_engine, add_running, provider_options
 from .parser import CommandParser
 from .signals import Termination
 
@@ -59,16 +59,19 @@ def add_arguments(parser: CommandParser) -> None:
     add("--token-file", metavar="FILE", help="file with the bearer token that requests must carry")
     add("--cors-origin", action="append", default=[], metavar="ORIGIN", help="pages of this origin may call the server")
     add_running(parser)
-    ray = parser.add_argument_group("where members run").add_argument
-    ray("--engine", choices=("local", "ray"), default="local", help="local: this machine; ray: a Ray cluster")
-    ray("--address", help="with --engine ray: the cluster (default: the one on this machine, else a new one)")
-    ray("--min-replicas", type=int, metavar="N", help="with --engine ray: of each member, at least (default: 1)")
-    ray("--max-replicas", type=int, metavar="N", help="with --engine ray: at most (default: what finds room)")
+    ray = add_engine(parser).add_argument
+    ray("--min-replicas", type=int, metavar="N", help="fewest replicas of each member (default: 1)")
+    ray(
+        "--max-replicas",
+        type=int,
+        metavar="N",
+        help="most replicas of each member (default: what fits after all have the fewest)",
+    )
     ray(
         "--target-requests",
         type=float,
         metavar="N",
-        help="with --engine ray: calls that a replica should have at a time; more start another one (default: 8)",
+        help="running and waiting calls per replica; above it, Ray adds replicas (default: 8)",
     )
 
 
@@ -105,7 +108,7 @@ def run(options: argparse.Namespace) -> None:
         options.traces,
     )
     with suppress(KeyboardInterrupt, Termination):  # the signal that ended it, after all was answered
-        if options.engine == "ray":
+        if options.engine == RAY:
             _serve_on_cluster(setup, options)
             return
         _refuse_for_local(options)
@@ -140,7 +143,7 @@ def _refuse_for_local(options: argparse.Namespace) -> None:
 
 def _reload_seconds(options: argparse.Namespace) -> float:
     found: float | None = options.reload_seconds
-    if options.engine == "local":
+    if options.engine == LOCAL:
         return 1.0 if found is None else found
     if found:
         raise InvalidOption("reload_seconds", found, "0 with `engine` ray: deploy a new bundle by a new server")

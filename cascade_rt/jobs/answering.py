@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TextIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from ..errors import InputError, InvalidOption, TextError
 from ..io.readers import Example, Reject
@@ -90,6 +90,17 @@ def write_answers(
         if rejects is not None:
             line = {"where": record.where, "reason": record.reason, "row": record.row}
             rejects.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def described(runtime: CascadeRuntime, on_error: str) -> dict[str, Any]:
+    """Return what decides the answers to the same records: a job that is resumed must share it."""
+    return {
+        "bundle": runtime.bundle.sha256,
+        "members": [member.name for member in runtime.bundle.members],
+        "thresholds": runtime.thresholds,
+        "exit_rule": dict(runtime.bundle.exit_rule),
+        "on_error": on_error,
+    }
 
 
 def chunks(records: Iterable[Record], size: int) -> Iterator[tuple[list[Record], bool]]:

@@ -28,7 +28,7 @@ from ..errors import CascadeError, InputError, InvalidOption, first_line
 from ..io.readers import input_files, read_records
 from ..io.remote import is_uri
 from ..runtime import CascadeRuntime
-from .answering import CHUNK, ON_ERROR, Counts, Record, chunks, usable, write_answers
+from .answering import CHUNK, ON_ERROR, Counts, Record, chunks, described, usable, write_answers
 from .shards import Receipt, ShardFolder
 
 SHARD_ROWS = 10 * CHUNK
@@ -142,7 +142,8 @@ def predict_on_cluster(
     stages = _stages(runtime, pools)
     with cluster(address) as ray:
         _check_room(ray, [pool for _, pool in stages])
-        folder.begin(_described(runtime, shard_rows, shard_format, on_error), resume=resume)
+        shape = {"shard_rows": shard_rows, "shard_format": shard_format}
+        folder.begin(described(runtime, on_error) | shape, resume=resume)
         job = Job(
             runtime=shared(runtime),
             verify=verify,
@@ -178,19 +179,6 @@ def _seen(file: str | Path) -> str:
     if not Path(file).is_file():
         raise InputError(f"{file}: no such file; check the path")
     return str(Path(file).absolute())
-
-
-def _described(runtime: CascadeRuntime, shard_rows: int, shard_format: str, on_error: str) -> dict[str, Any]:
-    """Return what a resumed job must share."""
-    return {
-        "bundle": runtime.bundle.sha256,
-        "members": [member.name for member in runtime.bundle.members],
-        "thresholds": runtime.thresholds,
-        "exit_rule": dict(runtime.bundle.exit_rule),
-        "on_error": on_error,
-        "shard_rows": shard_rows,
-        "shard_format": shard_format,
-    }
 
 
 def _stages(runtime: CascadeRuntime, pools: Mapping[str, Pool] | Pool) -> list[tuple[range, Pool]]:

@@ -11,8 +11,8 @@ when all shards are there. Readers of folders, such as those of pyarrow and Spar
 from __future__ import annotations
 
 import json
+import os
 import tempfile
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,7 +59,7 @@ class ShardFolder:
 
         Raises InputError if there is something else, an interrupted run and not `resume`, or another job's.
         """
-        found = set(self._reported(lambda: self._names(""))) - {_RECEIPTS}
+        found = set(self._reported(self._names)) - {_RECEIPTS}
         if not found:
             self._reported(lambda: self._system.create_dir(self._path(_RECEIPTS), recursive=True))
             self._put(_JOB, json.dumps(job).encode())
@@ -103,7 +103,7 @@ class ShardFolder:
         Raises InputError if a shard is missing, as where machines do not share the folder.
         """
         expected = {self._shard(part) for part in parts}
-        found = {name for name in self._reported(lambda: self._names("")) if not name.startswith("_")}
+        found = {name for name in self._reported(self._names) if not name.startswith("_")}
         if missing := expected - found:
             raise InputError(
                 f"{self.target}: {len(missing):,} of {len(expected):,} shards are not there, for instance "
@@ -119,10 +119,10 @@ class ShardFolder:
     def _path(self, name: str) -> str:
         return f"{self._folder.rstrip('/')}/{name}"
 
-    def _names(self, folder: str) -> list[str]:
+    def _names(self) -> list[str]:
         from pyarrow import fs  # noqa: PLC0415 - `located` says what is missing
 
-        selector = fs.FileSelector(self._path(folder), allow_not_found=True)
+        selector = fs.FileSelector(self._folder, allow_not_found=True)
         return [info.base_name for info in self._system.get_file_info(selector)]
 
     def _read(self, name: str) -> dict[str, Any] | None:
@@ -138,7 +138,7 @@ class ShardFolder:
         """Write a file that appears only when it is complete."""
         path = self._path(name)
         renames = self._system.type_name == "local"
-        partial = f"{Path(path).parent}/.{Path(path).name}.{uuid.uuid4().hex}" if renames else path
+        partial = f"{Path(path).parent}/.{Path(path).name}.{os.urandom(8).hex()}" if renames else path
 
         def write() -> None:
             with self._system.open_output_stream(partial, compression=None) as stream:

@@ -153,21 +153,21 @@ class Ingress:
         log_json()
         self._service = setup.open(ClusterEngine(bundles))
         app = create_app(self._service, token=setup.token, cors_origins=setup.cors_origins)
-        self._door = _Door(app, self._service)
+        self._app = _DrainMiddleware(app, self._service)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Return the application; Serve calls this."""
-        return self._door
+        return self._app
 
     async def drain(self, seconds: float) -> None:
         """Take no more requests, and wait for those that are open, at most so many seconds."""
         self._service.draining = True
         until = monotonic() + seconds
-        while self._door.open and monotonic() < until:
+        while self._app.open and monotonic() < until:
             await asyncio.sleep(0.05)
 
 
-class _Door:
+class _DrainMiddleware:
     """The application while it takes requests.
 
     On one machine, the process that stops does not listen any more; here Serve's proxy does.
