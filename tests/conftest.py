@@ -8,11 +8,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+import cascade_rt  # noqa: F401 - before any test imports onnxruntime, whose telemetry it turns off
 
 from .toy import LABELS, WORDS, vocabulary, write_cascade
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the hub fails at once
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+# The same examples everywhere, however slow and busy the machine is.
+settings.register_profile("cascade-rt", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("cascade-rt")
 
 __all__ = ["LABELS", "WORDS", "make_member"]
 

@@ -24,7 +24,7 @@ from ..bundle.manifest import HIDDEN_STATES, TOKENS
 from ..errors import BundleError, CascadeError, InferenceError, InvalidOption, first_line
 from .batching import DEVICE_TOKEN_BUDGET, TOKEN_BUDGET
 from .openvino import OpenVinoSession
-from .providers import CPU, OPENVINO, check_precision, int8_saturates, options_for, products_on_cpu
+from .providers import CPU, OPENVINO, check_exact_kernels, check_precision, options_for, products_on_cpu, saturates
 
 _SPIN_MICROSECONDS, _SEGMENT_SPIN_MICROSECONDS = 500, 50
 _INPUTS = {
@@ -235,8 +235,9 @@ class Stage:
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(self._spin_us))
         # On CPUs, ONNX Runtime's kernel for a fused addition and normalization is slower than those for its parts.
         disabled = ["SkipLayerNormFusion"] if self._provider == CPU else []
-        exact = self._provider == CPU and self.entry.precision.startswith("int8") and int8_saturates()
+        exact = self._provider == CPU and saturates(self.entry.precision)
         if exact:  # slower kernels that do not saturate
+            check_exact_kernels(self._path)
             options.add_session_config_entry("session.x64quantprecision", "1")
         if self._provider != CPU:
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")

@@ -284,7 +284,7 @@ def test_what_would_fail_later_fails_at_once(
     assert [path.name for path in tmp_path.iterdir()] == ["data.csv"]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(rare=st.integers(2, 20), seed=st.integers(0, 100))
 def test_rare_labels_are_refused_before_anything_is_trained_or_in_every_part(rare: int, seed: int) -> None:
     labels = [0] * 600 + [1] * (600 - rare) + [2] * rare
@@ -298,7 +298,7 @@ def test_rare_labels_are_refused_before_anything_is_trained_or_in_every_part(rar
     assert all({0, 1, 2} <= set(part.labels) for part in (parts.data.train, parts.tuning, parts.certification))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 1000), share=st.floats(0.1, 0.3), copies=st.integers(1, 3))
 def test_parts_share_no_text_whatever_is_repeated(seed: int, share: float, copies: int) -> None:
     draw = Random(seed)

@@ -180,7 +180,7 @@ def test_special_tokens_correspond_by_role_and_words_by_spelling(small: Path, bi
     assert tokenizer_differences(first, checkpoint) == []
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(ids=st.permutations(range(len(BERT))), kind=st.sampled_from(["bert", "roberta"]))
 def test_any_numbering_of_the_words_gives_the_same_logits(root: Path, ids: list[int], kind: str) -> None:
     own = bert_tokenizer(root)

@@ -137,7 +137,7 @@ def test_in_int8_no_answer_depends_on_the_batch(trained: dict[str, Path], data: 
     assert [runtime.predict([text])[0].exit for text in texts] == [answer.exit for answer in answers]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10**6), st.sampled_from(KINDS))
 def test_the_loss_is_that_of_the_papers(seed: int, kind: str) -> None:
     draw = np.random.default_rng(seed)

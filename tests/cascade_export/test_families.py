@@ -32,7 +32,9 @@ def test_a_family_answers_as_torch_does(family: str, tmp_path: Path) -> None:
     original = torch_probabilities(checkpoint, texts)
     for precision, tolerance, in_the_mean in (("fp32", 1e-4, 1e-5), ("int8", 0.5, 0.06)):
         if family == "albert" and precision == "int8" and int8_saturates():
-            continue  # its shared weights cannot take the exact kernels: an error that the README names
+            with pytest.raises(BundleError, match="this CPU has no VNNI: best in fp32"):  # its layers share weights
+                export_bundle([str(folder)], tmp_path / precision, pair=True, precision=precision)
+            continue
         bundle = export_bundle([str(folder)], tmp_path / precision, pair=True, precision=precision)
         runtime = CascadeRuntime(tmp_path / precision)
         answers = _probabilities(runtime, texts)

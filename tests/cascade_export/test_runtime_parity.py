@@ -16,7 +16,6 @@ from hypothesis.extra.numpy import arrays
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from cascade_rt import CascadeRuntime, read_bundle
-from cascade_rt.engine import stage as stage_module
 from cascade_rt.engine.probabilities import softmax, softmax_row
 
 from ..toy import WORDS
@@ -63,7 +62,7 @@ def test_int8_is_exact_where_the_cpu_would_saturate(
 ) -> None:
     export_bundle([str(member_folders[1])], tmp_path / "int8", precision="int8", max_length=32)
     usual = CascadeRuntime(tmp_path / "int8").member_logits(TEXTS)[0]
-    monkeypatch.setattr(stage_module, "int8_saturates", lambda: True)
+    monkeypatch.setattr("cascade_rt.engine.providers.int8_saturates", lambda: True)
     runtime = CascadeRuntime(tmp_path / "int8", preload=True)
     options = runtime._stages[0].load().get_session_options()
     assert options.get_session_config_entry("session.x64quantprecision") == "1"

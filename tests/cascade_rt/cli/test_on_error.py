@@ -27,7 +27,7 @@ def runtime(bundle: Path) -> CascadeRuntime:
     return CascadeRuntime(bundle)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=25)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
 @given(rows=st.lists(st.sampled_from([*GOOD, *BAD]), min_size=1, max_size=40), data=st.data())
 def test_good_rows_are_answered_as_if_the_bad_ones_were_not_there(
     runtime: CascadeRuntime,

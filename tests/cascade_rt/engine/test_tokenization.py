@@ -51,7 +51,7 @@ def test_tokens_are_those_of_the_library_that_cuts_and_pads_itself(
     uncut.no_padding()
     ours = TextTokenizer(file, 32, pair)
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(st.lists(st.tuples(sides, sides), min_size=1, max_size=6))
     def compare(rows: list[tuple[str, str]]) -> None:
         given_texts = rows if pair else [row[0] for row in rows]
@@ -106,7 +106,7 @@ def test_the_beginning_of_a_long_text_has_the_tokens_of_the_whole(
     ours = TextTokenizer(tmp_path / "tokenizer.json", 7 if kind == "wordpiece" and pair else 6, pair)
     compared = 0
 
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=300)
     @given(long_texts, long_texts)
     def compare(first: str, second: str) -> None:
         nonlocal compared

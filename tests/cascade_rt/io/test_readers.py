@@ -135,7 +135,7 @@ def test_malformed_table_rows_can_be_skipped(tmp_path: Path) -> None:
     assert [text for text, _ in rows] == ["a", "b"]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters=_NOT_IN_CSV)), max_size=20))
 def test_any_unicode_passes_through_jsonl_and_csv(tmp_path: Path, texts: list[str]) -> None:
     import csv
