@@ -106,7 +106,7 @@ def test_the_beginning_of_a_long_text_has_the_tokens_of_the_whole(
     ours = TextTokenizer(tmp_path / "tokenizer.json", 7 if kind == "wordpiece" and pair else 6, pair)
     compared = 0
 
-    @settings(max_examples=300)
+    @settings(max_examples=100)
     @given(long_texts, long_texts)
     def compare(first: str, second: str) -> None:
         nonlocal compared
