@@ -193,7 +193,7 @@ class Stage:
         reason = first_line(error)
         rows, tokens = shape
         batch = f"{rows} text{'s' * (rows != 1)} of {tokens} tokens"
-        if _out_of_memory(error):
+        if out_of_memory(error):
             return InferenceError(
                 f"member {self.entry.name!r} ran out of memory on {batch} ({reason}); free "
                 "memory, run fewer processes, or export the bundle with a smaller max_length or in int8"
@@ -255,7 +255,7 @@ class Stage:
 
     def _unloadable(self, error: Exception, engine: str, remedy: str) -> CascadeError:
         reason = first_line(error)
-        if _out_of_memory(error):
+        if out_of_memory(error):
             return InferenceError(
                 f"{self._path}: memory ran out while it was loaded ({reason}); free memory, run fewer processes, or "
                 "use the bundle in int8"
@@ -294,5 +294,6 @@ class Stage:
             )
 
 
-def _out_of_memory(error: Exception) -> bool:
+def out_of_memory(error: BaseException | None) -> bool:
+    """Return whether an engine's error says that memory ran out."""
     return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import InputError, InvalidOption, MissingExtraError
+from ..errors import CascadeError, InputError, InvalidOption, MissingExtraError
 from ..types import Text
 from .compression import without_compression
 from .lines import LONGEST_LINE, Line, read_lines, source_name
@@ -70,7 +70,7 @@ class Reject:
     reason: str
     row: str
     """As the file has it; as JSON for parquet and json."""
-    error: InputError
+    error: CascadeError
     """What `read_examples` raises for it."""
     fields: dict[str, Any] = field(default_factory=dict)
     """Its fields, where they are known."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -61,15 +61,16 @@ def write_json(path: Path, value: object) -> None:
         stream.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def json_line(fields: Mapping[str, Any], answer: Mapping[str, Any]) -> str:
+def json_line(fields: Mapping[str, Any], answer: Mapping[str, Any], taken: Collection[str] = ()) -> str:
     """Return one line of JSON with the input's fields and the answer's.
 
-    A field that has the name of one of the answer's is renamed: label becomes input_label. NaN and infinity, which
-    JSON does not have, become null.
+    A field that has the name of one of the answer's, or of those in `taken`, is renamed: label becomes input_label. NaN
+    and infinity, which JSON does not have, become null; a value of another type becomes its text.
     """
+    names = {*answer, *taken}
 
     def free(name: str) -> str:
-        if name in answer:
+        if name in names:
             name = f"input_{name}"
             while name in fields:
                 name = f"input_{name}"
@@ -77,6 +78,11 @@ def json_line(fields: Mapping[str, Any], answer: Mapping[str, Any]) -> str:
 
     line = {free(name): field for name, field in fields.items()} | dict(answer)
     try:
-        return json.dumps(line, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+        return json.dumps(line, ensure_ascii=False, allow_nan=False, default=_text) + "\n"
     except ValueError:
-        return json.dumps(json.loads(json.dumps(line, default=str), parse_constant=lambda _: None)) + "\n"
+        return json.dumps(json.loads(json.dumps(line, default=_text), parse_constant=lambda _: None)) + "\n"
+
+
+def _text(value: object) -> str:
+    """Return a value that JSON has no type for as text; only the columns of parquet files have such values."""
+    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)

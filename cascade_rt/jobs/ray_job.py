@@ -24,11 +24,12 @@ from ..engine.cpus import usable_threads
 from ..engine.journey import Journey
 from ..engine.providers import CPU, OPENVINO
 from ..engine.stage import Stage
-from ..errors import CascadeError, InputError, InvalidOption, first_line
+from ..errors import CascadeError, InferenceError, InputError, InvalidOption, first_line
 from ..io.readers import input_files, read_records
 from ..io.remote import is_uri
 from ..runtime import CascadeRuntime
-from .answering import CHUNK, ON_ERROR, Counts, Record, chunks, described, usable, write_answers
+from ..types import Text
+from .answering import CHUNK, ON_ERROR, Counts, Record, answered, chunks, described, write_answers
 from .shards import Receipt, ShardFolder
 
 SHARD_ROWS = 10 * CHUNK
@@ -294,7 +295,7 @@ class _Answerer:
         self._members = members
         self._error: CascadeError | None = None
         try:
-            self._runtime, self._stages = _opened(job, members, pool)
+            self._runtime, self._stages, self._own = _opened(job, members, pool)
         except CascadeError as error:  # else Ray would start the actor again and again
             self._error = error
 
@@ -311,13 +312,25 @@ class _Answerer:
 
     def _advanced(self, part: _Part) -> _Begun | Receipt:
         runtime = self._runtime
-        begun: _Begun = part.work
-        if self._members.start == 0:
-            begun = [usable(some, runtime.begin) for some, _ in chunks(part.work, CHUNK)]
-        for _, journey in begun:
-            for member in self._members:
-                runtime.advance(journey, member, self._stages[member])
+        begun: _Begun = []
+        for records, journey in part.work if self._members.start else self._begun(part.work):
+            try:
+                begun.append((records, self._run(journey, self._members)))
+            except InferenceError:  # from the start, to find the texts at fault
+                begun += answered(records, self._own, self._begin)
         return self._written(part, begun) if self._members.stop == len(runtime.bundle.members) else begun
+
+    def _begun(self, records: list[Record]) -> Iterator[tuple[list[Record], Journey]]:
+        for some, _ in chunks(records, CHUNK):
+            yield from answered(some, self._own, self._runtime.begin)
+
+    def _begin(self, texts: list[Text]) -> Journey:
+        return self._run(self._runtime.begin(texts), range(self._members.stop))
+
+    def _run(self, journey: Journey, members: range) -> Journey:
+        for member in members:
+            self._runtime.advance(journey, member, self._stages.get(member))
+        return journey
 
     def _written(self, part: _Part, begun: _Begun) -> Receipt:
         lines, rejects, counts = io.StringIO(), io.StringIO(), Counts()
@@ -333,8 +346,8 @@ class _Answerer:
         return self._job.folder.write(part.name, lines.getvalue(), receipt)
 
 
-def _opened(job: Job, members: range, pool: Pool) -> tuple[CascadeRuntime, Mapping[int, Stage]]:
-    """Return the runtime, and what runs some of its members, by their positions.
+def _opened(job: Job, members: range, pool: Pool) -> tuple[CascadeRuntime, Mapping[int, Stage], CascadeRuntime]:
+    """Return the runtime, what runs some of its members, by their positions, and a runtime that runs these so.
 
     Another provider opens those members alone: it may have no kernels for the precision of the others.
     """
@@ -342,7 +355,7 @@ def _opened(job: Job, members: range, pool: Pool) -> tuple[CascadeRuntime, Mappi
     chosen = {"provider": pool.provider, "provider_options": pool.provider_options}
     if pool.provider == "cpu" or len(members) == len(whole.members):
         runtime = whole.open(**settings, **chosen)
-        return runtime, dict(enumerate(runtime.chain.stages))
+        return runtime, dict(enumerate(runtime.chain.stages)), runtime
     alone = replace(whole, members=[whole.members[member] for member in members], thresholds=None)
-    stages = alone.open(**settings, **chosen).chain.stages
-    return whole.open(**settings), dict(zip(members, stages, strict=True))
+    own = alone.open(**settings, **chosen)
+    return whole.open(**settings), dict(zip(members, own.chain.stages, strict=True)), own
