@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..benchmark.latency import draw_latency, measure_latency
 from ..errors import MissingExtraError
-from ..io.writers import write_json
+from ..io.writers import check_ending, output_folder, output_path, write_json
 from .options import add_bundle, add_running, settings
 from .parser import CommandParser
 from .rendering import latency_summary, printable
@@ -58,6 +58,10 @@ def run(options: argparse.Namespace) -> None:
     """Measure, print, and write the JSON and the picture."""
     from tqdm import tqdm  # noqa: PLC0415 - not needed for other commands
 
+    if options.output is not None:  # fails before the work, not after
+        check_ending(options.output, ".json")
+        output_folder(options.output.parent)
+        output_path(options.output)
     with tqdm(unit=" rounds", file=sys.stderr, disable=None) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -78,7 +82,6 @@ def run(options: argparse.Namespace) -> None:
     print(json.dumps(report) if options.json else printable(latency_summary(report)))
     if options.output is None:
         return
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     write_json(options.output, report)
     picture = options.output.with_suffix(".png")
     try:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import InputError
-from ..io.writers import write_json
+from ..io.writers import output_folder, write_json
 from ..tuning.collect import cache_folder, collect, open_whole
 from ..tuning.evaluation import label_ids
 from ..tuning.plot import draw_front, pyplot
@@ -94,6 +94,7 @@ def run(options: argparse.Namespace) -> None:
     folder = local_folder(options.model_dir) if question.asks and not options.dry_run else None
     if options.output:
         pyplot()  # fails before the work, not after
+        output_folder(options.output)
     runtime = open_whole(options.model_dir, **settings(options))
     bundle = runtime.bundle
     records = list(examples(options, bundle.pair, labelled=not options.agreement))
@@ -107,7 +108,6 @@ def run(options: argparse.Namespace) -> None:
     if report.guarantee and report.chosen is None and options.fall_back:
         report = replace(report, chosen=report.alone[-1])
     if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
         write_json(options.output / "tuning.json", report.to_json())
         draw_front(report, options.output / "front.png")
     print(json.dumps(report.to_json()) if options.json else printable(tuning_summary(report)))

@@ -55,6 +55,22 @@ def output_path(target: str | Path) -> Path:
     return path
 
 
+def check_ending(target: str | Path, ending: str) -> None:
+    """Raise InputError for a file name that ends otherwise than its format does; no ending is fine."""
+    if (found := Path(target).suffix).lower() not in ("", ending):
+        raise InputError(f"cannot write {target}: found a name that ends in {found}, expected {ending}")
+
+
+def output_folder(target: str | Path) -> Path:
+    """Make a folder to write to, where there is none, and return it; raise InputError where that is not possible."""
+    path = Path(target)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {target}: {error.strerror or error}; name a new folder") from error
+    return path
+
+
 def write_json(path: Path, value: object) -> None:
     """Write `value` as readable JSON, atomically."""
     with open_output(path) as stream:

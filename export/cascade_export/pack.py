@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cascade_rt.cli.parser import CommandParser
 from cascade_rt.errors import InputError, MissingExtraError
-from cascade_rt.io.writers import output_path
+from cascade_rt.io.writers import check_ending, output_path
 
 SUMMARY = "write a bundle as one ONNX file, for other languages and browsers (extra: export)"
 EXAMPLE = "cascade-rt pack --model-dir bundle/ --output cascade.onnx"
@@ -28,6 +28,7 @@ def run(options: argparse.Namespace) -> None:
 
 def check_output(output: str | Path, *, overwrite: bool) -> None:
     """Raise InputError for a file that cannot be written, or that exists and is not to be replaced."""
+    check_ending(output, ".onnx")
     if output_path(output).exists() and not overwrite:
         raise InputError(f"{output}: exists already; name another file, or use `overwrite`")
 

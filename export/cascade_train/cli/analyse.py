@@ -13,7 +13,7 @@ import numpy as np
 from cascade_rt.cli.parser import CommandParser
 from cascade_rt.errors import InputError
 from cascade_rt.io.readers import read_examples
-from cascade_rt.io.writers import write_json
+from cascade_rt.io.writers import output_folder, write_json
 from cascade_rt.tuning.collect import open_whole
 from cascade_rt.tuning.evaluation import label_ids
 from cascade_rt.tuning.plot import pyplot
@@ -51,6 +51,7 @@ def run(options: argparse.Namespace) -> None:
     """Run every member on every text, draw, and print the expected gains."""
     need_training("analyse")
     pyplot()  # fails before the work, not after
+    output_folder(options.output)
     from cascade_train.analysis import draw_projection, project, representations, write_analysis  # noqa: PLC0415
 
     runtime = open_whole(options.model_dir, thresholds=options.thresholds)
