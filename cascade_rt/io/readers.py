@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from ..errors import CascadeError, InputError, InvalidOption, MissingExtraError
 from ..types import Text
 from .compression import without_compression
+from .fields import label
 from .lines import LONGEST_LINE, Line, read_lines, source_name
 from .remote import files_behind, is_uri, located
 
@@ -52,9 +53,20 @@ class Example:
         return repr((self.text, self.fields)).encode("utf-8", "surrogatepass")
 
     def field(self, column: str) -> str:
-        """Return a field as text, for instance a label; raise InputError if the record has none, or an empty one."""
-        found = _field(self.fields, column, self.where)
-        if self.fields[column] is None or not found.strip():
+        """Return a field as a label (see `fields.label`).
+
+        Raises InputError if the record has none, an empty one, or several in one field.
+        """
+        _check_column(self.fields, column, self.where)
+        value = self.fields[column]
+        try:
+            found = label(value)
+        except TypeError as error:
+            raise InputError(
+                f"{self.where}: column {column!r} holds {error} ({_shortened(value)}), expected one label: several "
+                "labels per text are not supported; keep one of them, or train a classifier for each"
+            ) from error
+        if not found:
             raise InputError(
                 f"{self.where}: column {column!r} is empty, expected a value; fill it, or leave the row out"
             )
@@ -379,11 +391,6 @@ def _find_columns(fields: dict[str, Any], pair: bool, where: str) -> tuple[str, 
     )
 
 
-def _field(fields: dict[str, Any], column: str, where: str) -> str:
-    _check_column(fields, column, where)
-    return str(fields[column])
-
-
 def _check_column(fields: dict[str, Any], column: str, where: str) -> None:
     if column not in fields:
         raise InputError(f"{where}: no column {column!r}; found {_listed(fields)}; name one of these")
@@ -392,8 +399,15 @@ def _check_column(fields: dict[str, Any], column: str, where: str) -> None:
 def _text_field(fields: dict[str, Any], column: str, where: str) -> str:
     if isinstance(text := fields.get(column), str):
         return text
-    found = _field(fields, column, where)
-    raise InputError(f"{where}: column {column!r} holds {found} ({type(text).__name__}), expected a text")
+    _check_column(fields, column, where)
+    if text is None:
+        raise InputError(f"{where}: column {column!r} holds no text (null); fill it, or leave the row out")
+    raise InputError(f"{where}: column {column!r} holds {_shortened(text)} ({type(text).__name__}), expected a text")
+
+
+def _shortened(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _listed(names: Any) -> str:

@@ -23,6 +23,7 @@ from cascade_rt.cli.options import columns_from
 from cascade_rt.cli.parser import CommandParser
 from cascade_rt.cli.rendering import percent, table
 from cascade_rt.errors import MissingExtraError
+from cascade_rt.io.fields import is_blank
 from cascade_rt.io.readers import read_examples
 from cascade_rt.tuning.report import COSTS, Question
 from cascade_rt.types import Text
@@ -163,7 +164,7 @@ def _texts(files: Sequence[Path], pair: bool, columns: tuple[str, ...] | None) -
     found: list[Text] = []
     for file in files:
         named = None if file.suffix.lower() == ".txt" else columns
-        found += [row.text for row in read_examples(file, pair=pair, columns=named) if "".join(row.text).strip()]
+        found += [row.text for row in read_examples(file, pair=pair, columns=named) if not is_blank(row.text)]
     return found
 
 

@@ -52,7 +52,7 @@ def load_check_data(file: Path | None, checkpoint: Checkpoint) -> CheckData | No
     if 0 < labelled < len(examples):
         raise InputError(f"{file}: found labels for {labelled} of {len(examples)} texts, expected all or none")
     if labelled:
-        labels = label_ids(_written(examples), checkpoint.labels)
+        labels = label_ids(_written(examples), checkpoint.labels, known_by="the member knows")
     return CheckData([example.text for example in examples], labels)
 
 

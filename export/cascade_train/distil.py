@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from cascade_rt.errors import InputError, InvalidOption
+from cascade_rt.io.fields import is_blank
 from cascade_rt.io.readers import read_examples
 from cascade_train.finetune import (
     OPTIMIZER,
@@ -292,7 +293,7 @@ def _distinct(files: Sequence[Path | str], column: str | None) -> Iterator[str]:
         for example in read_examples(file, pair=False, columns=(column,) if column else None):
             text = str(example.text).strip()
             key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-            if text and key not in seen:
+            if not is_blank(text) and key not in seen:
                 seen.add(key)
                 yield text
 
