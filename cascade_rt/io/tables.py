@@ -67,6 +67,16 @@ class Column:
         """Return what decides the type of the values of both."""
         return Column(self.types | other.types, min(self.least, other.least), max(self.most, other.most))
 
+    def to_json(self) -> list[Any]:
+        """Return it as plain values for JSON."""
+        return [sorted(self.types), self.least, self.most]
+
+    @classmethod
+    def of_json(cls, values: Sequence[Any]) -> Column:
+        """Return what `to_json` wrote."""
+        types, least, most = values
+        return cls(set(types), least, most)
+
     @property
     def kind(self) -> str:
         """The type that holds every value exactly; "json" where none does."""

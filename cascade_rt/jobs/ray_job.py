@@ -155,13 +155,13 @@ def predict_on_cluster(
             shard_rows=shard_rows,
             resume=resume,
         )
-        parts = []
+        receipts = []
         with closing(_done(job, files, stages)) as done:
             for part in done:
                 if isinstance(part.work, _Failure):
                     raise part.work.error
                 receipt: Receipt = part.work
-                parts.append(part.name)
+                receipts.append(receipt._replace(rejects=""))
                 counts.answered += receipt.answered
                 counts.rejected += receipt.rejected
                 runtime.count(receipt.exits)
@@ -170,7 +170,7 @@ def predict_on_cluster(
                 progress()
         stats = runtime.stats()
         summary = {"answered": counts.answered, "rejected": counts.rejected, "exits": stats.exits}
-        folder.finish(parts, summary | {"distance": stats.distance, "p_value": stats.p_value})
+        folder.finish(receipts, summary | {"distance": stats.distance, "p_value": stats.p_value})
 
 
 def _seen(file: str | Path) -> str:

@@ -11,7 +11,7 @@ from cascade_rt.tuning.evaluation import label_ids
 
 
 def ids(written: list[str], labels: list[str]) -> list[int]:
-    return label_ids([(label, f"f:{row}") for row, label in enumerate(written, 1)], labels).tolist()
+    return [int(found) for found in label_ids([(label, f"f:{row}") for row, label in enumerate(written, 1)], labels)]
 
 
 @given(st.lists(st.text(max_size=3) | st.integers(-9, 9).map(str), min_size=2, unique=True))
