@@ -401,7 +401,7 @@ def _text_field(fields: dict[str, Any], column: str, where: str) -> str:
         return text
     _check_column(fields, column, where)
     if text is None:
-        raise InputError(f"{where}: column {column!r} holds no text (null); fill it, or leave the row out")
+        raise InputError(f"{where}: column {column!r} holds null, expected a text; fill it, or leave the row out")
     raise InputError(f"{where}: column {column!r} holds {_shortened(text)} ({type(text).__name__}), expected a text")
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TextIO
 
 from ..errors import InputError, MissingExtraError
 from .compression import check_compression, without_compression, write_binary
-from .writers import open_output, output_path
+from .writers import is_stream, open_output, output_path
 
 FORMATS = ("jsonl", "json", "csv", "tsv", "parquet")
 """Formats of rows that are written."""
@@ -150,11 +150,11 @@ def fields_of(columns: Mapping[str, Column], kept: Collection[str] = ()) -> list
 @contextmanager
 def open_rows(target: str | Path) -> Iterator[TextIO]:
     """Open a file for lines of JSON, which appears when it is complete, in the format that its name says."""
-    path = output_path(target)
-    if path.exists() and not path.is_file():  # a device or a pipe takes the lines as they are
+    if is_stream(target):  # takes the lines as they are
         with open_output(target) as stream:
             yield stream
         return
+    path = output_path(target)
     output_format(target)
     lines, fresh = (path.with_name(f".{part}-{os.getpid()}-{path.name}") for part in ("lines", "fresh"))
     try:

@@ -33,16 +33,22 @@ def open_output(target: str | Path) -> Iterator[TextIO]:
 @contextmanager
 def whole_file(target: str | Path) -> Iterator[Path]:
     """Yield the path to write a file to, which appears as `target` only when it is complete."""
-    path = output_path(target)
-    if path.exists() and not path.is_file():  # a device or a pipe is written to, never replaced
-        yield path
+    if is_stream(target):
+        yield Path(target)
         return
+    path = output_path(target)
     partial = path.parent / f".{path.name}.partial-{os.getpid()}"
     try:
         yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def is_stream(target: str | Path) -> bool:
+    """Return whether a path is that of a device or a pipe, which is written to and never replaced."""
+    path = Path(target)  # not resolved: /dev/stdout may lead to a pipe without a path
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def output_path(target: str | Path) -> Path:

@@ -53,7 +53,7 @@ def test_parquet() -> None:
     assert read("b.parquet", Path("b.parquet").read_bytes()) == [None] * 3
     (*_, last) = read_records("a.parquet", pair=False)
     assert isinstance(last, Reject)
-    assert last.reason == "column 'text' holds no text (null); fill it, or leave the row out"
+    assert last.reason == "column 'text' holds null, expected a text; fill it, or leave the row out"
 
 
 def test_python(bundle: Path, pair_bundle: Path) -> None:

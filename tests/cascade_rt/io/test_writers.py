@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cascade_rt.errors import InputError
+from cascade_rt.io.tables import open_rows
 from cascade_rt.io.writers import json_line, open_output, write_json
 
 
@@ -29,6 +31,20 @@ def test_a_device_is_written_to_and_not_replaced() -> None:
     with open_output("/dev/null") as stream:
         stream.write("gone")
     assert Path("/dev/null").is_char_device()
+
+
+@pytest.mark.skipif(not Path("/dev/fd").is_dir(), reason="needs /dev/fd")
+def test_a_pipe_behind_a_link_is_written_to() -> None:
+    """As of /dev/stdout, and of the shell's >(command)."""
+    reading, writing = os.pipe()
+    try:
+        for open_it in (open_output, open_rows):
+            with open_it(f"/dev/fd/{writing}") as stream:
+                stream.write("through\n")
+            assert os.read(reading, 99) == b"through\n"
+    finally:
+        os.close(reading)
+        os.close(writing)
 
 
 def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
