@@ -321,11 +321,25 @@ def _read_parquet(source: str | Path, name: str) -> Iterator[_Record]:
             _check_header(file.schema_arrow.names, name)
             number = 0
             for batch in file.iter_batches(batch_size=1024):
-                for fields in batch.to_pylist():
+                for fields in _plain_rows(batch, arrow.string()):
                     number += 1
                     yield _Record(number, None, fields)
     except (arrow.ArrowException, ValueError, OverflowError, OSError) as error:
         raise InputError(f"{name}: not a readable parquet file ({error})") from error
+
+
+def _plain_rows(batch: Any, text: Any) -> list[dict[str, Any]]:
+    """Return the rows of a batch; times that Python's types cannot hold, such as nanoseconds, as `text`."""
+
+    def values(column: Any) -> list[Any]:
+        try:
+            found: list[Any] = column.to_pylist()
+        except (ValueError, OverflowError):
+            found = column.cast(text).to_pylist()
+        return found
+
+    columns = [values(column) for column in batch.columns]
+    return [dict(zip(batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def _read_array(source: str | Path, encoding: str | None) -> Iterator[_Record]:

@@ -111,6 +111,23 @@ def test_values_that_only_parquet_has_become_text(bundle: Path) -> None:
     assert all(again[name] == (wanted[name] or "") for name in wanted)
 
 
+def test_times_that_python_cannot_hold_become_text(bundle: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    columns = {
+        "ns": arrow.array([1700000000123456789, None]).cast(arrow.timestamp("ns")),
+        "far": arrow.array([0, 2**60]).cast(arrow.timestamp("us")),
+        "short": arrow.array([5, 1]).cast(arrow.duration("ns")),
+    }
+    parquet.write_table(arrow.table({"text": ["a film", "so sad"], **columns}), "in.parquet")
+    assert main(["predict", "--model-dir", str(bundle), "--input", "in.parquet", "--output", "out.parquet"]) == 0
+    first, second = parquet.read_table("out.parquet").to_pylist()
+    assert (first["ns"], second["ns"]) == ("2023-11-14 22:13:20.123456789", None)
+    assert first["far"].startswith("1970-01-01 00:00:00")
+    assert str(2**60) in second["far"]
+    assert "5" in first["short"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
