@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cascade_rt.errors import InputError, MissingExtraError
-from cascade_rt.io import compression, tables
+from cascade_rt.io import tables
 from cascade_rt.io.readers import read_records
 from cascade_rt.io.tables import columns_of, convert, fields_of, open_rows, output_format, read_parquet
 from cascade_rt.io.writers import json_line
@@ -219,7 +219,3 @@ def test_rows_appear_when_they_are_complete(tmp_path: Path) -> None:
         stream.write("gone")
     with pytest.raises(InputError, match="unknown format"), open_rows("out.xlsx"):
         pass
-
-
-def test_compression_is_by_the_ending() -> None:
-    assert set(compression.ENDINGS) == {".gz", ".zst"}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cascade_rt.errors import InputError
 from cascade_rt.io.tables import open_rows
-from cascade_rt.io.writers import json_line, open_output, write_json
+from cascade_rt.io.writers import check_ending, json_line, open_output, write_json
 
 
 def test_an_output_appears_only_when_whole(tmp_path: Path) -> None:
@@ -52,6 +52,13 @@ def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
         pass
     with pytest.raises(InputError, match="it is a folder; name a file"), open_output(tmp_path):
         pass
+
+
+def test_a_name_that_ends_otherwise_than_its_format_is_refused(tmp_path: Path) -> None:
+    for name in ("a.onnx", "a.ONNX", "a", "b.c/a"):
+        check_ending(name, ".onnx")
+    with pytest.raises(InputError, match=r"cannot write a.json: found a name that ends in .json, expected .onnx"):
+        check_ending("a.json", ".onnx")
 
 
 def test_json_is_written_whole_and_strict(tmp_path: Path) -> None:
