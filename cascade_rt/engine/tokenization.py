@@ -17,6 +17,7 @@ from tokenizers import Encoding, Tokenizer
 
 from ..errors import BundleError, InferenceError, TextError
 from ..types import Text
+from .forks import FORKS
 
 _CHARACTERS_AT_ONCE = 2**22  # bounds what the library holds before long texts are cut
 _LONGEST = 2**20  # characters that are tokenized of one text; the library takes 100 bytes for each
@@ -127,7 +128,8 @@ class TextTokenizer:
     def __init__(self, file: Path, max_length: int, pair: bool) -> None:
         """Load `file`; raise BundleError where the tokenizers library cannot."""
         try:
-            self._tokenizer = Tokenizer.from_file(str(file))
+            with FORKS:
+                self._tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exceptions
             raise BundleError(f"{file}: not a tokenizer that can be used ({error}); export the bundle again") from error
         self._padding: dict[str, Any] = self._tokenizer.padding or {
@@ -203,11 +205,13 @@ class TextTokenizer:
                 raise _too_long(index, f"the first {_LONGEST:,} have only {tokens} tokens")
 
     def _encode(self, texts: list[Text]) -> list[Encoding]:
-        if len(texts) == 1:  # not worth waking the library's threads
-            first, second = (texts[0], None) if isinstance(texts[0], str) else texts[0]
-            return [self._tokenizer.encode(first, second)]
-        encodings: list[Encoding] = self._tokenizer.encode_batch_fast(texts)
-        return encodings
+        with FORKS:
+            # One text is not worth waking the library's threads, and those of a parent process do not answer.
+            if len(texts) > 1 and FORKS.own_tokenizers_threads():
+                encodings: list[Encoding] = self._tokenizer.encode_batch_fast(texts)
+                return encodings
+            pairs = [(text, None) if isinstance(text, str) else text for text in texts]
+            return [self._tokenizer.encode(first, second) for first, second in pairs]
 
     def _cut(self, encoding: Encoding) -> Encoding | _Tokens:
         """Cut a text to the maximum length, a pair on its longer side first; special tokens stay."""
