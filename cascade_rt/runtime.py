@@ -232,7 +232,7 @@ class CascadeRuntime:
             batch = inputs[stage.reads]
             logits, hidden_states, seconds = stage.run(batch)
             runs.append((index, batch["attention_mask"].shape, seconds))
-            probabilities = softmax_row(logits[0].tolist())
+            probabilities = softmax_row(logits[0])
             if decisions.leaves_alone(index, probabilities):
                 break
             inputs[HIDDEN_STATES] = {"hidden_states": hidden_states, "attention_mask": batch["attention_mask"]}

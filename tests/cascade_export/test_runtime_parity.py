@@ -74,7 +74,7 @@ def test_int8_is_exact_where_the_cpu_would_saturate(
 def test_softmax_is_torchs(values: np.ndarray) -> None:
     expected = torch.softmax(torch.tensor(values, dtype=torch.float64), -1).numpy()
     np.testing.assert_allclose(softmax(values), expected, atol=1e-12)
-    np.testing.assert_allclose([softmax_row(row) for row in values.tolist()], expected, atol=1e-12)
+    np.testing.assert_allclose([softmax_row(row) for row in values], expected, atol=1e-12)
 
 
 def test_an_exported_manifest_has_the_keys_of_the_contract(exported: Path) -> None:
