@@ -274,9 +274,10 @@ def _not_unicode(texts: Sequence[Text]) -> TextError:
         try:
             "".join(text).encode()
         except UnicodeEncodeError as error:
-            return TextError(
-                index, f"found half a surrogate pair at character {error.start}, expected Unicode text; replace it"
-            )
+            found = "half a surrogate pair"
+            if 0xDC80 <= (code := ord(error.object[error.start])) <= 0xDCFF:  # as Python decodes arguments
+                found = f"a byte that is not UTF-8 (0x{code - 0xDC00:x}), or half a surrogate pair,"
+            return TextError(index, f"found {found} at character {error.start}, expected Unicode text; replace it")
     return TextError(0, "the tokenizer refused these texts; expected Unicode text")
 
 
