@@ -57,6 +57,12 @@ def add_arguments(parser: CommandParser) -> None:
     add("--grace", type=float, default=30.0, help="seconds for open requests after SIGTERM")
     add("--workers", type=int, default=1, help="processes that serve side by side, each on CPUs of its own")
     add("--token-file", metavar="FILE", help="file with the bearer token that requests must carry")
+    add(
+        "--root-path",
+        default="",
+        metavar="PATH",
+        help="prefix of the server's paths behind a proxy, for instance /sentiment",
+    )
     add("--cors-origin", action="append", default=[], metavar="ORIGIN", help="pages of this origin may call the server")
     add_running(parser)
     ray = add_engine(parser).add_argument
@@ -96,6 +102,7 @@ def run(options: argparse.Namespace) -> None:
         allow_thresholds=options.allow_thresholds,
         log_texts=options.log_texts,
         reload_seconds=_reload_seconds(options),
+        root_path=options.root_path.rstrip("/"),
     )
     setup = Setup(
         _sources(options),
