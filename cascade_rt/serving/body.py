@@ -64,6 +64,9 @@ class Body:
         if not self._counted(message):
             return message
         self._refuse_over(self._received)
+        if self._complete and self._received < self._announced:
+            counts = f"found {self._received:,} bytes of a body of {self._announced:,}"
+            raise HTTPException(400, f"{counts}; a proxy lost the rest, as some do after `Upgrade`: send none")
         if self._decompressor is None:
             return message
         data = self._decompressor.decompress(message.get("body", b""), self._most - self._size)
