@@ -88,7 +88,7 @@ def _place(field: str, path: str | Path, stream: int) -> _Place | None:
     """Return a place; None for a device, a pipe or a terminal. `stream`: the descriptor that "-" stands for."""
     if str(path) != "-":
         found = _place_of(field, path)
-        return found if found.identity is None or _is_kept(Path(path).stat()) else None
+        return found if found.identity is None or _is_kept(Path(_without_scheme(str(path))).stat()) else None
     try:
         status = os.fstat(stream)
     except OSError:  # closed

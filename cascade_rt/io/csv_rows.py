@@ -182,20 +182,20 @@ def _malformed(taken: list[Line], error: csv.Error) -> str:
 
 
 def _swallowed(taken: list[Line], header: Header) -> bool:
-    """Return whether the lines of a record read as rows: nobody writes text so, and an open quote makes it look so.
+    """Return whether a record has swallowed rows: each of its lines reads as one, with every field filled.
 
-    Prose has a space after a comma, where a table has none.
+    Texts are not written so: prose has a space after a comma, where a table has none.
     """
-    delimiters = len(header.fields) - 1
-    if len(taken) < 3 or not delimiters:
-        return False
-    first, *between, last = (line.text for line in taken)
-    between = [text for text in between if text.strip()]
+    width, delimiter = len(header.fields), header.delimiter
+    lines = [cells for line in taken if any(cells := line.text.replace('"', "").strip().split(delimiter))]
+    between = lines[1:-1]
     return (
-        bool(between)
-        and min(first.count(header.delimiter), last.count(header.delimiter)) >= delimiters
-        and all(text.count(header.delimiter) == delimiters for text in between)
-        and (header.spaced or not any(f"{header.delimiter} " in text for text in between))
+        width > 1
+        and bool(between)
+        and all(len(cells) == width for cells in between)
+        and min(len(lines[0]), len(lines[-1])) >= width
+        and all(cell.strip() for cells in lines for cell in cells)
+        and (header.spaced or not any(cell.startswith(" ") for cells in between for cell in cells[1:]))
     )
 
 
