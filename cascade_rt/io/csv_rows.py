@@ -16,7 +16,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from ..errors import InputError
-from .lines import LONGEST_LINE, Line
+from .lines import LONGEST_LINE, Line, Record
 
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 """Those that are found by themselves."""
@@ -24,19 +24,6 @@ DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 _LONGEST_RECORD = 10_000  # lines
 _REMEDY = 'close it, or double it ("") where it belongs to the text'
 _EXCEL = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)  # how Excel notes a delimiter in the first line
-
-
-class Row(NamedTuple):
-    """One record, or a line that is none."""
-
-    number: int
-    """The line it begins on."""
-    text: str
-    """As the file has it."""
-    fields: list[str]
-    problem: str | None = None
-    """Why it cannot be used."""
-    cause: Exception | None = None
 
 
 class Header(NamedTuple):
@@ -100,31 +87,32 @@ def read_header(lines: Lines, name: str, delimiter: str | None, finds: Callable[
     return header
 
 
-def read_rows(lines: Lines, header: Header) -> Iterator[Row]:
+def read_rows(lines: Lines, header: Header) -> Iterator[Record]:
     """Yield the rows after the header, those that cannot be used too; blank lines are left out."""
     expected = len(header.fields)
     for fields, taken, error in _records(lines, header):
-        problem: str | None
+        first, several = taken[0], len(taken) > 1
+        problem: str | None = None
         if error:
             problem = _malformed(taken, error)
-        elif not fields and not taken[0].problem:
-            continue
-        elif len(taken) > 1 and len(fields) != expected:
+        elif several and len(fields) != expected:
             problem = (
                 f"malformed CSV: a quote opens in this line and closes in line {taken[-1].number}, which makes "
                 f"{len(fields)} fields, expected {expected} as in the header; {_REMEDY}"
             )
-        elif _swallowed(taken, header):
+        elif several and _swallowed(taken, header):
             problem = (
                 f"malformed CSV: a quote opens in this line and closes in line {taken[-1].number}, but each line reads "
                 f"as a row of its own; {_REMEDY}, and write a text that has such lines as jsonl"
             )
-        else:
-            problem = next((line.problem for line in taken if line.problem), None)
-            yield Row(taken[0].number, _text(taken), fields, problem)
-            continue
-        lines.give_back(taken[1:])
-        yield Row(taken[0].number, _text(taken[:1]), [], taken[0].problem or problem, error)
+        if problem:
+            lines.give_back(taken[1:])
+            yield Record(first.number, _plain(first.text), [], first.problem or problem, error)
+        elif several:
+            row = _plain("".join(line.text for line in taken))
+            yield Record(first.number, row, fields, next((line.problem for line in taken if line.problem), None))
+        elif fields or first.problem:
+            yield Record(first.number, _plain(first.text), fields, first.problem)
 
 
 def stripped(names: list[str]) -> list[str]:
@@ -197,10 +185,6 @@ def _swallowed(taken: list[Line], header: Header) -> bool:
         and all(cell.strip() for cells in lines for cell in cells)
         and (header.spaced or not any(cell.startswith(" ") for cells in between for cell in cells[1:]))
     )
-
-
-def _text(lines: list[Line]) -> str:
-    return _plain("".join(line.text for line in lines))
 
 
 def _plain(text: str) -> str:

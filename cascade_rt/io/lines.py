@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TextIO
+from typing import Any, BinaryIO, NamedTuple, TextIO
 
 from ..errors import InputError, InvalidOption
 from .compression import DAMAGED, open_binary
@@ -38,6 +38,21 @@ class Line(NamedTuple):
     """With its end; bytes that cannot be decoded are lone surrogates (PEP 383). Empty if the line is too long."""
     problem: str | None
     """Why it cannot be used; None if it can."""
+
+
+class Record(NamedTuple):
+    """A record of a file before it is checked."""
+
+    number: int
+    """The line it begins on, or the row of a parquet file, from 1."""
+    row: str | None
+    """As a text file has it; None for parquet and json."""
+    content: Any
+    """A line, or the fields."""
+    problem: str | None = None
+    """Why it cannot be used; None if nothing is known."""
+    cause: Exception | None = None
+    """Another library's error."""
 
 
 def read_lines(source: str | Path, *, encoding: str | None = None, newline: str = "\n") -> Iterator[Line]:

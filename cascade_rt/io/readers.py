@@ -12,13 +12,13 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..errors import InputError, InvalidOption, MissingExtraError
 from ..types import Text
 from .compression import without_compression
 from .csv_rows import Lines, read_header, read_rows, stripped
-from .lines import Line, read_lines, source_name
+from .lines import Line, Record, read_lines, source_name
 from .remote import files_behind, is_uri, located
 
 FORMATS = ("jsonl", "json", "csv", "tsv", "txt", "parquet")
@@ -121,21 +121,6 @@ class Reject:
         return repr((self.row,)).encode("utf-8", "surrogatepass")
 
 
-class _Record(NamedTuple):
-    """A record before it is checked."""
-
-    number: int
-    """The line it begins on, or the row of a parquet file, from 1."""
-    row: str | None
-    """As a text file has it; None for parquet and json."""
-    content: Any
-    """A line, or the fields."""
-    problem: str | None = None
-    """Why it cannot be used; None if nothing is known."""
-    cause: Exception | None = None
-    """Another library's error."""
-
-
 def read_examples(source: str | Path, reading: Reading = AS_USUAL, *, pair: bool) -> Iterator[Example]:
     """Yield the examples of a file, of all files of a folder or a pattern, or of standard input when `source` is "-".
 
@@ -173,7 +158,7 @@ def _check_used(reading: Reading, kind: str, name: str) -> None:
 
 
 def _checked(
-    records: Iterator[_Record], name: str, kind: str, pair: bool, columns: tuple[str, ...] | None
+    records: Iterator[Record], name: str, kind: str, pair: bool, columns: tuple[str, ...] | None
 ) -> Iterator[Example | Reject]:
     """Turn the records of one file into examples, or say why they cannot be."""
     text: Text
@@ -243,7 +228,7 @@ def _format_of(source: str | Path) -> str:
     return ending
 
 
-def _read_file(source: str | Path, kind: str, reading: Reading) -> Iterator[_Record]:
+def _read_file(source: str | Path, kind: str, reading: Reading) -> Iterator[Record]:
     name = source_name(source)
     if kind == "parquet":
         yield from _read_parquet(source, name)
@@ -262,12 +247,12 @@ def _read_file(source: str | Path, kind: str, reading: Reading) -> Iterator[_Rec
             yield from lines
 
 
-def _record(line: Line) -> _Record:
+def _record(line: Line) -> Record:
     text = line.text.removesuffix("\n").removesuffix("\r")
-    return _Record(line.number, text, text, line.problem)
+    return Record(line.number, text, text, line.problem)
 
 
-def _read_csv(source: str | Path, name: str, reading: Reading) -> Iterator[_Record]:
+def _read_csv(source: str | Path, name: str, reading: Reading) -> Iterator[Record]:
     lines = Lines(read_lines(source, encoding=reading.encoding, newline=""))
 
     def finds(header: list[str]) -> bool:
@@ -276,11 +261,10 @@ def _read_csv(source: str | Path, name: str, reading: Reading) -> Iterator[_Reco
 
     header = read_header(lines, name, reading.delimiter, finds)
     if header is not None:
-        rows = (_Record(row.number, row.text, row.fields, row.problem, row.cause) for row in read_rows(lines, header))
-        yield from _named(rows, header.fields, name, reading.skip_malformed)
+        yield from _named(read_rows(lines, header), header.fields, name, reading.skip_malformed)
 
 
-def _read_tsv(rows: Iterator[_Record], name: str, skip_malformed: bool) -> Iterator[_Record]:
+def _read_tsv(rows: Iterator[Record], name: str, skip_malformed: bool) -> Iterator[Record]:
     first = next(rows, None)
     if first is None:
         return
@@ -289,7 +273,7 @@ def _read_tsv(rows: Iterator[_Record], name: str, skip_malformed: bool) -> Itera
     yield from _named(rows, first.content, name, skip_malformed)
 
 
-def _named(rows: Iterator[_Record], header: list[str], name: str, skip_malformed: bool) -> Iterator[_Record]:
+def _named(rows: Iterator[Record], header: list[str], name: str, skip_malformed: bool) -> Iterator[Record]:
     """Turn rows of a table into fields by the names of its header.
 
     Columns without a name at its end, as spreadsheets write them, are left out; a value in one is a mistake.
@@ -306,7 +290,7 @@ def _named(rows: Iterator[_Record], header: list[str], name: str, skip_malformed
             problem = f"found {len(found)} fields, expected {len(header)} as in the header; correct that line"
         elif problem is None and any(found[len(names) :]):
             problem = f"found a value in column {len(header)}, which has no name in the header; name it"
-        yield row._replace(content=dict(zip(names, found, strict=False)), problem=problem)
+        yield Record(row.number, row.row, dict(zip(names, found, strict=False)), problem, row.cause)
 
 
 def _check_header(header: list[str], name: str) -> None:
@@ -317,7 +301,7 @@ def _check_header(header: list[str], name: str) -> None:
         raise InputError(f"{name}: a column name occurs twice in {_listed(header)}; rename one")
 
 
-def _read_parquet(source: str | Path, name: str) -> Iterator[_Record]:
+def _read_parquet(source: str | Path, name: str) -> Iterator[Record]:
     try:
         import pyarrow as arrow  # noqa: PLC0415 - an extra
         from pyarrow import parquet  # noqa: PLC0415
@@ -333,12 +317,12 @@ def _read_parquet(source: str | Path, name: str) -> Iterator[_Record]:
             for batch in file.iter_batches(batch_size=1024):
                 for fields in batch.to_pylist():
                     number += 1
-                    yield _Record(number, None, fields)
+                    yield Record(number, None, fields)
     except (arrow.ArrowException, ValueError, OverflowError, OSError) as error:
         raise InputError(f"{name}: not a readable parquet file ({error})") from error
 
 
-def _read_array(source: str | Path, encoding: str | None) -> Iterator[_Record]:
+def _read_array(source: str | Path, encoding: str | None) -> Iterator[Record]:
     lines = list(read_lines(source, encoding=encoding))
     if problem := next((line for line in lines if line.problem), None):
         raise InputError(f"{source_name(source)}:{problem.number}: {problem.problem}")
@@ -351,7 +335,7 @@ def _read_array(source: str | Path, encoding: str | None) -> Iterator[_Record]:
             f"{source_name(source)}: found JSON of type {type(found).__name__}, expected an array of objects"
         )
     for number, item in enumerate(found, 1):
-        yield _Record(number, None, item)
+        yield Record(number, None, item)
 
 
 def _json_object(line: str, where: str) -> dict[str, Any]:
