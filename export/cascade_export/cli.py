@@ -22,6 +22,7 @@ from cascade_rt.cli.options import add_label_column, add_provider_option, add_re
 from cascade_rt.cli.parser import CommandParser
 from cascade_rt.cli.rendering import table
 from cascade_rt.errors import InputError, InvalidOption, MissingExtraError
+from cascade_rt.io.readers import LABEL
 
 SUMMARY = "export fine-tuned members as a bundle (extra: export)"
 EXAMPLE = "cascade-rt export --member members/2L --member members/12L --output bundle/"
@@ -149,6 +150,8 @@ def run(options: argparse.Namespace) -> None:
     if checks:
         print("\nchecked against the originals (diff: of a class probability; original -> exported, in %):")
         print(_table(checks))
+        if options.check_data and not any(check["accuracy"] for check in checks):
+            print(f"without labels: {options.check_data} has no column {LABEL!r}; --label-column names another")
     print(f"\n{options.output}: {len(bundle.members)} members, {len(bundle.labels)} labels")
     if line:
         print(line)

@@ -214,6 +214,27 @@ def test_the_command_counts_what_it_leaves_out(tmp_path: Path, capsys: pytest.Ca
         assert says in capsys.readouterr().err
 
 
+def test_a_file_of_a_spreadsheet_is_read_as_the_options_say(tmp_path: Path) -> None:
+    rows = "".join(f'"f\u00fcr {at}, mit Komma";{"xy"[at % 2]}\r\n' for at in range(20))
+    (tmp_path / "a.dat").write_bytes(f"Satz;Klasse\r\n{rows}".encode("cp1252"))
+    reading = Reading("csv", ("Satz",), "Klasse", encoding="cp1252")
+    data = load_file(tmp_path / "a.dat", reading=reading)
+    assert (data.labels, len(data.train) + len(data.validation)) == (("x", "y"), 20)
+    assert set(data.train.texts) <= {f"f\u00fcr {at}, mit Komma" for at in range(20)}
+
+
+def test_a_quote_that_is_not_closed_stops_training_or_is_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data.csv").write_text("text,label\n" + "a,x\nb,y\n" * 9 + '"c,x\n' + "a,x\nb,y\n" * 9)
+    for more, says in (
+        ([], "data.csv:20: malformed CSV: a quote opens in this line and is not closed"),
+        (["--on-error", "skip"], "1 rows were left out, the first: data.csv:20: malformed CSV"),
+    ):
+        assert main(["train", "--train-file", "data.csv", "--base", "nowhere", "--output", "m", *more]) == 2
+        assert says in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
