@@ -203,7 +203,7 @@ def input_files(source: str | Path) -> Sequence[str | Path]:
     elif glob.has_magic(str(source)) and not path.exists():
         matching = map(Path, glob.glob(str(source), recursive=True))  # noqa: PTH207 - absolute patterns too
         if not (found := sorted(file for file in matching if not file.is_dir())):
-            raise InputError(f"{source}: no such file, and none that it matches as a pattern; check the path")
+            raise InputError(f"{source}: no such file, and as a pattern it found no files; check the path")
     else:
         return [source]
     if not found:

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from cascade_rt.errors import InputError
-from cascade_rt.io import apart
 from cascade_rt.io.apart import check_apart
 
 
@@ -81,7 +80,7 @@ def test_two_outputs_are_apart_too(one: str, other: str) -> None:
 def test_a_file_behind_standard_input_is_an_input(monkeypatch: pytest.MonkeyPatch) -> None:
     behind = {0: "a.txt", 1: "out"}
     status = os.fstat
-    monkeypatch.setattr(apart.os, "fstat", lambda at: Path(behind[at]).stat() if at in behind else status(at))
+    monkeypatch.setattr(os, "fstat", lambda at: Path(behind[at]).stat() if at in behind else status(at))
     with pytest.raises(InputError, match=r"`output` hard.txt and `input` - are the same"):
         check_apart({"input": ["-"]}, {"output": ["hard.txt"]})
     monkeypatch.setitem(behind, 1, "a.txt")
