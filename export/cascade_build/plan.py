@@ -23,12 +23,12 @@ from cascade_train.finetune import (
     load_base,
 )
 from cascade_train.inference import collator, features
-from cascade_train.sources import pretrained
+from cascade_train.sources import load_tokenizer, pretrained
 from cascade_train.tasks import Examples, TaskData, load_part, reserve
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from cascade_build.augment import variants
-from cascade_rt.errors import InputError, InvalidOption, first_line
+from cascade_rt.errors import InputError, InvalidOption
 from cascade_rt.tuning.collect import FEWEST_TEXTS
 from cascade_rt.tuning.report import Question
 from cascade_rt.types import Text
@@ -270,13 +270,7 @@ def _base(role: str, written: str) -> tuple[str, int | None, Any]:
     base, equals, layers = written.rpartition("=")
     if not equals or not layers.isdecimal() or Path(written).is_dir():
         base, layers = written, ""
-    try:
-        config = pretrained(AutoConfig, base)
-    except Exception as error:  # a folder can be broken in many ways, and each library has its own errors
-        raise InputError(
-            f"cannot read the base model {base!r} ({first_line(error)}); expected a Hugging Face folder, or hf:NAME "
-            "and a network, with =K behind it to keep only the first K layers"
-        ) from error
+    config = pretrained(AutoConfig, base)
     if layers and not 1 <= int(layers) <= config.num_hidden_layers:
         raise InvalidOption(role, written, f"1 to {config.num_hidden_layers} layers of {base}")
     return base, int(layers) if layers else None, config
@@ -296,10 +290,7 @@ def _name(layers: int, base: str, others: Sequence[MemberPlan]) -> str:
 def _same_tokenizer(one: str, other: str) -> bool:
     if one == other:
         return True
-    try:
-        first, second = (pretrained(AutoTokenizer, base) for base in (one, other))
-    except Exception as error:
-        raise InputError(f"cannot read the tokenizers of {one} and {other} ({first_line(error)})") from error
+    first, second = (load_tokenizer(base) for base in (one, other))
     texts = ["A first text, and then some 1,234 more.", "naïve Zürich 🙂 don't"]
     return bool(
         first.get_vocab() == second.get_vocab()

@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from cascade_train.settings import guarded
 from tqdm import tqdm
 
 from cascade_export.check import (
@@ -133,7 +134,8 @@ def export_bundle(
             batched = tokenizer.encode([*_built_in(first.pair), *(data.texts[:_BATCHED] if data else [])])
             checks = Checks(data, max_accuracy_drop, running, provider_options, calibrate, batched)
             tau = None if checkpoint is checkpoints[-1] else threshold
-            members.append(_export_member(checkpoint, folder, tokenizer, tau, wanted[checkpoint.name], checks))
+            with guarded(checkpoint.source, "cannot be exported", "expected a fine-tuned classifier that can run"):
+                members.append(_export_member(checkpoint, folder, tokenizer, tau, wanted[checkpoint.name], checks))
         bundle = bundle_of(checkpoints, members, folder)
         write_manifest(folder, bundle)
     return bundle

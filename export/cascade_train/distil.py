@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
-    AutoTokenizer,
     PreTrainedTokenizerFast,
     PrinterCallback,
     Trainer,
@@ -39,7 +38,6 @@ from cascade_train.finetune import (
     OPTIMIZER,
     RECIPE_RANGES,
     TRAINED_ATTENTION,
-    cannot_load,
     check_length,
     check_ranges,
     claim,
@@ -50,7 +48,7 @@ from cascade_train.hardware import bf16_pays
 from cascade_train.layers import embeddings_name, layer_lists
 from cascade_train.losses import hidden_state_error, mean_vector_cosine, relation_divergence
 from cascade_train.progress import Progress
-from cascade_train.sources import pretrained
+from cascade_train.sources import check_tokens, load_tokenizer, pretrained
 
 
 @dataclass(frozen=True)
@@ -162,15 +160,11 @@ def distil(
 
 def load_encoder(base: str) -> tuple[PreTrainedTokenizerFast, Any]:
     """Load an encoder without a head, and its tokenizer; raise InputError where that fails."""
-    try:
-        config = pretrained(AutoConfig, base)
-        tokenizer = pretrained(AutoTokenizer, base)
-        model = pretrained(AutoModel, base, config=config)
-    except Exception as error:  # a folder can be broken in many ways, and each library has its own errors
-        raise cannot_load(base, error) from error
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise InputError(f"{base}: has no fast tokenizer (tokenizer.json); cascade-rt needs one")
-    return tokenizer, model.float().eval().requires_grad_(False)
+    config = pretrained(AutoConfig, base)
+    tokenizer = load_tokenizer(base)
+    model = pretrained(AutoModel, base, config=config)
+    check_tokens(base, tokenizer, model)
+    return tokenizer, model.eval().requires_grad_(False)
 
 
 def pick_layers(deep: int, layers: int) -> list[int]:

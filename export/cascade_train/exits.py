@@ -28,7 +28,6 @@ from cascade_rt.tuning.metrics import accuracy
 from cascade_train import RECORD
 from cascade_train.finetune import (
     Recipe,
-    cannot_load,
     check_length,
     claim,
     described_examples,
@@ -42,6 +41,8 @@ from cascade_train.finetune import (
 from cascade_train.inference import collator, features
 from cascade_train.losses import distillation
 from cascade_train.progress import Progress
+from cascade_train.settings import guarded
+from cascade_train.sources import pretrained
 from cascade_train.tasks import TaskData
 
 DEEBERT, PABEE, FASTBERT = "deebert", "pabee", "fastbert"
@@ -226,13 +227,11 @@ def train_exits(
 def open_exits(source: str | Path) -> MultiExitClassifier:
     """Open the folder of a multi-exit model; raise InputError for any other."""
     folder = Path(source)
-    try:
+    with guarded(str(source), "cannot be opened", "expected a multi-exit model that cascade-rt train-exits wrote"):
         settings = json.loads((folder / RECORD).read_text("utf-8"))["exits"]
-        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype="float32")
+        model = pretrained(AutoModelForSequenceClassification, str(source))
         found = MultiExitClassifier(model, settings["kind"], settings["after"])
         found.exits.load_state_dict(load_file(str(folder / EXITS_FILE)))
-    except Exception as error:  # a folder can be broken in many ways, and each library has its own errors
-        raise cannot_load(str(source), error) from error
     found.eval()
     return found
 

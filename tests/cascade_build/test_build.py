@@ -262,7 +262,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(
     [
         ("--small BIG", "--small: found"),
         ("--small BIG=9", "expected 1 to 4 layers of"),
-        ("--small nowhere/at-all", "cannot read the base model 'nowhere/at-all'"),
+        ("--small nowhere/at-all", "nowhere/at-all: no such folder"),
         ("--small SMALL --max-length 100", "--max-length: found 100, expected at most 64"),
         ("--small SMALL --precision int3", "--precision: found 'int3', expected one of fp32"),
         ("--small SMALL --reserve 0.5", "--reserve: found 0.5"),
