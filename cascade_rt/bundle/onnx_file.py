@@ -21,7 +21,7 @@ _FOLLOWED = {
     "training": {1: "graph", 2: "graph"},
     "function": {7: "node", 11: "attribute"},
     "graph": {1: "node", 5: "tensor", 15: "sparse"},
-    "node": {4: "operator", 5: "attribute"},
+    "node": {1: "input", 2: "output", 4: "operator", 5: "attribute"},
     "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
     "sparse": {1: "tensor", 2: "tensor"},
     "tensor": {1: "dimension", 13: "external"},
@@ -34,11 +34,15 @@ _VARINT, _EIGHT_BYTES, _BYTES, _FOUR_BYTES = 0, 1, 2, 5
 
 @dataclass
 class OnnxFile:
-    """`external`: weight files as written in the file; `operators`: nodes by type; `weights`: number of weights."""
+    """`external`: weight files as written in the file; `operators`: nodes by type; `weights`: number of weights.
+
+    `made`: for each output of an operator, its type and its first input.
+    """
 
     external: set[str] = field(default_factory=set)
     operators: Counter[str] = field(default_factory=Counter)
     weights: int = 0
+    made: dict[str, tuple[str, str]] = field(default_factory=dict)
 
 
 def scan(path: Path) -> OnnxFile:
@@ -56,6 +60,7 @@ def _message(content: mmap.mmap, start: int, end: int, kind: str, found: OnnxFil
     if depth > _DEEPEST:
         raise ValueError("nested too deeply")
     entry = {"key": b"", "value": b""}
+    names: dict[str, list[str]] = {"operator": [], "input": [], "output": []}
     dimensions: list[int] = []
     for number, value in _fields(content, start, end):
         child = _FOLLOWED[kind].get(number)
@@ -67,12 +72,16 @@ def _message(content: mmap.mmap, start: int, end: int, kind: str, found: OnnxFil
             raise ValueError(f"field {number} of a {kind} holds a number")
         elif child in entry:
             entry[child] = content[slice(*value)]
-        elif child == "operator":
-            found.operators[content[slice(*value)].decode()] += 1
+        elif child in names:
+            names[child].append(content[slice(*value)].decode())
         else:
             _message(content, *value, child, found, depth + 1)
         if len(dimensions) > _MOST_DIMENSIONS:
             raise ValueError(f"a tensor of more than {_MOST_DIMENSIONS} dimensions")
+    if kind == "node":
+        found.operators.update(names["operator"])
+        operator, first = "".join(names["operator"]), (names["input"] or [""])[0]
+        found.made |= dict.fromkeys(names["output"], (operator, first))
     if kind == "tensor":
         found.weights += prod(dimensions)
     if entry["key"] == b"location":

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from inspect import signature
 from typing import Any
 
 from cascade_train.alignment import align, check_alignment, check_token_types, usable_positions
-from cascade_train.settings import check_backend, guarded
+from cascade_train.settings import guarded
 from cascade_train.sources import check_tokens, check_weights, classifier_settings, load_tokenizer, pretrained
-from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from cascade_export.checkpoint import Checkpoint, checked_length, member_name, training_record
+from cascade_export.tokenizer_file import Padding, bundled, check_same_tokens
 from cascade_rt.errors import InputError
 from cascade_rt.types import Text
 
@@ -63,6 +64,11 @@ def _checked(
     check_tokens(source, tokenizer, model)
     check_token_types(source, tokenizer, model, is_pair)
     length = checked_length(source, max_length, training, int(min(usable_positions(model), tokenizer.model_max_length)))
+    padding = Padding(tokenizer.pad_token or "[PAD]", tokenizer.pad_token_id or 0, tokenizer.pad_token_type_id)
+    takes_types = "token_type_ids" in signature(model.forward).parameters
+    typed = not takes_types or "token_type_ids" in tokenizer.model_input_names
+    backend = bundled(tokenizer.backend_tokenizer, padding, length, tokenizer.truncation_side, typed=typed)
+    check_same_tokens(source, backend, tokenizer, length, is_pair)
     return TorchCheckpoint(
         source=source,
         name=member_name(source),
@@ -75,7 +81,7 @@ def _checked(
         intermediate_size=getattr(config, "intermediate_size", None) or getattr(config, "hidden_dim", None),
         parameters=sum(weight.numel() for weight in model.parameters()),
         model_type=config.model_type,
-        backend=_backend(source, tokenizer, length),
+        backend=backend,
         training=training,
         config=config,
         model=model.eval(),
@@ -125,17 +131,3 @@ def _tokens(checkpoint: TorchCheckpoint, first: TorchCheckpoint, texts: Sequence
         if len(tokens[0]) != len(tokens[1]):
             break  # the templates differ, not the words
     return shown
-
-
-def _backend(source: str, tokenizer: PreTrainedTokenizerFast, max_length: int) -> Tokenizer:
-    written = tokenizer.backend_tokenizer.to_str()
-    check_backend(source, written)
-    backend = Tokenizer.from_str(written)
-    backend.enable_padding(
-        direction="right",  # always: on the left, the first token of a text would get another position than when alone
-        pad_id=tokenizer.pad_token_id or 0,  # without a padding token any, since no model attends to it
-        pad_type_id=tokenizer.pad_token_type_id,
-        pad_token=tokenizer.pad_token or "[PAD]",
-    )
-    backend.enable_truncation(max_length, direction=tokenizer.truncation_side)
-    return backend

@@ -49,6 +49,10 @@ class Settings:
     config: Mapping[str, Any]
     tokenizer: Mapping[str, Any]
 
+    def read(self, name: str) -> dict[str, Any]:
+        """Return another JSON file of the folder; empty if there is none."""
+        return _json(self.source, self.folder / name)
+
     @property
     def labels(self) -> tuple[str, ...]:
         """The label names by class id, as transformers reads them; InputError unless ids count from 0 without gaps."""
@@ -118,8 +122,20 @@ class Settings:
             )
 
     def check_tokenizer(self) -> None:
-        """Raise InputError for settings of the tokenizer that tokenizer.json, all that a bundle has, cannot hold."""
+        """Raise InputError for settings of the tokenizer that tokenizer.json, all that a bundle has, cannot hold.
+
+        One that draws tokens at random is among them.
+        """
         self._check(_TOKENIZER)
+        model = self.read("tokenizer.json").get("model")
+        if isinstance(model, dict) and model.get("dropout"):
+            raise self.refusal(
+                "tokenizer.json", "dropout", model["dropout"], "null: a text would get other tokens each time"
+            )
+
+    def check_version(self) -> None:
+        """Raise InputError for a tokenizer that transformers 5 has written, and 4 reads otherwise or not at all."""
+        self._check(_WRITTEN_BY_4)
 
     def _check(self, rules: Collection[_Rule]) -> None:
         for rule in rules:
@@ -167,7 +183,7 @@ _WEIGHTS = (
         "weights of 32 or 16 bits; load it with transformers, dequantize() and save_pretrained, or use the original",
     ),
 )
-_TOKENIZER = (
+_WRITTEN_BY_4 = (
     _Rule(
         TOKENIZER_CONFIG,
         "tokenizer_class",
@@ -180,6 +196,8 @@ _TOKENIZER = (
         lambda found: isinstance(found, dict),
         f"an object, {_V5}; call the list additional_special_tokens",
     ),
+)
+_TOKENIZER = (
     _Rule(
         TOKENIZER_CONFIG,
         "split_special_tokens",
@@ -187,15 +205,6 @@ _TOKENIZER = (
         "false: tokenizer.json cannot hold it; remove the line if the model was trained without it",
     ),
 )
-
-
-def check_backend(source: str, tokenizer: str) -> None:
-    """Raise InputError for a tokenizer.json, given as text, whose tokens are drawn at random."""
-    if dropout := json.loads(tokenizer)["model"].get("dropout"):
-        raise InputError(
-            f"{source}: tokenizer.json: found a dropout of {dropout}, with which a text gets other tokens each time; "
-            "expected null; write that there"
-        )
 
 
 def read_settings(source: str, folder: Path) -> Settings:

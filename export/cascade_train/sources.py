@@ -39,6 +39,7 @@ def pretrained(kind: Any, source: str, **settings: Any) -> Any:
     if kind is AutoTokenizer:
         found.check_code(["AutoTokenizer"])
         found.check_tokenizer()
+        found.check_version()
         _check_files(found)
     else:
         _check_model(found, kind)

@@ -52,7 +52,11 @@ def tokenizer_config(**changes: Any) -> Callable[[Path], object]:
 
 
 def without(*files: str) -> Callable[[Path], object]:
-    return lambda folder: [(folder / file).unlink() for file in files]
+    def spoil(folder: Path) -> None:
+        for file in files:
+            (folder / file).unlink()
+
+    return spoil
 
 
 TOKENIZER = ("tokenizer.json", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json")
