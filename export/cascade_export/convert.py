@@ -21,6 +21,7 @@ from optimum.exporters.onnx import main_export
 from optimum.exporters.tasks import TasksManager
 from transformers.utils import logging as transformers_logging
 
+from cascade_export.onnx_graph import TOKEN_INPUTS
 from cascade_export.segments import Segment
 from cascade_export.torch_checkpoint import TorchCheckpoint
 from cascade_rt.errors import InputError
@@ -51,10 +52,21 @@ def convert(checkpoint: TorchCheckpoint, path: Path) -> dict[str, int]:
             dtype="fp32",
             library_name="transformers",
             trust_remote_code=False,
+            pad_token_id=checkpoint.tokenizer.pad_token_id or 0,  # else it opens the tokenizer by its own rules
             do_validation=False,  # the finished, fused graph is verified, not this one
             no_post_process=True,
         )
+        _check_inputs(checkpoint, Path(folder) / "model.onnx")
         return _fuse(Path(folder) / "model.onnx", path, checkpoint.config)
+
+
+def _check_inputs(checkpoint: TorchCheckpoint, file: Path) -> None:
+    names = {node.name for node in onnx.load(file, load_external_data=False).graph.input}
+    if others := sorted(names - set(TOKEN_INPUTS)):
+        raise InputError(
+            f"{checkpoint.source}: a {checkpoint.model_type} also takes {', '.join(others)}, which the runtime does not "
+            f"have; {_REMEDY}"
+        )
 
 
 def _check_exportable(checkpoint: TorchCheckpoint) -> None:

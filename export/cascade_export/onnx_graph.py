@@ -16,7 +16,9 @@ from cascade_rt.bundle.onnx_file import scan
 from cascade_rt.engine.probabilities import softmax
 from cascade_rt.errors import InputError, first_line
 
-_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+"""The inputs that the runtime has for a graph; the first is required."""
+
 _SHAPES = ((1, 5), (3, 9), (2, 4))  # texts, tokens
 _TRIED = 64  # random texts
 _SUM = 1e-3  # by which probabilities may miss 1
@@ -42,7 +44,7 @@ class OnnxGraph:
     @property
     def takes_types(self) -> bool:
         """Whether it has an input for token types."""
-        return _INPUTS[2] in self._names
+        return TOKEN_INPUTS[2] in self._names
 
     def check(self, labels: int) -> None:
         """Check inputs, outputs, and that rows of any number and length give logits, (rows, labels)."""
@@ -99,8 +101,8 @@ class OnnxGraph:
 
     def _check_inputs(self) -> None:
         found = {node.name: node for node in self._session.get_inputs()}
-        others = [name for name in found if name not in _INPUTS]
-        if others or _INPUTS[0] not in found:
+        others = [name for name in found if name not in TOKEN_INPUTS]
+        if others or TOKEN_INPUTS[0] not in found:
             raise InputError(
                 f"{self._path}: has the inputs {', '.join(found)}; expected input_ids and no others than "
                 f"attention_mask and token_type_ids{_advice(others)}; {_AGAIN}"
@@ -125,7 +127,7 @@ class OnnxGraph:
 
     def _check_padding(self, ids: NDArray[np.int64]) -> None:
         """Without a mask, padding is read as text."""
-        if _INPUTS[1] in self._names:
+        if TOKEN_INPUTS[1] in self._names:
             return
         padded = np.pad(ids, ((0, 0), (0, 4)))
         if np.abs(softmax(self._run(padded)) - softmax(self._run(ids))).max() > BATCH_TOLERANCE:
@@ -163,7 +165,7 @@ class OnnxGraph:
         return known
 
     def _run(self, ids: NDArray[Any], types: int = 0) -> NDArray[np.float32]:
-        values = {_INPUTS[0]: ids, _INPUTS[1]: np.ones_like(ids), _INPUTS[2]: np.full_like(ids, types)}
+        values = {TOKEN_INPUTS[0]: ids, TOKEN_INPUTS[1]: np.ones_like(ids), TOKEN_INPUTS[2]: np.full_like(ids, types)}
         (answer,) = self._session.run([self._output], {name: values[name] for name in self._names})
         return np.asarray(answer)
 

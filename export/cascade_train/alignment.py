@@ -138,7 +138,8 @@ def usable_positions(model: Any) -> int:
     """Return how many tokens the model has positions for; RoBERTa-like models start after the padding token's id."""
     table = _table(model, "position_embeddings")
     if table is None:
-        return int(getattr(model.config, "max_position_embeddings", None) or _UNLIMITED)
+        named = getattr(model.config, "max_position_embeddings", None) or 0
+        return int(named) if named > 0 else _UNLIMITED  # XLNet has -1
     reserved = 0 if table.padding_idx is None else table.padding_idx + 1
     return int(table.num_embeddings) - reserved
 

@@ -403,7 +403,8 @@ def load_base(
 
 def _check_encoder(base: str, model: Any, loading: Mapping[str, Any]) -> None:
     """Raise InputError if weights of the encoder are missing or have other shapes; the head and its pooler are new."""
-    others = [*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])]
+    mismatched = [key if isinstance(key, str) else key[0] for key in loading["mismatched_keys"]]  # once tuples
+    others = [*loading["missing_keys"], *mismatched]
     lacking = sorted(key for key in others if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key)
     if lacking:
         raise InputError(

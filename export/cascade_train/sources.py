@@ -96,9 +96,7 @@ def check_weights(source: str, model: Any) -> None:
     """Raise InputError for weights that are NaN or infinite."""
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
-            raise InputError(
-                f"{source}: its weights {name} are NaN or infinite; expected a trained model; train it again"
-            )
+            raise InputError(f"{source}: found NaN or infinity in its weights ({name}); train it again")
 
 
 def _downloaded(source: str, name: str, revision: str | None, *, weights: bool) -> Path:
