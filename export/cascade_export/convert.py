@@ -64,8 +64,8 @@ def _check_inputs(checkpoint: TorchCheckpoint, file: Path) -> None:
     names = {node.name for node in onnx.load(file, load_external_data=False).graph.input}
     if others := sorted(names - set(TOKEN_INPUTS)):
         raise InputError(
-            f"{checkpoint.source}: a {checkpoint.model_type} also takes {', '.join(others)}, which the runtime does not "
-            f"have; {_REMEDY}"
+            f"{checkpoint.source}: a {checkpoint.model_type} also takes {', '.join(others)}, which the runtime does "
+            f"not have; {_REMEDY}"
         )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from cascade_train.exits import PABEE, MultiExitClassifier, open_exits
 from cascade_train.inference import collator, features
+from cascade_train.settings import guarded
 from cascade_train.tasks import Examples
 from numpy.typing import NDArray
 
@@ -67,7 +68,10 @@ def export_exits(
     expected = softmax(_in_one_piece(checkpoint, whole, texts))
     with write_bundle(output, overwrite=overwrite) as folder, TemporaryDirectory(prefix="cascade-export-") as work:
         checkpoint.write_tokenizer(folder / TOKENIZER_FILE)
-        fused = [convert_segment(segment, Path(work) / _file(index), _TRACED) for index, segment in enumerate(segments)]
+        with guarded(source, "cannot be exported to ONNX", "expected a multi-exit model of BERT or its like"):
+            fused = [
+                convert_segment(segment, Path(work) / _file(index), _TRACED) for index, segment in enumerate(segments)
+            ]
 
         def written(kind: str) -> Bundle:
             members = []
