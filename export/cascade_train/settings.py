@@ -67,8 +67,8 @@ class Settings:
         by_id = {int(key): name for key, name in named.items()}
         if sorted(by_id) != list(range(len(named))):
             raise InputError(
-                f"{self.source}: {CONFIG}: found labels with the ids {_shown(sorted(by_id))}; expected 0 to "
-                f"{len(named) - 1}, the places of their logits; number them so in id2label and label2id"
+                f"{self.source}: {CONFIG}: found labels with the ids {_shown(sorted(by_id))}; expected all "
+                "from 0, the places of their logits; name and number them so in id2label and label2id"
             )
         names = [by_id[index] for index in range(len(by_id))]
         if wrong := [name for name in names if not isinstance(name, str | int | float)]:
