@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -30,7 +31,7 @@ from .options import (
     reading,
     rows_of,
 )
-from .parser import CommandParser
+from .parser import CommandParser, expanded
 from .rendering import exits_line, printable
 from .signals import Termination
 
@@ -56,6 +57,7 @@ def add_arguments(parser: CommandParser) -> None:
         help="file for the answers: JSON lines, or csv or parquet by its ending, also .gz, .zst; - for standard "
         "output; with --engine ray a folder, or a URI of one",
     )
+    parser.writes("output", paths=lambda path: [path, f"{path}.partial", f"{path}.checkpoint"])
     parser.add_argument(
         "--on-error",
         choices=ON_ERROR,
@@ -66,6 +68,7 @@ def add_arguments(parser: CommandParser) -> None:
         "--resume", action="store_true", help="go on after the rows that a killed run of this command has answered"
     )
     parser.add_argument("--rejects", metavar="FILE", help="file for such rows, one JSON object a line, with the reason")
+    parser.writes("rejects", paths=lambda path: [path, f"{path}.partial"])
     add_threshold(parser)
     add_running(parser)
     _add_cluster(parser)
@@ -97,7 +100,12 @@ def run(options: argparse.Namespace) -> None:
     if not options.text and not options.input:
         raise InputError("found no text; give texts or --input")
     if options.text and options.input:
-        raise InputError("found texts and --input, expected one of them")
+        raise InputError(expanded(options.text) or "found texts and --input, expected one of them")
+    if (file := next(filter(os.path.isfile, options.text), None)) is not None:  # the text may be no possible path
+        raise InputError(
+            f"found the name of a file, {file}, as a text; expected --input {file}, or a pattern in quotes as --input "
+            "(a text that is a file's name can be read by --input -)"
+        )
     if options.rejects and options.on_error == STOP:
         raise InputError("found --rejects alone, expected --on-error skip or null with it")
     if options.engine == RAY:
@@ -230,7 +238,7 @@ def _records(runtime: CascadeRuntime, options: argparse.Namespace) -> Iterator[E
     pair = runtime.bundle.pair
     if options.text:
         return iter(_from_arguments(options.text, pair))
-    return read_records(options.input, pair=pair, **reading(options))
+    return read_records(options.input, reading(options), pair=pair)
 
 
 @contextmanager

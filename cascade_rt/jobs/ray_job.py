@@ -25,7 +25,7 @@ from ..engine.journey import Journey
 from ..engine.providers import CPU, OPENVINO
 from ..engine.stage import Stage
 from ..errors import CascadeError, InputError, InvalidOption, first_line
-from ..io.readers import input_files, read_records
+from ..io.readers import AS_USUAL, Reading, input_files, read_records
 from ..io.remote import is_uri
 from ..runtime import CascadeRuntime
 from .answering import CHUNK, ON_ERROR, Counts, Record, chunks, described, usable, write_answers
@@ -59,8 +59,7 @@ class Job:
     """Whether the bundle's files are checked where they are opened."""
     folder: ShardFolder
     pair: bool
-    reading: Mapping[str, Any]
-    """Format, columns and encoding of the input."""
+    reading: Reading
     on_error: str
     shard_rows: int
     resume: bool
@@ -108,7 +107,7 @@ def predict_on_cluster(
     rejects: TextIO | None = None,
     resume: bool = False,
     verify: bool = True,
-    reading: Mapping[str, Any] | None = None,
+    reading: Reading = AS_USUAL,
     progress: Callable[[], object] = lambda: None,
 ) -> None:
     """Answer the texts of files on a Ray cluster, write the answers as shards, and count the records.
@@ -126,7 +125,7 @@ def predict_on_cluster(
         rejects: Where lines of the records that cannot be used go, in input order.
         resume: Go on in the folder of an interrupted run. Shards whose records have changed are written anew.
         verify: As for `CascadeRuntime`.
-        reading: `format`, `columns` and `encoding` of `read_records`.
+        reading: How the input is read.
         progress: Called after each part.
 
     Raises:
@@ -149,7 +148,7 @@ def predict_on_cluster(
             verify=verify,
             folder=folder,
             pair=runtime.bundle.pair,
-            reading=reading or {},
+            reading=reading,
             on_error=on_error,
             shard_rows=shard_rows,
             resume=resume,
@@ -271,7 +270,7 @@ class _Reader:
         job, at, file = self._job, int(batch["at"][0]), str(batch["file"][0])
         number = 0
         try:
-            records = read_records(file, pair=job.pair, **job.reading)
+            records = read_records(file, job.reading, pair=job.pair)
             for number, (some, _) in enumerate(chunks(records, job.shard_rows), 1):
                 yield self._part(f"{at:05d}-{number - 1:06d}", some).row()
         except CascadeError as error:

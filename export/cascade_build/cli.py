@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 from cascade_train.cli.options import add_data, data_from, need_training
 from cascade_train.tasks import SMART_HOME
 
-from cascade_rt.cli.options import columns_from
+from cascade_rt.cli.options import reading
 from cascade_rt.cli.parser import CommandParser
 from cascade_rt.cli.rendering import percent, table
 from cascade_rt.errors import MissingExtraError
-from cascade_rt.io.readers import read_examples
+from cascade_rt.io.readers import Reading, read_examples
 from cascade_rt.tuning.report import COSTS, Question
 from cascade_rt.types import Text
 
@@ -53,6 +53,9 @@ def add_arguments(parser: CommandParser) -> None:
     )
     add("--output", required=True, type=Path, metavar="BUNDLE", help="the bundle's folder; work goes to BUNDLE.build")
     add("--unlabelled", type=Path, action="append", default=[], metavar="FILE", help="texts without labels; repeatable")
+    parser.reads("big", "small", paths=_bases)
+    parser.reads("unlabelled")
+    parser.writes("output", paths=lambda output: [output, f"{output}.build"])
     add(
         "--augment",
         type=int,
@@ -115,7 +118,7 @@ def run(options: argparse.Namespace) -> None:
 
     question = Question(max_drop=options.max_drop, confidence=options.confidence, cost=options.cost)
     data = data_from(options)
-    unlabelled = _texts(options.unlabelled, data.pair, columns_from(options))
+    unlabelled = _texts(options.unlabelled, data.pair, reading(options))
     parts = split(
         data,
         unlabelled,
@@ -159,12 +162,14 @@ def run(options: argparse.Namespace) -> None:
         print(f"\n{options.output}: the bundle\n{work_folder(options.output) / REPORT}: the report")
 
 
-def _texts(files: Sequence[Path], pair: bool, columns: tuple[str, ...] | None) -> list[Text]:
-    found: list[Text] = []
-    for file in files:
-        named = None if file.suffix.lower() == ".txt" else columns
-        found += [row.text for row in read_examples(file, pair=pair, columns=named) if "".join(row.text).strip()]
-    return found
+def _bases(written: str) -> list[str]:
+    """Return the folders that BASE or BASE=K may be."""
+    return [written, written.rpartition("=")[0] or written]
+
+
+def _texts(files: Sequence[Path], pair: bool, how: Reading) -> list[Text]:
+    rows = (row for file in files for row in read_examples(file, how.of_texts(file), pair=pair))
+    return [row.text for row in rows if "".join(row.text).strip()]
 
 
 def _plan(plan: Plan, found: Sequence[Step]) -> str:

@@ -17,7 +17,7 @@ from cascade_rt.engine.probabilities import confidence, softmax
 from cascade_rt.engine.stage import Stage
 from cascade_rt.engine.tokenization import Encoded
 from cascade_rt.errors import CascadeError, InputError
-from cascade_rt.io.readers import Example, read_examples
+from cascade_rt.io.readers import AS_USUAL, LABEL, Reading, read_examples
 from cascade_rt.tuning.evaluation import label_ids, quality
 from cascade_rt.types import Text
 
@@ -40,24 +40,26 @@ class CheckData:
     labels: NDArray[np.intp] | None
 
 
-def load_check_data(file: Path | None, checkpoint: Checkpoint) -> CheckData | None:
-    """Read a labelled or unlabelled file, or else what training held out; None if there is neither."""
-    examples = list(read_examples(file, pair=checkpoint.pair)) if file else checkpoint.validation(_KEPT_TEXTS)
+def load_check_data(file: Path | None, checkpoint: Checkpoint, reading: Reading = AS_USUAL) -> CheckData | None:
+    """Read a labelled or unlabelled file as `reading` says, or else what training held out; None if there is neither.
+
+    A file is labelled if it has the usual column, or where `reading` names one.
+    """
+    if file:
+        examples = list(read_examples(file, reading, pair=checkpoint.pair))
+    else:
+        examples, reading = checkpoint.validation(_KEPT_TEXTS), AS_USUAL
     if not examples:
         if file:
             raise InputError(f"{file}: found no texts to check on, expected at least one")
         return None
     labels = None
-    labelled = sum("label" in example.fields for example in examples)
+    labelled = sum((reading.label_column or LABEL) in example.fields for example in examples)
     if 0 < labelled < len(examples):
         raise InputError(f"{file}: found labels for {labelled} of {len(examples)} texts, expected all or none")
-    if labelled:
-        labels = label_ids(_written(examples), checkpoint.labels)
+    if labelled or reading.label_column:
+        labels = label_ids([(reading.label_of(example), example.where) for example in examples], checkpoint.labels)
     return CheckData([example.text for example in examples], labels)
-
-
-def _written(examples: Sequence[Example]) -> list[tuple[str, str]]:
-    return [(example.field("label"), example.where) for example in examples]
 
 
 def probabilities(member: Stage, encoded: Encoded) -> Probabilities:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from cascade_rt.cli.options import add_model_dir
 from cascade_rt.cli.parser import CommandParser
 from cascade_rt.errors import InputError, MissingExtraError
 from cascade_rt.io.writers import output_path
@@ -16,8 +17,9 @@ EXAMPLE = "cascade-rt pack --model-dir bundle/ --output cascade.onnx"
 def add_arguments(parser: CommandParser) -> None:
     """Add the options."""
     add = parser.add_argument
-    add("--model-dir", required=True, metavar="BUNDLE", help="the bundle's folder, or hf:NAME")
+    add_model_dir(parser)
     add("--output", required=True, type=Path, metavar="FILE", help="the ONNX file")
+    parser.writes("output")
     add("--overwrite", action="store_true", help="replace an existing file")
 
 

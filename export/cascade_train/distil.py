@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from cascade_rt.errors import InputError, InvalidOption
-from cascade_rt.io.readers import read_examples
+from cascade_rt.io.readers import AS_USUAL, Reading, read_examples
 from cascade_train.finetune import (
     OPTIMIZER,
     RECIPE_RANGES,
@@ -100,16 +100,15 @@ def distil(
     output: Path,
     *,
     layers: int,
-    text_column: str | None = None,
     recipe: Distillation,
+    reading: Reading = AS_USUAL,
 ) -> dict[str, Any]:
     """Distil `base` (a folder or hf:NAME) into an encoder of `layers` layers; write it to `output`.
 
-    `texts`: files with one text per record, in any format that `read_examples` reads; `text_column` names the column
-    of those that have columns. `output` is a Hugging Face encoder folder with the record, cascade_train.json. A killed
-    run resumes from its last checkpoint when it is called again with the same arguments. Returns the record; raises
-    CascadeError if `output` exists, another run's unfinished work is there, there are fewer than two texts, or `base`
-    cannot be loaded or has no list of layers.
+    `texts`: files with one text per record, in any format that `read_examples` reads, and as `reading` says. `output`
+    is a Hugging Face encoder folder with the record, cascade_train.json. A killed run resumes from its last checkpoint
+    when it is called again with the same arguments. Returns the record; raises CascadeError if `output` exists, another
+    run's unfinished work is there, there are fewer than two texts, or `base` cannot be loaded or has no list of layers.
     """
     if output.exists():
         raise InputError(f"{output} exists; choose another output folder, or delete it to distil again")
@@ -124,7 +123,7 @@ def distil(
     student = make_student(teacher, picked, base)
     if recipe.relations:
         projections(teacher, base)  # fails before the texts are read
-    tokenized = Tokenized.read(tokenizer, texts, text_column, recipe.max_length)
+    tokenized = Tokenized.read(tokenizer, texts, recipe.max_length, reading)
     train, validation = tokenized.split(recipe.seed)
     run = {
         "base": str(base),
@@ -244,13 +243,16 @@ class Tokenized:
 
     @staticmethod
     def read(
-        tokenizer: PreTrainedTokenizerFast, files: Sequence[Path | str], column: str | None, max_length: int
+        tokenizer: PreTrainedTokenizerFast,
+        files: Sequence[Path | str],
+        max_length: int,
+        reading: Reading = AS_USUAL,
     ) -> Tokenized:
         """Read and tokenize files; skip blank texts and repetitions; raise InputError for fewer than two texts."""
         parts: list[NDArray[np.int32]] = []
         lengths: list[int] = []
         digest = hashlib.sha256()
-        distinct = _distinct(files, column)
+        distinct = _distinct(files, reading)
         while some := list(islice(distinct, _TOKENIZED)):
             rows = tokenizer(some, truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
             parts.append(np.concatenate([np.asarray(row, dtype=np.int32) for row in rows]))
@@ -279,11 +281,11 @@ class Tokenized:
         return self.tokens[start : start + self.lengths[row]]
 
 
-def _distinct(files: Sequence[Path | str], column: str | None) -> Iterator[str]:
+def _distinct(files: Sequence[Path | str], reading: Reading) -> Iterator[str]:
     """Yield the texts of files without blank ones and repetitions; only their hashes are kept."""
     seen: set[bytes] = set()
     for file in files:
-        for example in read_examples(file, pair=False, columns=(column,) if column else None):
+        for example in read_examples(file, reading.of_texts(file), pair=False):
             text = str(example.text).strip()
             key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
             if text and key not in seen:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cascade_rt.errors import InputError, InvalidOption
-from cascade_rt.io.readers import Reject, read_examples, read_records
+from cascade_rt.io.readers import AS_USUAL, Reading, Reject, read_examples, read_records
 from cascade_rt.io.writers import json_line, open_output
 from cascade_rt.types import Text
 from cascade_train import smart_home
@@ -143,21 +143,20 @@ def load_file(
     path: Path,
     *,
     validation: Path | None = None,
-    columns: tuple[str, ...] | None = None,
+    reading: Reading = AS_USUAL,
     pair: bool = False,
-    label_column: str = "label",
     metric: str = "accuracy",
     holdout: float = 0.1,
     split_seed: int = 0,
     skipped: list[str] | None = None,
 ) -> TaskData:
-    """Load any labelled csv, tsv, jsonl or parquet file with named columns.
+    """Load any labelled csv, tsv, jsonl or parquet file with named columns, as `reading` says.
 
     Class ids follow the label names in sorted order (numeric labels by value). Without a `validation` file a
     share `holdout` of the rows is held out. A row without a text or a label, or one that cannot be read, raises
     InputError; with a list `skipped`, it is left out, and the reason is appended.
     """
-    rows = _read_labelled(path, columns, pair, label_column, skipped)
+    rows = _read_labelled(path, reading, pair, skipped)
     names = tuple(sorted({label for _, label in rows}, key=_label_order))
     if len(names) < 2:
         without = f" ({len(skipped)} rows were left out, the first: {skipped[0]})" if skipped else ""
@@ -168,7 +167,7 @@ def load_file(
     if validation is None:
         train, held = hold_out(train, holdout, split_seed)
     else:
-        held, _ = _indexed(_read_labelled(validation, columns, pair, label_column, skipped), names)
+        held, _ = _indexed(_read_labelled(validation, reading, pair, skipped), names)
         if not held:
             raise InputError(f"{validation}: no rows; validation needs some")
     return TaskData(path.stem, names, pair, metric, train, held)
@@ -267,10 +266,9 @@ def _read_glue(task: GlueTask, folder: Path | None, files: Sequence[str]) -> Exa
         raise InputError(f"{folder}: found no {' or '.join(files)}; expected the task's official files there")
     ids = {written: index for index, written in enumerate(task.labels)}
     texts, labels = [], []
-    for example in read_examples(
-        path, pair=task.pair, format="tsv", columns=task.columns, skip_malformed=task.skip_malformed
-    ):
-        written = example.field(task.label_column)
+    reading = Reading("tsv", task.columns, task.label_column, skip_malformed=task.skip_malformed)
+    for example in read_examples(path, reading, pair=task.pair):
+        written = reading.label_of(example)
         if written not in ids:
             if written == "-":  # MNLI's mark for pairs without a gold label
                 continue
@@ -280,17 +278,15 @@ def _read_glue(task: GlueTask, folder: Path | None, files: Sequence[str]) -> Exa
     return Examples(texts, labels)
 
 
-def _read_labelled(
-    path: Path, columns: tuple[str, ...] | None, pair: bool, label_column: str, skipped: list[str] | None
-) -> list[tuple[Text, str]]:
+def _read_labelled(path: Path, reading: Reading, pair: bool, skipped: list[str] | None) -> list[tuple[Text, str]]:
     rows: list[tuple[Text, str]] = []
-    for record in read_records(path, pair=pair, columns=columns):
+    for record in read_records(path, reading, pair=pair):
         try:
             if isinstance(record, Reject):
                 raise record.error
             if not all(map(str.strip, [record.text] if isinstance(record.text, str) else record.text)):
                 raise InputError(f"{record.where}: found an empty text; leave the row out")
-            rows.append((record.text, record.field(label_column)))
+            rows.append((record.text, reading.label_of(record)))
         except InputError as error:
             if skipped is None:
                 raise

@@ -12,6 +12,7 @@ from cascade_train.tasks import GLUE, Examples, hold_out, load_evaluation, load_
 
 from cascade_rt.cli import main
 from cascade_rt.errors import InputError
+from cascade_rt.io.readers import Reading
 
 MNLI_HEADER = (
     "index promptID pairID genre sentence1_binary_parse sentence2_binary_parse sentence1_parse sentence2_parse "
@@ -132,7 +133,7 @@ def test_any_labelled_file_is_read(tmp_path: Path, ending: str) -> None:
         "jsonl": [f'{{"q": "{text}", "y": {label}}}' for text, label in rows],
     }[ending]
     (tmp_path / f"data.{ending}").write_text("\n".join(lines))
-    data = load_file(tmp_path / f"data.{ending}", columns=("q",), label_column="y", holdout=0.2)
+    data = load_file(tmp_path / f"data.{ending}", reading=Reading(columns=("q",), label_column="y"), holdout=0.2)
     assert data.labels == ("2", "9", "10")
     assert (len(data.train), len(data.validation), data.pair, data.name) == (24, 6, False, "data")
     names = dict(rows)

@@ -12,7 +12,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 from cascade_rt.cli.parser import CommandParser
-from cascade_train.cli.options import add_data, add_recipe, data_from, need_training, recipe_from
+from cascade_train.cli.options import add_data, add_recipe, data_from, need_training, recipe_from, with_work
 
 SUMMARY = "train a model with a classifier after each layer (extra: export)"
 EXAMPLE = "cascade-rt train-exits --kind pabee --train-file labelled.csv --base hf:bert-base-uncased --output pabee/"
@@ -35,8 +35,10 @@ def add_arguments(parser: CommandParser) -> None:
         help="encoder to start from: a Hugging Face folder or hf:NAME; for deebert and fastbert also a member that "
         "cascade-rt train made for this task",
     )
+    parser.reads("base")
     add("--every", type=int, default=1, metavar="K", help="layers between two exits")
     add("--output", required=True, type=Path, metavar="DIR", help="the model's folder, in Hugging Face format")
+    parser.writes("output", paths=with_work)
     add("--json", action="store_true", help="print the whole record as JSON")
     add_data(parser)
     add_recipe(parser)

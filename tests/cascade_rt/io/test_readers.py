@@ -12,14 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cascade_rt.errors import InputError
-from cascade_rt.io.readers import read_examples
+from cascade_rt.io.readers import Reading, read_examples
 
 _NOT_IN_CSV = "\0" if sys.version_info < (3, 11) else ""  # the csv module of Python 3.10 cannot write it
 
 
 def read(path: Path, content: str | bytes, *, pair: bool = False, **options: Any) -> list[tuple[Any, Any]]:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return [(row.text, row.fields) for row in read_examples(path, pair=pair, **options)]
+    return [(row.text, row.fields) for row in read_examples(path, Reading(**options), pair=pair)]
 
 
 def test_txt_has_a_text_a_line_and_empty_lines_are_texts(tmp_path: Path) -> None:
