@@ -16,6 +16,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cascade_export.check import MAX_ACCURACY_DROP
 from cascade_train.cli.options import add_data, data_from, need_training
 from cascade_train.tasks import SMART_HOME
 
@@ -67,6 +68,7 @@ def add_arguments(parser: CommandParser) -> None:
     add("--overwrite", action="store_true", help="replace an existing bundle")
     add("--json", action="store_true", help="print the report, or the plan, as JSON")
     add_data(parser)
+    parser.aliases["tokenizer"] = "--small"  # whose tokenizer the bundle has
     parser.add_argument(
         "--reserve",
         type=float,
@@ -85,6 +87,13 @@ def add_arguments(parser: CommandParser) -> None:
     asked.add_argument("--confidence", type=float, metavar="P", help="guarantee that with this confidence, e.g. 0.95")
     asked.add_argument("--cost", choices=COSTS, default="latency", help="how speed is measured; latency is timed here")
     asked.add_argument("--precision", default="fp32", help="of the bundle: fp32, fp16, int8, or auto for each member")
+    asked.add_argument(
+        "--max-accuracy-drop",
+        type=float,
+        default=MAX_ACCURACY_DROP,
+        metavar="POINTS",
+        help="percentage points that the precision may cost a member",
+    )
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--epochs", type=float, help="passes over the data (default: about 3,000 steps, 2 to 10)")
     recipe.add_argument("--small-epochs", type=float, help="of the small members (default: as the biggest)")
@@ -145,7 +154,16 @@ def run(options: argparse.Namespace) -> None:
         learning_rate=options.learning_rate,
         small_learning_rate=options.small_learning_rate,
     )
-    plan = Plan(parts, members, options.distill_weight, options.temperature, options.precision, question, options.bf16)
+    plan = Plan(
+        parts,
+        members,
+        options.distill_weight,
+        options.temperature,
+        options.precision,
+        question,
+        options.bf16,
+        options.max_accuracy_drop,
+    )
     if options.dry_run:
         found = steps(plan)
         if options.json:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from cascade_export.check import MAX_ACCURACY_DROP, check_allowed
 from cascade_export.checkpoint import member_name
 from cascade_export.export import AUTO
 from cascade_export.precision import PRECISIONS
@@ -79,12 +80,15 @@ class Plan:
     question: Question
     bf16: bool | None = None
     """As asked; None leaves the choice to a measurement, whose result may be another one later."""
+    max_accuracy_drop: float = MAX_ACCURACY_DROP
+    """Percentage points that the precision may cost a member."""
 
     def __post_init__(self) -> None:
         """Raise InvalidOption for what would only fail after hours of training."""
         Objective(temperature=self.temperature, distill_weight=self.distill_weight)
         if self.precision not in (*PRECISIONS, AUTO):
             raise InvalidOption("precision", self.precision, f"one of {', '.join((*PRECISIONS, AUTO))}")
+        check_allowed(self.max_accuracy_drop)
 
     def data_settings(self) -> dict[str, Any]:
         """Return what identifies the labelled data and their split."""
@@ -241,10 +245,13 @@ def preflight(plan: Plan) -> None:
 
 def steps(plan: Plan) -> list[Step]:
     """Return what a build does, in order, and how long each step takes, from a few training steps here."""
-    parts, found = plan.parts, []
+    parts = plan.parts
+    found: list[Step] = []
     big, *small = plan.members
     train, fresh = len(parts.data.train), len(parts.unlabelled)
     forward: dict[str, float] = {}
+    what = f"{len(plan.members)} untrained members of at most 2 layers, together"
+    found.append(Step("try the export", what, 0, 8.0 * len(plan.members)))
     for member in plan.members:
         texts = train + (fresh if member is not big else 0)
         each = _seconds_per_text(member, parts.data)

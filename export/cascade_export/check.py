@@ -16,7 +16,7 @@ from cascade_rt.engine.batching import TOKEN_BUDGET, by_length, micro_batches
 from cascade_rt.engine.probabilities import confidence, softmax
 from cascade_rt.engine.stage import Stage
 from cascade_rt.engine.tokenization import Encoded
-from cascade_rt.errors import CascadeError, InputError
+from cascade_rt.errors import CascadeError, InputError, InvalidOption
 from cascade_rt.io.readers import AS_USUAL, LABEL, Reading, read_examples
 from cascade_rt.tuning.evaluation import label_ids, quality
 from cascade_rt.types import Text
@@ -109,6 +109,12 @@ def compare(original: Probabilities | None, exported: Probabilities, labels: NDA
 def _quality(answers: Probabilities, labels: NDArray[np.intp]) -> dict[str, float | None]:
     found = quality(labels, answers.argmax(axis=1), confidence(answers), answers.shape[1])
     return {"accuracy": found.accuracy, "dis": found.dis, "ece": found.ece}
+
+
+def check_allowed(drop: float) -> None:
+    """Raise InvalidOption for a `max_accuracy_drop` that is not a number of percentage points."""
+    if not 0 <= drop <= 100:
+        raise InvalidOption("max_accuracy_drop", drop, "a number of percentage points from 0 to 100")
 
 
 def check_drop(name: str, precision: str, report: dict[str, Any], allowed: float) -> None:

@@ -51,6 +51,7 @@ def convert(checkpoint: TorchCheckpoint, path: Path) -> dict[str, int]:
             dtype="fp32",
             library_name="transformers",
             trust_remote_code=False,
+            pad_token_id=checkpoint.tokenizer.pad_token_id or 0,  # where config.json names none: it is masked
             do_validation=False,  # the finished, fused graph is verified, not this one
             no_post_process=True,
         )

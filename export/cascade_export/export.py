@@ -21,6 +21,7 @@ from cascade_export.check import (
     CheckData,
     Probabilities,
     batch_difference,
+    check_allowed,
     check_drop,
     compare,
     load_check_data,
@@ -119,8 +120,7 @@ def export_bundle(
     """
     if not 0 <= threshold <= 1:
         raise InvalidOption("threshold", threshold, "a number from 0 to 1")
-    if not 0 <= max_accuracy_drop <= 100:
-        raise InvalidOption("max_accuracy_drop", max_accuracy_drop, "a number of percentage points from 0 to 100")
+    check_allowed(max_accuracy_drop)
     checkpoints = [_open(source, pair, max_length) for source in sources]
     checkpoints.sort(key=lambda checkpoint: (checkpoint.layers, checkpoint.parameters))
     check_fit(checkpoints)

@@ -214,14 +214,16 @@ def train_exits(
         "versions": {name: version(name) for name in ("torch", "transformers", "cascade-rt")},
     }
 
-    def save(folder: Path) -> None:
-        trainer.model.model.save_pretrained(folder)
-        save_file(trainer.model.exits.state_dict(), str(folder / EXITS_FILE))
-
-    finish(work, output, save, tokenizer, record, data)
+    finish(work, output, lambda folder: write_exits(folder, trainer.model), tokenizer, record, data)
     if member != base:
         shutil.rmtree(member)
     return record
+
+
+def write_exits(folder: Path, whole: MultiExitClassifier) -> None:
+    """Write the weights of a multi-exit model, and its configuration."""
+    whole.model.save_pretrained(folder)
+    save_file(whole.exits.state_dict(), str(folder / EXITS_FILE))
 
 
 def open_exits(source: str | Path) -> MultiExitClassifier:
@@ -260,7 +262,6 @@ def _trainer(
         train_dataset=features(tokenizer, model.model, data.train, recipe.max_length),
         eval_dataset=features(tokenizer, model.model, data.validation, recipe.max_length),
         data_collator=collator(tokenizer),
-        processing_class=tokenizer,
         compute_metrics=lambda outcome: _measured(outcome.predictions, outcome.label_ids),
     )
     trainer.remove_callback(PrinterCallback)

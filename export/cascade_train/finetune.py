@@ -459,7 +459,6 @@ def _trainer(
         train_dataset=train,
         eval_dataset=features(tokenizer, model, data.validation, recipe.max_length),
         data_collator=collator(tokenizer),
-        processing_class=tokenizer,
         compute_metrics=lambda outcome: _measured(outcome, len(data.labels)),
     )
     trainer.remove_callback(PrinterCallback)

@@ -1,7 +1,7 @@
 """Pretrained and fine-tuned models by name: local folders, and repositories of the Hugging Face hub as hf:NAME.
 
 The one place where the offline stage opens a checkpoint. What decides about safety and answers is passed explicitly:
-no code of the repository, no other pickled data than weights, float32, and no weight of another shape in silence.
+no code of the repository, no other pickled data than weights, float32, and an error for a weight of another shape.
 """
 
 from __future__ import annotations

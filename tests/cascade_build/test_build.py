@@ -196,7 +196,7 @@ def test_a_killed_build_goes_on_where_it_was(
     capsys.readouterr()
     assert main(arguments) == 0
     shown = capsys.readouterr()
-    assert shown.err.count("done before") == 4
+    assert shown.err.count("done before") == 5
     assert "verdict: " in shown.out
     CascadeRuntime(tmp_path / "bundle").predict(["good"])
     assert main(arguments) == 2
@@ -225,6 +225,7 @@ def test_steps_whose_settings_changed_are_repeated_and_only_those(
     assert main([*arguments.split(), "--overwrite"]) == 0
     steps = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("training ")]
     assert steps == [
+        "try the export: done before",
         "train 4L: done before",
         "answers of 4L: done before",
         "train 1L: again, because its settings have changed",
@@ -248,7 +249,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(
     assert main([*arguments.split(), "--json", *TRAINED.split()]) == 0
     found = json.loads(capsys.readouterr().out)
     names = [step["name"] for step in found["steps"]]
-    assert names == ["train 4L", "answers of 4L", "train 2L", "train 1L", "export", "tune"]
+    assert names == ["try the export", "train 4L", "answers of 4L", "train 2L", "train 1L", "export", "tune"]
     assert all(step["seconds"] > 0 for step in found["steps"])
     assert main([*arguments.split(), *TRAINED.split()]) == 0
     shown = capsys.readouterr().out

@@ -14,6 +14,7 @@ from pathlib import Path
 from cascade_rt.cli.options import add_reading, reading
 from cascade_rt.cli.parser import CommandParser
 from cascade_train.cli.options import need_training, with_work
+from cascade_train.cli.trial import add_export_check, check_export
 
 SUMMARY = "make a small encoder out of a big one, from plain text (extra: export)"
 EXAMPLE = "cascade-rt distil --base hf:bert-base-uncased --layers 2 --texts sentences.txt --output encoders/2L"
@@ -54,6 +55,7 @@ def add_arguments(parser: CommandParser) -> None:
     recipe.add_argument(
         "--bf16", action=argparse.BooleanOptionalAction, help="compute in bfloat16 (default: if measured to be faster)"
     )
+    add_export_check(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -75,6 +77,7 @@ def run(options: argparse.Namespace) -> None:
         bf16=options.bf16,
     )
     with redirect_stdout(sys.stderr):  # whatever libraries print is not the answer
+        check_export(options, layers=options.layers)
         record = distil(
             options.base,
             options.texts,

@@ -15,6 +15,7 @@ from typing import Any
 from cascade_rt.cli.parser import CommandParser
 from cascade_rt.errors import InputError
 from cascade_train.cli.options import add_training, data_from, need_training, recipe_from, with_work
+from cascade_train.cli.trial import add_export_check, check_export
 
 SUMMARY = "fine-tune one member (extra: export)"
 EXAMPLE = "cascade-rt train --train-file labelled.csv --base hf:bert-base-uncased --output members/12L"
@@ -51,6 +52,7 @@ def add_arguments(parser: CommandParser) -> None:
         action="store_true",
         help="BERT-of-Theseus: --base is a fine-tuned member, and K layers (--layers) replace its modules bit by bit",
     )
+    add_export_check(parser)
 
 
 def _written(output: Path) -> list[Path | str]:
@@ -72,6 +74,8 @@ def run(options: argparse.Namespace) -> None:
         raise InputError("found --patient alone, expected --teacher DIR with it")
     if options.module_replacing and not options.layers:
         raise InputError("found --module-replacing alone, expected --layers K with it")
+    with redirect_stdout(sys.stderr):
+        check_export(options, data.labels, layers=options.layers, tokenizer=options.tokenizer, pair=data.pair)
     objective = Objective(
         difficulty=read_difficulty(options.difficulty, data.train) if options.difficulty else None,
         dar_margin=_MARGINS.get(data.name, _OTHER_MARGIN) if options.dar_margin is None else options.dar_margin,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from cascade_rt.cli.parser import CommandParser
 from cascade_train.cli.options import add_data, add_recipe, data_from, need_training, recipe_from, with_work
+from cascade_train.cli.trial import add_export_check, check_export
 
 SUMMARY = "train a model with a classifier after each layer (extra: export)"
 EXAMPLE = "cascade-rt train-exits --kind pabee --train-file labelled.csv --base hf:bert-base-uncased --output pabee/"
@@ -42,6 +43,7 @@ def add_arguments(parser: CommandParser) -> None:
     add("--json", action="store_true", help="print the whole record as JSON")
     add_data(parser)
     add_recipe(parser)
+    add_export_check(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -51,6 +53,7 @@ def run(options: argparse.Namespace) -> None:
 
     data, recipe = data_from(options), recipe_from(options)
     with redirect_stdout(sys.stderr):  # whatever libraries print is not the answer
+        check_export(options, data.labels, pair=data.pair, exits=options.kind)
         record = train_exits(options.base, data, options.output, kind=options.kind, every=options.every, recipe=recipe)
     if options.json:
         print(json.dumps(record))
