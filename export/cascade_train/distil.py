@@ -194,7 +194,7 @@ def make_student(teacher: Any, picked: Sequence[int], base: str) -> Any:
             continue
         index, _, rest = name.removeprefix(prefix).partition(".")
         weights |= {f"{prefix}{place}.{rest}": weight for place, layer in enumerate(picked) if layer == int(index)}
-    student = AutoModel.from_config(config, attn_implementation=TRAINED_ATTENTION)
+    student = AutoModel.from_config(config, attn_implementation=TRAINED_ATTENTION, trust_remote_code=False)
     try:
         if not lists:
             raise RuntimeError("it has no list of layers")
