@@ -109,3 +109,20 @@ def _in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     """Run each test in its own folder, so that nothing is left in the checkout."""
     monkeypatch.chdir(tmp_path)
     yield
+
+
+class _Options(dict[str, str]):
+    """The options of a command, by parameter; a message with another parameter fails the test."""
+
+    def get(self, parameter: str, _: object = None) -> str:
+        assert parameter in self, f"a command printed the parameter `{parameter}`, which is no option of it"
+        return self[parameter]
+
+
+@pytest.fixture(autouse=True)
+def _messages_name_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no command that a test calls print a parameter of the library as if it were its own."""
+    from cascade_rt.cli.parser import CommandParser
+
+    names = CommandParser.option_names
+    monkeypatch.setattr(CommandParser, "option_names", lambda parser: _Options(names(parser)))

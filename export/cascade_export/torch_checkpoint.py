@@ -104,7 +104,7 @@ def align_checkpoint(checkpoint: TorchCheckpoint, first: TorchCheckpoint, texts:
         raise InputError(
             f"member {checkpoint.name!r} cannot be aligned to the tokenizer of {first.name!r}, which gives none of "
             f"{len(texts)} texts the same tokens as its own (found {found!r}, expected {expected!r}); fine-tune it "
-            f"again with cascade-rt train and `tokenizer` {first.source}"
+            f"again with cascade-rt train --tokenizer {first.source}"
         )
     return replace(
         checkpoint,

@@ -174,7 +174,7 @@ def _own_ids(own: PreTrainedTokenizerFast, target: PreTrainedTokenizerFast, rows
         raise InputError(
             f"{own.name_or_path}: lacks {len(lacking)} of the {len(wanted)} tokens of {target.name_or_path} "
             f"({examples}), expected the same words under any ids; use members of one family, or fine-tune the "
-            f"others with `tokenizer` {own.name_or_path}"
+            f"others with cascade-rt train --tokenizer {own.name_or_path}"
         )
     return own_ids
 
