@@ -17,7 +17,7 @@ from cascade_train.tasks import GLUE, Examples, TaskData, hold_out, load_evaluat
 from cascade_rt import CascadeError, CascadeRuntime
 from cascade_rt.benchmark.machine import describe
 from cascade_rt.benchmark.workload import Spread, spread
-from cascade_rt.io.readers import read_examples
+from cascade_rt.io.readers import Reading, read_examples
 from cascade_rt.types import Text
 
 TASKS = ("sst-2", "rte", "mrpc", "sick", "banking77", "clinc150")
@@ -80,7 +80,7 @@ def read_task(task: str, folder: Path) -> tuple[TaskData, Examples, str]:
         train, val = ([*parts[part], *parts[f"oos_{part}"]] for part in ("train", "val"))
         return (*_held_out(task, train, val, pair=False), "val, with oos_val")
     if task == "banking77":
-        data, share = load_file(folder / "train.csv", columns=("text",), label_column="category"), 0.15
+        data, share = load_file(folder / "train.csv", reading=Reading(label_column="category")), 0.15
         data = replace(data, name=task)
     else:
         data, share = load_task(task, folder), 0.15
@@ -91,7 +91,7 @@ def read_task(task: str, folder: Path) -> tuple[TaskData, Examples, str]:
 
 
 def _sick(file: Path) -> list[tuple[Text, str]]:
-    rows = read_examples(file, pair=True, format="tsv", columns=("sentence_A", "sentence_B"))
+    rows = read_examples(file, Reading("tsv", ("sentence_A", "sentence_B")), pair=True)
     return [(row.text, row.field("entailment_judgment").lower()) for row in rows]
 
 

@@ -45,8 +45,8 @@ def optimum_pipeline(member: str) -> Any:
     from optimum.onnxruntime import ORTModelForSequenceClassification
     from transformers import AutoTokenizer, pipeline
 
-    model = ORTModelForSequenceClassification.from_pretrained(member, export=True)
-    tokenizer = AutoTokenizer.from_pretrained(member)
+    model = ORTModelForSequenceClassification.from_pretrained(member, export=True, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(member, trust_remote_code=False)
     return pipeline("text-classification", model=model, tokenizer=tokenizer, top_k=None)
 
 

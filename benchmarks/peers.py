@@ -126,8 +126,8 @@ def _ours(runtime: CascadeRuntime) -> Answer:
 def _peers(
     checkpoint: Path, bundle: Path, work: Path, texts: list[Text], threads: int | None
 ) -> Iterator[tuple[str, Answer]]:
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(checkpoint).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(checkpoint, trust_remote_code=False).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
     yield (
         "transformers pipeline, PyTorch fp32",
         _pipeline(transformers.pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu")),
@@ -179,11 +179,11 @@ def _optimum_pipeline(checkpoint: Path, work: Path) -> Any:
     )
     from optimum.pipelines import pipeline  # noqa: PLC0415
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
-    plain = ORTModelForSequenceClassification.from_pretrained(checkpoint, export=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+    plain = ORTModelForSequenceClassification.from_pretrained(checkpoint, export=True, trust_remote_code=False)
     plain.save_pretrained(work / "plain")
     ORTOptimizer.from_pretrained(plain).optimize(AutoOptimizationConfig.O2(), save_dir=work / "o2")
-    model = ORTModelForSequenceClassification.from_pretrained(work / "o2")
+    model = ORTModelForSequenceClassification.from_pretrained(work / "o2", trust_remote_code=False)
     return pipeline("text-classification", model=model, tokenizer=tokenizer, accelerator="ort")
 
 

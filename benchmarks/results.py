@@ -143,7 +143,9 @@ def _recipe(kind: Kind, seed: int, biggest: bool, options: argparse.Namespace) -
     epochs, rate = options.epochs or EPOCHS[options.task], options.big_learning_rate
     interval = 4 if epochs <= 2 else 1
     if not biggest:
-        layers = kind.layers or transformers.AutoConfig.from_pretrained(kind.base).num_hidden_layers
+        layers = (
+            kind.layers or transformers.AutoConfig.from_pretrained(kind.base, trust_remote_code=False).num_hidden_layers
+        )
         epochs, rate = epochs * options.longer, options.learning_rate * (1 if layers > 3 else 2)
     return Recipe(
         epochs=epochs,

@@ -11,14 +11,16 @@ import sys
 import warnings
 from importlib.metadata import version
 
-if "ORT_DISABLE_TELEMETRY" not in os.environ:  # ONNX Runtime reads it when it is imported
-    if "onnxruntime" in sys.modules:
-        warnings.warn(
-            "onnxruntime was imported before cascade_rt, so its telemetry (since 1.32, on Linux) may be on; import "
-            "cascade_rt first, or set ORT_DISABLE_TELEMETRY=1 in the environment",
-            stacklevel=2,
-        )
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+if "ORT_DISABLE_TELEMETRY" not in os.environ and "onnxruntime" in sys.modules:
+    warnings.warn(
+        "onnxruntime was imported before cascade_rt, so its telemetry (since 1.32, on Linux) may be on; import "
+        "cascade_rt first, or set ORT_DISABLE_TELEMETRY=1 in the environment",
+        stacklevel=2,
+    )
+
+# What other libraries send unasked is turned off before they are imported; what the user has set stays.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # else requests to the hub describe the machine
 
 from .bundle import Bundle, MemberEntry, read_bundle
 from .errors import (

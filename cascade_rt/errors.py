@@ -94,7 +94,9 @@ def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
-    return lines[-1] if lines[0].startswith("Exception from ") else lines[0]  # OpenVINO begins with the places
+    if lines[0].startswith("Exception from "):  # OpenVINO begins with the places
+        return lines[-1]
+    return " ".join(lines[: 1 + lines[0].endswith(":")])  # torch begins with a heading
 
 
 def _shown(value: object) -> str:

@@ -25,6 +25,7 @@ from .engine.chain import Chain
 from .engine.cost import cumulative_layers, whole_model
 from .engine.drift import exit_shift
 from .engine.exit_rules import ExitRule, checked_thresholds, exit_rule
+from .engine.forks import FORKS
 from .engine.hidden_states import HiddenStates
 from .engine.inputs import check_types, iterated, listed, unwrapped
 from .engine.journey import Journey, StageCall
@@ -231,7 +232,7 @@ class CascadeRuntime:
             batch = inputs[stage.reads]
             logits, hidden_states, seconds = stage.run(batch)
             runs.append((index, batch["attention_mask"].shape, seconds))
-            probabilities = softmax_row(logits[0].tolist())
+            probabilities = softmax_row(logits[0])
             if decisions.leaves_alone(index, probabilities):
                 break
             inputs[HIDDEN_STATES] = {"hidden_states": hidden_states, "attention_mask": batch["attention_mask"]}
@@ -295,7 +296,7 @@ class CascadeRuntime:
 
         `reset` starts a new count, for instance every hour.
         """
-        with self._counting:
+        with FORKS, self._counting:
             seen = list(self._exits)
             if reset:
                 self._exits = [0] * len(seen)
@@ -312,7 +313,7 @@ class CascadeRuntime:
 
     def count(self, exits: Sequence[int]) -> None:
         """Count texts that were answered otherwise than by `predict`, one number for each member, for `stats`."""
-        with self._counting:
+        with FORKS, self._counting:
             self._exits = [one + other for one, other in zip(self._exits, exits, strict=True)]
 
     def with_thresholds(self, thresholds: float | Sequence[float] | None) -> CascadeRuntime:

@@ -8,11 +8,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+import cascade_rt  # noqa: F401 - before any test imports onnxruntime, whose telemetry it turns off
 
 from .toy import LABELS, WORDS, vocabulary, write_cascade
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the hub fails at once
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+# The same examples everywhere, however slow and busy the machine is.
+settings.register_profile("cascade-rt", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("cascade-rt")
 
 __all__ = ["LABELS", "WORDS", "make_member"]
 
@@ -109,3 +116,20 @@ def _in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     """Run each test in its own folder, so that nothing is left in the checkout."""
     monkeypatch.chdir(tmp_path)
     yield
+
+
+class _Options(dict[str, str]):
+    """The options of a command, by parameter; a message with another parameter fails the test."""
+
+    def get(self, parameter: str, _: object = None) -> str:
+        assert parameter in self, f"a command printed the parameter `{parameter}`, which is no option of it"
+        return self[parameter]
+
+
+@pytest.fixture(autouse=True)
+def _messages_name_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no command that a test calls print a parameter of the library as if it were its own."""
+    from cascade_rt.cli.parser import CommandParser
+
+    names = CommandParser.option_names
+    monkeypatch.setattr(CommandParser, "option_names", lambda parser: _Options(names(parser)))

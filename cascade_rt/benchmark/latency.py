@@ -17,6 +17,7 @@ import numpy as np
 from ..engine.cost import flops_speedup, layer_speedup
 from ..engine.cpus import usable_threads
 from ..errors import InvalidOption
+from ..io.readers import AS_USUAL, Reading
 from ..runtime import CascadeRuntime
 from ..tuning.collect import check_thresholds, open_whole
 from ..tuning.plot import pyplot
@@ -38,6 +39,7 @@ def measure_latency(
     verify: bool = True,
     expected_sha256: str | None = None,
     data: Path | None = None,
+    reading: Reading = AS_USUAL,
     words: str = "16:8",
     count: int = 256,
     speedups: Sequence[float] = (1.5, 2, 3, 4, 5),
@@ -48,9 +50,9 @@ def measure_latency(
     """Return a report as plain values for JSON; keys of `batches` are texts per call, then layer speed-ups.
 
     All members of the bundle take part, whatever tuning chose; thresholds are those that reach the speed-ups. `data`:
-    file of texts, None for synthetic ones with `words` words ("MEAN:SD"); `count`: how many texts; `rounds`: after one
-    that warms up; `progress` is called with the rounds done and their total. Raises InvalidOption for a value out of
-    range, and InputError for a bundle without thresholds.
+    file of texts, read as `reading` says, None for synthetic ones with `words` words ("MEAN:SD"); `count`: how many
+    texts; `rounds`: after one that warms up; `progress` is called with the rounds done and their total. Raises
+    InvalidOption for a value out of range, and InputError for a bundle without thresholds.
     """
     for field, least in (("rounds", rounds), ("batch_sizes", min(batch_sizes, default=1))):
         if least < 1:
@@ -60,7 +62,7 @@ def measure_latency(
     bundle = cascade.bundle
     check_thresholds(bundle)
     name = (bundle.folder or Path(model_dir)).resolve().name
-    texts = texts_for(bundle, data, words, count)
+    texts = texts_for(bundle, data, words, count, reading=reading)
     logits, lengths = cascade.member_logits(texts)
     taus = taus_for(cascade, logits, reachable(bundle, list(speedups)))
     contestants = {BIG: alone(cascade, len(bundle.members) - 1)}

@@ -18,7 +18,7 @@ from ..engine.cost import whole_model
 from ..engine.exit_rules import SCORES
 from ..engine.probabilities import softmax
 from ..errors import InputError, InvalidOption
-from ..io.readers import read_examples
+from ..io.readers import AS_USUAL, Reading, read_examples
 from ..runtime import CascadeRuntime
 from ..tuning.operating_points import threshold_for_speedup
 from ..types import Text
@@ -32,7 +32,9 @@ class Spread(TypedDict):
     max: float
 
 
-def texts_for(bundle: Bundle, data: Path | None, words: str, count: int, seed: int = 0) -> list[Text]:
+def texts_for(
+    bundle: Bundle, data: Path | None, words: str, count: int, seed: int = 0, reading: Reading = AS_USUAL
+) -> list[Text]:
     """Return `count` texts in random order: from `data`, or synthetic ones from the tokenizer's words.
 
     `words` is "MEAN:SD", the (log-normal) distribution of words per synthetic text.
@@ -41,7 +43,7 @@ def texts_for(bundle: Bundle, data: Path | None, words: str, count: int, seed: i
         raise InvalidOption("count", count, "at least 1")
     draw = random.Random(seed)
     if data is not None:
-        texts = [example.text for example in read_examples(data, pair=bundle.pair)]
+        texts = [example.text for example in read_examples(data, reading, pair=bundle.pair)]
         if not texts:
             raise InputError(f"{data}: found no texts, expected at least one")
         draw.shuffle(texts)

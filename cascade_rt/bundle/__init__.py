@@ -6,7 +6,7 @@ name, `hub` and `card` share them.
 
 from .files import sha256_of
 from .manifest import BATCH_TOLERANCE, MANIFEST, TUNING, Bundle, MemberEntry, WeightFile
-from .storage import bundle_files, read_bundle, write_bundle, write_manifest
+from .storage import bundle_files, check_target, read_bundle, write_bundle, write_manifest
 
 __all__ = [
     "BATCH_TOLERANCE",
@@ -16,6 +16,7 @@ __all__ = [
     "MemberEntry",
     "WeightFile",
     "bundle_files",
+    "check_target",
     "read_bundle",
     "sha256_of",
     "write_bundle",

@@ -21,12 +21,14 @@ _FOLLOWED = {
     "training": {1: "graph", 2: "graph"},
     "function": {7: "node", 11: "attribute"},
     "graph": {1: "node", 5: "tensor", 15: "sparse"},
-    "node": {4: "operator", 5: "attribute"},
+    "node": {1: "input", 2: "output", 4: "operator", 5: "attribute"},
     "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
     "sparse": {1: "tensor", 2: "tensor"},
     "tensor": {1: "dimension", 13: "external"},
     "external": {1: "key", 2: "value"},
 }
+# Operators on products of bytes -> which of their inputs, from 1, is the zero point of the weights.
+_ZERO_POINT = {"DequantizeLinear": 3, "DynamicQuantizeMatMul": 4, "MatMulInteger": 4, "MatMulIntegerToFloat": 6}
 _DEEPEST = 64  # messages within messages; real graphs have a handful
 _MOST_DIMENSIONS = 16
 _VARINT, _EIGHT_BYTES, _BYTES, _FOUR_BYTES = 0, 1, 2, 5
@@ -34,11 +36,26 @@ _VARINT, _EIGHT_BYTES, _BYTES, _FOUR_BYTES = 0, 1, 2, 5
 
 @dataclass
 class OnnxFile:
-    """`external`: weight files as written in the file; `operators`: nodes by type; `weights`: number of weights."""
+    """The structure of an ONNX file."""
 
     external: set[str] = field(default_factory=set)
+    """Weight files, as written in the file."""
     operators: Counter[str] = field(default_factory=Counter)
+    """Nodes by type."""
     weights: int = 0
+    """Number of weights."""
+    made: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """For each output of a node, its type and its first input."""
+    without_zero_point: set[str] = field(default_factory=set)
+    """Types of nodes that multiply or dequantize bytes, some of them without a zero point of the weights."""
+
+    def add_node(self, operator: str, inputs: list[str], outputs: list[str]) -> None:
+        """Note a node; inputs that are left out have no name."""
+        self.operators[operator] += 1
+        self.made |= dict.fromkeys(outputs, (operator, "".join(inputs[:1])))
+        at = _ZERO_POINT.get(operator, 0)
+        if at and not any(inputs[at - 1 : at]):
+            self.without_zero_point.add(operator)
 
 
 def scan(path: Path) -> OnnxFile:
@@ -55,7 +72,8 @@ def scan(path: Path) -> OnnxFile:
 def _message(content: mmap.mmap, start: int, end: int, kind: str, found: OnnxFile, depth: int) -> None:
     if depth > _DEEPEST:
         raise ValueError("nested too deeply")
-    entry = {"key": b"", "value": b""}
+    entry = {"key": b"", "value": b"", "operator": b""}
+    names: dict[str, list[str]] = {"input": [], "output": []}
     dimensions: list[int] = []
     for number, value in _fields(content, start, end):
         child = _FOLLOWED[kind].get(number)
@@ -67,14 +85,16 @@ def _message(content: mmap.mmap, start: int, end: int, kind: str, found: OnnxFil
             raise ValueError(f"field {number} of a {kind} holds a number")
         elif child in entry:
             entry[child] = content[slice(*value)]
-        elif child == "operator":
-            found.operators[content[slice(*value)].decode()] += 1
+        elif child in names:
+            names[child].append(content[slice(*value)].decode())
         else:
             _message(content, *value, child, found, depth + 1)
         if len(dimensions) > _MOST_DIMENSIONS:
             raise ValueError(f"a tensor of more than {_MOST_DIMENSIONS} dimensions")
     if kind == "tensor":
         found.weights += prod(dimensions)
+    if kind == "node":
+        found.add_node(entry["operator"].decode(), names["input"], names["output"])
     if entry["key"] == b"location":
         found.external.add(entry["value"].decode())
 

@@ -53,7 +53,12 @@ def read_bundle(
     if members is not None:
         bundle = bundle.only(members)
     with ThreadPoolExecutor() as pool:  # hashing releases Python's lock, so big files are hashed in parallel
-        for damage in pool.map(lambda file: _damage(folder, root, file, verify), _files(bundle)):
+
+        def damage_of(file: WeightFile) -> str | None:
+            most = _TOKENIZER_BYTES if file.file == bundle.tokenizer_file else None
+            return _damage(folder, root, file, verify, most)
+
+        for damage in pool.map(damage_of, _files(bundle)):
             if damage:
                 raise BundleError(f"{damage}; export or copy the bundle again")
     for member in bundle.members:
@@ -75,11 +80,7 @@ def write_bundle(folder: str | Path, *, overwrite: bool = False) -> Iterator[Pat
     elsewhere it is two renames, and in between the old bundle is whole in a hidden folder beside it.
     """
     target = Path(folder).absolute()
-    replaces = target.exists() or target.is_symlink()
-    if replaces and not (target / MANIFEST).is_file():
-        raise BundleError(f"{target} exists and is not a bundle; choose another output folder")
-    if replaces and not overwrite:
-        raise BundleError(f"{target} exists; choose another output folder, or replace that bundle with `overwrite`")
+    replaces = check_target(target, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
@@ -111,6 +112,17 @@ def write_bundle(folder: str | Path, *, overwrite: bool = False) -> Iterator[Pat
         shutil.rmtree(work, ignore_errors=True)
 
 
+def check_target(target: Path, *, overwrite: bool) -> bool:
+    """Return whether a bundle would be replaced; raise BundleError where `write_bundle` would refuse to."""
+    if not (target.exists() or target.is_symlink()):
+        return False
+    if not (target / MANIFEST).is_file():
+        raise BundleError(f"{target} exists and is not a bundle; choose another output folder")
+    if not overwrite:
+        raise BundleError(f"{target} exists; choose another output folder, or replace that bundle with `overwrite`")
+    return True
+
+
 def write_manifest(folder: Path, bundle: Bundle) -> None:
     """Write `cascade.json` into `folder` atomically."""
     write_json(folder / MANIFEST, bundle.to_json())
@@ -123,14 +135,14 @@ def _files(bundle: Bundle) -> list[WeightFile]:
     return files
 
 
-def _damage(folder: Path, root: Path, file: WeightFile, verify: bool) -> str | None:
-    """Say what is wrong with a file of the bundle; None if nothing is."""
+def _damage(folder: Path, root: Path, file: WeightFile, verify: bool, most: int | None) -> str | None:
+    """Say what is wrong with a file of the bundle, of at most so many bytes; None if nothing is."""
     path = resolved_inside(folder, root, file.file)
     try:
         if not path.is_file():
             return f"{path}: is missing from the bundle"
-        if path.suffix == ".json" and path.stat().st_size > _TOKENIZER_BYTES:
-            return f"{path}: over {_TOKENIZER_BYTES // 2**20} MiB, too big for a tokenizer"
+        if most is not None and path.stat().st_size > most:
+            return f"{path}: over {most // 2**20} MiB, too big for a tokenizer"
         found = sha256_of(path) if verify else file.sha256
     except OSError as error:
         return f"{str(path)[:200]}: cannot be read ({error.strerror})"

@@ -10,29 +10,44 @@ another signal that ended it.
 
 from __future__ import annotations
 
+import argparse
 import importlib
-import io
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from importlib.metadata import entry_points
+from pathlib import Path
 
 from .. import __version__
 from ..errors import CascadeError, InputError, first_line
 from .parser import Command, CommandParser
 from .rendering import printable
 from .signals import Termination, termination
+from .streams import forget_closed_output, standard_streams
 
 BUILT_IN = ("predict", "serve", "info", "evaluate", "tune", "benchmark", "push")
 GROUP = "cascade_rt.commands"
+_HOME = "set the environment variables HOME, to a folder that can be written, and USER"
+_ENVIRONMENT = {
+    "can't start new thread": "raise the limit of processes and threads (ulimit -u), or end some",
+    "Could not determine home directory": _HOME,
+    "uid not found": _HOME,  # the caches of libraries
+}
+"""What to do about errors of Python's own that the process's environment causes, by a part of their message."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # labels and texts are Unicode, whatever the terminal's encoding
-        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    if argv is None:
+        _decode_arguments()
+        argv = sys.argv[1:]
+    with standard_streams():
+        return _main(list(argv))
+
+
+def _main(argv: Sequence[str]) -> int:
     names: Mapping[str, str] = {}
     try:
         if not argv or argv[0] in ("-h", "--help"):
@@ -43,21 +58,75 @@ def main(argv: Sequence[str] | None = None) -> int:
             command = find_command(argv[0])
             parser = CommandParser(argv[0], command)
             names = parser.option_names()
-            options = parser.parse_args(argv[1:])
-            with termination():
-                command.run(options)
+            if options := _parsed(parser, argv[1:]):
+                if getattr(options, "output", None) not in (None, "-"):
+                    forget_closed_output()
+                with termination():
+                    command.run(options)
+        _flush()
     except CascadeError as error:
         return _complain(error.spelled(names))
     except BrokenPipeError:  # the reader of our output has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave_output()
         return 1
     except OSError as error:
-        return _complain(f"{error.filename or 'input or output'}: {error.strerror or error}")
-    except KeyboardInterrupt:
-        return 130
-    except Termination as stopped:
-        return stopped.status
+        where = "standard output" if _leave_output() else error.filename or _nameless()
+        return _complain(f"{where}: {error.strerror or error}")
+    except (RuntimeError, KeyError) as error:
+        remedy = next((remedy for words, remedy in _ENVIRONMENT.items() if words in str(error)), None)
+        if remedy is None:
+            raise
+        return _complain(f"{first_line(error)}; {remedy}")
+    except (KeyboardInterrupt, Termination) as stopped:
+        return getattr(stopped, "status", 130)
     return 0
+
+
+def _parsed(parser: CommandParser, argv: Sequence[str]) -> argparse.Namespace | None:
+    """Return the options; None where help was asked for, and shown."""
+    try:
+        return parser.parse_args(argv)
+    except SystemExit:
+        return None
+
+
+def _decode_arguments() -> None:
+    """Begin again in Python's UTF-8 mode in a locale that has ASCII alone: arguments, names and files are UTF-8 then.
+
+    Python takes UTF-8 there by itself, unless the environment forbids it.
+    """
+    if sys.getfilesystemencoding() == "ascii" and sys.executable:
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
+def _flush() -> None:
+    """Write what is left of standard output: a full disk shows now, and not after the end."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "standard output") from error
+
+
+def _leave_output() -> bool:
+    """Return whether output is left that cannot be written; it goes nowhere, since Python tries again at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+def _nameless() -> str:
+    """Return where an error without a file's name came from."""
+    try:
+        Path.cwd()
+    except OSError:
+        return "the working directory"
+    return "input or output"
 
 
 def find_command(name: str) -> Command:

@@ -13,13 +13,14 @@ from pathlib import Path
 
 from ..benchmark.latency import draw_latency, measure_latency
 from ..errors import MissingExtraError
-from ..io.writers import write_json
-from .options import add_bundle, add_running, settings
+from ..io.writers import check_ending, output_folder, output_path, write_json
+from .options import add_bundle, add_reading, add_running, reading, settings
 from .parser import CommandParser
 from .rendering import latency_summary, printable
 
 SUMMARY = "measure a bundle's speed on this machine"
 EXAMPLE = "cascade-rt benchmark --model-dir bundle/"
+PICTURE = ".png"
 
 
 def add_arguments(parser: CommandParser) -> None:
@@ -27,6 +28,8 @@ def add_arguments(parser: CommandParser) -> None:
     add_bundle(parser)
     add = parser.add_argument
     add("--data", type=Path, metavar="FILE", help="texts to measure on (default: synthetic, from the vocabulary)")
+    parser.reads("data")
+    add_reading(parser, of="--data")
     add("--words", default="16:8", metavar="MEAN:SD", help="words per synthetic text")
     add("--texts", dest="count", type=int, default=256, metavar="N", help="number of texts")
     add(
@@ -48,7 +51,13 @@ def add_arguments(parser: CommandParser) -> None:
         help="texts per call, and all at once",
     )
     add("--rounds", type=int, default=5, help="rounds after one that warms up")
-    add("--output", type=Path, metavar="FILE", help="write the report as JSON, and a picture beside it (extra: plot)")
+    add(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="write the report as JSON, and a picture beside it (extra: plot)",
+    )
+    parser.writes("output", paths=lambda path: [path, path.parent / f"{path.stem}{PICTURE}"])
     add("--json", action="store_true", help="print the report as JSON")
     add_running(parser)
     parser.aliases["speedup"] = "--speedup"
@@ -58,6 +67,10 @@ def run(options: argparse.Namespace) -> None:
     """Measure, print, and write the JSON and the picture."""
     from tqdm import tqdm  # noqa: PLC0415 - not needed for other commands
 
+    if options.output is not None:  # fails before the work, not after
+        check_ending(options.output, ".json")
+        output_folder(options.output.parent)
+        output_path(options.output)
     with tqdm(unit=" rounds", file=sys.stderr, disable=None) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -68,6 +81,7 @@ def run(options: argparse.Namespace) -> None:
             options.model_dir,
             **settings(options),
             data=options.data,
+            reading=reading(options),
             words=options.words,
             count=options.count,
             speedups=options.speedups,
@@ -78,9 +92,8 @@ def run(options: argparse.Namespace) -> None:
     print(json.dumps(report) if options.json else printable(latency_summary(report)))
     if options.output is None:
         return
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     write_json(options.output, report)
-    picture = options.output.with_suffix(".png")
+    picture = options.output.with_suffix(PICTURE)
     try:
         draw_latency(report, picture)
         print(f"written: {options.output}, {picture}", file=sys.stderr)

@@ -26,6 +26,7 @@ from .options import (
     located,
     open_runtime,
     progress_bar,
+    reading,
 )
 from .parser import CommandParser
 from .rendering import evaluation_summary, printable
@@ -55,10 +56,11 @@ def run(options: argparse.Namespace) -> None:
     bundle = runtime.bundle
     parts, lengths, labels = [], [], []
     timed: list[Text] = []
+    how = reading(options)
     records = examples(options, bundle.pair, labelled=True)
     with progress_bar() as progress:
         while chunk := list(islice(records, CHUNK)):
-            written = [(example.field(options.label_column), example.where) for example in chunk]
+            written = [(how.label_of(example), example.where) for example in chunk]
             labels.append(label_ids(written, bundle.labels))
             with located(chunk):
                 logits, tokens = runtime.member_logits(example.text for example in chunk)

@@ -10,19 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, TextError
-from ..io.readers import FORMATS, Example, read_examples
+from ..io.readers import FORMATS, LABEL, Example, Reading, read_examples
 from ..runtime import CascadeRuntime
 from .parser import CommandParser
 
 LOCAL, RAY = "local", "ray"
 """Engines."""
+_SPELLED = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";"}  # characters that are not easily typed in a shell
 
 
 def add_bundle(parser: CommandParser) -> None:
     """Add which bundle to open."""
-    parser.add_argument(
-        "--model-dir", required=True, metavar="BUNDLE", help="the bundle's folder, or hf:org/name[@revision] on the hub"
-    )
+    add_model_dir(parser)
     parser.add_argument(
         "--no-verify", dest="verify", action="store_false", help="do not check the sha256 of the bundle's files"
     )
@@ -32,6 +31,17 @@ def add_bundle(parser: CommandParser) -> None:
         metavar="SHA256",
         help="refuse another bundle than this one, as cascade-rt info prints it",
     )
+
+
+def add_model_dir(parser: CommandParser) -> None:
+    """Add the bundle."""
+    parser.add_argument(
+        "--model-dir",
+        required=True,
+        metavar="BUNDLE",
+        help="the bundle's folder, or hf:org/name[@revision] on the hub",
+    )
+    parser.reads("model_dir")
 
 
 def add_running(parser: CommandParser) -> None:
@@ -84,26 +94,40 @@ def add_threshold(parser: CommandParser) -> None:
 
 
 def add_input(parser: CommandParser, *, required: bool, help: str) -> None:
-    """Add the input file, its format and its columns."""
+    """Add the input file, and how it is read."""
     parser.add_argument("--input", required=required, metavar="FILE", help=help)
-    parser.add_argument(
+    parser.reads("input")
+    add_reading(parser, of="the input")
+
+
+def add_reading(parser: CommandParser, *, of: str, group: Any = None, pair: bool = True) -> None:
+    """Add how files of texts are read, which `of` names: the same options for all commands that read any."""
+    add = (group or parser).add_argument
+    add(
         "--format",
         choices=FORMATS,
-        help="format of the input (default: by the file's extension; txt for standard input)",
+        help=f"format of {of} (default: by the file's extension; txt for standard input)",
     )
-    parser.add_argument(
-        "--text-column", metavar="NAME", help="column of the text (default: text, sentence, sentence1, premise, ...)"
+    add("--text-column", metavar="NAME", help="column of the text (default: text, sentence, sentence1, premise, ...)")
+    if pair:
+        add("--pair-column", metavar="NAME", help="column of the second text of a pair")
+    add(
+        "--encoding",
+        metavar="NAME",
+        help="encoding of text files (default: utf-8, or utf-16 or utf-32 by their first bytes)",
     )
-    parser.add_argument(
-        "--encoding", metavar="NAME", help="encoding of a text file (default: utf-8, or utf-16 by its byte order mark)"
+    add(
+        "--delimiter",
+        metavar="CHARACTER",
+        help='between the fields of csv, for instance ";" or tab (default: the one of , ; tab | in the header)',
     )
-    parser.add_argument("--pair-column", metavar="NAME", help="column of the second text of a pair")
-    parser.aliases["columns"] = "--text-column and --pair-column"
+    parser.aliases["columns"] = "--text-column" + (" and --pair-column" if pair else "")
 
 
-def add_label_column(parser: CommandParser) -> None:
+def add_label_column(parser: CommandParser, group: Any = None) -> None:
     """Add the column of the labels."""
-    parser.add_argument("--label-column", metavar="NAME", default="label", help="column of the label")
+    add = (group or parser).add_argument
+    add("--label-column", metavar="NAME", help=f"column of the label (default: {LABEL})")
 
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -135,19 +159,21 @@ def examples(options: argparse.Namespace, pair: bool, *, labelled: bool = False)
     """Yield the examples of the input file; `labelled` says that txt, which has no labels, will not do."""
     if labelled and options.input == "-" and options.format is None:
         raise InputError("found labelled texts on standard input without --format, expected --format jsonl, csv or tsv")
-    return read_examples(options.input, pair=pair, **reading(options))
+    return read_examples(options.input, reading(options), pair=pair)
 
 
-def reading(options: argparse.Namespace) -> dict[str, Any]:
-    """Return how to read the input."""
-    return {"format": options.format, "columns": columns_from(options), "encoding": options.encoding}
-
-
-def columns_from(options: argparse.Namespace) -> tuple[str, ...] | None:
-    """Return the columns of the text, or of the pair; None for the usual names."""
-    if options.pair_column and not options.text_column:
-        raise InputError(f"found --pair-column {options.pair_column} alone, expected --text-column with it")
-    return tuple(column for column in (options.text_column, options.pair_column) if column) or None
+def reading(options: argparse.Namespace) -> Reading:
+    """Return how to read files; with options of `add_reading`, and of `add_label_column` where labels are read."""
+    pair_column = getattr(options, "pair_column", None)
+    if pair_column and not options.text_column:
+        raise InputError(f"found --pair-column {pair_column} alone, expected --text-column with it")
+    return Reading(
+        format=options.format,
+        columns=tuple(column for column in (options.text_column, pair_column) if column) or None,
+        label_column=getattr(options, "label_column", None),
+        encoding=options.encoding,
+        delimiter=_SPELLED.get(options.delimiter, options.delimiter),
+    )
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,6 +12,7 @@ from typing import Any
 
 from ..errors import CascadeError, InputError
 from ..io.readers import FORMATS, Example, Reject, read_records
+from ..io.tables import open_rows, output_format
 from ..io.writers import open_output
 from ..jobs.answering import ON_ERROR, SKIP, STOP, Counts, answer, described
 from ..jobs.files import JobFiles
@@ -30,7 +32,7 @@ from .options import (
     reading,
     rows_of,
 )
-from .parser import CommandParser
+from .parser import CommandParser, expanded
 from .rendering import exits_line, printable
 from .signals import Termination
 
@@ -53,9 +55,10 @@ def add_arguments(parser: CommandParser) -> None:
         "--output",
         metavar="FILE",
         default="-",
-        help="file for the answers: JSON lines, or csv or parquet by its ending, also .gz, .zst; - for standard "
+        help="file for the answers: jsonl, json, csv, tsv or parquet by its ending, also .gz, .zst; - for standard "
         "output; with --engine ray a folder, or a URI of one",
     )
+    parser.writes("output", paths=lambda path: [path, f"{path}.partial", f"{path}.checkpoint"])
     parser.add_argument(
         "--on-error",
         choices=ON_ERROR,
@@ -65,7 +68,10 @@ def add_arguments(parser: CommandParser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="go on after the rows that a killed run of this command has answered"
     )
-    parser.add_argument("--rejects", metavar="FILE", help="file for such rows, one JSON object a line, with the reason")
+    parser.add_argument(
+        "--rejects", metavar="FILE", help="file for such rows, with the reason; formats as for --output"
+    )
+    parser.writes("rejects", paths=lambda path: [path, f"{path}.partial"])
     add_threshold(parser)
     add_running(parser)
     _add_cluster(parser)
@@ -97,7 +103,12 @@ def run(options: argparse.Namespace) -> None:
     if not options.text and not options.input:
         raise InputError("found no text; give texts or --input")
     if options.text and options.input:
-        raise InputError("found texts and --input, expected one of them")
+        raise InputError(expanded(options.text) or "found texts and --input, expected one of them")
+    if (file := next(filter(os.path.isfile, options.text), None)) is not None:  # the text may be no possible path
+        raise InputError(
+            f"found the name of a file, {file}, as a text; expected --input {file}, or a pattern in quotes as --input "
+            "(a text that is a file's name can be read by --input -)"
+        )
     if options.rejects and options.on_error == STOP:
         raise InputError("found --rejects alone, expected --on-error skip or null with it")
     if options.engine == RAY:
@@ -109,12 +120,14 @@ def run(options: argparse.Namespace) -> None:
     to_file = output is not None and (output.is_file() or not output.exists())  # not a device, a pipe or a folder
     if options.resume and not (to_file and options.input):
         raise InputError("found --resume alone, expected --input and --output FILE with it")
+    if output is not None and to_file:
+        output_format(output)  # before the bundle is opened
     runtime = open_runtime(options)
     counts = Counts()
     if output is not None and to_file:
         _to_file(runtime, output, options, counts)
     else:
-        rejects = open_output(options.rejects) if options.rejects else nullcontext()
+        rejects = open_rows(options.rejects) if options.rejects else nullcontext()
         with rejects as rejected, open_output(options.output) as out, _progress(options) as progress:
             records = _records(runtime, options)
             for _ in answer(runtime, records, out, counts, on_error=options.on_error, rejects=rejected):
@@ -149,7 +162,7 @@ def _on_cluster(options: argparse.Namespace) -> None:
     counts = Counts()
     try:
         with (
-            open_output(options.rejects) if options.rejects else nullcontext() as rejects,
+            open_rows(options.rejects) if options.rejects else nullcontext() as rejects,
             _progress(options) as progress,
         ):
             predict_on_cluster(
@@ -214,10 +227,10 @@ def _to_file(runtime: CascadeRuntime, output: Path, options: argparse.Namespace,
                     files.commit(counts.records, counts.answered, counts.rejected)
                     progress(counts, runtime)
         files.finish()
-    except InputError as error:
+    except CascadeError as error:
         if counts.answered:
             kept = f"the answers before it are in {options.output}.partial, and `resume` goes on after "
-            raise InputError(f"{error}; {kept}{files.done['records']:,} rows") from error
+            raise CascadeError(f"{error}; {kept}{files.done['records']:,} rows") from error
         raise
     except (KeyboardInterrupt, Termination):
         print(f"cascade-rt: stopped; --resume goes on after {files.done['records']:,} rows", file=sys.stderr)
@@ -230,7 +243,7 @@ def _records(runtime: CascadeRuntime, options: argparse.Namespace) -> Iterator[E
     pair = runtime.bundle.pair
     if options.text:
         return iter(_from_arguments(options.text, pair))
-    return read_records(options.input, pair=pair, **reading(options))
+    return read_records(options.input, reading(options), pair=pair)
 
 
 @contextmanager

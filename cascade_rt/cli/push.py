@@ -18,6 +18,7 @@ EXAMPLE = "cascade-rt push --model-dir bundle/ --dry-run ORG/NAME"
 def add_arguments(parser: CommandParser) -> None:
     """Add the options."""
     parser.add_argument("--model-dir", required=True, metavar="BUNDLE", help="the bundle's folder")
+    parser.reads("model_dir")
     parser.add_argument("--private", action="store_true", help="make the repository private, if it is new")
     parser.add_argument("--dry-run", action="store_true", help="print the model card and upload nothing")
     parser.add_argument("repository", metavar="ORG/NAME", help="created if it does not exist")

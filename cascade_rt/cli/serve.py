@@ -28,7 +28,9 @@ def add_arguments(parser: CommandParser) -> None:
     """Add the options."""
     add = parser.add_argument
     add("--model-dir", metavar="DIR", help='bundle, a folder or "hf:org/name"; its name is "default"')
-    add("--model", action="append", default=[], metavar="NAME=DIR", help="another bundle and its name; may be repeated")
+    parser.reads("model_dir")
+    add("--model", action="append", default=[], metavar="NAME=DIR", help="another bundle and its name; repeatable")
+    parser.reads("model", paths=lambda entry: [entry.partition("=")[2]])
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
     add("--port", type=int, default=8000, help="0 for any that is free")
     add(
@@ -57,6 +59,13 @@ def add_arguments(parser: CommandParser) -> None:
     add("--grace", type=float, default=30.0, help="seconds for open requests after SIGTERM")
     add("--workers", type=int, default=1, help="processes that serve side by side, each on CPUs of its own")
     add("--token-file", metavar="FILE", help="file with the bearer token that requests must carry")
+    parser.reads("token_file")
+    add(
+        "--root-path",
+        default="",
+        metavar="PATH",
+        help="prefix of the server's paths behind a proxy, for instance /sentiment",
+    )
     add("--cors-origin", action="append", default=[], metavar="ORIGIN", help="pages of this origin may call the server")
     add_running(parser)
     ray = add_engine(parser).add_argument
@@ -96,6 +105,7 @@ def run(options: argparse.Namespace) -> None:
         allow_thresholds=options.allow_thresholds,
         log_texts=options.log_texts,
         reload_seconds=_reload_seconds(options),
+        root_path=options.root_path.rstrip("/"),
     )
     setup = Setup(
         _sources(options),

@@ -13,17 +13,28 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import InputError
-from ..io.writers import write_json
+from ..io.writers import output_folder, write_json
 from ..tuning.collect import cache_folder, collect, open_whole
 from ..tuning.evaluation import label_ids
 from ..tuning.plot import draw_front, pyplot
 from ..tuning.report import COSTS, Question
 from ..tuning.tune import local_folder, tune, write_tuning
-from .options import add_bundle, add_input, add_label_column, add_running, examples, located, progress_bar, settings
+from .options import (
+    add_bundle,
+    add_input,
+    add_label_column,
+    add_running,
+    examples,
+    located,
+    progress_bar,
+    reading,
+    settings,
+)
 from .parser import CommandParser
 from .rendering import printable, tuning_summary
 
 SUMMARY = "choose members and thresholds"
+REPORT, PICTURE = "tuning.json", "front.png"
 EXAMPLE = "cascade-rt tune --model-dir bundle/ --input labelled.tsv --max-drop 0.005"
 
 
@@ -69,7 +80,8 @@ def add_arguments(parser: CommandParser) -> None:
     )
     asked.add_argument("--all-members", dest="subsets", action="store_false", help="leave no member out")
     asked.add_argument("--seed", type=int, default=0, help="random seed of the split: one half proposes, one certifies")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="write tuning.json and front.png (extra: plot)")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help=f"write {REPORT} and {PICTURE} (extra: plot)")
+    parser.writes("output", paths=lambda folder: [folder / REPORT, folder / PICTURE])
     parser.add_argument("--dry-run", action="store_true", help="write nothing into the bundle")
     parser.add_argument("--no-cache", action="store_true", help="run the members again, and do not cache their logits")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -94,12 +106,14 @@ def run(options: argparse.Namespace) -> None:
     folder = local_folder(options.model_dir) if question.asks and not options.dry_run else None
     if options.output:
         pyplot()  # fails before the work, not after
+        output_folder(options.output)
     runtime = open_whole(options.model_dir, **settings(options))
     bundle = runtime.bundle
     records = list(examples(options, bundle.pair, labelled=not options.agreement))
     labels = None
     if not options.agreement:
-        labels = label_ids([(row.field(options.label_column), row.where) for row in records], bundle.labels)
+        how = reading(options)
+        labels = label_ids([(how.label_of(row), row.where) for row in records], bundle.labels)
     cache = None if options.no_cache else cache_folder()
     with progress_bar() as progress, located(records):
         data = collect(runtime, [row.text for row in records], labels, cache=cache, progress=progress.update)
@@ -107,9 +121,8 @@ def run(options: argparse.Namespace) -> None:
     if report.guarantee and report.chosen is None and options.fall_back:
         report = replace(report, chosen=report.alone[-1])
     if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-        write_json(options.output / "tuning.json", report.to_json())
-        draw_front(report, options.output / "front.png")
+        write_json(options.output / REPORT, report.to_json())
+        draw_front(report, options.output / PICTURE)
     print(json.dumps(report.to_json()) if options.json else printable(tuning_summary(report)))
     if folder is not None and report.chosen:
         write_tuning(folder, bundle, report)

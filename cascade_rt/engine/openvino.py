@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,41 +33,21 @@ class OpenVinoSession:
         ValueError for a property that OpenVINO does not have.
         """
         hint = "THROUGHPUT" if share_threads else "LATENCY"
-        self._settings = {"PERFORMANCE_HINT": hint, **_SETTINGS, "INFERENCE_NUM_THREADS": threads, **options}
-        self._core = load_openvino().Core()
+        settings = {"PERFORMANCE_HINT": hint, **_SETTINGS, "INFERENCE_NUM_THREADS": threads, **options}
+        core = load_openvino().Core()
         try:
-            self._core.set_property("CPU", dict(options))
-            self._core.get_property("CPU", "FULL_DEVICE_NAME")  # only now are the options read
+            core.set_property("CPU", dict(options))
+            core.get_property("CPU", "FULL_DEVICE_NAME")  # only now are the options read
         except RuntimeError as error:
             raise ValueError(f"properties of OpenVINO for CPUs ({first_line(error)})") from error
-        self._model = self._core.read_model(path)
-        self._before_fork: list[Any] = []
-        self._compiling = Lock()
-        self._compile()
-        self.inputs: list[str] = [port.get_any_name() for port in self._model.inputs]
-        self.outputs: list[str] = [port.get_any_name() for port in self._model.outputs]
-
-    def _compile(self) -> None:
-        self._compiled = self._core.compile_model(self._model, "CPU", self._settings)
+        model = core.read_model(path)
+        self._compiled = core.compile_model(model, "CPU", settings)
         self._idle: list[Any] = []
-        self._process = os.getpid()
-
-    def _compile_after_fork(self) -> None:
-        """Compile again in a child process, which does not inherit the threads of its parent's models.
-
-        Those models are kept: destroying them would wait for their threads.
-        """
-        if self._process == os.getpid():
-            return
-        with self._compiling:
-            if self._process != os.getpid():
-                self._before_fork += [self._core, self._compiled, self._idle]
-                self._core = load_openvino().Core()
-                self._compile()
+        self.inputs: list[str] = [port.get_any_name() for port in model.inputs]
+        self.outputs: list[str] = [port.get_any_name() for port in model.outputs]
 
     def run(self, outputs: Sequence[str], feed: Feed) -> list[NDArray[Any]]:
         """Run one micro-batch."""
-        self._compile_after_fork()
         try:
             request = self._idle.pop()
         except IndexError:

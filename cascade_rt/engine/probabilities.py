@@ -7,20 +7,32 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+_FEW = 8  # labels up to which Python's exp is faster for one text than a call of numpy's, whose last bit can differ
+
 
 def softmax(logits: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Class probabilities, float64, over the last axis of `logits`."""
+    """Class probabilities, float64, over the last axis of `logits`; those of a row do not depend on the others."""
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    exponentials = np.exp(shifted)
-    probabilities: NDArray[np.float64] = exponentials / exponentials.sum(axis=-1, keepdims=True)
+    if shifted.shape[-1] > _FEW:
+        exponentials = np.exp(shifted)
+    else:
+        exponentials = np.array(list(map(math.exp, shifted.ravel().tolist()))).reshape(shifted.shape)
+    totals = exponentials.cumsum(axis=-1)[..., -1:]  # adds from left to right; `sum` has another order for each shape
+    probabilities: NDArray[np.float64] = exponentials / totals
     return probabilities
 
 
-def softmax_row(logits: list[float]) -> list[float]:
-    """Class probabilities of one text in plain Python, which is faster than five calls of numpy on so few numbers."""
-    largest = max(logits)
-    exponentials = [math.exp(logit - largest) for logit in logits]
-    total = math.fsum(exponentials)
+def softmax_row(logits: NDArray[np.floating]) -> list[float]:
+    """Class probabilities of one text, from logits (labels,): the bits of `softmax`, with fewer calls of numpy."""
+    values: list[float] = logits.tolist()
+    largest = max(values)
+    if len(values) > _FEW:
+        exponentials: list[float] = np.exp(logits.astype(np.float64) - largest).tolist()
+    else:
+        exponentials = [math.exp(value - largest) for value in values]
+    total = 0.0
+    for exponential in exponentials:  # Python's `sum` compensates for rounding since 3.12
+        total += exponential
     return [exponential / total for exponential in exponentials]
 
 

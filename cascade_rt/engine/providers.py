@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
 
-from ..errors import InvalidOption
+from ..bundle.onnx_file import scan
+from ..errors import BundleError, InvalidOption
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
@@ -19,11 +21,13 @@ OPENVINO = "openvino"
 
 _SHORT_NAMES = {"cpu": CPU, "cuda": CUDA}
 _FIXED_OPTIONS = {CUDA: {"arena_extend_strategy": "kSameAsRequested"}}  # the default doubles the arena as it grows
+_PRODUCTS_OF_BYTES = {"int8", "int8-tensor", "int8-static"}
 # Precisions that a provider cannot run, and the one to export instead. CUDA's products would silently run on the CPU.
 _NO_KERNELS = {
-    CUDA: ({"int8", "int8-tensor", "int8-static"}, "fp16"),
+    CUDA: (_PRODUCTS_OF_BYTES, "fp16"),
     OPENVINO: ({"int8", "int8-tensor"}, "int8-static"),
 }
+_EXACT_SINCE = (1, 30)
 _PRODUCTS = {"Attention", "FusedGemm", "FusedMatMul", "Gemm", "MatMul", "MultiHeadAttention", "QAttention"}
 
 # One MatMulInteger of unsigned by signed bytes, as an ONNX file.
@@ -83,6 +87,24 @@ def products_on_cpu(session: Any, provider: str) -> set[str]:
     parts = [part for part in session.get_provider_graph_assignment_info() if part.ep_name == CPU]
     operators = {node.op_type for part in parts for node in part.get_nodes()}
     return {name for name in operators if name in _PRODUCTS or name.startswith(("MatMul", "DynamicQuantizeMatMul"))}
+
+
+def saturates(precision: str) -> bool:
+    """Return whether ONNX Runtime's default kernels compute a precision wrongly on this CPU."""
+    return precision in _PRODUCTS_OF_BYTES and int8_saturates()
+
+
+def check_exact_kernels(path: Path) -> None:
+    """Raise BundleError for an int8 file on which ONNX Runtime's exact kernels for CPUs without VNNI fail.
+
+    Before 1.30 they end the process, or answer wrongly, where products have no zero point of the weights.
+    """
+    installed = onnxruntime.__version__
+    if tuple(map(int, installed.split(".")[:2])) < _EXACT_SINCE and scan(path).without_zero_point:
+        raise BundleError(
+            f"{path}: found a CPU without VNNI and onnxruntime {installed}, which cannot run the int8 products of this "
+            "file there; export the member again in int8 or fp32, or install onnxruntime 1.30 or newer"
+        )
 
 
 @cache

@@ -23,8 +23,9 @@ from ..bundle.files import file_identity
 from ..bundle.manifest import HIDDEN_STATES, TOKENS
 from ..errors import BundleError, CascadeError, InferenceError, InvalidOption, first_line
 from .batching import DEVICE_TOKEN_BUDGET, TOKEN_BUDGET
+from .forks import FORKS, never_destroy
 from .openvino import OpenVinoSession
-from .providers import CPU, OPENVINO, check_precision, int8_saturates, options_for, products_on_cpu
+from .providers import CPU, OPENVINO, check_exact_kernels, check_precision, options_for, products_on_cpu, saturates
 
 _SPIN_MICROSECONDS, _SEGMENT_SPIN_MICROSECONDS = 500, 50
 _INPUTS = {
@@ -92,11 +93,13 @@ class Stage:
         self._leaves_hidden_states = leaves_hidden_states
         self._sessions: dict[bool, Any] = {}  # by whether it is that for bulk work
         self._loading = Lock()
+        self._device_in_parent = False
+        FORKS.register(self)
 
     @property
     def budget(self) -> int:
         """Padded tokens per micro-batch."""
-        return TOKEN_BUDGET if self._provider in (CPU, OPENVINO) else DEVICE_TOKEN_BUDGET
+        return DEVICE_TOKEN_BUDGET if self._on_device else TOKEN_BUDGET
 
     @property
     def loaded(self) -> bool:
@@ -106,7 +109,11 @@ class Stage:
     @property
     def at_once(self) -> int:
         """How many micro-batches of bulk work can run at a time."""
-        return self._threads if self._provider in (CPU, OPENVINO) else 1
+        return 1 if self._on_device else self._threads
+
+    @property
+    def _on_device(self) -> bool:
+        return self._provider not in (CPU, OPENVINO)
 
     def load(self, *, for_bulk: bool = False) -> Any:
         """Return a session, made now if it was not; raise BundleError if the engine cannot use the file.
@@ -114,7 +121,7 @@ class Stage:
         If the file was replaced since the other session was made, return that one.
         """
         if for_bulk not in self._sessions:
-            with self._loading:
+            with FORKS, self._loading:
                 if for_bulk not in self._sessions:
                     if self._sessions and self._replaced():
                         return self._sessions[not for_bulk]
@@ -155,22 +162,33 @@ class Stage:
                 yield batch, output._replace(seconds=ended - started)
                 started = ended
 
+    def after_fork(self) -> None:
+        """Leave sessions with threads of their own to the parent process, and make others when texts need them."""
+        for for_bulk, session in list(self._sessions.items()):
+            if self._provider == CPU and (for_bulk or self._threads == 1):
+                continue  # without threads: used on, in memory that is shared with the parent
+            never_destroy(session)
+            del self._sessions[for_bulk]
+            self._device_in_parent = self._on_device
+
     def _run(self, session: Any, batch: Batch) -> StageOutput:
         feed = {name: batch[name] for name in self._inputs}
-        on_device = self._provider not in (CPU, OPENVINO)
-        started = perf_counter()
+        on_device = self._on_device
         try:
-            answers = self._run_bound(session, feed) if on_device else session.run(self._outputs, feed)
+            with FORKS:
+                started = perf_counter()
+                answers = self._run_bound(session, feed) if on_device else session.run(self._outputs, feed)
+                seconds = perf_counter() - started
         except Exception as error:  # the engines' own classes share no public base
             raise self._failure(error, batch["attention_mask"].shape) from error
-        seconds = perf_counter() - started
         logits = answers[0]
         expected = (len(batch["attention_mask"]), self._labels)
         if logits.shape != expected:
             raise BundleError(
                 f"member {self.entry.name!r} answered logits of shape {logits.shape}, expected {expected}; export again"
             )
-        if not math.isfinite(np.vdot(logits, logits)):  # one call; any NaN or infinity shows in the sum of squares
+        # One call: any NaN or infinity shows in the sum of squares; so do large numbers, of float16 from 256.
+        if not math.isfinite(np.vdot(logits, logits)) and not np.isfinite(logits).all():
             raise InferenceError(
                 f"member {self.entry.name!r} answered NaN or infinity; check the model, then export again"
             )
@@ -193,7 +211,7 @@ class Stage:
         reason = first_line(error)
         rows, tokens = shape
         batch = f"{rows} text{'s' * (rows != 1)} of {tokens} tokens"
-        if _out_of_memory(error):
+        if out_of_memory(error):
             return InferenceError(
                 f"member {self.entry.name!r} ran out of memory on {batch} ({reason}); free "
                 "memory, run fewer processes, or export the bundle with a smaller max_length or in int8"
@@ -204,6 +222,11 @@ class Stage:
 
     def _make_session(self, for_bulk: bool) -> Any:
         """Make a session, and note which of its inputs and outputs are used."""
+        if self._device_in_parent:
+            raise InferenceError(
+                f"member {self.entry.name!r} ran on {self._provider} before this process was forked, and a device "
+                "cannot be used on both sides of a fork; open the bundle in the child process, or start it by spawn"
+            )
         if self._replaced():
             raise BundleError(
                 f"{self._path}: replaced since the bundle was opened; open it again (members can be loaded all at once)"
@@ -235,8 +258,9 @@ class Stage:
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(self._spin_us))
         # On CPUs, ONNX Runtime's kernel for a fused addition and normalization is slower than those for its parts.
         disabled = ["SkipLayerNormFusion"] if self._provider == CPU else []
-        exact = self._provider == CPU and self.entry.precision.startswith("int8") and int8_saturates()
+        exact = self._provider == CPU and saturates(self.entry.precision)
         if exact:  # slower kernels that do not saturate
+            check_exact_kernels(self._path)
             options.add_session_config_entry("session.x64quantprecision", "1")
         if self._provider != CPU:
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
@@ -255,7 +279,7 @@ class Stage:
 
     def _unloadable(self, error: Exception, engine: str, remedy: str) -> CascadeError:
         reason = first_line(error)
-        if _out_of_memory(error):
+        if out_of_memory(error):
             return InferenceError(
                 f"{self._path}: memory ran out while it was loaded ({reason}); free memory, run fewer processes, or "
                 "use the bundle in int8"
@@ -294,5 +318,6 @@ class Stage:
             )
 
 
-def _out_of_memory(error: Exception) -> bool:
+def out_of_memory(error: BaseException | None) -> bool:
+    """Return whether an engine's error says that memory ran out."""
     return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY)

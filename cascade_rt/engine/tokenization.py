@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -17,13 +17,19 @@ from tokenizers import Encoding, Tokenizer
 
 from ..errors import BundleError, InferenceError, TextError
 from ..types import Text
+from .forks import FORKS
 
 _CHARACTERS_AT_ONCE = 2**22  # bounds what the library holds before long texts are cut
 _LONGEST = 2**20  # characters that are tokenized of one text; the library takes 100 bytes for each
 _LONGEST_WORD = 2**16  # characters, between two spaces
+_WHOLE = (
+    _CHARACTERS_AT_ONCE  # characters of a text, or of both sides of a pair, that is tokenized whole if it has to be
+)
 _WORD_END = re.compile(r"(?<=\S)[ \n]")
 _SPLIT_AT_SPACES = {"BertPreTokenizer", "ByteLevel", "Metaspace", "Whitespace", "WhitespaceSplit"}
 _SPLIT_FURTHER = {"Digits", "Punctuation"}
+_KEEP_RUNS = {"BertPreTokenizer", "Punctuation", "Whitespace", "WhitespaceSplit"}  # of letters and digits
+_KEEP_LETTERS = {"BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "StripAccents"}
 
 
 @dataclass(frozen=True)
@@ -121,13 +127,15 @@ class TextTokenizer:
     Texts are cut here and not by the library, which keeps the tokens that it cuts off, for a pair in every combination:
     gigabytes for two texts of 50 kB. Of a text of over a million characters only the beginning is tokenized, up to the
     end of a word: the tokens that remain are the same. (Of a pair of two such texts, up to one token: which of them has
-    more tokens is not known.)
+    more tokens is not known.) Where that is not sure, up to four million are tokenized whole, and more are refused.
+    Words that are too long for WordPiece, which makes one unknown token of each, are shortened first.
     """
 
     def __init__(self, file: Path, max_length: int, pair: bool) -> None:
         """Load `file`; raise BundleError where the tokenizers library cannot."""
         try:
-            self._tokenizer = Tokenizer.from_file(str(file))
+            with FORKS:
+                self._tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exceptions
             raise BundleError(f"{file}: not a tokenizer that can be used ({error}); export the bundle again") from error
         self._padding: dict[str, Any] = self._tokenizer.padding or {
@@ -146,18 +154,24 @@ class TextTokenizer:
         """Encode texts (or pairs); raise TextError for anything else, and for pairs where single texts are expected."""
         for index, text in enumerate(texts):
             self._check(text, index)
-        long = {index: text for index, text in enumerate(texts) if _longest_side(text) > _LONGEST}
-        texts = [self._beginning_of(text, index) if index in long else text for index, text in enumerate(texts)]
+        texts, long = list(texts), {}
+        for index, text in enumerate(texts):
+            if _longest_side(text) > _LONGEST:
+                whole = texts[index] = _each_side(self._with_shorter_words, text)
+                if _longest_side(whole) > _LONGEST:
+                    texts[index] = _each_side(partial(self._beginning, index=index), whole)
+                    long[index] = whole
         seconds = 0.0
         encodings: list[Encoding | _Tokens] = []
         try:
             for part in _parts(texts):
                 started = perf_counter()
                 encoded = self._encode(part)
+                for at, (encoding, text) in enumerate(zip(encoded, part, strict=True)):
+                    if (index := len(encodings) + at) in long and (few := self._too_few(encoding, text, long[index])):
+                        self._check_whole(long[index], index, few)
+                        encoded[at] = self._encode([long[index]])[0]
                 seconds += perf_counter() - started
-                for index, encoding in enumerate(encoded, len(encodings)):
-                    if index in long:
-                        self._check_beginning(encoding, long[index], index)
                 encodings += map(self._cut, encoded)
         except TextError:
             raise
@@ -169,21 +183,45 @@ class TextTokenizer:
             raise BundleError(f"the bundle's tokenizer cannot encode these texts ({error}); export it again") from error
         return Encoded(encodings, self._padding, seconds)
 
-    def _beginning_of(self, text: Text, index: int) -> Text:
-        """Return a text without what is far beyond the maximum length; raise TextError where that is unsafe."""
-        if isinstance(text, str):
-            return self._beginning(text, index)
-        return self._beginning(text[0], index), self._beginning(text[1], index)
+    def _with_shorter_words(self, text: str) -> str:
+        """Return a text without the middle of runs of letters and digits that are unknown words either way."""
+        return text if self._long_run is None else self._long_run.sub(r"\1\2", text)
+
+    @cached_property
+    def _long_run(self) -> re.Pattern[str] | None:
+        """Runs that are too long for a word by their beginning alone; None where another model takes all words."""
+        state: Mapping[str, Any] = json.loads(self._tokenizer.to_str())
+        longest = state["model"].get("max_input_chars_per_word")
+        normalizer, pre_tokenizer = state["normalizer"] or {"normalizers": []}, state["pre_tokenizer"] or {}
+        if state["model"]["type"] != "WordPiece" or not longest:
+            return None
+        if not {part["type"] for part in pre_tokenizer.get("pretokenizers", [pre_tokenizer])} <= _KEEP_RUNS:
+            return None
+        if not {part["type"] for part in normalizer.get("normalizers", [normalizer])} <= _KEEP_LETTERS:
+            return None
+        added = [token["content"] for token in state["added_tokens"]]
+        if any(token.isalnum() for token in added):  # found in the middle of a run too
+            return None
+        kept = longest + max(map(len, added), default=0) + 1
+        return re.compile(f"(?<![A-Za-z0-9])([A-Za-z0-9]{{{kept}}})[A-Za-z0-9]+([A-Za-z0-9]{{{kept}}})")
 
     def _beginning(self, text: str, index: int) -> str:
+        """Return a text without what is far beyond the maximum length; raise TextError where that is unsafe."""
         if len(text) <= _LONGEST:
             return text
         if self.cuts_left or not self._splits_at_spaces:
-            raise _too_long(index, "this bundle's tokenizer needs all of it")
+            self._check_whole(text, index, "this bundle's tokenizer needs all of it")
+            return text
         ends = [found.start() for found in _WORD_END.finditer(text, _LONGEST - _LONGEST_WORD, _LONGEST)]
         if not ends:
-            raise _too_long(index, f"no word ends shortly before character {_LONGEST:,}")
+            self._check_whole(text, index, f"no word ends shortly before character {_LONGEST:,}")
+            return text
         return text[: ends[-1]]
+
+    def _check_whole(self, text: Text, index: int, reason: str) -> None:
+        """Raise TextError, with why it cannot be cut, if a text is too long to be tokenized whole."""
+        if _longest_side(text) > (limit := _WHOLE // 2 if self._pair else _WHOLE):
+            raise TextError(index, f"found over {limit:,} characters, and {reason}; shorten the text")
 
     @cached_property
     def _splits_at_spaces(self) -> bool:
@@ -195,19 +233,22 @@ class TextTokenizer:
         kinds = {part["type"] for part in parts if part.get("use_regex", True) and part.get("split", True)}
         return bool(kinds & _SPLIT_AT_SPACES) and kinds <= _SPLIT_AT_SPACES | _SPLIT_FURTHER
 
-    def _check_beginning(self, encoding: Encoding, whole: Text, index: int) -> None:
-        """Raise TextError if the beginning of a text has fewer tokens than remain of it."""
+    def _too_few(self, encoding: Encoding, beginning: Text, whole: Text) -> str:
+        """Return why the beginning of a text has not all tokens that remain of it; empty if it has."""
         sides = encoding.sequence_ids
-        for side, text in enumerate([whole] if isinstance(whole, str) else whole):
-            if len(text) > _LONGEST and (tokens := sides.count(side)) <= self.max_length:
-                raise _too_long(index, f"the first {_LONGEST:,} have only {tokens} tokens")
+        for side, (part, text) in enumerate(zip(_sides(beginning), _sides(whole), strict=True)):
+            if len(part) < len(text) and (tokens := sides.count(side)) <= self.max_length:
+                return f"the first {_LONGEST:,} have only {tokens} tokens"
+        return ""
 
     def _encode(self, texts: list[Text]) -> list[Encoding]:
-        if len(texts) == 1:  # not worth waking the library's threads
-            first, second = (texts[0], None) if isinstance(texts[0], str) else texts[0]
-            return [self._tokenizer.encode(first, second)]
-        encodings: list[Encoding] = self._tokenizer.encode_batch_fast(texts)
-        return encodings
+        with FORKS:
+            # One text is not worth waking the library's threads, and those of a parent process do not answer.
+            if len(texts) > 1 and FORKS.own_tokenizers_threads():
+                encodings: list[Encoding] = self._tokenizer.encode_batch_fast(texts)
+                return encodings
+            pairs = [(text, None) if isinstance(text, str) else text for text in texts]
+            return [self._tokenizer.encode(first, second) for first, second in pairs]
 
     def _cut(self, encoding: Encoding) -> Encoding | _Tokens:
         """Cut a text to the maximum length, a pair on its longer side first; special tokens stay."""
@@ -231,12 +272,16 @@ class TextTokenizer:
             raise TextError(index, f"found {_kind(text)}, expected a text: this bundle's task is on single texts")
 
 
+def _sides(text: Text) -> Sequence[str]:
+    return (text,) if isinstance(text, str) else text
+
+
+def _each_side(change: Callable[[str], str], text: Text) -> Text:
+    return change(text) if isinstance(text, str) else (change(text[0]), change(text[1]))
+
+
 def _longest_side(text: Text) -> int:
-    return len(text) if isinstance(text, str) else max(map(len, text))
-
-
-def _too_long(index: int, reason: str) -> TextError:
-    return TextError(index, f"found over {_LONGEST:,} characters, and {reason}; shorten the text")
+    return max(map(len, _sides(text)))
 
 
 def _room(first: int, second: int, excess: int) -> tuple[int, int]:
@@ -270,9 +315,10 @@ def _not_unicode(texts: Sequence[Text]) -> TextError:
         try:
             "".join(text).encode()
         except UnicodeEncodeError as error:
-            return TextError(
-                index, f"found half a surrogate pair at character {error.start}, expected Unicode text; replace it"
-            )
+            found = "half a surrogate pair"
+            if 0xDC80 <= (code := ord(error.object[error.start])) <= 0xDCFF:  # as Python decodes arguments
+                found = f"a byte that is not UTF-8 (0x{code - 0xDC00:x}), or half a surrogate pair,"
+            return TextError(index, f"found {found} at character {error.start}, expected Unicode text; replace it")
     return TextError(0, "the tokenizer refused these texts; expected Unicode text")
 
 

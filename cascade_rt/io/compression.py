@@ -25,6 +25,12 @@ def without_compression(path: str | Path) -> Path:
     return path.with_suffix("") if path.suffix.lower() in ENDINGS else path
 
 
+def check_compression(path: str | Path) -> None:
+    """Raise MissingExtraError where the ending names a compression whose package is not installed."""
+    if Path(path).suffix.lower() == ".zst":
+        _zstandard(Path(path))
+
+
 def open_binary(source: str | Path) -> BinaryIO:
     """Open a file, or what is behind a URI, for reading, through its compression if the ending names one."""
     uri = open_uri(str(source)) if is_uri(source) else None

@@ -1,29 +1,32 @@
 """Read texts from jsonl, json, csv, tsv, txt and parquet, one record at a time; compressed too, and whole folders.
 
 Everything but json, an array of objects, streams, so a file of any size is read in constant memory. TSV is read as GLUE
-writes it: a header line and no quoting. CSV is quoted in the usual way. TXT holds one text per line, for pairs two
-texts with a tab between them.
+writes it: a header line and no quoting. CSV is quoted in the usual way, with commas, semicolons, tabs or bars between
+the fields. TXT holds one text per line, for pairs two texts with a tab between them.
 """
 
 from __future__ import annotations
 
-import csv
 import glob
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from ..errors import InputError, InvalidOption, MissingExtraError
+from ..errors import CascadeError, InputError, InvalidOption, MissingExtraError
 from ..types import Text
 from .compression import without_compression
-from .lines import LONGEST_LINE, Line, read_lines, source_name
+from .csv_rows import Lines, read_header, read_rows, stripped
+from .fields import label
+from .lines import Line, Record, read_lines, source_name
 from .remote import files_behind, is_uri, located
 
 FORMATS = ("jsonl", "json", "csv", "tsv", "txt", "parquet")
 _ALIASES = {"ndjson": "jsonl"}
 _TABLES = ("csv", "tsv", "parquet")
+LABEL = "label"
+"""The usual column of the labels."""
 
 _USUAL_COLUMNS: dict[bool, tuple[tuple[str, ...], ...]] = {
     False: (("text",), ("sentence",)),
@@ -36,6 +39,44 @@ _USUAL_COLUMNS: dict[bool, tuple[tuple[str, ...], ...]] = {
         ("#1 String", "#2 String"),
     ),
 }
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How files of texts are read."""
+
+    format: str | None = None
+    """One of FORMATS; None for that of the file's extension, txt for standard input."""
+    columns: tuple[str, ...] | None = None
+    """Name of the text's column, or of the pair's two; None for the usual names ("text", "sentence", "premise" and
+    "hypothesis", ...)."""
+    label_column: str | None = None
+    """Name of the label's column, for readers of labels; None for LABEL."""
+    encoding: str | None = None
+    """None for UTF-8, or what a byte order mark says."""
+    delimiter: str | None = None
+    """The character between the fields of csv; None for the one that is in the header."""
+    skip_malformed: bool = False
+    """Skip table rows with a wrong number of fields (QQP's official file has some)."""
+
+    def __post_init__(self) -> None:
+        """Raise InvalidOption for what cannot be."""
+        if self.format is not None and self.format not in FORMATS:
+            raise InvalidOption("format", self.format, f"one of {', '.join(FORMATS)}")
+        if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in '"\r\n'):
+            raise InvalidOption("delimiter", self.delimiter, "one character that is no quote and no line end")
+
+    def label_of(self, example: Example) -> str:
+        """Return the label of an example; raise InputError if it has none."""
+        return example.field(self.label_column or LABEL)
+
+    def of_texts(self, source: str | Path) -> Reading:
+        """Return how to read one of several files; for txt, which has no columns, without what is for tables."""
+        plain = (self.format or without_compression(source).suffix.lower().lstrip(".")) == "txt"
+        return replace(self, columns=None, delimiter=None) if plain else self
+
+
+AS_USUAL = Reading()
 
 
 @dataclass(frozen=True)
@@ -52,9 +93,20 @@ class Example:
         return repr((self.text, self.fields)).encode("utf-8", "surrogatepass")
 
     def field(self, column: str) -> str:
-        """Return a field as text, for instance a label; raise InputError if the record has none, or an empty one."""
-        found = _field(self.fields, column, self.where)
-        if self.fields[column] is None or not found.strip():
+        """Return a field as a label (see `fields.label`).
+
+        Raises InputError if the record has none, an empty one, or several in one field.
+        """
+        _check_column(self.fields, column, self.where)
+        value = self.fields[column]
+        try:
+            found = label(value)
+        except TypeError as error:
+            raise InputError(
+                f"{self.where}: column {column!r} holds {error} ({_shortened(value)}), expected one label: several "
+                "labels per text are not supported; keep one of them, or train a classifier for each"
+            ) from error
+        if not found:
             raise InputError(
                 f"{self.where}: column {column!r} is empty, expected a value; fill it, or leave the row out"
             )
@@ -70,7 +122,7 @@ class Reject:
     reason: str
     row: str
     """As the file has it; as JSON for parquet and json."""
-    error: InputError
+    error: CascadeError
     """What `read_examples` raises for it."""
     fields: dict[str, Any] = field(default_factory=dict)
     """Its fields, where they are known."""
@@ -81,72 +133,44 @@ class Reject:
         return repr((self.row,)).encode("utf-8", "surrogatepass")
 
 
-class _Record(NamedTuple):
-    """A record before it is checked."""
-
-    number: int
-    """The line it ends on, or the row of a parquet file, from 1."""
-    row: str | None
-    """As a text file has it; None for parquet and json."""
-    content: Any
-    """A line, or the fields."""
-    problem: str | None = None
-    """Why it cannot be used; None if nothing is known."""
-    cause: Exception | None = None
-    """Another library's error."""
-
-
-def read_examples(
-    source: str | Path,
-    *,
-    pair: bool,
-    format: str | None = None,
-    columns: tuple[str, ...] | None = None,
-    encoding: str | None = None,
-    skip_malformed: bool = False,
-) -> Iterator[Example]:
+def read_examples(source: str | Path, reading: Reading = AS_USUAL, *, pair: bool) -> Iterator[Example]:
     """Yield the examples of a file, of all files of a folder or a pattern, or of standard input when `source` is "-".
 
-    `source`: a path, or a URI such as "s3://bucket/folder", which needs pyarrow. `format`: one of FORMATS, None for
-    that of the file's extension (txt for standard input). `columns`: name of the text's column, or of the pair's two;
-    None tries the usual names ("text", "sentence", "sentence1"/"sentence2", "premise"/"hypothesis", ...). `encoding`:
-    that of `read_lines`. `skip_malformed` skips table rows with a wrong number of fields (QQP's official file has
-    some). Raises InputError for a file or a record that cannot be used.
+    `source`: a path, or a URI such as "s3://bucket/folder", which needs pyarrow. `pair`: whether texts are pairs.
+    Raises InputError for a file or a record that cannot be used.
     """
-    for record in read_records(
-        source, pair=pair, format=format, columns=columns, encoding=encoding, skip_malformed=skip_malformed
-    ):
+    for record in read_records(source, reading, pair=pair):
         if isinstance(record, Reject):
             raise record.error
         yield record
 
 
-def read_records(
-    source: str | Path,
-    *,
-    pair: bool,
-    format: str | None = None,
-    columns: tuple[str, ...] | None = None,
-    encoding: str | None = None,
-    skip_malformed: bool = False,
-) -> Iterator[Example | Reject]:
+def read_records(source: str | Path, reading: Reading = AS_USUAL, *, pair: bool) -> Iterator[Example | Reject]:
     """Yield the records of a file, those that cannot be used too; arguments as for `read_examples`.
 
     Raises InputError for a file that cannot be read, a wrong header, and a table without the columns.
     """
     expected = 2 if pair else 1
+    columns = reading.columns
     if columns is not None and len(columns) != expected:
         wanted = "two names: of the text's column and of its pair's" if pair else "one name: texts here are single"
         raise InvalidOption("columns", list(columns), wanted)
-    if format is not None and format not in FORMATS:
-        raise InvalidOption("format", format, f"one of {', '.join(FORMATS)}")
     for file in input_files(source):
-        kind = format or _format_of(file)
-        yield from _checked(_read_file(file, kind, encoding, skip_malformed), source_name(file), kind, pair, columns)
+        kind = reading.format or _format_of(file)
+        _check_used(reading, kind, source_name(file))
+        yield from _checked(_read_file(file, kind, reading), source_name(file), kind, pair, columns)
+
+
+def _check_used(reading: Reading, kind: str, name: str) -> None:
+    """Raise InputError for settings of tables where a file is none."""
+    if kind == "txt" and reading.columns:
+        raise InputError(f"{name}: found `columns` for txt, which has none; name the `format` if the file has columns")
+    if reading.delimiter and (kind == "txt" or (kind == "tsv" and reading.delimiter != "\t")):
+        raise InputError(f"{name}: found a `delimiter` for {kind}, expected one for csv; name the `format`")
 
 
 def _checked(
-    records: Iterator[_Record], name: str, kind: str, pair: bool, columns: tuple[str, ...] | None
+    records: Iterator[Record], name: str, kind: str, pair: bool, columns: tuple[str, ...] | None
 ) -> Iterator[Example | Reject]:
     """Turn the records of one file into examples, or say why they cannot be."""
     text: Text
@@ -189,7 +213,9 @@ def input_files(source: str | Path) -> Sequence[str | Path]:
     elif path.is_dir():
         found = sorted(file for file in path.iterdir() if _known(file) and not file.name.startswith("."))
     elif glob.has_magic(str(source)) and not path.exists():
-        found = sorted(map(Path, glob.glob(str(source), recursive=True)))  # noqa: PTH207 - absolute patterns too
+        matching = map(Path, glob.glob(str(source), recursive=True))  # noqa: PTH207 - absolute patterns too
+        if not (found := sorted(file for file in matching if not file.is_dir())):
+            raise InputError(f"{source}: no such file, and as a pattern it found no files; check the path")
     else:
         return [source]
     if not found:
@@ -214,88 +240,80 @@ def _format_of(source: str | Path) -> str:
     return ending
 
 
-def _read_file(source: str | Path, kind: str, encoding: str | None, skip_malformed: bool) -> Iterator[_Record]:
+def _read_file(source: str | Path, kind: str, reading: Reading) -> Iterator[Record]:
+    name = source_name(source)
     if kind == "parquet":
-        yield from _read_parquet(source, source_name(source))
+        yield from _read_parquet(source, name)
     elif kind == "json":
-        yield from _read_array(source, encoding)
+        yield from _read_array(source, reading.encoding)
     elif kind == "csv":
-        yield from _read_table(_csv_rows(source, encoding), source_name(source), skip_malformed)
+        yield from _read_csv(source, name, reading)
     else:
-        lines = (_record(line) for line in read_lines(source, encoding=encoding))
+        lines = (_record(line) for line in read_lines(source, encoding=reading.encoding))
         if kind == "tsv":
             rows = (record._replace(content=record.content.split("\t")) for record in lines)
-            yield from _read_table(rows, source_name(source), skip_malformed)
+            yield from _read_tsv(rows, name, reading.skip_malformed)
         elif kind == "jsonl":
             yield from (record for record in lines if record.problem or record.content.strip())
         else:
             yield from lines
 
 
-def _record(line: Line) -> _Record:
+def _record(line: Line) -> Record:
     text = line.text.removesuffix("\n").removesuffix("\r")
-    return _Record(line.number, text, text, line.problem)
+    return Record(line.number, text, text, line.problem)
 
 
-def _read_table(rows: Iterator[_Record], name: str, skip_malformed: bool) -> Iterator[_Record]:
-    """Turn rows of a table into fields by the names of its header."""
+def _read_csv(source: str | Path, name: str, reading: Reading) -> Iterator[Record]:
+    lines = Lines(read_lines(source, encoding=reading.encoding, newline=""))
+
+    def finds(header: list[str]) -> bool:
+        usual = [*_USUAL_COLUMNS[True], *_USUAL_COLUMNS[False]]
+        return any(set(columns) <= set(header) for columns in ([reading.columns] if reading.columns else usual))
+
+    header = read_header(lines, name, reading.delimiter, finds)
+    if header is not None:
+        yield from _named(read_rows(lines, header), header.fields, name, reading.skip_malformed)
+
+
+def _read_tsv(rows: Iterator[Record], name: str, skip_malformed: bool) -> Iterator[Record]:
     first = next(rows, None)
     if first is None:
         return
     if first.problem:
         raise InputError(f"{name}:{first.number}: {first.problem}")
-    header: list[str] = first.content
-    _check_header(header, name)
+    yield from _named(rows, first.content, name, skip_malformed)
+
+
+def _named(rows: Iterator[Record], header: list[str], name: str, skip_malformed: bool) -> Iterator[Record]:
+    """Turn rows of a table into fields by the names of its header.
+
+    Columns without a name at its end, as spreadsheets write them, are left out; a value in one is a mistake.
+    """
+    names = stripped(header)
+    while len(names) > 1 and not names[-1]:
+        names.pop()
+    _check_header(names, name)
     for row in rows:
-        found, problem = len(row.content), row.problem
-        if problem is None and found != len(header):
-            if skip_malformed or row.content in ([], [""]):
+        found, problem = row.content, row.problem
+        if problem is None and not len(names) <= len(found) <= len(header):
+            if skip_malformed or found in ([], [""]):
                 continue
-            problem = f"found {found} fields, expected {len(header)} as in the header; correct that line"
-        yield row._replace(content=dict(zip(header, row.content, strict=False)), problem=problem)
+            problem = f"found {len(found)} fields, expected {len(header)} as in the header; correct that line"
+        elif problem is None and any(found[len(names) :]):
+            problem = f"found a value in column {len(header)}, which has no name in the header; name it"
+        yield Record(row.number, row.row, dict(zip(names, found, strict=False)), problem, row.cause)
 
 
 def _check_header(header: list[str], name: str) -> None:
+    if header.count("") > 1:
+        places = " and ".join(str(at) for at, column in enumerate(header, 1) if not column)
+        raise InputError(f"{name}: found no names for the columns {places} in {_listed(header)}; name them")
     if len(set(header)) != len(header):
         raise InputError(f"{name}: a column name occurs twice in {_listed(header)}; rename one")
 
 
-class _Fed:
-    """The lines that a CSV reader takes, which keeps those of the row that it is in."""
-
-    def __init__(self, lines: Iterator[Line]) -> None:
-        self._lines = lines
-        self._taken: list[Line] = []
-
-    def __iter__(self) -> Iterator[str]:
-        for line in self._lines:
-            self._taken.append(line)
-            yield line.text or "\n"
-
-    def record(self, content: list[str], problem: str | None = None, cause: Exception | None = None) -> _Record:
-        """Return what was read since the last record as one."""
-        taken, self._taken = self._taken, []
-        found = problem or next((line.problem for line in taken if line.problem), None)
-        number = taken[-1].number if taken else 0
-        return _Record(number, "".join(line.text for line in taken).rstrip("\r\n"), content, found, cause)
-
-
-def _csv_rows(source: str | Path, encoding: str | None) -> Iterator[_Record]:
-    csv.field_size_limit(LONGEST_LINE)  # the default refuses texts over 128 KiB
-    fed = _Fed(read_lines(source, encoding=encoding, newline=""))
-    reader = csv.reader(fed, strict=True)
-    while True:
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield fed.record([], f"malformed CSV ({error}); quote the fields", error)
-        else:
-            yield fed.record(row)
-
-
-def _read_parquet(source: str | Path, name: str) -> Iterator[_Record]:
+def _read_parquet(source: str | Path, name: str) -> Iterator[Record]:
     try:
         import pyarrow as arrow  # noqa: PLC0415 - an extra
         from pyarrow import parquet  # noqa: PLC0415
@@ -309,14 +327,28 @@ def _read_parquet(source: str | Path, name: str) -> Iterator[_Record]:
             _check_header(file.schema_arrow.names, name)
             number = 0
             for batch in file.iter_batches(batch_size=1024):
-                for fields in batch.to_pylist():
+                for fields in _plain_rows(batch, arrow.string()):
                     number += 1
-                    yield _Record(number, None, fields)
+                    yield Record(number, None, fields)
     except (arrow.ArrowException, ValueError, OverflowError, OSError) as error:
         raise InputError(f"{name}: not a readable parquet file ({error})") from error
 
 
-def _read_array(source: str | Path, encoding: str | None) -> Iterator[_Record]:
+def _plain_rows(batch: Any, text: Any) -> list[dict[str, Any]]:
+    """Return the rows of a batch; times that Python's types cannot hold, such as nanoseconds, as `text`."""
+
+    def values(column: Any) -> list[Any]:
+        try:
+            found: list[Any] = column.to_pylist()
+        except (ValueError, OverflowError):
+            found = column.cast(text).to_pylist()
+        return found
+
+    columns = [values(column) for column in batch.columns]
+    return [dict(zip(batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _read_array(source: str | Path, encoding: str | None) -> Iterator[Record]:
     lines = list(read_lines(source, encoding=encoding))
     if problem := next((line for line in lines if line.problem), None):
         raise InputError(f"{source_name(source)}:{problem.number}: {problem.problem}")
@@ -329,7 +361,7 @@ def _read_array(source: str | Path, encoding: str | None) -> Iterator[_Record]:
             f"{source_name(source)}: found JSON of type {type(found).__name__}, expected an array of objects"
         )
     for number, item in enumerate(found, 1):
-        yield _Record(number, None, item)
+        yield Record(number, None, item)
 
 
 def _json_object(line: str, where: str) -> dict[str, Any]:
@@ -379,12 +411,9 @@ def _find_columns(fields: dict[str, Any], pair: bool, where: str) -> tuple[str, 
     )
 
 
-def _field(fields: dict[str, Any], column: str, where: str) -> str:
-    _check_column(fields, column, where)
-    return str(fields[column])
-
-
 def _check_column(fields: dict[str, Any], column: str, where: str) -> None:
+    if not fields:
+        raise InputError(f"{where}: no column {column!r}: found none; use csv, tsv, jsonl or parquet")
     if column not in fields:
         raise InputError(f"{where}: no column {column!r}; found {_listed(fields)}; name one of these")
 
@@ -392,8 +421,15 @@ def _check_column(fields: dict[str, Any], column: str, where: str) -> None:
 def _text_field(fields: dict[str, Any], column: str, where: str) -> str:
     if isinstance(text := fields.get(column), str):
         return text
-    found = _field(fields, column, where)
-    raise InputError(f"{where}: column {column!r} holds {found} ({type(text).__name__}), expected a text")
+    _check_column(fields, column, where)
+    if text is None:
+        raise InputError(f"{where}: column {column!r} holds null, expected a text; fill it, or leave the row out")
+    raise InputError(f"{where}: column {column!r} holds {_shortened(text)} ({type(text).__name__}), expected a text")
+
+
+def _shortened(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _listed(names: Any) -> str:

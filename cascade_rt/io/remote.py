@@ -7,7 +7,7 @@ import io
 import re
 from pathlib import Path
 from typing import Any, BinaryIO, cast
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import quote, urlsplit, urlunsplit
 
 from ..errors import InputError, MissingExtraError, first_line
 
@@ -70,4 +70,4 @@ def files_behind(uri: str) -> list[str] | None:
         raise InputError(f"{uri}: cannot be listed ({first_line(error)}); check the name and the access") from error
     names = sorted(info.base_name for info in found if info.type == fs.FileType.File)
     chosen = [name for name in names if fnmatch.fnmatchcase(name, pattern) and not name.startswith(".")]
-    return [urlunsplit(parts._replace(path=f"{folder}/{name}")) for name in chosen]
+    return [urlunsplit(parts._replace(path=f"{folder}/{quote(name)}")) for name in chosen]

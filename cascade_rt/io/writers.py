@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -33,16 +33,22 @@ def open_output(target: str | Path) -> Iterator[TextIO]:
 @contextmanager
 def whole_file(target: str | Path) -> Iterator[Path]:
     """Yield the path to write a file to, which appears as `target` only when it is complete."""
-    path = output_path(target)
-    if path.exists() and not path.is_file():  # a device or a pipe is written to, never replaced
-        yield path
+    if is_stream(target):
+        yield Path(target)
         return
+    path = output_path(target)
     partial = path.parent / f".{path.name}.partial-{os.getpid()}"
     try:
         yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def is_stream(target: str | Path) -> bool:
+    """Return whether a path is that of a device or a pipe, which is written to and never replaced."""
+    path = Path(target)  # not resolved: /dev/stdout may lead to a pipe without a path
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def output_path(target: str | Path) -> Path:
@@ -55,21 +61,38 @@ def output_path(target: str | Path) -> Path:
     return path
 
 
+def check_ending(target: str | Path, ending: str) -> None:
+    """Raise InputError for a file name that ends otherwise than its format does; no ending is fine."""
+    if (found := Path(target).suffix).lower() not in ("", ending):
+        raise InputError(f"cannot write {target}: found a name that ends in {found}, expected {ending}")
+
+
+def output_folder(target: str | Path) -> Path:
+    """Make a folder to write to, where there is none, and return it; raise InputError where that is not possible."""
+    path = Path(target)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {target}: {error.strerror or error}; name a new folder") from error
+    return path
+
+
 def write_json(path: Path, value: object) -> None:
     """Write `value` as readable JSON, atomically."""
     with open_output(path) as stream:
         stream.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def json_line(fields: Mapping[str, Any], answer: Mapping[str, Any]) -> str:
+def json_line(fields: Mapping[str, Any], answer: Mapping[str, Any], taken: Collection[str] = ()) -> str:
     """Return one line of JSON with the input's fields and the answer's.
 
-    A field that has the name of one of the answer's is renamed: label becomes input_label. NaN and infinity, which
-    JSON does not have, become null.
+    A field that has the name of one of the answer's, or of those in `taken`, is renamed: label becomes input_label. NaN
+    and infinity, which JSON does not have, become null; a value of another type becomes its text.
     """
+    names = {*answer, *taken}
 
     def free(name: str) -> str:
-        if name in answer:
+        if name in names:
             name = f"input_{name}"
             while name in fields:
                 name = f"input_{name}"
@@ -77,6 +100,11 @@ def json_line(fields: Mapping[str, Any], answer: Mapping[str, Any]) -> str:
 
     line = {free(name): field for name, field in fields.items()} | dict(answer)
     try:
-        return json.dumps(line, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+        return json.dumps(line, ensure_ascii=False, allow_nan=False, default=_text) + "\n"
     except ValueError:
-        return json.dumps(json.loads(json.dumps(line, default=str), parse_constant=lambda _: None)) + "\n"
+        return json.dumps(json.loads(json.dumps(line, default=_text), parse_constant=lambda _: None)) + "\n"
+
+
+def _text(value: object) -> str:
+    """Return a value that JSON has no type for as text; only the columns of parquet files have such values."""
+    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO, TypeVar
 
-from ..errors import InputError, InvalidOption, TextError
+from ..engine.stage import out_of_memory
+from ..errors import CascadeError, InferenceError, InputError, InvalidOption, TextError
 from ..io.readers import Example, Reject
 from ..io.writers import json_line
 from ..runtime import CascadeRuntime
@@ -22,7 +23,10 @@ CHUNK = 1024
 
 Record = Example | Reject
 Answers = TypeVar("Answers")
-_FIELDS = ("label", "score", "exit", "layers", "truncated")
+FIELDS = ("label", "score", "exit", "layers", "truncated")
+"""What an answer adds to the fields of a record."""
+
+_PROBES = 8  # texts that a member must fail on before it is taken to be broken
 
 
 @dataclass
@@ -49,15 +53,16 @@ def answer(
 ) -> Iterator[None]:
     """Write one line of JSON for each record, in order, and count it; yield after each chunk that was read in full.
 
-    A record that cannot be used ends the job with InputError, after everything before it was written (STOP), is left
-    out (SKIP), or gets a line with nulls and the reason as `error` (NULL). Each is also written to `rejects` with its
-    position and the reason.
+    A record that cannot be used, or whose text a member cannot run, ends the job with its error, after everything
+    before it was written (STOP), is left out (SKIP), or gets a line with nulls and the reason as `error` (NULL). Each
+    is also written to `rejects` with its position and the reason. Raises InferenceError where a member fails on all
+    texts.
     """
     if on_error not in ON_ERROR:
         raise InvalidOption("on_error", on_error, f"one of {', '.join(ON_ERROR)}")
     for chunk, complete in chunks(records, CHUNK):
-        found, predictions = usable(chunk, runtime.predict)
-        write_answers(found, predictions, output, counts, on_error=on_error, rejects=rejects)
+        for found, predictions in answered(chunk, runtime, runtime.predict):
+            write_answers(found, predictions, output, counts, on_error=on_error, rejects=rejects)
         if complete:
             yield
 
@@ -76,17 +81,18 @@ def write_answers(
     Raises the error of the first record that cannot be used after those before it were written (STOP).
     """
     answers = iter(predictions)
+    taken = (*FIELDS, "error") if on_error == NULL else FIELDS
     for record in records:
         if not isinstance(record, Reject):
             prediction = next(answers)
-            output.write(json_line(record.fields, {name: getattr(prediction, name) for name in _FIELDS}))
+            output.write(json_line(record.fields, {name: getattr(prediction, name) for name in FIELDS}, taken))
             counts.answered += 1
             continue
         if on_error == STOP:
             raise record.error
         counts.rejected += 1
         if on_error == NULL:
-            output.write(json_line(record.fields, {**dict.fromkeys(_FIELDS), "error": record.reason}))
+            output.write(json_line(record.fields, {**dict.fromkeys(FIELDS), "error": record.reason}))
         if rejects is not None:
             line = {"where": record.where, "reason": record.reason, "row": record.row}
             rejects.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -119,7 +125,59 @@ def chunks(records: Iterable[Record], size: int) -> Iterator[tuple[list[Record],
         yield chunk, True
 
 
-def usable(chunk: Sequence[Record], run: Callable[[list[Text]], Answers]) -> tuple[list[Record], Answers]:
+def answered(
+    chunk: Sequence[Record], runtime: CascadeRuntime, run: Callable[[list[Text]], Answers]
+) -> Iterator[tuple[list[Record], Answers]]:
+    """Yield what `run` makes of the texts, with their records, in order: all at once, or in parts where a member fails.
+
+    A record whose text cannot be used, or fails even alone, becomes a rejected one. Raises the InferenceError of a
+    member that is broken, or has no memory left.
+    """
+    try:
+        yield _usable(chunk, run)
+    except InferenceError as error:
+        texts = [record.text for record in chunk if isinstance(record, Example)]
+        if out_of_memory(error.__cause__) or not _works(runtime, texts):
+            raise
+        yield from _parts(list(chunk), run, error)
+
+
+def _parts(
+    records: list[Record], run: Callable[[list[Text]], Answers], error: InferenceError
+) -> Iterator[tuple[list[Record], Answers]]:
+    """Yield as `answered` does, by halves of records among which some have failed with `error`."""
+    if len(records) == 1 and isinstance(record := records[0], Example):
+        found = InferenceError(f"{record.where}: {error}")
+        found.__cause__ = error
+        records = [_rejected(record, str(error), found)]
+    if all(isinstance(record, Reject) for record in records):
+        yield _usable(records, run)
+        return
+    middle = len(records) // 2
+    for half in (records[:middle], records[middle:]):
+        try:
+            part = _usable(half, run)
+        except InferenceError as failure:
+            if out_of_memory(failure.__cause__):
+                raise
+            yield from _parts(half, run, failure)
+        else:
+            yield part
+
+
+def _works(runtime: CascadeRuntime, texts: Sequence[Text]) -> bool:
+    """Return whether all members can run some text: one that is empty, or one of several."""
+    empty: Text = ("", "") if runtime.bundle.pair else ""
+    for text in [empty, *texts[:: -(-len(texts) // _PROBES)]]:
+        try:
+            runtime.member_logits([text])
+        except (InferenceError, TextError):
+            continue
+        return True
+    return False
+
+
+def _usable(chunk: Sequence[Record], run: Callable[[list[Text]], Answers]) -> tuple[list[Record], Answers]:
     """Return what `run` makes of the texts, and the records; one whose text raises TextError becomes a rejected one."""
     records = list(chunk)
     while True:
@@ -131,5 +189,9 @@ def usable(chunk: Sequence[Record], run: Callable[[list[Text]], Answers]) -> tup
             example = examples[error.index]
             found = TextError(error.index, error.reason, example.where)
             found.__cause__ = error
-            row = json.dumps(example.fields, default=str) if example.fields else str(example.text)
-            records[places[error.index]] = Reject(example.where, error.reason, row, found, example.fields)
+            records[places[error.index]] = _rejected(example, error.reason, found)
+
+
+def _rejected(example: Example, reason: str, error: CascadeError) -> Reject:
+    row = json.dumps(example.fields, default=str) if example.fields else str(example.text)
+    return Reject(example.where, reason, row, error, example.fields)

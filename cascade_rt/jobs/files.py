@@ -6,24 +6,20 @@ covers. When the job is complete, the output is written from it and takes its na
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..errors import InputError, MissingExtraError
-from ..io.compression import without_compression, write_binary
+from ..errors import InputError
 from ..io.readers import Example, Reject
+from ..io.tables import convert, output_format
 from ..io.writers import output_path, write_json
-
-_ROWS = 10_000  # converted at a time
+from .answering import FIELDS
 
 
 class JobFiles:
@@ -36,9 +32,9 @@ class JobFiles:
         was another job's.
         """
         self.output = output_path(output)
-        if without_compression(output).suffix.lower() == ".parquet":
-            _parquet()  # fails before the work, not after
         self._targets = [self.output] + ([] if rejects is None else [output_path(rejects)])
+        for target in self._targets:
+            output_format(target)  # fails before the work, not after
         self._partials = [target.with_name(f"{target.name}.partial") for target in self._targets]
         self._checkpoint = self.output.with_name(f"{self.output.name}.checkpoint")
         self._job = dict(job)
@@ -93,17 +89,20 @@ class JobFiles:
         """Give the files their names."""
         with self.disk_errors():
             self._sync()
-            fresh = self.output.with_name(f".fresh-{os.getpid()}-{self.output.name}")
+            fresh = [target.with_name(f".fresh-{os.getpid()}-{target.name}") for target in self._targets]
             try:
-                converted = convert(self._partials[0], fresh)
-                for partial, target in list(zip(self._partials, self._targets, strict=True))[1:]:
-                    partial.replace(target)
-                (fresh if converted else self._partials[0]).replace(self.output)
+                converted = [convert(*files, kept=FIELDS) for files in zip(self._partials, fresh, strict=True)]
+                written = [
+                    new if done else old for new, old, done in zip(fresh, self._partials, converted, strict=True)
+                ]
+                for file, target in reversed(list(zip(written, self._targets, strict=True))):
+                    file.replace(target)
             finally:
-                fresh.unlink(missing_ok=True)
+                for file in fresh:
+                    file.unlink(missing_ok=True)
         self.close()
-        self._partials[0].unlink(missing_ok=True)
-        self._checkpoint.unlink(missing_ok=True)
+        for partial in (*self._partials, self._checkpoint):
+            partial.unlink(missing_ok=True)
 
     def _sync(self) -> None:
         for stream in self._streams:
@@ -166,97 +165,3 @@ def _lock(stream: TextIO, path: Path) -> None:
     except BlockingIOError as error:
         stream.close()
         raise InputError(f"{path}: another process is writing it; wait for it, or name another output") from error
-
-
-def convert(lines: Path, target: Path) -> bool:
-    """Write the lines in the format that the name of `target` says; return False where they have it already."""
-    plain = without_compression(target)
-    if plain.suffix.lower() == ".parquet":
-        _write_parquet(lines, target)
-        return True
-    if plain.suffix.lower() != ".csv" and plain == target:
-        return False
-    with write_binary(target) as stream:
-        if plain.suffix.lower() == ".csv":
-            _write_csv(lines, stream.write)
-        else:
-            with lines.open("rb") as source:
-                shutil.copyfileobj(source, stream)
-    return True
-
-
-def _rows(lines: Path) -> Iterator[dict[str, Any]]:
-    with lines.open(encoding="utf-8") as stream:
-        for line in stream:
-            yield json.loads(line)
-
-
-def _columns(lines: Path) -> dict[str, set[type]]:
-    """Return the columns of all rows in the order of their first row, each with the types of its values."""
-    found: dict[str, set[type]] = {}
-    for row in _rows(lines):
-        for name, value in row.items():
-            found.setdefault(name, set()).add(type(value))
-    return found
-
-
-def _write_csv(lines: Path, write: Callable[[bytes], object]) -> None:
-    columns = list(_columns(lines))
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, lineterminator="\r\n")
-    writer.writeheader()
-    for row in _rows(lines):
-        plain = {
-            name: json.dumps(value) if isinstance(value, dict | list | bool) else value for name, value in row.items()
-        }
-        writer.writerow(plain)
-        if text.tell() > 2**20:
-            write(text.getvalue().encode("utf-8", "backslashreplace"))
-            text.seek(0)
-            text.truncate()
-    write(text.getvalue().encode("utf-8", "backslashreplace"))
-
-
-def _parquet() -> tuple[Any, Any]:
-    try:
-        import pyarrow  # noqa: PLC0415 - an extra
-        from pyarrow import parquet  # noqa: PLC0415
-    except ImportError as error:
-        raise MissingExtraError("writing parquet", "parquet", error) from error
-    return pyarrow, parquet
-
-
-def _write_parquet(lines: Path, target: Path) -> None:
-    """Write rows as parquet; a column of mixed or nested values is written as JSON text."""
-    arrow, parquet = _parquet()
-    kinds = {
-        frozenset({str}): arrow.string(),
-        frozenset({bool}): arrow.bool_(),
-        frozenset({int}): arrow.int64(),
-        frozenset({float}): arrow.float64(),
-        frozenset({int, float}): arrow.float64(),
-        frozenset(): arrow.null(),
-    }
-    columns = {name: kinds.get(frozenset(types - {type(None)})) for name, types in _columns(lines).items()}
-    schema = arrow.schema([(name, kind or arrow.string()) for name, kind in columns.items()])
-
-    def plain(row: dict[str, Any]) -> dict[str, Any]:
-        return {
-            name: _encodable(value if value is None or columns[name] is not None else json.dumps(value))
-            for name, value in row.items()
-        }
-
-    with parquet.ParquetWriter(target, schema) as writer:
-        some: list[dict[str, Any]] = []
-        for row in _rows(lines):
-            some.append(plain(row))
-            if len(some) == _ROWS:
-                writer.write_table(arrow.Table.from_pylist(some, schema))
-                some = []
-        if some or not columns:
-            writer.write_table(arrow.Table.from_pylist(some, schema))
-
-
-def _encodable(value: Any) -> Any:
-    """Return a value with half a surrogate pair, which UTF-8 cannot encode, as its escape."""
-    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value

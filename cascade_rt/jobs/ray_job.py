@@ -24,11 +24,12 @@ from ..engine.cpus import usable_threads
 from ..engine.journey import Journey
 from ..engine.providers import CPU, OPENVINO
 from ..engine.stage import Stage
-from ..errors import CascadeError, InputError, InvalidOption, first_line
-from ..io.readers import input_files, read_records
+from ..errors import CascadeError, InferenceError, InputError, InvalidOption, first_line
+from ..io.readers import AS_USUAL, Reading, input_files, read_records
 from ..io.remote import is_uri
 from ..runtime import CascadeRuntime
-from .answering import CHUNK, ON_ERROR, Counts, Record, chunks, described, usable, write_answers
+from ..types import Text
+from .answering import CHUNK, ON_ERROR, Counts, Record, answered, chunks, described, write_answers
 from .shards import Receipt, ShardFolder
 
 SHARD_ROWS = 10 * CHUNK
@@ -59,8 +60,7 @@ class Job:
     """Whether the bundle's files are checked where they are opened."""
     folder: ShardFolder
     pair: bool
-    reading: Mapping[str, Any]
-    """Format, columns and encoding of the input."""
+    reading: Reading
     on_error: str
     shard_rows: int
     resume: bool
@@ -108,7 +108,7 @@ def predict_on_cluster(
     rejects: TextIO | None = None,
     resume: bool = False,
     verify: bool = True,
-    reading: Mapping[str, Any] | None = None,
+    reading: Reading = AS_USUAL,
     progress: Callable[[], object] = lambda: None,
 ) -> None:
     """Answer the texts of files on a Ray cluster, write the answers as shards, and count the records.
@@ -126,7 +126,7 @@ def predict_on_cluster(
         rejects: Where lines of the records that cannot be used go, in input order.
         resume: Go on in the folder of an interrupted run. Shards whose records have changed are written anew.
         verify: As for `CascadeRuntime`.
-        reading: `format`, `columns` and `encoding` of `read_records`.
+        reading: How the input is read.
         progress: Called after each part.
 
     Raises:
@@ -149,18 +149,18 @@ def predict_on_cluster(
             verify=verify,
             folder=folder,
             pair=runtime.bundle.pair,
-            reading=reading or {},
+            reading=reading,
             on_error=on_error,
             shard_rows=shard_rows,
             resume=resume,
         )
-        parts = []
+        receipts = []
         with closing(_done(job, files, stages)) as done:
             for part in done:
                 if isinstance(part.work, _Failure):
                     raise part.work.error
                 receipt: Receipt = part.work
-                parts.append(part.name)
+                receipts.append(receipt._replace(rejects=""))
                 counts.answered += receipt.answered
                 counts.rejected += receipt.rejected
                 runtime.count(receipt.exits)
@@ -169,7 +169,7 @@ def predict_on_cluster(
                 progress()
         stats = runtime.stats()
         summary = {"answered": counts.answered, "rejected": counts.rejected, "exits": stats.exits}
-        folder.finish(parts, summary | {"distance": stats.distance, "p_value": stats.p_value})
+        folder.finish(receipts, summary | {"distance": stats.distance, "p_value": stats.p_value})
 
 
 def _seen(file: str | Path) -> str:
@@ -271,7 +271,7 @@ class _Reader:
         job, at, file = self._job, int(batch["at"][0]), str(batch["file"][0])
         number = 0
         try:
-            records = read_records(file, pair=job.pair, **job.reading)
+            records = read_records(file, job.reading, pair=job.pair)
             for number, (some, _) in enumerate(chunks(records, job.shard_rows), 1):
                 yield self._part(f"{at:05d}-{number - 1:06d}", some).row()
         except CascadeError as error:
@@ -294,7 +294,7 @@ class _Answerer:
         self._members = members
         self._error: CascadeError | None = None
         try:
-            self._runtime, self._stages = _opened(job, members, pool)
+            self._runtime, self._stages, self._own = _opened(job, members, pool)
         except CascadeError as error:  # else Ray would start the actor again and again
             self._error = error
 
@@ -311,13 +311,25 @@ class _Answerer:
 
     def _advanced(self, part: _Part) -> _Begun | Receipt:
         runtime = self._runtime
-        begun: _Begun = part.work
-        if self._members.start == 0:
-            begun = [usable(some, runtime.begin) for some, _ in chunks(part.work, CHUNK)]
-        for _, journey in begun:
-            for member in self._members:
-                runtime.advance(journey, member, self._stages[member])
+        begun: _Begun = []
+        for records, journey in part.work if self._members.start else self._begun(part.work):
+            try:
+                begun.append((records, self._run(journey, self._members)))
+            except InferenceError:  # from the start, to find the texts at fault
+                begun += answered(records, self._own, self._begin)
         return self._written(part, begun) if self._members.stop == len(runtime.bundle.members) else begun
+
+    def _begun(self, records: list[Record]) -> Iterator[tuple[list[Record], Journey]]:
+        for some, _ in chunks(records, CHUNK):
+            yield from answered(some, self._own, self._runtime.begin)
+
+    def _begin(self, texts: list[Text]) -> Journey:
+        return self._run(self._runtime.begin(texts), range(self._members.stop))
+
+    def _run(self, journey: Journey, members: range) -> Journey:
+        for member in members:
+            self._runtime.advance(journey, member, self._stages.get(member))
+        return journey
 
     def _written(self, part: _Part, begun: _Begun) -> Receipt:
         lines, rejects, counts = io.StringIO(), io.StringIO(), Counts()
@@ -333,8 +345,8 @@ class _Answerer:
         return self._job.folder.write(part.name, lines.getvalue(), receipt)
 
 
-def _opened(job: Job, members: range, pool: Pool) -> tuple[CascadeRuntime, Mapping[int, Stage]]:
-    """Return the runtime, and what runs some of its members, by their positions.
+def _opened(job: Job, members: range, pool: Pool) -> tuple[CascadeRuntime, Mapping[int, Stage], CascadeRuntime]:
+    """Return the runtime, what runs some of its members, by their positions, and a runtime that runs these so.
 
     Another provider opens those members alone: it may have no kernels for the precision of the others.
     """
@@ -342,7 +354,7 @@ def _opened(job: Job, members: range, pool: Pool) -> tuple[CascadeRuntime, Mappi
     chosen = {"provider": pool.provider, "provider_options": pool.provider_options}
     if pool.provider == "cpu" or len(members) == len(whole.members):
         runtime = whole.open(**settings, **chosen)
-        return runtime, dict(enumerate(runtime.chain.stages))
+        return runtime, dict(enumerate(runtime.chain.stages)), runtime
     alone = replace(whole, members=[whole.members[member] for member in members], thresholds=None)
-    stages = alone.open(**settings, **chosen).chain.stages
-    return whole.open(**settings), dict(zip(members, stages, strict=True))
+    own = alone.open(**settings, **chosen)
+    return whole.open(**settings), dict(zip(members, own.chain.stages, strict=True)), own

@@ -4,6 +4,9 @@
 the answers in input order. A shard appears under its name only when it is complete, and writing it again gives the
 same file: a task that Ray repeats does no harm.
 
+In parquet, all shards have the same columns, of the same types: when the job ends, shards whose own rows would do with
+others are written again.
+
 `_JOB` describes the job, `_receipts/` says what each shard covers, for a later run to resume, and `_SUCCESS` appears
 when all shards are there. Readers of folders, such as those of pyarrow and Spark, skip names that begin with `_`.
 """
@@ -14,12 +17,14 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InputError, InvalidOption, first_line
 from ..io.remote import located
-from .files import convert
+from ..io.tables import Column, columns_of, convert, fields_of, output_format, read_parquet, write_parquet
+from .answering import FIELDS
 
 ENDINGS = ("jsonl", "jsonl.gz", "jsonl.zst", "parquet")
 """Formats of shards."""
@@ -41,6 +46,8 @@ class Receipt(NamedTuple):
     """Texts answered by each member."""
     rejects: str
     """The lines of the rejects."""
+    columns: dict[str, list[Any]] | None = None
+    """What decides the types of a parquet shard's columns: the values of `Column` by name; None for other shards."""
 
 
 class ShardFolder:
@@ -53,6 +60,7 @@ class ShardFolder:
         self.target = target
         self._ending = ending
         self._system, self._folder = located(target)
+        output_format(f"shard.{ending}")  # fails before the work, not after
 
     def begin(self, job: Mapping[str, Any], *, resume: bool) -> None:
         """Make the folder, or check that it is of an interrupted run of the same job.
@@ -87,22 +95,25 @@ class ShardFolder:
             size = self._system.get_file_info(self._path(self._shard(part))).size
         except (OSError, TypeError):  # none, or not one of ours
             return None
+        if self._ending == "parquet" and found.columns is None:  # of an earlier version
+            return None
         return found if (found.digest, found.bytes) == (digest, size) else None
 
     def write(self, part: str, lines: str, receipt: Callable[[int], Receipt]) -> Receipt:
         """Write the shard of a part from its lines, then what `receipt` returns for its size, and return that."""
-        content = self._encoded(lines)
+        content, columns = self._encoded(lines)
         self._put(self._shard(part), content)
-        written = receipt(len(content))
+        written = receipt(len(content))._replace(columns=_plain(columns))
         self._put(f"{_RECEIPTS}/{part}", json.dumps(written._asdict()).encode())
         return written
 
-    def finish(self, parts: Sequence[str], summary: Mapping[str, Any]) -> None:
-        """Mark the job as complete, and remove shards of an earlier run that are not among its parts.
+    def finish(self, receipts: Sequence[Receipt], summary: Mapping[str, Any]) -> None:
+        """Mark the job as complete, with the receipts of its parts, in order.
 
+        Shards of an earlier run that are not among its parts are removed, and parquet shards get the same columns.
         Raises InputError if a shard is missing, as where machines do not share the folder.
         """
-        expected = {self._shard(part) for part in parts}
+        expected = {self._shard(receipt.part) for receipt in receipts}
         found = {name for name in self._reported(self._names) if not name.startswith("_")}
         if missing := expected - found:
             raise InputError(
@@ -111,6 +122,8 @@ class ShardFolder:
             )
         for name in found - expected:
             self._system.delete_file(self._path(name))
+        if self._ending == "parquet":
+            self._unify(receipts)
         self._put(_SUCCESS, json.dumps(summary).encode())
 
     def _shard(self, part: str) -> str:
@@ -128,8 +141,7 @@ class ShardFolder:
     def _read(self, name: str) -> dict[str, Any] | None:
         """Return the JSON of a file; None if there is none that is whole."""
         try:
-            with self._system.open_input_stream(self._path(name)) as stream:
-                found: dict[str, Any] = json.loads(stream.read())
+            found: dict[str, Any] = json.loads(self._content(name))
         except (OSError, ValueError):
             return None
         return found
@@ -138,25 +150,52 @@ class ShardFolder:
         """Write a file that appears only when it is complete."""
         path = self._path(name)
         renames = self._system.type_name == "local"
-        partial = f"{Path(path).parent}/.{Path(path).name}.{os.urandom(8).hex()}" if renames else path
+        hidden = f"{Path(path).parent}/.{Path(path).name}.{os.urandom(8).hex()}" if renames else path
 
         def write() -> None:
-            with self._system.open_output_stream(partial, compression=None) as stream:
+            with self._system.open_output_stream(hidden, compression=None) as stream:
                 stream.write(content)
             if renames:  # an object in a store appears when its stream is closed
-                self._system.move(partial, path)
+                self._system.move(hidden, path)
 
         self._reported(write)
 
-    def _encoded(self, lines: str) -> bytes:
+    def _encoded(self, lines: str) -> tuple[bytes, dict[str, Column] | None]:
+        """Return the content of a shard, and the columns of a parquet one."""
         plain = lines.encode("utf-8", "backslashreplace")
         if self._ending == "jsonl":
-            return plain
+            return plain, None
         with tempfile.TemporaryDirectory() as folder:
             source, target = Path(folder, "lines"), Path(folder, f"shard.{self._ending}")
             source.write_bytes(plain)
-            convert(source, target)
-            return target.read_bytes()
+            columns = columns_of(source) if self._ending == "parquet" else None
+            convert(source, target, kept=FIELDS, columns=columns)
+            return target.read_bytes(), columns
+
+    def _unify(self, receipts: Sequence[Receipt]) -> None:
+        """Write those parquet shards again that do not have the columns of all."""
+        joined: dict[str, Column] = {}
+        for receipt in receipts:
+            for name, column in _columns(receipt).items():
+                joined[name] = joined[name].joined(column) if name in joined else column
+        fields = fields_of(joined, FIELDS)
+        for receipt in receipts:
+            if (own := fields_of(_columns(receipt), FIELDS)) == fields:
+                continue
+            shard, noted = self._shard(receipt.part), f"{_RECEIPTS}/{receipt.part}"
+            with tempfile.TemporaryDirectory() as folder:
+                source, target = Path(folder, "own.parquet"), Path(folder, "all.parquet")
+                source.write_bytes(self._reported(partial(self._content, shard)))
+                write_parquet(((row, 1) for row in read_parquet(source, own)), target, fields)
+                content = target.read_bytes()
+            found = self._read(noted) or receipt._asdict()
+            self._put(shard, content)
+            self._put(noted, json.dumps(found | {"bytes": len(content), "columns": _plain(joined)}).encode())
+
+    def _content(self, name: str) -> bytes:
+        with self._system.open_input_stream(self._path(name), compression=None) as stream:
+            content: bytes = stream.read()
+        return content
 
     def _reported(self, act: Callable[[], Any]) -> Any:
         """Do something with the folder; raise InputError where the file system refuses."""
@@ -166,3 +205,11 @@ class ShardFolder:
             raise InputError(
                 f"cannot write {self.target} ({first_line(error)}); check the name and the access"
             ) from error
+
+
+def _plain(columns: Mapping[str, Column] | None) -> dict[str, list[Any]] | None:
+    return None if columns is None else {name: column.to_json() for name, column in columns.items()}
+
+
+def _columns(receipt: Receipt) -> dict[str, Column]:
+    return {name: Column.of_json(values) for name, values in (receipt.columns or {}).items()}

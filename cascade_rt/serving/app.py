@@ -14,7 +14,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
 
 from .. import __version__
 from ..errors import CascadeError
@@ -30,7 +30,7 @@ _BODY_SECONDS = 30.0
 _GAUGES_SECONDS = 1.0
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "base-uri 'self'; form-action 'none'; frame-ancestors 'none'"
 )
 
 
@@ -66,6 +66,7 @@ def create_app(
         summary="Text classification with a cascade of BERTs",
         lifespan=lifespan,
         redoc_url=None,
+        redirect_slashes=False,
     )
     for router in (
         classify_router(service),
@@ -75,10 +76,13 @@ def create_app(
     ):
         app.include_router(router)
 
-    page = Path(__file__).with_name("page.html").read_bytes()
+    root_path = service.settings.root_path
+    base = f'<head>\n<base href="{root_path}/">'.encode() if root_path else b"<head>"
+    page = Path(__file__).with_name("page.html").read_bytes().replace(b"<head>", base)
 
-    @app.get("/", include_in_schema=False)
+    @app.get("/", tags=["operations"], summary="A page for browsers", response_class=HTMLResponse)
     async def index() -> Response:
+        """Return the page, which calls the other interfaces."""
         return Response(page, media_type="text/html", headers={"Content-Security-Policy": _POLICY})
 
     @app.get("/health", tags=["operations"], summary="Whether the server answers", responses={503: ERRORS[503]})
@@ -121,6 +125,7 @@ def create_app(
         max_body=service.settings.max_body,
         body_seconds=body_seconds,
         token=token,
+        root_path=root_path,
     )
     if service.tracing is not None:
         service.tracing.add_to(app)

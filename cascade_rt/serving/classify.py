@@ -14,6 +14,7 @@ from starlette.responses import Response, StreamingResponse
 from ..errors import CascadeError, TextError
 from ..types import Text
 from .batcher import Answer, Overloaded
+from .json_body import LIST, ONE, ONE_OR_LIST, JSONRoute
 from .models import Model
 from .responses import ERRORS, JSON, describe_error, dumps
 from .service import Service
@@ -23,6 +24,10 @@ _STREAMED = 64  # texts that a stream queues at a time
 _PAUSE = 0.05  # seconds before a stream tries again while the queues are full
 
 Probability = Annotated[float, Field(ge=0, le=1, strict=True)]
+TextOrPair = Annotated[Annotated[str, ONE] | Annotated[tuple[str, str], LIST], ONE_OR_LIST]
+Thresholds = Annotated[
+    Annotated[Probability, ONE] | Annotated[list[Probability], Field(fail_fast=True), LIST], ONE_OR_LIST
+]
 
 
 class ClassifyRequest(BaseModel):
@@ -30,14 +35,14 @@ class ClassifyRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    texts: Annotated[list[str | tuple[str, str]], Field(fail_fast=True)] = Field(
+    texts: Annotated[list[TextOrPair], Field(fail_fast=True)] = Field(
         description="Texts, or pairs for a bundle on pairs.", min_length=1
     )
     model: str | None = Field(None, description="Name of the bundle; the first one without it.")
-    thresholds: Probability | Annotated[list[Probability], Field(fail_fast=True)] | None = Field(
+    thresholds: Thresholds | None = Field(
         None, description="One for all members, or one per member but the last; needs --allow-thresholds."
     )
-    steps: StrictBool = Field(False, description="Also return the probabilities of every member that ran.")
+    steps: StrictBool | None = Field(False, description="Also return the probabilities of every member that ran.")
 
 
 class Classified(BaseModel):
@@ -96,7 +101,7 @@ class ModelsResponse(BaseModel):
 
 def classify_router(service: Service) -> APIRouter:
     """Return the routes."""
-    router = APIRouter(tags=["classify"])
+    router = APIRouter(tags=["classify"], route_class=JSONRoute)
 
     @router.post(
         "/v1/classify",
@@ -113,11 +118,13 @@ def classify_router(service: Service) -> APIRouter:
         if NDJSON in request.headers.get("accept", ""):
             lines = _lines(service, body, request)
             first = await anext(lines)  # an error before the first line is an error of the request
-            return StreamingResponse(_joined(first, lines), media_type=NDJSON)
+            joined = _joined(first, lines)
+            if request.scope["http_version"] == "1.0":  # which has no chunks
+                return Response(b"".join([line async for line in joined]), media_type=NDJSON)
+            return StreamingResponse(joined, media_type=NDJSON)
         model, answers = await service.classify(request, body.model, body.texts, thresholds=body.thresholds)
-        return JSON(
-            {"model": model.name, "version": model.version, "predictions": list(_described(model, answers, body.steps))}
-        )
+        rows = list(_described(model, answers, bool(body.steps)))
+        return JSON({"model": model.name, "version": model.version, "predictions": rows})
 
     @router.get("/v1/models", summary="What is served", response_model=ModelsResponse)
     async def models() -> Response:
@@ -177,7 +184,7 @@ async def _lines(service: Service, body: ClassifyRequest, request: Request) -> A
                 if not start:
                     raise
             await asyncio.sleep(_PAUSE)
-        for row in _described(model, answers, body.steps):
+        for row in _described(model, answers, bool(body.steps)):
             yield dumps(row | {"model": model.name, "version": model.version}) + b"\n"
 
 

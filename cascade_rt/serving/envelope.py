@@ -1,17 +1,16 @@
-"""What surrounds every request: its id, the bearer token, the limit of its body, the log and the metrics."""
+"""What surrounds every request: its path, its id, the bearer token, its body, the log and the metrics."""
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import logging
 import re
 from time import perf_counter
 from uuid import uuid4
 
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .body import Body
 from .metrics import Metrics
 from .responses import error_response
 
@@ -19,21 +18,31 @@ PROBES = ("/health", "/v2/health/live", "/v2/health/ready")
 """Paths that tell whether the server takes requests."""
 
 _REQUEST_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
-_CLOSING = {"Connection": "close"}
-_OPEN_PATHS = ("/", *PROBES)
 _log = logging.getLogger("cascade_rt.serving.requests")
 
 
 class Envelope:
     """ASGI middleware around the whole application."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, max_body: int, body_seconds: float, token: str | None) -> None:
-        """`token`: what `Authorization: Bearer` must carry, except for probes and the page; None for no token."""
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        max_body: int,
+        body_seconds: float,
+        token: str | None,
+        root_path: str,
+    ) -> None:
+        """`token`: what `Authorization: Bearer` must carry, except for probes and the page; None for no token.
+
+        `root_path`: the prefix of all paths before a proxy, which may strip it or not.
+        """
         self._app = app
         self._metrics = metrics
         self._max_body = max_body
         self._body_seconds = body_seconds
         self._token = token.encode() if token else None
+        self._root_path = root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
@@ -44,62 +53,60 @@ class Envelope:
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid4().hex
-        scope["log"] = log = {"request_id": request_id, "method": scope["method"], "path": scope["path"]}
+        log = {"request_id": request_id, "method": scope["method"], "path": scope["path"]}
         if "trace_id" in scope:
             log["trace_id"] = scope["trace_id"]
-        status = 500
+        status, ended = 500, 0.0
+        method, path = scope["method"], self._path(scope["path"])
+        inner = {**scope, "log": log, "root_path": self._root_path, "path": self._root_path + path}
+        if method == "HEAD":  # is GET without its body
+            inner["method"] = "GET"
+        body = Body(headers, receive, self._max_body, self._body_seconds)
 
         async def sending(message: Message) -> None:
-            nonlocal status
+            nonlocal status, ended
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
+                more = [(b"x-request-id", request_id.encode())]
+                if body.ends_connection:
+                    more.append((b"connection", b"close"))
+                await send({**message, "headers": [*message["headers"], *more]})
+                return
+            if method == "HEAD":
+                message = {**message, "body": b""}
+            if message["type"] == "http.response.body" and not (message.get("more_body", False) or body.is_complete):
+                ended = perf_counter()
+                await send({**message, "more_body": True})
+                await body.discard()
+                message = {"type": message["type"], "body": b"", "more_body": False}
             await send(message)
 
         try:
-            if not self._allowed(scope["path"], headers.get(b"authorization", b"")):
+            if not self._allowed(inner["method"], path, headers.get(b"authorization", b"")):
                 response = error_response(
                     401, "found no valid bearer token", "unauthorized", headers={"WWW-Authenticate": "Bearer"}
                 )
-                await response(scope, receive, sending)
+                await response(inner, body.receive, sending)
                 return
-            await self._app(scope, self._limited(headers, receive, perf_counter() + self._body_seconds), sending)
+            await self._app(inner, body.receive, sending)
         finally:
-            seconds = perf_counter() - started
-            route = getattr(scope.get("route"), "path", "other")
+            seconds = (ended or perf_counter()) - started
+            route = getattr(inner.get("route"), "path", "other")
+            if (route, method) == ("/", "POST"):
+                route = "/predict"
             self._metrics.request(route, status, seconds)
             if status >= 400:
                 self._metrics.rejected.labels(log.get("reason", str(status))).inc()
             _log.info("request", extra=log | {"status": status, "ms": round(1000 * seconds, 2)})
 
-    def _allowed(self, path: str, header: bytes) -> bool:
-        if self._token is None or path in _OPEN_PATHS:
+    def _path(self, path: str) -> str:
+        """Return a path without the prefix, where the proxy left it, and without a slash at its end."""
+        if path == self._root_path or path.startswith(self._root_path + "/"):
+            path = path[len(self._root_path) :]
+        return path.rstrip("/") or "/"
+
+    def _allowed(self, method: str, path: str, header: bytes) -> bool:
+        if self._token is None or path in PROBES or (path == "/" and method == "GET"):
             return True
         kind, _, token = header.partition(b" ")
         return kind.lower() == b"bearer" and hmac.compare_digest(token, self._token)
-
-    def _limited(self, headers: dict[bytes, bytes], receive: Receive, until: float) -> Receive:
-        """Return `receive` with the limits of a body: its bytes, and the time until its end."""
-        length = headers.get(b"content-length", b"0")
-        announced = int(length) if length.isdigit() else 0
-        received = 0
-        complete = False
-        too_large = HTTPException(413, f"the body is over {self._max_body:,} bytes; send several requests", _CLOSING)
-
-        async def receiving() -> Message:
-            nonlocal received, complete
-            if announced > self._max_body:
-                raise too_large
-            if complete:  # what comes now is the end of the connection, whenever that is
-                return await receive()
-            try:
-                message = await asyncio.wait_for(receive(), max(0.001, until - perf_counter()))
-            except asyncio.TimeoutError as error:
-                raise HTTPException(408, "the body did not arrive in time", _CLOSING) from error
-            received += len(message.get("body", b""))
-            complete = not message.get("more_body", False)
-            if received > self._max_body:
-                raise too_large
-            return message
-
-        return receiving

@@ -10,13 +10,15 @@ import numpy as np
 from fastapi import APIRouter
 from fastapi.exceptions import RequestValidationError
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
 
 from .. import __version__
 from ..types import Text
 from .batcher import Answer
+from .json_body import BATCH, LIST, LIST_OR_BATCH, read_json
 from .models import Model
 from .responses import ERRORS, JSON, dumps
 from .service import BadField, Service, whole_number
@@ -37,38 +39,37 @@ _TYPES = {"FP32": "<f4", "INT32": "<i4", "BOOL": "?"}
 _PER_LABEL = ("probabilities", "logits")
 
 Texts = Annotated[list[str], Field(fail_fast=True)]
+Data = Annotated[
+    Annotated[Texts, LIST] | Annotated[list[Texts], Field(fail_fast=True), BATCH],
+    LIST_OR_BATCH,
+]
+Parameters = dict[str, Any] | None
 
 
 class InputTensor(BaseModel):
     """Texts."""
 
-    model_config = ConfigDict(extra="forbid")
-
     name: str = Field(description="text, or text_pair for the second texts of pairs")
     datatype: str = Field(description="BYTES")
     shape: Annotated[list[int], Field(fail_fast=True)] = Field(description="[N] or [N, 1]")
-    data: Texts | Annotated[list[Texts], Field(fail_fast=True)] | None = None
-    parameters: dict[str, Any] = {}
+    data: Data | None = None
+    parameters: Parameters = None
 
 
 class OutputRequest(BaseModel):
     """An output that is wanted."""
 
-    model_config = ConfigDict(extra="forbid")
-
     name: str
-    parameters: dict[str, Any] = {}
+    parameters: Parameters = None
 
 
 class InferRequest(BaseModel):
-    """Texts as tensors."""
-
-    model_config = ConfigDict(extra="forbid")
+    """Texts as tensors. Unknown fields are ignored, as by Triton and MLServer."""
 
     id: str | None = None
     inputs: Annotated[list[InputTensor], Field(fail_fast=True)]
     outputs: Annotated[list[OutputRequest], Field(fail_fast=True)] | None = None
-    parameters: dict[str, Any] = {}
+    parameters: Parameters = None
 
 
 class OutputTensor(BaseModel):
@@ -141,7 +142,7 @@ def inference_router(service: Service) -> APIRouter:
         """Answer the inputs `text` (and `text_pair`) with the outputs asked for, or with all of them."""
         _model(service, name, version)
         try:
-            wanted, binary = _read(await request.body(), request.headers.get(_HEADER_LENGTH))
+            wanted, binary = _read(request.headers, await request.body())
             texts = _texts(wanted, binary)
             names = _outputs(wanted)
         except ValidationError as error:
@@ -174,14 +175,15 @@ def _model(service: Service, name: str, version: str | None) -> Model:
     return model
 
 
-def _read(body: bytes, header_length: str | None) -> tuple[InferRequest, bytes]:
+def _read(headers: Headers, body: bytes) -> tuple[InferRequest, bytes]:
     """Return the JSON part of a body, and the binary tensors that follow it."""
+    header_length = headers.get(_HEADER_LENGTH)
     if header_length is None:
-        return InferRequest.model_validate_json(body), b""
+        return InferRequest.model_validate(read_json(headers, body)), b""
     if not whole_number(header_length) or int(header_length) > len(body):
         raise BadField("Inference-Header-Content-Length", header_length, f"a length up to {len(body)}")
     length = int(header_length)
-    return InferRequest.model_validate_json(body[:length]), body[length:]
+    return InferRequest.model_validate(read_json(headers, body[:length])), body[length:]
 
 
 def _texts(wanted: InferRequest, binary: bytes) -> list[Text]:
@@ -191,7 +193,7 @@ def _texts(wanted: InferRequest, binary: bytes) -> list[Text]:
             raise BadField(f"inputs.{at}.name", tensor.name, "text, and text_pair for pairs, once each")
         if tensor.datatype != "BYTES":
             raise BadField(f"inputs.{at}.datatype", tensor.datatype, "BYTES")
-        size = tensor.parameters.get("binary_data_size")
+        size = (tensor.parameters or {}).get("binary_data_size")
         if size is not None:
             if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= len(binary):
                 raise BadField(f"inputs.{at}.parameters.binary_data_size", size, "the bytes of this tensor")
@@ -234,13 +236,13 @@ def _strings(data: bytes, at: int) -> Iterator[str]:
 
 def _outputs(wanted: InferRequest) -> dict[str, bool]:
     """Return which outputs are wanted, and which of them as binary data."""
-    all_binary = wanted.parameters.get("binary_data_output") is True
+    all_binary = (wanted.parameters or {}).get("binary_data_output") is True
     if not wanted.outputs:
         return dict.fromkeys(_OUTPUTS, all_binary)
     for at, output in enumerate(wanted.outputs):
         if output.name not in _OUTPUTS:
             raise BadField(f"outputs.{at}.name", output.name, f"one of {', '.join(_OUTPUTS)}")
-    return {output.name: output.parameters.get("binary_data", all_binary) is True for output in wanted.outputs}
+    return {output.name: (output.parameters or {}).get("binary_data", all_binary) is True for output in wanted.outputs}
 
 
 def _written(model: Model, answers: Sequence[Answer], wanted: InferRequest, names: Mapping[str, bool]) -> Response:

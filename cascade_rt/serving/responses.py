@@ -11,9 +11,11 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match, Mount
 
 from ..errors import CascadeError, InputError, TextError
 from .batcher import DeadlineExceeded, Draining, Overloaded
+from .json_body import BATCH, LIST, ONE
 from .models import UnknownModel
 from .service import ClientGone, TooManyTexts
 
@@ -34,8 +36,10 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     400: _documented("The body is not JSON."),
     401: _documented("The bearer token is missing or wrong."),
     404: _documented("There is no such model."),
+    405: _documented("The path has other methods, which Allow names."),
     408: _documented("The body did not arrive in time."),
     413: _documented("Too many texts, or too big a body."),
+    415: _documented("The body's type, charset or compression is not known."),
     422: _documented("A field, a header or a text cannot be used."),
     500: _documented("A model failed."),
     503: _documented("Too many texts are waiting, or the server is stopping: try again after Retry-After seconds."),
@@ -108,30 +112,36 @@ async def on_invalid_body(request: Request, error: Exception) -> Response:
     first = error.errors()[0]
     where = _fields(first["loc"])
     request.scope["log"]["reason"] = "validation"
-    if first["type"] == "json_invalid":
-        return error_response(400, f"the body is not JSON ({first['ctx']['error']})", "validation")
     return error_response(422, f"{'.'.join(where) or 'body'}: {first['msg']}", "validation", ".".join(where) or None)
 
 
-_TYPE_NAMES = {"str", "float", "int", "bool"}
-
-
 def _fields(location: Sequence[str | int]) -> list[str]:
-    """Return the path of a field, without the types that pydantic adds where a field may have one of several."""
-    names = [part for part in location if part != "body"]
-    return [
-        str(part)
-        for part in names
-        if isinstance(part, int) or (part.replace("-", "_").isidentifier() and part not in _TYPE_NAMES)
-    ]
+    """Return the path of a field, without the alternatives that it has."""
+    names = location[1:] if location and location[0] == "body" else location
+    return [str(part)[:80] for part in names if part not in (ONE.tag, LIST.tag, BATCH.tag)]
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:
-    """Answer what the framework refuses: an unknown path, a wrong method."""
+    """Answer what the framework refuses: an unknown path, a wrong method; and what `OPTIONS` asks for."""
     assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        error = HTTPException(405, error.detail, {"Allow": ", ".join(_methods(request))})
+        if request.method == "OPTIONS":
+            return Response(status_code=204, headers=error.headers)
     kind = {404: "not_found", 408: "deadline", 413: "too_large"}.get(error.status_code, "validation")
     request.scope["log"]["reason"] = kind
     return error_response(error.status_code, str(error.detail), kind, headers=error.headers)
+
+
+def _methods(request: Request) -> list[str]:
+    """Return the methods of a path."""
+    routes = [route for route in request.app.routes if not isinstance(route, Mount)]
+    found = [
+        method
+        for method in ("GET", "POST")
+        if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in routes)
+    ] or ["GET"]  # of files
+    return [*(["HEAD"] if "GET" in found else []), *found, "OPTIONS"]
 
 
 def ranked(labels: Sequence[str], scores: Sequence[float]) -> list[dict[str, Any]]:

@@ -16,10 +16,12 @@ from weakref import WeakKeyDictionary
 
 import uvicorn
 from pythonjsonlogger.json import JsonFormatter
+from starlette.types import ASGIApp
 
 from ..errors import InputError, InvalidOption, MissingExtraError
 from .app import create_app
 from .service import Engine, Service, Settings
+from .upgrades import Http11Protocol
 
 _BACKLOG = 2048
 KEEP_ALIVE = 65  # seconds: longer than the 60 of common load balancers, which else reuse closed connections
@@ -77,26 +79,34 @@ def described(service: Service) -> list[str]:
 
 def announce(lines: Sequence[str], setup: Setup, port: int) -> None:
     """Say on standard error what is served, and where."""
-    print(*lines, f"serving on http://{setup.host}:{port}, interfaces at /docs", sep="\n", file=sys.stderr, flush=True)
+    where = f"serving on http://{setup.host}:{port}, interfaces at {setup.settings.root_path}/docs"
+    print(*lines, where, sep="\n", file=sys.stderr, flush=True)
 
 
 def serve(service: Service, listener: socket.socket, setup: Setup) -> None:
     """Serve until SIGTERM, SIGINT or SIGHUP; then take no more requests, answer the others, and return."""
     log_json()
     app = create_app(service, token=setup.token, cors_origins=setup.cors_origins)
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=KEEP_ALIVE,
-        timeout_graceful_shutdown=round(setup.grace),
-    )
+    config = configured(app, timeout_graceful_shutdown=round(setup.grace))
     gc.freeze()  # what is loaded by now stays, so it is not looked through again and again
     server = Server(config, service)
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         signal.signal(signal.SIGHUP, server.handle_exit)  # uvicorn handles SIGTERM and SIGINT alone
     server.run(sockets=[listener])
+
+
+def configured(app: ASGIApp, **more: Any) -> uvicorn.Config:
+    """Return uvicorn's settings for an application; `more` of them may be given."""
+    return uvicorn.Config(
+        app,
+        http=Http11Protocol,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE,
+        **more,
+    )
 
 
 def log_json() -> None:

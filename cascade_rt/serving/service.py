@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -57,6 +58,8 @@ class Settings:
     """Whether texts and answers are logged."""
     reload_seconds: float = 1.0
     """How often to look for a replaced bundle; 0 for never."""
+    root_path: str = ""
+    """Prefix of all paths before a proxy, whether it strips it or not."""
 
     def __post_init__(self) -> None:
         """Raise InvalidOption for a value that is out of range."""
@@ -68,6 +71,21 @@ class Settings:
                 raise InvalidOption(field, getattr(self, field), "a number from 0")
         if not 0 < self.timeout < math.inf:
             raise InvalidOption("timeout", self.timeout, "seconds, more than 0")
+        if self.root_path:
+            _check_root_path(self.root_path)
+
+
+OWN_PATHS = (
+    "docs", "health", "info", "metrics", "models", "openapi.json", "predict", "static-offline-docs", "v1", "v2",
+)  # fmt: skip
+"""What the paths of the server begin with."""
+
+
+def _check_root_path(found: str) -> None:
+    if not re.fullmatch(r"(/[\w-][\w.~-]*)+", found, re.ASCII):
+        raise InvalidOption("root_path", found, "a path such as /sentiment, of letters, digits and -._~")
+    if (first := found.split("/")[1]) in OWN_PATHS:
+        raise InvalidOption("root_path", found, f"another one than /{first}, which is a path of the server itself")
 
 
 class BadField(InvalidOption):

@@ -5,30 +5,38 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field, StrictBool
+from pydantic import BaseModel, BeforeValidator, Field, StrictBool
+from pydantic_core import PydanticCustomError
 from starlette.requests import Request
 from starlette.responses import Response
 
 from .. import __version__
 from ..types import Text
 from .batcher import Answer
+from .json_body import BATCH, LIST, ONE, ONE_LIST_OR_BATCH, JSONRoute
 from .models import Model
 from .responses import ERRORS, JSON, ranked
 from .service import BadField, Service
 
-Single = Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=1)]
-Pair = Annotated[list[str], Field(fail_fast=True, min_length=2, max_length=2)]
+
+def _one_or_two(found: Any) -> Any:
+    if isinstance(found, list) and not 1 <= len(found) <= 2:
+        message = 'found a list of {count}, expected ["a"] or a pair ["a", "b"]; a batch is [["a"], ["b"]]'
+        raise PydanticCustomError("length", message, {"count": len(found)})
+    return found
+
+
+Row = Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=2), BeforeValidator(_one_or_two)]
 
 
 class PredictRequest(BaseModel):
-    """A text, a pair, or a batch of both."""
+    """A text, a pair, or a batch of both. Other fields are ignored, as by TEI."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    inputs: str | Single | Pair | Annotated[list[Single | Pair], Field(fail_fast=True, min_length=1)] = Field(
-        description='A text; a pair ["a", "b"]; or a batch [["a"], ["a", "b"]].'
-    )
-    raw_scores: StrictBool = Field(False, description="Return logits instead of probabilities.")
+    inputs: Annotated[
+        Annotated[str, ONE] | Annotated[Row, LIST] | Annotated[list[Row], Field(fail_fast=True, min_length=1), BATCH],
+        ONE_LIST_OR_BATCH,
+    ] = Field(description='A text; a pair ["a", "b"]; or a batch [["a"], ["a", "b"]].')
+    raw_scores: StrictBool | None = Field(False, description="Return logits instead of probabilities.")
     truncate: StrictBool | None = Field(
         None, description="false refuses texts that are too long; the default cuts them."
     )
@@ -46,8 +54,9 @@ class Score(BaseModel):
 
 def tei_router(service: Service) -> APIRouter:
     """Return the routes."""
-    router = APIRouter(tags=["text-embeddings-inference"])
+    router = APIRouter(tags=["text-embeddings-inference"], route_class=JSONRoute)
 
+    @router.post("/", summary="As /predict", response_model=list[Score] | list[list[Score]], responses=ERRORS)
     @router.post(
         "/predict",
         summary="Classify a text, a pair or a batch",
@@ -62,7 +71,7 @@ def tei_router(service: Service) -> APIRouter:
         inputs: list[Any] = list(body.inputs) if batch else [body.inputs]
         texts = [_text(found) for found in inputs]
         model, answers = await service.classify(request, None, texts, truncate=body.truncate is not False)
-        rows = [_scores(model, answer, body.raw_scores) for answer in answers]
+        rows = [_scores(model, answer, bool(body.raw_scores)) for answer in answers]
         return JSON(rows if batch else rows[0])
 
     @router.get("/info", summary="What is served")

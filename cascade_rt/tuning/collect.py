@@ -126,7 +126,7 @@ def _logits(
     kept = None if cache is None else cache / f"logits-{key}.npz"
     if kept is not None and kept.is_file():
         try:
-            with kept.open("rb") as stream, np.load(stream) as found:
+            with kept.open("rb") as stream, np.load(stream, allow_pickle=False) as found:
                 progress(len(texts))
                 return found["logits"], found["lengths"]
         except Exception:  # truncated by a kill or a full disk, which fails in many ways: compute it again

@@ -14,6 +14,7 @@ from ..engine.cost import cumulative_layers, flops_speedup, layer_speedup
 from ..engine.exit_rules import ExitRule, Thresholds, exits_under
 from ..engine.probabilities import confidence, softmax
 from ..errors import InputError
+from ..io.fields import nearest_label, number, same_label
 from .metrics import accuracy, dis, ece, f1
 
 
@@ -62,20 +63,39 @@ class Evaluation:
         return asdict(self)
 
 
-def label_ids(written: Sequence[tuple[str, str]], labels: Sequence[str]) -> NDArray[np.intp]:
+def label_ids(
+    written: Sequence[tuple[str, str]],
+    labels: Sequence[str],
+    *,
+    by_number: bool = True,
+    known_by: str = "the bundle knows",
+) -> NDArray[np.intp]:
     """Return the class ids, int (texts,), of labels as a file writes them, each with its position ("file:line").
 
-    A label is written by name, or by number where no label's name is a number. Raises InputError for a label that is
-    not among `labels`.
+    A label is written by name, or with `by_number` by class id where no label's name is a number. Another spelling of a
+    number, and white space around a name, are fine where one label alone is meant. Raises InputError for a label that
+    is not among `labels`; `known_by` says in the message what those are.
     """
     ids = {label: index for index, label in enumerate(labels)}
-    if not any(label.strip().isdigit() for label in labels):
+    if by_number and all(number(label) is None for label in labels):
         ids |= {str(index): index for index in range(len(labels))}
+    alike: dict[object, set[int]] = {}
+    for label, index in ids.items():
+        alike.setdefault(same_label(label), set()).add(index)
     for label, where in written:
         if label not in ids:
-            known = ", ".join(map(repr, labels[:20])) + (", ..." if len(labels) > 20 else "")
-            raise InputError(f"{where}: found the label {label!r}, expected one that the bundle knows: {known}")
+            found = alike.get(same_label(label), set())
+            if len(found) != 1:
+                raise InputError(f"{where}: {_unknown(label, labels, known_by)}")
+            ids[label] = min(found)
     return np.fromiter((ids[label] for label, _ in written), dtype=np.intp, count=len(written))
+
+
+def _unknown(label: str, labels: Sequence[str], known_by: str) -> str:
+    shown = ", ".join(map(repr, labels[:20])) + (f", ... ({len(labels):,} labels)" if len(labels) > 20 else "")
+    near = nearest_label(label, labels)
+    hint = "" if near is None else f"; did you mean {near!r}? Correct the spelling in the file"
+    return f"found the label {label[:80]!r}, expected one that {known_by}: {shown}{hint}"
 
 
 def evaluate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from random import Random
 
+from cascade_rt.io.fields import is_blank
 from cascade_rt.types import Text
 
 _DROPPED = 0.2  # of the words, in every other variant
@@ -29,7 +30,7 @@ def variants(texts: Sequence[Text], each: int, seed: int) -> list[Text]:
             varied = _varied(text[side], other[side], draw)
             found[(varied, text[1]) if side == 0 else (text[0], varied)] = None
     known = set(texts)
-    return [text for text in found if text not in known and "".join(text).strip()]
+    return [text for text in found if text not in known and not is_blank(text)]
 
 
 def _side(text: Text, side: int) -> str:

@@ -18,7 +18,7 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-from cascade_export.export import export_bundle
+from cascade_export.export import AUTO, export_bundle
 from cascade_train import RECORD
 from cascade_train.finetune import Objective, finetune, logits_of
 from cascade_train.tasks import Examples, TaskData, write_examples
@@ -26,9 +26,10 @@ from numpy.typing import NDArray
 
 from cascade_build.plan import MemberPlan, Plan, preflight
 from cascade_build.report import BuildReport, make_report, write_report
+from cascade_build.trial import Start, try_export
 from cascade_rt import CascadeRuntime
-from cascade_rt.bundle import MANIFEST, write_bundle
-from cascade_rt.errors import BundleError, CascadeError
+from cascade_rt.bundle import check_target, write_bundle
+from cascade_rt.errors import CascadeError
 from cascade_rt.io.writers import write_json
 from cascade_rt.tuning.collect import Collected, cache_folder, collect, open_whole
 from cascade_rt.tuning.plot import pyplot
@@ -51,9 +52,7 @@ def build(plan: Plan, output: Path, *, overwrite: bool = False) -> BuildReport:
     not to be replaced, if the work folder belongs to other data, or if a step fails; finished steps stay for the next
     call.
     """
-    if output.exists() and not (overwrite and (output / MANIFEST).is_file()):
-        remedy = "choose another output folder, or replace that bundle with `overwrite`"
-        raise BundleError(f"{output} exists; {remedy if (output / MANIFEST).is_file() else 'and is not a bundle'}")
+    check_target(output, overwrite=overwrite)
     pyplot()  # fails before the work, not after
     preflight(plan)
     work = work_folder(output)
@@ -68,6 +67,7 @@ def build(plan: Plan, output: Path, *, overwrite: bool = False) -> BuildReport:
     settings = {member.name: plan.member_settings(member) for member in plan.members}
     (work / "members").mkdir(exist_ok=True)
 
+    _try_export(plan, work, journal)
     with journal.step(f"train {big.name}", folders[big.name], settings[big.name]) as todo:
         if todo:
             _train(big, data, folders[big.name], Objective())
@@ -79,7 +79,7 @@ def build(plan: Plan, output: Path, *, overwrite: bool = False) -> BuildReport:
             if todo:
                 source, length, bf16 = str(folders[big.name]), big.recipe.max_length, big.recipe.bf16
                 _write_array(answers, logits_of(source, student_data, student_data.train, length, bf16=bf16))
-        teacher: NDArray[np.float32] = np.load(answers)
+        teacher: NDArray[np.float32] = np.load(answers, allow_pickle=False)
         student_data = _with_answers(student_data, teacher, len(data.train))
         objective = Objective(teacher=teacher, temperature=plan.temperature, distill_weight=plan.distill_weight)
         for member in small:
@@ -90,7 +90,13 @@ def build(plan: Plan, output: Path, *, overwrite: bool = False) -> BuildReport:
     with journal.step("export", bundle, {"members": settings, "precision": plan.precision}) as todo:
         if todo:
             sources = [str(folder) for folder in folders.values()]
-            export_bundle(sources, bundle, precision=plan.precision, calibrate=True)
+            export_bundle(
+                sources,
+                bundle,
+                precision=plan.precision,
+                max_accuracy_drop=plan.max_accuracy_drop,
+                calibrate=True,
+            )
     with journal.step("tune", None, None):
         runtime = open_whole(bundle, preload=True)
         found, measured = _tuned(runtime, plan)
@@ -103,6 +109,19 @@ def build(plan: Plan, output: Path, *, overwrite: bool = False) -> BuildReport:
         shutil.copytree(bundle, folder, dirs_exist_ok=True)
     _remove(bundle)
     return report
+
+
+def _try_export(plan: Plan, work: Path, journal: Journal) -> None:
+    """Export untrained copies of all members together, to find what does not work before the training."""
+    starts = [Start(member.base, member.truncated, member.tokenizer, member.name) for member in plan.members]
+    precision = "fp32" if plan.precision == AUTO else plan.precision  # `auto` has to measure, and takes fp32 at worst
+    settings = {"members": [vars(start) for start in starts], "precision": precision}
+    done = work / "export-tried.json"
+    with journal.step("try the export", done, settings) as todo:
+        if todo:
+            data, length = plan.parts.data, plan.members[0].recipe.max_length
+            try_export(starts, data.labels, pair=data.pair, max_length=length, precision=precision)
+            write_json(done, settings)
 
 
 def _tuned(runtime: CascadeRuntime, plan: Plan) -> tuple[TuningReport, Collected]:

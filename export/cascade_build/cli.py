@@ -16,14 +16,16 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cascade_export.check import MAX_ACCURACY_DROP
 from cascade_train.cli.options import add_data, data_from, need_training
 from cascade_train.tasks import SMART_HOME
 
-from cascade_rt.cli.options import columns_from
+from cascade_rt.cli.options import reading
 from cascade_rt.cli.parser import CommandParser
 from cascade_rt.cli.rendering import percent, table
 from cascade_rt.errors import MissingExtraError
-from cascade_rt.io.readers import read_examples
+from cascade_rt.io.fields import is_blank
+from cascade_rt.io.readers import Reading, read_examples
 from cascade_rt.tuning.report import COSTS, Question
 from cascade_rt.types import Text
 
@@ -53,6 +55,9 @@ def add_arguments(parser: CommandParser) -> None:
     )
     add("--output", required=True, type=Path, metavar="BUNDLE", help="the bundle's folder; work goes to BUNDLE.build")
     add("--unlabelled", type=Path, action="append", default=[], metavar="FILE", help="texts without labels; repeatable")
+    parser.reads("big", "small", paths=_bases)
+    parser.reads("unlabelled")
+    parser.writes("output", paths=lambda output: [output, f"{output}.build"])
     add(
         "--augment",
         type=int,
@@ -64,6 +69,7 @@ def add_arguments(parser: CommandParser) -> None:
     add("--overwrite", action="store_true", help="replace an existing bundle")
     add("--json", action="store_true", help="print the report, or the plan, as JSON")
     add_data(parser)
+    parser.aliases["tokenizer"] = "--small"  # whose tokenizer the bundle has
     parser.add_argument(
         "--reserve",
         type=float,
@@ -82,6 +88,13 @@ def add_arguments(parser: CommandParser) -> None:
     asked.add_argument("--confidence", type=float, metavar="P", help="guarantee that with this confidence, e.g. 0.95")
     asked.add_argument("--cost", choices=COSTS, default="latency", help="how speed is measured; latency is timed here")
     asked.add_argument("--precision", default="fp32", help="of the bundle: fp32, fp16, int8, or auto for each member")
+    asked.add_argument(
+        "--max-accuracy-drop",
+        type=float,
+        default=MAX_ACCURACY_DROP,
+        metavar="POINTS",
+        help="percentage points that the precision may cost a member",
+    )
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--epochs", type=float, help="passes over the data (default: about 3,000 steps, 2 to 10)")
     recipe.add_argument("--small-epochs", type=float, help="of the small members (default: as the biggest)")
@@ -115,7 +128,7 @@ def run(options: argparse.Namespace) -> None:
 
     question = Question(max_drop=options.max_drop, confidence=options.confidence, cost=options.cost)
     data = data_from(options)
-    unlabelled = _texts(options.unlabelled, data.pair, columns_from(options))
+    unlabelled = _texts(options.unlabelled, data.pair, reading(options))
     parts = split(
         data,
         unlabelled,
@@ -142,7 +155,16 @@ def run(options: argparse.Namespace) -> None:
         learning_rate=options.learning_rate,
         small_learning_rate=options.small_learning_rate,
     )
-    plan = Plan(parts, members, options.distill_weight, options.temperature, options.precision, question, options.bf16)
+    plan = Plan(
+        parts,
+        members,
+        options.distill_weight,
+        options.temperature,
+        options.precision,
+        question,
+        options.bf16,
+        options.max_accuracy_drop,
+    )
     if options.dry_run:
         found = steps(plan)
         if options.json:
@@ -159,12 +181,14 @@ def run(options: argparse.Namespace) -> None:
         print(f"\n{options.output}: the bundle\n{work_folder(options.output) / REPORT}: the report")
 
 
-def _texts(files: Sequence[Path], pair: bool, columns: tuple[str, ...] | None) -> list[Text]:
-    found: list[Text] = []
-    for file in files:
-        named = None if file.suffix.lower() == ".txt" else columns
-        found += [row.text for row in read_examples(file, pair=pair, columns=named) if "".join(row.text).strip()]
-    return found
+def _bases(written: str) -> list[str]:
+    """Return the folders that BASE or BASE=K may be."""
+    return [written, written.rpartition("=")[0] or written]
+
+
+def _texts(files: Sequence[Path], pair: bool, how: Reading) -> list[Text]:
+    rows = (row for file in files for row in read_examples(file, how.of_texts(file), pair=pair))
+    return [row.text for row in rows if not is_blank(row.text)]
 
 
 def _plan(plan: Plan, found: Sequence[Step]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from cascade_export.check import MAX_ACCURACY_DROP, check_allowed
 from cascade_export.checkpoint import member_name
 from cascade_export.export import AUTO
 from cascade_export.precision import PRECISIONS
@@ -23,12 +24,12 @@ from cascade_train.finetune import (
     load_base,
 )
 from cascade_train.inference import collator, features
-from cascade_train.sources import pretrained
+from cascade_train.sources import load_tokenizer, pretrained
 from cascade_train.tasks import Examples, TaskData, load_part, reserve
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from cascade_build.augment import variants
-from cascade_rt.errors import InputError, InvalidOption, first_line
+from cascade_rt.errors import InputError, InvalidOption
 from cascade_rt.tuning.collect import FEWEST_TEXTS
 from cascade_rt.tuning.report import Question
 from cascade_rt.types import Text
@@ -79,12 +80,15 @@ class Plan:
     question: Question
     bf16: bool | None = None
     """As asked; None leaves the choice to a measurement, whose result may be another one later."""
+    max_accuracy_drop: float = MAX_ACCURACY_DROP
+    """Percentage points that the precision may cost a member."""
 
     def __post_init__(self) -> None:
         """Raise InvalidOption for what would only fail after hours of training."""
         Objective(temperature=self.temperature, distill_weight=self.distill_weight)
         if self.precision not in (*PRECISIONS, AUTO):
             raise InvalidOption("precision", self.precision, f"one of {', '.join((*PRECISIONS, AUTO))}")
+        check_allowed(self.max_accuracy_drop)
 
     def data_settings(self) -> dict[str, Any]:
         """Return what identifies the labelled data and their split."""
@@ -241,10 +245,13 @@ def preflight(plan: Plan) -> None:
 
 def steps(plan: Plan) -> list[Step]:
     """Return what a build does, in order, and how long each step takes, from a few training steps here."""
-    parts, found = plan.parts, []
+    parts = plan.parts
+    found: list[Step] = []
     big, *small = plan.members
     train, fresh = len(parts.data.train), len(parts.unlabelled)
     forward: dict[str, float] = {}
+    what = f"{len(plan.members)} untrained members of at most 2 layers, together"
+    found.append(Step("try the export", what, 0, 8.0 * len(plan.members)))
     for member in plan.members:
         texts = train + (fresh if member is not big else 0)
         each = _seconds_per_text(member, parts.data)
@@ -270,13 +277,7 @@ def _base(role: str, written: str) -> tuple[str, int | None, Any]:
     base, equals, layers = written.rpartition("=")
     if not equals or not layers.isdecimal() or Path(written).is_dir():
         base, layers = written, ""
-    try:
-        config = pretrained(AutoConfig, base)
-    except Exception as error:  # a folder can be broken in many ways, and each library has its own errors
-        raise InputError(
-            f"cannot read the base model {base!r} ({first_line(error)}); expected a Hugging Face folder, or hf:NAME "
-            "and a network, with =K behind it to keep only the first K layers"
-        ) from error
+    config = pretrained(AutoConfig, base)
     if layers and not 1 <= int(layers) <= config.num_hidden_layers:
         raise InvalidOption(role, written, f"1 to {config.num_hidden_layers} layers of {base}")
     return base, int(layers) if layers else None, config
@@ -296,10 +297,7 @@ def _name(layers: int, base: str, others: Sequence[MemberPlan]) -> str:
 def _same_tokenizer(one: str, other: str) -> bool:
     if one == other:
         return True
-    try:
-        first, second = (pretrained(AutoTokenizer, base) for base in (one, other))
-    except Exception as error:
-        raise InputError(f"cannot read the tokenizers of {one} and {other} ({first_line(error)})") from error
+    first, second = (load_tokenizer(base) for base in (one, other))
     texts = ["A first text, and then some 1,234 more.", "naïve Zürich 🙂 don't"]
     return bool(
         first.get_vocab() == second.get_vocab()

@@ -16,8 +16,8 @@ from cascade_rt.engine.batching import TOKEN_BUDGET, by_length, micro_batches
 from cascade_rt.engine.probabilities import confidence, softmax
 from cascade_rt.engine.stage import Stage
 from cascade_rt.engine.tokenization import Encoded
-from cascade_rt.errors import CascadeError, InputError
-from cascade_rt.io.readers import Example, read_examples
+from cascade_rt.errors import CascadeError, InputError, InvalidOption
+from cascade_rt.io.readers import AS_USUAL, LABEL, Reading, read_examples
 from cascade_rt.tuning.evaluation import label_ids, quality
 from cascade_rt.types import Text
 
@@ -40,24 +40,27 @@ class CheckData:
     labels: NDArray[np.intp] | None
 
 
-def load_check_data(file: Path | None, checkpoint: Checkpoint) -> CheckData | None:
-    """Read a labelled or unlabelled file, or else what training held out; None if there is neither."""
-    examples = list(read_examples(file, pair=checkpoint.pair)) if file else checkpoint.validation(_KEPT_TEXTS)
+def load_check_data(file: Path | None, checkpoint: Checkpoint, reading: Reading = AS_USUAL) -> CheckData | None:
+    """Read a labelled or unlabelled file as `reading` says, or else what training held out; None if there is neither.
+
+    A file is labelled if it has the usual column, or where `reading` names one.
+    """
+    if file:
+        examples = list(read_examples(file, reading, pair=checkpoint.pair))
+    else:
+        examples, reading = checkpoint.validation(_KEPT_TEXTS), AS_USUAL
     if not examples:
         if file:
             raise InputError(f"{file}: found no texts to check on, expected at least one")
         return None
     labels = None
-    labelled = sum("label" in example.fields for example in examples)
+    labelled = sum((reading.label_column or LABEL) in example.fields for example in examples)
     if 0 < labelled < len(examples):
         raise InputError(f"{file}: found labels for {labelled} of {len(examples)} texts, expected all or none")
-    if labelled:
-        labels = label_ids(_written(examples), checkpoint.labels)
+    if labelled or reading.label_column:
+        written = [(reading.label_of(example), example.where) for example in examples]
+        labels = label_ids(written, checkpoint.labels, known_by="the member knows")
     return CheckData([example.text for example in examples], labels)
-
-
-def _written(examples: Sequence[Example]) -> list[tuple[str, str]]:
-    return [(example.field("label"), example.where) for example in examples]
 
 
 def probabilities(member: Stage, encoded: Encoded) -> Probabilities:
@@ -107,6 +110,12 @@ def compare(original: Probabilities | None, exported: Probabilities, labels: NDA
 def _quality(answers: Probabilities, labels: NDArray[np.intp]) -> dict[str, float | None]:
     found = quality(labels, answers.argmax(axis=1), confidence(answers), answers.shape[1])
     return {"accuracy": found.accuracy, "dis": found.dis, "ece": found.ece}
+
+
+def check_allowed(drop: float) -> None:
+    """Raise InvalidOption for a `max_accuracy_drop` that is not a number of percentage points."""
+    if not 0 <= drop <= 100:
+        raise InvalidOption("max_accuracy_drop", drop, "a number of percentage points from 0 to 100")
 
 
 def check_drop(name: str, precision: str, report: dict[str, Any], allowed: float) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from cascade_train import RECORD, VALIDATION
 from tokenizers import Tokenizer
 
-from cascade_rt.errors import CascadeError, InputError, InvalidOption
+from cascade_rt.errors import CascadeError, InvalidOption
 from cascade_rt.io.readers import Example, read_examples
 
 SHORTEST = 3  # a token between [CLS] and [SEP]
@@ -80,14 +80,6 @@ def checked_length(source: str, asked: int | None, recorded: Mapping[str, Any], 
     if not SHORTEST <= length <= longest:
         raise InvalidOption("max_length", length, f"{SHORTEST} to {longest} tokens for {source}")
     return length
-
-
-def checked_labels(source: str, names: Mapping[int, str]) -> tuple[str, ...]:
-    """Return the labels by class id; raise InputError unless there are at least two different ones."""
-    labels = tuple(names[index] for index in sorted(names))
-    if len(labels) < 2 or len(set(labels)) < len(labels) or sorted(names) != list(range(len(labels))):
-        raise InputError(f"{source}: found the labels {_shown(labels)}; expected at least two, with different names")
-    return labels
 
 
 def check_fit(checkpoints: Sequence[Checkpoint]) -> None:

@@ -18,10 +18,11 @@ from cascade_export.export import AUTO, DEFAULT_THRESHOLD, FP32_ON_OPENVINO, exp
 from cascade_export.pack import check_output, packed
 from cascade_rt.bundle import Bundle, MemberEntry
 from cascade_rt.bundle.manifest import EXIT_RULES
-from cascade_rt.cli.options import add_provider_option, provider_options
+from cascade_rt.cli.options import add_label_column, add_provider_option, add_reading, provider_options, reading
 from cascade_rt.cli.parser import CommandParser
 from cascade_rt.cli.rendering import table
 from cascade_rt.errors import InputError, InvalidOption, MissingExtraError
+from cascade_rt.io.readers import LABEL
 
 SUMMARY = "export fine-tuned members as a bundle (extra: export)"
 EXAMPLE = "cascade-rt export --member members/2L --member members/12L --output bundle/"
@@ -39,6 +40,7 @@ def add_arguments(parser: CommandParser) -> None:
         metavar="DIR",
         help="a Hugging Face folder or hf:NAME, or an ONNX file or folder; repeat for each member",
     )
+    parser.reads("member")
     members.add_argument(
         "--random",
         action="append",
@@ -46,7 +48,9 @@ def add_arguments(parser: CommandParser) -> None:
         help="instead: a member with random weights, for instance 2x768, to measure hardware; repeat for each member",
     )
     add("--tokenizer", metavar="DIR", help="with --random: the folder of the vocabulary (default: a synthetic one)")
+    parser.reads("tokenizer")
     add("--output", required=True, type=Path, metavar="BUNDLE", help="the bundle's folder")
+    parser.writes("output")
     add(
         "--threshold",
         type=float,
@@ -71,6 +75,10 @@ def add_arguments(parser: CommandParser) -> None:
         help="compare finished members with their originals on these texts, labelled or not (default: what training "
         "held out)",
     )
+    parser.reads("check_data")
+    check = parser.add_argument_group("how --check-data is read")
+    add_reading(parser, of="--check-data", group=check)
+    add_label_column(parser, check)
     add(
         "--max-accuracy-drop",
         type=float,
@@ -96,6 +104,7 @@ def add_arguments(parser: CommandParser) -> None:
         metavar="FILE",
         help="also write the bundle as one ONNX file, as cascade-rt pack does",
     )
+    parser.writes("single_file")
     add("--overwrite", action="store_true", help="replace an existing bundle")
     add("--json", action="store_true", help="print the manifest as JSON")
 
@@ -119,6 +128,7 @@ def run(options: argparse.Namespace) -> None:
                 max_length=options.max_length,
                 precision=_precisions(options.precision),
                 check_data=options.check_data,
+                reading=reading(options),
                 max_accuracy_drop=options.max_accuracy_drop,
                 provider=options.provider,
                 provider_options=provider_options(options),
@@ -140,6 +150,8 @@ def run(options: argparse.Namespace) -> None:
     if checks:
         print("\nchecked against the originals (diff: of a class probability; original -> exported, in %):")
         print(_table(checks))
+        if options.check_data and not any(check["accuracy"] for check in checks):
+            print(f"without labels: {options.check_data} has no column {LABEL!r}; --label-column names another")
     print(f"\n{options.output}: {len(bundle.members)} members, {len(bundle.labels)} labels")
     if line:
         print(line)
@@ -168,6 +180,7 @@ def _segments(members: Sequence[str], options: argparse.Namespace) -> Bundle:
         threshold=options.threshold,
         precision=precisions.get("", "fp32"),
         check_data=options.check_data,
+        reading=reading(options),
         max_accuracy_drop=options.max_accuracy_drop,
         overwrite=options.overwrite,
     )

@@ -13,37 +13,74 @@ from typing import Any
 
 import onnx
 import torch
+from cascade_train.settings import guarded
 from onnx import helper
 from onnxruntime.transformers.fusion_options import FusionOptions
 from onnxruntime.transformers.optimizer import optimize_model
 from optimum.exporters.onnx import main_export
+from optimum.exporters.tasks import TasksManager
 from transformers.utils import logging as transformers_logging
 
+from cascade_export.onnx_graph import TOKEN_INPUTS
 from cascade_export.segments import Segment
 from cascade_export.torch_checkpoint import TorchCheckpoint
+from cascade_rt.errors import InputError
 
+_TASK = "text-classification"
+_REMEDY = "expected a model of a family that docs/guide/families.md lists; fine-tune one of those"
 _OPSET = 18  # what the precisions are written for
 
 
 def convert(checkpoint: TorchCheckpoint, path: Path) -> dict[str, int]:
     """Write the member's fused fp32 graph, with the weights as they are now, to `path`.
 
-    Returns how often each fused operator occurs in it.
+    Returns how often each fused operator occurs in it. Raises InputError for an architecture that cannot be exported.
     """
-    with TemporaryDirectory(prefix="cascade-export-") as folder, _quiet():
+    _check_exportable(checkpoint)
+    with (
+        guarded(checkpoint.source, f"a {checkpoint.model_type} cannot be exported to ONNX", _REMEDY),
+        TemporaryDirectory(prefix="cascade-export-") as folder,
+        _quiet(),
+    ):
         checkpoint.model.save_pretrained(Path(folder) / "torch")
         checkpoint.tokenizer.save_pretrained(Path(folder) / "torch")
         main_export(
             str(Path(folder) / "torch"),
             output=folder,
-            task="text-classification",
+            task=_TASK,
             device="cpu",
             dtype="fp32",
             library_name="transformers",
+            trust_remote_code=False,
+            pad_token_id=checkpoint.tokenizer.pad_token_id or 0,  # else it opens the tokenizer by its own rules
             do_validation=False,  # the finished, fused graph is verified, not this one
             no_post_process=True,
         )
+        _check_inputs(checkpoint, Path(folder) / "model.onnx")
         return _fuse(Path(folder) / "model.onnx", path, checkpoint.config)
+
+
+def _check_inputs(checkpoint: TorchCheckpoint, file: Path) -> None:
+    names = {node.name for node in onnx.load(file, load_external_data=False).graph.input}
+    if others := sorted(names - set(TOKEN_INPUTS)):
+        raise InputError(
+            f"{checkpoint.source}: a {checkpoint.model_type} also takes {', '.join(others)}, which the runtime does "
+            f"not have; {_REMEDY}"
+        )
+
+
+def _check_exportable(checkpoint: TorchCheckpoint) -> None:
+    try:
+        tasks = TasksManager.get_supported_tasks_for_model_type(
+            checkpoint.model_type, "onnx", library_name="transformers"
+        )
+    except KeyError:  # it does not know the architecture
+        tasks = {}
+    if _TASK not in tasks:
+        raise InputError(
+            f"{checkpoint.source}: found a {checkpoint.model_type}, which Optimum does not export to ONNX for text "
+            f"classification; {_REMEDY}"
+        )
 
 
 def convert_segment(segment: Segment, path: Path, tokens: int) -> dict[str, int]:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from cascade_train.exits import PABEE, MultiExitClassifier, open_exits
 from cascade_train.inference import collator, features
+from cascade_train.settings import guarded
 from cascade_train.tasks import Examples
 from numpy.typing import NDArray
 
@@ -27,6 +28,7 @@ from cascade_rt.bundle import Bundle, MemberEntry, sha256_of, write_bundle, writ
 from cascade_rt.bundle.manifest import ENTROPY, EXIT_RULES, HIDDEN_STATES, PATIENCE, THRESHOLD_RULES, TOKENS
 from cascade_rt.engine.probabilities import softmax
 from cascade_rt.errors import CascadeError, InvalidOption
+from cascade_rt.io.readers import AS_USUAL, Reading
 from cascade_rt.types import Text
 
 PRECISIONS_OF_SEGMENTS = tuple(name for name in PRECISIONS if name != "int8-static")
@@ -43,6 +45,7 @@ def export_exits(
     threshold: float = DEFAULT_THRESHOLD,
     precision: str = "fp32",
     check_data: Path | None = None,
+    reading: Reading = AS_USUAL,
     max_accuracy_drop: float,
     overwrite: bool = False,
 ) -> Bundle:
@@ -51,7 +54,8 @@ def export_exits(
     `source`: a folder that `train_exits` wrote. `rule`: the exit rule, one of EXIT_RULES; None for that of its paper:
     patience for PABEE, else entropy. `threshold`: of each exit, until tuning finds better ones. `precision`: of all
     segments. Every exit is compared with torch in one piece, and with itself in other batches. In other precisions than
-    fp32, none may lose more than `max_accuracy_drop` percentage points on `check_data` (None: what training held out).
+    fp32, none may lose more than `max_accuracy_drop` percentage points on `check_data`, which is read
+    as `reading` says (None: what training held out).
     Raises CascadeError where a check fails; nothing is written then.
     """
     checkpoint = open_torch(source)
@@ -67,7 +71,10 @@ def export_exits(
     expected = softmax(_in_one_piece(checkpoint, whole, texts))
     with write_bundle(output, overwrite=overwrite) as folder, TemporaryDirectory(prefix="cascade-export-") as work:
         checkpoint.write_tokenizer(folder / TOKENIZER_FILE)
-        fused = [convert_segment(segment, Path(work) / _file(index), _TRACED) for index, segment in enumerate(segments)]
+        with guarded(source, "cannot be exported to ONNX", "expected a multi-exit model of BERT or its like"):
+            fused = [
+                convert_segment(segment, Path(work) / _file(index), _TRACED) for index, segment in enumerate(segments)
+            ]
 
         def written(kind: str) -> Bundle:
             members = []
@@ -103,7 +110,7 @@ def export_exits(
             facts: list[dict[str, Any]] = [{"max_probability_difference": difference} for difference in differences]
             for fact, batched in zip(facts, _batch_differences(runtime, texts), strict=True):
                 fact["batch_difference"] = batched
-            data = load_check_data(check_data, checkpoint)
+            data = load_check_data(check_data, checkpoint, reading)
             if data is not None:
                 original = softmax(_in_one_piece(checkpoint, whole, data.texts))
                 finished = softmax(runtime.member_logits(data.texts)[0])

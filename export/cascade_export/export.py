@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from cascade_train.settings import guarded
 from tqdm import tqdm
 
 from cascade_export.check import (
@@ -20,6 +21,7 @@ from cascade_export.check import (
     CheckData,
     Probabilities,
     batch_difference,
+    check_allowed,
     check_drop,
     compare,
     load_check_data,
@@ -35,6 +37,7 @@ from cascade_rt.engine.providers import CPU, OPENVINO, is_installed, provider_na
 from cascade_rt.engine.stage import Stage
 from cascade_rt.engine.tokenization import Encoded, TextTokenizer
 from cascade_rt.errors import BundleError, CascadeError, InputError, InvalidOption, MissingExtraError
+from cascade_rt.io.readers import AS_USUAL, Reading
 from cascade_rt.tuning.metrics import ece
 from cascade_rt.types import Text
 
@@ -85,6 +88,7 @@ def export_bundle(
     max_length: int | None = None,
     precision: str | Mapping[str, str] | None = None,
     check_data: Path | None = None,
+    reading: Reading = AS_USUAL,
     max_accuracy_drop: float = MAX_ACCURACY_DROP,
     provider: str = "cpu",
     provider_options: Mapping[str, str] | None = None,
@@ -104,6 +108,7 @@ def export_bundle(
             folder holds. "auto" takes the fastest, on `provider`, that is batch-invariant and passes the check.
         check_data: Texts, with or without labels, to compare aligned and finished members with their originals on;
             None for what training held out.
+        reading: How check_data is read.
         max_accuracy_drop: Percentage points that a member may lose in that check.
         provider: Where finished members are checked and timed.
         provider_options: As for `CascadeRuntime`.
@@ -115,12 +120,11 @@ def export_bundle(
     """
     if not 0 <= threshold <= 1:
         raise InvalidOption("threshold", threshold, "a number from 0 to 1")
-    if not 0 <= max_accuracy_drop <= 100:
-        raise InvalidOption("max_accuracy_drop", max_accuracy_drop, "a number of percentage points from 0 to 100")
+    check_allowed(max_accuracy_drop)
     checkpoints = [_open(source, pair, max_length) for source in sources]
     checkpoints.sort(key=lambda checkpoint: (checkpoint.layers, checkpoint.parameters))
     check_fit(checkpoints)
-    checkpoints = _with_one_tokenizer(checkpoints, check_data)
+    checkpoints = _with_one_tokenizer(checkpoints, check_data, reading)
     wanted = _by_member(precision, [checkpoint.name for checkpoint in checkpoints])
     running = provider_name(provider)
     first = checkpoints[0]
@@ -129,11 +133,12 @@ def export_bundle(
         tokenizer = TextTokenizer(folder / TOKENIZER_FILE, first.max_length, first.pair)
         members = []
         for checkpoint in tqdm(checkpoints, desc="exporting", unit=" members", disable=None):
-            data = load_check_data(check_data, checkpoint)
+            data = load_check_data(check_data, checkpoint, reading)
             batched = tokenizer.encode([*_built_in(first.pair), *(data.texts[:_BATCHED] if data else [])])
             checks = Checks(data, max_accuracy_drop, running, provider_options, calibrate, batched)
             tau = None if checkpoint is checkpoints[-1] else threshold
-            members.append(_export_member(checkpoint, folder, tokenizer, tau, wanted[checkpoint.name], checks))
+            with guarded(checkpoint.source, "cannot be exported", "expected a fine-tuned classifier that can run"):
+                members.append(_export_member(checkpoint, folder, tokenizer, tau, wanted[checkpoint.name], checks))
         bundle = bundle_of(checkpoints, members, folder)
         write_manifest(folder, bundle)
     return bundle
@@ -173,7 +178,9 @@ def _open(source: str, pair: bool | None, max_length: int | None) -> Checkpoint:
     return open_torch(source, pair=pair, max_length=max_length)
 
 
-def _with_one_tokenizer(checkpoints: Sequence[Checkpoint], check_data: Path | None) -> list[Checkpoint]:
+def _with_one_tokenizer(
+    checkpoints: Sequence[Checkpoint], check_data: Path | None, reading: Reading
+) -> list[Checkpoint]:
     """Align the members whose tokenizer is another than the first's; raise CascadeError if that cannot be done."""
     first, *others = checkpoints
     differing = {other.name: parts for other in others if (parts := tokenizer_differences(first, other))}
@@ -183,14 +190,14 @@ def _with_one_tokenizer(checkpoints: Sequence[Checkpoint], check_data: Path | No
     return [
         first,
         *(
-            _aligned(other, first, differing[other.name], check_data) if other.name in differing else other
+            _aligned(other, first, differing[other.name], check_data, reading) if other.name in differing else other
             for other in progress
         ),
     ]
 
 
 def _aligned(
-    checkpoint: Checkpoint, first: Checkpoint, differing: Sequence[str], check_data: Path | None
+    checkpoint: Checkpoint, first: Checkpoint, differing: Sequence[str], check_data: Path | None, reading: Reading
 ) -> Checkpoint:
     for member in (first, checkpoint):
         if isinstance(member, OnnxCheckpoint):
@@ -203,7 +210,7 @@ def _aligned(
 
     if not (isinstance(checkpoint, TorchCheckpoint) and isinstance(first, TorchCheckpoint)):
         raise TypeError(f"no way to align a {type(checkpoint).__name__} to a {type(first).__name__}")
-    data = load_check_data(check_data, checkpoint)
+    data = load_check_data(check_data, checkpoint, reading)
     texts = data.texts[:_ALIGNMENT_TEXTS] if data else _built_in(checkpoint.pair)
     return align_checkpoint(checkpoint, first, texts)
 

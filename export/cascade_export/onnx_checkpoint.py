@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
-import onnxruntime
+from cascade_train.settings import guarded, read_settings
 from tokenizers import Tokenizer
 
-from cascade_export.checkpoint import Checkpoint, checked_labels, checked_length, member_name, training_record
+from cascade_export.checkpoint import Checkpoint, checked_length, member_name, training_record
+from cascade_export.onnx_graph import OnnxGraph
+from cascade_export.tokenizer_file import bundled, check_same_tokens, longest, read_tokenizer
 from cascade_rt.bundle.onnx_file import OnnxFile, scan
-from cascade_rt.errors import BundleError, InputError, first_line
+from cascade_rt.errors import BundleError, InputError
 
 # The names that Optimum and transformers.js give to the files of each precision, in order of preference.
 FILES = {
@@ -22,6 +23,9 @@ FILES = {
     "fp16": ("model_fp16.onnx",),
     "int8": ("model_quantized.onnx", "model_int8.onnx", "model_uint8.onnx"),
 }
+_EXPECTED = (
+    "expected config.json (layers, hidden size) and tokenizer.json beside the ONNX file or in the folder above it"
+)
 _FOLDERS = ("", "onnx")
 _TORCH_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 _INTEGER = ("MatMulInteger", "QLinear", "QGemm", "QuantizeLinear")
@@ -76,54 +80,71 @@ def open_onnx(source: str, *, pair: bool | None = None, max_length: int | None =
     else:
         folder, files = path, _files(path)
         usual = "fp32" if "fp32" in files else next(iter(files))
-    try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-        settings_file = folder / "tokenizer_config.json"
-        settings = json.loads(settings_file.read_text("utf-8")) if settings_file.is_file() else {}
-        backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        names = {int(index): str(name) for index, name in config["id2label"].items()}
-        layers = int(_first(config, "num_hidden_layers", "n_layers", "num_layers"))
+    settings = read_settings(source, folder)
+    if not settings.config:
+        raise InputError(f"{source}: has no config.json; {_EXPECTED}")
+    settings.check_code(["AutoTokenizer"])
+    settings.check_task()
+    settings.check_tokenizer()
+    labels = settings.labels
+    with guarded(source, "cannot be opened", _EXPECTED):
+        config = settings.config
+        layers = int(_first(config, "num_hidden_layers", "n_layers", "num_layers", "n_layer"))
         hidden = int(_first(config, "hidden_size", "dim", "d_model"))
-        training = training_record(str(folder))
-        _enable_padding(backend, config, settings)
-        backend.enable_truncation(512, direction=settings.get("truncation_side", "right"))
         says = int(config.get("max_position_embeddings", 0)) or 512
-        model_length = int(settings.get("model_max_length") or 2**31)
         inner = config.get("intermediate_size") or config.get("hidden_dim")
         inner = None if inner is None else int(inner)
-        reserved = int(config.get("pad_token_id") or 0) + 1
-    except Exception as error:  # missing files, broken JSON, missing keys, and the tokenizers library's bare ones
-        reason = f"has no {error}" if isinstance(error, KeyError) else str(error)
-        raise InputError(
-            f"cannot open the member {source!r} ({reason}); expected config.json (id2label, layers, hidden size) and "
-            "tokenizer.json beside the ONNX file or in the folder above it"
-        ) from error
-    if min(layers, hidden, says, reserved) < 1:
+        pad_id = int(config.get("pad_token_id") or 0)
+        training = training_record(str(folder))
+        model_length = longest(settings)
+    if min(layers, hidden, says, pad_id + 1) < 1:
         raise InputError(
             f"{folder / 'config.json'}: found {layers} layers, hidden size {hidden}, {says} positions, padding id "
-            f"{reserved - 1}; expected positive numbers"
+            f"{pad_id}; expected positive numbers"
         )
-    graph = files.get("fp32", next(iter(files.values())))
-    positions = _positions(graph, says, reserved)
+    tokenizer = read_tokenizer(settings, pad_id=pad_id)
+    is_pair = bool(training.get("pair", False)) if pair is None else pair
+    main = files.get("fp32", next(iter(files.values())))
+    graph = OnnxGraph(main)
+    for other in {main, files[usual]} - {main}:
+        OnnxGraph(other).check(len(labels))
+    graph.check(len(labels))
+    positions = graph.positions(says, pad_id + 1)
     length = checked_length(source, max_length, training, min(positions, model_length))
-    backend.enable_truncation(length, direction=settings.get("truncation_side", "right"))
+    typed = tokenizer.typed or not graph.takes_types
+    backend = bundled(tokenizer.backend, tokenizer.padding, length, tokenizer.cut, typed=typed)
+    _check_transformers(source, folder, backend, length, is_pair)
+    graph.check_tokens(backend, is_pair)
     return OnnxCheckpoint(
         source=source,
         name=member_name(str(folder)),
-        labels=checked_labels(source, names),
-        pair=bool(training.get("pair", False)) if pair is None else pair,
+        labels=labels,
+        pair=is_pair,
         max_length=length,
         positions=positions,
         layers=layers,
         hidden_size=hidden,
         intermediate_size=inner,
-        parameters=max(1, _scanned(graph).weights),
+        parameters=max(1, _scanned(main).weights),
         model_type=str(config.get("model_type", "unknown")),
         backend=backend,
         training=training,
         files=files,
         usual=usual,
     )
+
+
+def _check_transformers(source: str, folder: Path, backend: Tokenizer, max_length: int, pair: bool) -> None:
+    """Compare tokens with those of transformers, where it is installed and can open this tokenizer."""
+    try:
+        from cascade_train.sources import load_tokenizer  # noqa: PLC0415 - an ONNX folder needs no transformers
+    except ImportError:
+        return
+    try:
+        tokenizer = load_tokenizer(str(folder))
+    except InputError:  # of another transformers
+        return
+    check_same_tokens(source, backend, tokenizer, max_length, pair)
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -155,45 +176,11 @@ def _scanned(path: Path) -> OnnxFile:
         raise InputError(str(error)) from error
 
 
-def _first(config: dict[str, Any], *keys: str) -> Any:
+def _first(config: Mapping[str, Any], *keys: str) -> Any:
     for key in keys:
         if key in config:
             return config[key]
-    raise KeyError(" or ".join(keys))
-
-
-def _enable_padding(backend: Tokenizer, config: dict[str, Any], settings: dict[str, Any]) -> None:
-    token = settings.get("pad_token") or "[PAD]"
-    token = str(token["content"] if isinstance(token, dict) else token)
-    found = backend.token_to_id(token)
-    backend.enable_padding(
-        direction="right",
-        pad_id=int(config.get("pad_token_id") or 0) if found is None else found,
-        pad_type_id=int(settings.get("pad_token_type_id", 0)),
-        pad_token=token,
-    )
-
-
-def _positions(path: Path, says: int, reserved: int) -> int:
-    """Return how many tokens the graph takes, by running it: RoBERTa-like models take fewer than config.json says."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise InputError(f"{path}: ONNX Runtime cannot load it ({first_line(error)})") from error
-    types = {node.name: node.type for node in session.get_inputs()}
-    if wrong := [f"{name} as {kind}" for name, kind in types.items() if kind != "tensor(int64)"]:
-        raise InputError(f"{path}: takes {', '.join(wrong)}; expected token ids as tensor(int64) only")
-    for tokens in (says, says - reserved):
-        ids = np.full((1, tokens), reserved, dtype=np.int64)  # any token but padding
-        values = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
-        try:
-            session.run(None, {name: values[name] for name in types})
-        except Exception:
-            continue
-        return tokens
-    raise InputError(f"{path}: cannot run {says - reserved} tokens, as config.json's max_position_embeddings promises")
+    raise ValueError(f"config.json has no {' or '.join(keys)}")
 
 
 def _copy(source: Path, target: Path) -> None:

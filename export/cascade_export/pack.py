@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from cascade_rt.cli.options import add_model_dir
 from cascade_rt.cli.parser import CommandParser
 from cascade_rt.errors import InputError, MissingExtraError
-from cascade_rt.io.writers import output_path
+from cascade_rt.io.writers import check_ending, output_path
 
 SUMMARY = "write a bundle as one ONNX file, for other languages and browsers (extra: export)"
 EXAMPLE = "cascade-rt pack --model-dir bundle/ --output cascade.onnx"
@@ -16,8 +17,9 @@ EXAMPLE = "cascade-rt pack --model-dir bundle/ --output cascade.onnx"
 def add_arguments(parser: CommandParser) -> None:
     """Add the options."""
     add = parser.add_argument
-    add("--model-dir", required=True, metavar="BUNDLE", help="the bundle's folder, or hf:NAME")
+    add_model_dir(parser)
     add("--output", required=True, type=Path, metavar="FILE", help="the ONNX file")
+    parser.writes("output")
     add("--overwrite", action="store_true", help="replace an existing file")
 
 
@@ -28,6 +30,7 @@ def run(options: argparse.Namespace) -> None:
 
 def check_output(output: str | Path, *, overwrite: bool) -> None:
     """Raise InputError for a file that cannot be written, or that exists and is not to be replaced."""
+    check_ending(output, ".onnx")
     if output_path(output).exists() and not overwrite:
         raise InputError(f"{output}: exists already; name another file, or use `overwrite`")
 

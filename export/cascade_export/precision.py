@@ -172,7 +172,9 @@ class _Graph:
             if tokens not in quantized:  # query, key and value share theirs
                 quantized[tokens] = self._by_token(tokens, self._array(weight).shape[0], middle, factors[tokens])
             values, scale = quantized[tokens]
-            integers = [f"{weight}_int8", unit, f"{weight}_scales", middle]
+            # Without a zero point of the weights, ONNX Runtime before 1.30 ends the process on CPUs without VNNI.
+            zero = self._constant(f"{weight}_zero", np.int8(0))
+            integers = [f"{weight}_int8", unit, f"{weight}_scales", middle, zero]
             self._add("MatMulIntegerToFloat", [values, *integers], f"{output}_scaled", CONTRIB)
             self._add("Mul", [f"{output}_scaled", scale], output)
         self._raise_operators()

@@ -7,17 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from cascade_train.sources import pretrained
+from cascade_train.sources import load_tokenizer
 from tokenizers import BertWordPieceTokenizer
 from transformers import (
-    AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
     BertTokenizerFast,
     PreTrainedTokenizerFast,
 )
 
-from cascade_rt.errors import InputError, InvalidOption
+from cascade_rt.errors import InvalidOption
 
 VOCABULARY_SIZE = 30_522  # as BERT's
 
@@ -31,9 +30,7 @@ def write_random_members(
     times the hidden one, 512 positions. `tokenizer` names a Hugging Face folder or hf:NAME to take the vocabulary
     from; by default it is made up, so that texts in a real language are cut into more tokens than BERT's would.
     """
-    words = pretrained(AutoTokenizer, tokenizer) if tokenizer else _made_up_tokenizer(seed)
-    if not isinstance(words, PreTrainedTokenizerFast):
-        raise InputError(f"{tokenizer}: has no fast tokenizer (tokenizer.json); cascade-rt needs one")
+    words = load_tokenizer(tokenizer) if tokenizer else _made_up_tokenizer(seed)
     paths = []
     for layers, hidden in shapes:
         torch.manual_seed(seed + layers)

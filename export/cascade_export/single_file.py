@@ -23,6 +23,7 @@ from cascade_rt import CascadeRuntime
 from cascade_rt.bundle import Bundle
 from cascade_rt.bundle.manifest import BATCH_TOLERANCE
 from cascade_rt.engine.cost import cumulative_layers
+from cascade_rt.engine.providers import saturates
 from cascade_rt.errors import BundleError, CascadeError, InputError, first_line
 from cascade_rt.io.writers import whole_file
 from cascade_rt.types import Text
@@ -58,6 +59,12 @@ def _write(runtime: CascadeRuntime, model_dir: str | Path, output: str | Path) -
         raise BundleError(
             f"{model_dir}: found members that are segments, or exits by {bundle.exit_rule['kind']}; expected complete "
             "members and exits by maximum_probability"
+        )
+    if wrong := [entry for entry in bundle.members if saturates(entry.precision)]:
+        raise BundleError(
+            f"{model_dir}: found member {wrong[0].name!r} in {wrong[0].precision} on a CPU without VNNI, where its "
+            "products saturate at ONNX Runtime's default settings, with which one file runs; pack it on a CPU with "
+            "VNNI, or export the members in fp32 or fp16"
         )
     try:
         model = _joined(bundle, bundle.folder or Path(model_dir))

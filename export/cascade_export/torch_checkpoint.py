@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from inspect import signature
 from typing import Any
 
-from cascade_train.alignment import align, check_alignment, usable_positions
-from cascade_train.sources import pretrained
-from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
+from cascade_train.alignment import align, check_alignment, check_token_types, usable_positions
+from cascade_train.settings import guarded
+from cascade_train.sources import check_tokens, check_weights, classifier_settings, load_tokenizer, pretrained
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from cascade_export.checkpoint import Checkpoint, checked_labels, checked_length, member_name, training_record
-from cascade_rt.errors import InputError, first_line
+from cascade_export.checkpoint import Checkpoint, checked_length, member_name, training_record
+from cascade_export.tokenizer_file import Padding, bundled, check_same_tokens
+from cascade_rt.errors import InputError
 from cascade_rt.types import Text
 
 _SHOWN_TOKENS = 12
@@ -33,32 +35,45 @@ def open_torch(source: str, *, pair: bool | None = None, max_length: int | None 
     """Open a fine-tuned classifier, a Hugging Face folder or hf:NAME.
 
     `pair` and `max_length` override what training recorded; for a checkpoint without a record the defaults are
-    single texts, and as many tokens as the model takes. Raises InputError where it cannot be opened.
+    single texts, and as many tokens as the model takes. Raises InputError, which names the source, where it cannot be
+    opened or has settings that would change its answers (docs/guide/families.md).
     """
-    try:
-        config = pretrained(AutoConfig, source)
-        tokenizer = pretrained(AutoTokenizer, source)
-        model, loading = pretrained(
-            AutoModelForSequenceClassification, source, dtype="float32", output_loading_info=True
-        )
-        training = training_record(source)
-    except Exception as error:  # a folder can be broken in many ways, and each library has its own errors
-        raise InputError(
-            f"cannot open the member {source!r} ({first_line(error)}); expected a Hugging Face folder of a "
-            "fine-tuned classifier"
-        ) from error
+    labels = classifier_settings(source).labels
+    config = pretrained(AutoConfig, source)
+    tokenizer = load_tokenizer(source)
+    model, loading = pretrained(AutoModelForSequenceClassification, source, output_loading_info=True)
     if loading["missing_keys"]:
         missing = ", ".join(sorted(loading["missing_keys"])[:3])
         raise InputError(f"{source}: not a fine-tuned classifier (has no weights for {missing}); fine-tune it first")
-    labels = checked_labels(source, {index: config.id2label[index] for index in range(config.num_labels)})
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise InputError(f"{source}: has no fast tokenizer (tokenizer.json); cascade-rt needs one")
+    with guarded(source, "cannot be used", "expected a fine-tuned encoder of a family in docs/guide/families.md"):
+        return _checked(source, labels, config, tokenizer, model, pair, max_length)
+
+
+def _checked(
+    source: str,
+    labels: tuple[str, ...],
+    config: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    model: Any,
+    pair: bool | None,
+    max_length: int | None,
+) -> TorchCheckpoint:
+    training = training_record(source)
+    is_pair = bool(training.get("pair", False)) if pair is None else pair
+    check_weights(source, model)
+    check_tokens(source, tokenizer, model)
+    check_token_types(source, tokenizer, model, is_pair)
     length = checked_length(source, max_length, training, int(min(usable_positions(model), tokenizer.model_max_length)))
+    padding = Padding(tokenizer.pad_token or "[PAD]", tokenizer.pad_token_id or 0, tokenizer.pad_token_type_id)
+    takes_types = "token_type_ids" in signature(model.forward).parameters
+    typed = not takes_types or "token_type_ids" in tokenizer.model_input_names
+    backend = bundled(tokenizer.backend_tokenizer, padding, length, tokenizer.truncation_side, typed=typed)
+    check_same_tokens(source, backend, tokenizer, length, is_pair)
     return TorchCheckpoint(
         source=source,
         name=member_name(source),
         labels=labels,
-        pair=bool(training.get("pair", False)) if pair is None else pair,
+        pair=is_pair,
         max_length=length,
         positions=usable_positions(model),
         layers=int(config.num_hidden_layers),
@@ -66,7 +81,7 @@ def open_torch(source: str, *, pair: bool | None = None, max_length: int | None 
         intermediate_size=getattr(config, "intermediate_size", None) or getattr(config, "hidden_dim", None),
         parameters=sum(weight.numel() for weight in model.parameters()),
         model_type=config.model_type,
-        backend=_backend(tokenizer, length),
+        backend=backend,
         training=training,
         config=config,
         model=model.eval(),
@@ -89,7 +104,7 @@ def align_checkpoint(checkpoint: TorchCheckpoint, first: TorchCheckpoint, texts:
         raise InputError(
             f"member {checkpoint.name!r} cannot be aligned to the tokenizer of {first.name!r}, which gives none of "
             f"{len(texts)} texts the same tokens as its own (found {found!r}, expected {expected!r}); fine-tune it "
-            f"again with cascade-rt train and `tokenizer` {first.source}"
+            f"again with cascade-rt train --tokenizer {first.source}"
         )
     return replace(
         checkpoint,
@@ -116,15 +131,3 @@ def _tokens(checkpoint: TorchCheckpoint, first: TorchCheckpoint, texts: Sequence
         if len(tokens[0]) != len(tokens[1]):
             break  # the templates differ, not the words
     return shown
-
-
-def _backend(tokenizer: PreTrainedTokenizerFast, max_length: int) -> Tokenizer:
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.enable_padding(
-        direction="right",  # always: on the left, the first token of a text would get another position than when alone
-        pad_id=tokenizer.pad_token_id,
-        pad_type_id=tokenizer.pad_token_type_id,
-        pad_token=tokenizer.pad_token,
-    )
-    backend.enable_truncation(max_length, direction=tokenizer.truncation_side)
-    return backend

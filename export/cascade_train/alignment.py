@@ -25,6 +25,7 @@ TOLERANCE = 1e-4
 """Largest allowed |difference of a logit| between a model under its own tokenizer and the aligned one."""
 
 _EXAMPLES = 5
+_UNLIMITED = 512  # tokens, for a model that names no number of positions
 _ROLES = {
     "cls_token": "bos_token",
     "bos_token": "cls_token",
@@ -137,9 +138,24 @@ def usable_positions(model: Any) -> int:
     """Return how many tokens the model has positions for; RoBERTa-like models start after the padding token's id."""
     table = _table(model, "position_embeddings")
     if table is None:
-        return int(model.config.max_position_embeddings)
+        named = getattr(model.config, "max_position_embeddings", None) or 0
+        return int(named) if named > 0 else _UNLIMITED  # XLNet has -1
     reserved = 0 if table.padding_idx is None else table.padding_idx + 1
     return int(table.num_embeddings) - reserved
+
+
+def check_token_types(source: str, tokenizer: PreTrainedTokenizerFast, model: Any, pair: bool) -> None:
+    """Raise InputError if the tokenizer gives token types that the model has no embedding for."""
+    table = _table(model, "token_type_embeddings")
+    if table is None:
+        return
+    encoded = tokenizer("a", "b") if pair else tokenizer("a")
+    types = max(encoded.get("token_type_ids") or [0]) + 1
+    if types > table.num_embeddings:
+        raise InputError(
+            f"{source}: its tokenizer gives {'pairs' if pair else 'texts'} {types} token types, expected at most "
+            f"{table.num_embeddings} (type_vocab_size); use the tokenizer that the model was trained with"
+        )
 
 
 def _own_ids(own: PreTrainedTokenizerFast, target: PreTrainedTokenizerFast, rows: int) -> NDArray[np.int64]:
@@ -159,7 +175,7 @@ def _own_ids(own: PreTrainedTokenizerFast, target: PreTrainedTokenizerFast, rows
         raise InputError(
             f"{own.name_or_path}: lacks {len(lacking)} of the {len(wanted)} tokens of {target.name_or_path} "
             f"({examples}), expected the same words under any ids; use members of one family, or fine-tune the "
-            f"others with `tokenizer` {own.name_or_path}"
+            f"others with cascade-rt train --tokenizer {own.name_or_path}"
         )
     return own_ids
 

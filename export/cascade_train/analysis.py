@@ -18,7 +18,7 @@ from cascade_rt.tuning.metrics import equal_width_bins
 from cascade_rt.tuning.plot import pyplot
 from cascade_rt.types import Text
 from cascade_train.finetune import last_linear
-from cascade_train.sources import pretrained
+from cascade_train.sources import load_tokenizer, pretrained
 
 _CURVE_POINTS = 60
 
@@ -207,9 +207,9 @@ def project(representations: NDArray[np.float32], seed: int = 0) -> NDArray[np.f
 def representations(source: str, texts: Sequence[Text], max_length: int) -> NDArray[np.float32]:
     """Return the input of a member's last layer for each text, float32 (texts, hidden); `source`: its folder."""
     import torch  # noqa: PLC0415 - slow to import
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer  # noqa: PLC0415
+    from transformers import AutoModelForSequenceClassification  # noqa: PLC0415
 
-    tokenizer = pretrained(AutoTokenizer, source)
+    tokenizer = load_tokenizer(source)
     model = pretrained(AutoModelForSequenceClassification, source).eval()
     seen: list[NDArray[np.float32]] = []
     head = last_linear(model)

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
-    AutoTokenizer,
     PreTrainedTokenizerFast,
     PrinterCallback,
     Trainer,
@@ -34,12 +33,12 @@ from transformers import (
 )
 
 from cascade_rt.errors import InputError, InvalidOption
-from cascade_rt.io.readers import read_examples
+from cascade_rt.io.fields import is_blank
+from cascade_rt.io.readers import AS_USUAL, Reading, read_examples
 from cascade_train.finetune import (
     OPTIMIZER,
     RECIPE_RANGES,
     TRAINED_ATTENTION,
-    cannot_load,
     check_length,
     check_ranges,
     claim,
@@ -50,7 +49,7 @@ from cascade_train.hardware import bf16_pays
 from cascade_train.layers import embeddings_name, layer_lists
 from cascade_train.losses import hidden_state_error, mean_vector_cosine, relation_divergence
 from cascade_train.progress import Progress
-from cascade_train.sources import pretrained
+from cascade_train.sources import check_tokens, load_tokenizer, pretrained
 
 
 @dataclass(frozen=True)
@@ -102,16 +101,15 @@ def distil(
     output: Path,
     *,
     layers: int,
-    text_column: str | None = None,
     recipe: Distillation,
+    reading: Reading = AS_USUAL,
 ) -> dict[str, Any]:
     """Distil `base` (a folder or hf:NAME) into an encoder of `layers` layers; write it to `output`.
 
-    `texts`: files with one text per record, in any format that `read_examples` reads; `text_column` names the column
-    of those that have columns. `output` is a Hugging Face encoder folder with the record, cascade_train.json. A killed
-    run resumes from its last checkpoint when it is called again with the same arguments. Returns the record; raises
-    CascadeError if `output` exists, another run's unfinished work is there, there are fewer than two texts, or `base`
-    cannot be loaded or has no list of layers.
+    `texts`: files with one text per record, in any format that `read_examples` reads, and as `reading` says. `output`
+    is a Hugging Face encoder folder with the record, cascade_train.json. A killed run resumes from its last checkpoint
+    when it is called again with the same arguments. Returns the record; raises CascadeError if `output` exists, another
+    run's unfinished work is there, there are fewer than two texts, or `base` cannot be loaded or has no list of layers.
     """
     if output.exists():
         raise InputError(f"{output} exists; choose another output folder, or delete it to distil again")
@@ -126,7 +124,7 @@ def distil(
     student = make_student(teacher, picked, base)
     if recipe.relations:
         projections(teacher, base)  # fails before the texts are read
-    tokenized = Tokenized.read(tokenizer, texts, text_column, recipe.max_length)
+    tokenized = Tokenized.read(tokenizer, texts, recipe.max_length, reading)
     train, validation = tokenized.split(recipe.seed)
     run = {
         "base": str(base),
@@ -162,15 +160,11 @@ def distil(
 
 def load_encoder(base: str) -> tuple[PreTrainedTokenizerFast, Any]:
     """Load an encoder without a head, and its tokenizer; raise InputError where that fails."""
-    try:
-        config = pretrained(AutoConfig, base)
-        tokenizer = pretrained(AutoTokenizer, base)
-        model = pretrained(AutoModel, base, config=config)
-    except Exception as error:  # a folder can be broken in many ways, and each library has its own errors
-        raise cannot_load(base, error) from error
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise InputError(f"{base}: has no fast tokenizer (tokenizer.json); cascade-rt needs one")
-    return tokenizer, model.float().eval().requires_grad_(False)
+    config = pretrained(AutoConfig, base)
+    tokenizer = load_tokenizer(base)
+    model = pretrained(AutoModel, base, config=config)
+    check_tokens(base, tokenizer, model)
+    return tokenizer, model.eval().requires_grad_(False)
 
 
 def pick_layers(deep: int, layers: int) -> list[int]:
@@ -201,7 +195,7 @@ def make_student(teacher: Any, picked: Sequence[int], base: str) -> Any:
             continue
         index, _, rest = name.removeprefix(prefix).partition(".")
         weights |= {f"{prefix}{place}.{rest}": weight for place, layer in enumerate(picked) if layer == int(index)}
-    student = AutoModel.from_config(config, attn_implementation=TRAINED_ATTENTION)
+    student = AutoModel.from_config(config, attn_implementation=TRAINED_ATTENTION, trust_remote_code=False)
     try:
         if not lists:
             raise RuntimeError("it has no list of layers")
@@ -250,13 +244,16 @@ class Tokenized:
 
     @staticmethod
     def read(
-        tokenizer: PreTrainedTokenizerFast, files: Sequence[Path | str], column: str | None, max_length: int
+        tokenizer: PreTrainedTokenizerFast,
+        files: Sequence[Path | str],
+        max_length: int,
+        reading: Reading = AS_USUAL,
     ) -> Tokenized:
         """Read and tokenize files; skip blank texts and repetitions; raise InputError for fewer than two texts."""
         parts: list[NDArray[np.int32]] = []
         lengths: list[int] = []
         digest = hashlib.sha256()
-        distinct = _distinct(files, column)
+        distinct = _distinct(files, reading)
         while some := list(islice(distinct, _TOKENIZED)):
             rows = tokenizer(some, truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
             parts.append(np.concatenate([np.asarray(row, dtype=np.int32) for row in rows]))
@@ -285,14 +282,14 @@ class Tokenized:
         return self.tokens[start : start + self.lengths[row]]
 
 
-def _distinct(files: Sequence[Path | str], column: str | None) -> Iterator[str]:
+def _distinct(files: Sequence[Path | str], reading: Reading) -> Iterator[str]:
     """Yield the texts of files without blank ones and repetitions; only their hashes are kept."""
     seen: set[bytes] = set()
     for file in files:
-        for example in read_examples(file, pair=False, columns=(column,) if column else None):
+        for example in read_examples(file, reading.of_texts(file), pair=False):
             text = str(example.text).strip()
             key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-            if text and key not in seen:
+            if not is_blank(text) and key not in seen:
                 seen.add(key)
                 yield text
 

@@ -28,7 +28,6 @@ from cascade_rt.tuning.metrics import accuracy
 from cascade_train import RECORD
 from cascade_train.finetune import (
     Recipe,
-    cannot_load,
     check_length,
     claim,
     described_examples,
@@ -42,6 +41,8 @@ from cascade_train.finetune import (
 from cascade_train.inference import collator, features
 from cascade_train.losses import distillation
 from cascade_train.progress import Progress
+from cascade_train.settings import guarded
+from cascade_train.sources import pretrained
 from cascade_train.tasks import TaskData
 
 DEEBERT, PABEE, FASTBERT = "deebert", "pabee", "fastbert"
@@ -213,26 +214,26 @@ def train_exits(
         "versions": {name: version(name) for name in ("torch", "transformers", "cascade-rt")},
     }
 
-    def save(folder: Path) -> None:
-        trainer.model.model.save_pretrained(folder)
-        save_file(trainer.model.exits.state_dict(), str(folder / EXITS_FILE))
-
-    finish(work, output, save, tokenizer, record, data)
+    finish(work, output, lambda folder: write_exits(folder, trainer.model), tokenizer, record, data)
     if member != base:
         shutil.rmtree(member)
     return record
 
 
+def write_exits(folder: Path, whole: MultiExitClassifier) -> None:
+    """Write the weights of a multi-exit model, and its configuration."""
+    whole.model.save_pretrained(folder)
+    save_file(whole.exits.state_dict(), str(folder / EXITS_FILE))
+
+
 def open_exits(source: str | Path) -> MultiExitClassifier:
     """Open the folder of a multi-exit model; raise InputError for any other."""
     folder = Path(source)
-    try:
+    with guarded(str(source), "cannot be opened", "expected a multi-exit model that cascade-rt train-exits wrote"):
         settings = json.loads((folder / RECORD).read_text("utf-8"))["exits"]
-        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype="float32")
+        model = pretrained(AutoModelForSequenceClassification, str(source))
         found = MultiExitClassifier(model, settings["kind"], settings["after"])
         found.exits.load_state_dict(load_file(str(folder / EXITS_FILE)))
-    except Exception as error:  # a folder can be broken in many ways, and each library has its own errors
-        raise cannot_load(str(source), error) from error
     found.eval()
     return found
 
@@ -261,7 +262,6 @@ def _trainer(
         train_dataset=features(tokenizer, model.model, data.train, recipe.max_length),
         eval_dataset=features(tokenizer, model.model, data.validation, recipe.max_length),
         data_collator=collator(tokenizer),
-        processing_class=tokenizer,
         compute_metrics=lambda outcome: _measured(outcome.predictions, outcome.label_ids),
     )
     trainer.remove_callback(PrinterCallback)

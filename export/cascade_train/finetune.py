@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     EvalPrediction,
     PreTrainedTokenizerFast,
     PrinterCallback,
@@ -29,7 +28,7 @@ from transformers import (
     set_seed,
 )
 
-from cascade_rt.errors import CascadeError, InputError, InvalidOption, first_line
+from cascade_rt.errors import CascadeError, InputError, InvalidOption
 from cascade_rt.io.writers import write_json
 from cascade_rt.tuning.metrics import accuracy, f1
 from cascade_train import RECORD, VALIDATION
@@ -37,7 +36,7 @@ from cascade_train.alignment import align, usable_positions
 from cascade_train.inference import EXTRAS, answers, collator, features, first_token_states
 from cascade_train.losses import difficulty_aware_regularization, distillation, patient_distillation
 from cascade_train.progress import Progress
-from cascade_train.sources import pretrained
+from cascade_train.sources import check_tokens, classifier_settings, load_tokenizer, pretrained
 from cascade_train.tasks import Examples, TaskData, write_examples
 from cascade_train.theseus import ModuleReplacing
 
@@ -331,12 +330,9 @@ def load_member(
     source: str, labels: tuple[str, ...], option: str, *, attention: str | None = None
 ) -> tuple[PreTrainedTokenizerFast, Any]:
     """Load a fine-tuned member; raise InputError where that fails, and InvalidOption for one with other labels."""
-    try:
-        tokenizer = pretrained(AutoTokenizer, source)
-        model = pretrained(AutoModelForSequenceClassification, source, attn_implementation=attention)
-    except Exception as error:
-        raise cannot_load(source, error) from error
-    found = tuple(model.config.id2label[index] for index in range(model.config.num_labels))
+    found = classifier_settings(source).labels
+    tokenizer = load_tokenizer(source)
+    model = pretrained(AutoModelForSequenceClassification, source, attn_implementation=attention)
     if found != labels:
         raise InvalidOption(
             option, source, f"a member with the labels {', '.join(labels[:6])}, not {', '.join(found[:6])}"
@@ -378,14 +374,9 @@ def load_base(
 
     With `tokenizer`, the encoder is aligned to that one.
     """
-    try:
-        config = pretrained(AutoConfig, base)
-        own = pretrained(AutoTokenizer, base)
-    except Exception as error:  # a folder can be broken in many ways, and each library has its own errors
-        raise cannot_load(base, error) from error
-    if not isinstance(own, PreTrainedTokenizerFast):
-        raise InputError(f"{base}: has no fast tokenizer (tokenizer.json); cascade-rt needs one")
-    target = None if tokenizer is None else _load_tokenizer(tokenizer)
+    config = pretrained(AutoConfig, base)
+    own = load_tokenizer(base)
+    target = None if tokenizer is None else load_tokenizer(tokenizer)
     if layers is not None:
         if not 1 <= layers <= config.num_hidden_layers:
             raise InvalidOption("layers", layers, f"1 to {config.num_hidden_layers}, the layers of {base}")
@@ -393,37 +384,33 @@ def load_base(
     config.num_labels = len(labels)
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: index for index, label in enumerate(labels)}
-    try:
-        model = pretrained(
-            AutoModelForSequenceClassification,
-            base,
-            config=config,
-            ignore_mismatched_sizes=True,
-            attn_implementation=TRAINED_ATTENTION,
-        )
-    except Exception as error:
-        raise cannot_load(base, error) from error
+    config.problem_type = "single_label_classification"  # the head is new, and so is its task
+    for key in ("function_to_apply", "task_specific_params"):
+        if getattr(config, key, None) is not None:
+            setattr(config, key, None)
+    model, loading = pretrained(
+        AutoModelForSequenceClassification,
+        base,
+        config=config,
+        ignore_mismatched_sizes=True,  # of the head; others are refused below
+        output_loading_info=True,
+        attn_implementation=TRAINED_ATTENTION,
+    )
+    _check_encoder(base, model, loading)
+    check_tokens(base, own, model)
     return (own, model) if target is None else (target, align(model, own, target).model)
 
 
-def _load_tokenizer(source: str) -> PreTrainedTokenizerFast:
-    try:
-        tokenizer = pretrained(AutoTokenizer, source)
-    except Exception as error:
-        raise InvalidOption(
-            "tokenizer", source, f"a Hugging Face folder with a tokenizer ({first_line(error)})"
-        ) from error
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise InvalidOption("tokenizer", source, "a fast tokenizer (tokenizer.json)")
-    return tokenizer
-
-
-def cannot_load(base: str, error: Exception) -> InputError:
-    """Return the error of an encoder that cannot be loaded."""
-    return InputError(
-        f"cannot load the base model {base!r} ({first_line(error)}); expected a Hugging Face folder, or hf:NAME and a "
-        "network"
-    )
+def _check_encoder(base: str, model: Any, loading: Mapping[str, Any]) -> None:
+    """Raise InputError if weights of the encoder are missing or have other shapes; the head and its pooler are new."""
+    mismatched = [key if isinstance(key, str) else key[0] for key in loading["mismatched_keys"]]  # once tuples
+    others = [*loading["missing_keys"], *mismatched]
+    lacking = sorted(key for key in others if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key)
+    if lacking:
+        raise InputError(
+            f"{base}: has no weights of the right shape for {len(lacking)} parts of a {type(model).__name__} "
+            f"({', '.join(lacking[:3])}); expected those of the encoder that config.json describes"
+        )
 
 
 class ObjectiveTrainer(Trainer):  # type: ignore[misc]  # the library has no types
@@ -473,7 +460,6 @@ def _trainer(
         train_dataset=train,
         eval_dataset=features(tokenizer, model, data.validation, recipe.max_length),
         data_collator=collator(tokenizer),
-        processing_class=tokenizer,
         compute_metrics=lambda outcome: _measured(outcome, len(data.labels)),
     )
     trainer.remove_callback(PrinterCallback)

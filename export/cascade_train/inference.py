@@ -32,18 +32,22 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, texts: Sequence[Text], max_leng
 
 
 def features(tokenizer: PreTrainedTokenizerFast, model: Any, examples: Examples, max_length: int) -> list[Row]:
-    """Tokenize each example once; batches are padded by `collator`."""
+    """Tokenize each example once; batches are padded by `collator`.
+
+    A text without tokens (where a tokenizer adds no special ones) gets one of padding, as in the runtime.
+    """
     encoded = tokenize(tokenizer, examples.texts, max_length)
     taken = inspect.signature(model.forward).parameters  # DistilBERT, for one, takes no token types
+    empty = _padding(tokenizer) | {"attention_mask": 1}
     return [
-        {name: values[row] for name, values in encoded.items() if name in taken} | {"label": label}
+        {name: values[row] or [empty[name]] for name, values in encoded.items() if name in taken} | {"label": label}
         for row, label in enumerate(examples.labels)
     ]
 
 
 def collator(tokenizer: PreTrainedTokenizerFast) -> Callable[[list[Row]], dict[str, Tensor]]:
     """Return what makes a batch of rows: it pads on the right, as the runtime does, to the longest row."""
-    padding = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": tokenizer.pad_token_type_id}
+    padding = _padding(tokenizer)
 
     def collate(rows: list[Row]) -> dict[str, Tensor]:
         batch = {"labels": torch.tensor([row["label"] for row in rows])}
@@ -53,6 +57,10 @@ def collator(tokenizer: PreTrainedTokenizerFast) -> Callable[[list[Row]], dict[s
         return batch
 
     return collate
+
+
+def _padding(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    return {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": tokenizer.pad_token_type_id}
 
 
 def answers(tokenizer: PreTrainedTokenizerFast, model: Any, rows: list[Row]) -> NDArray[np.float32]:

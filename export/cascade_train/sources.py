@@ -1,28 +1,162 @@
-"""Pretrained and fine-tuned models by name: local folders, and repositories of the Hugging Face hub as hf:NAME."""
+"""Pretrained and fine-tuned models by name: local folders, and repositories of the Hugging Face hub as hf:NAME.
+
+The one place where the offline stage opens a checkpoint. What decides about safety and answers is passed explicitly:
+no code of the repository, no other pickled data than weights, float32, no weights of other shapes.
+"""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+import huggingface_hub
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 from cascade_rt.bundle.hub import repository
 from cascade_rt.errors import InputError
+from cascade_train.settings import CONFIG, Settings, guarded, read_settings
+
+_SETTINGS = ("*.json", "*.txt", "*.model")
+_WEIGHTS = (("model*.safetensors",), ("pytorch_model*.bin",))  # the second only where there is none of the first
+_VOCABULARIES = ("vocab.txt", "vocab.json", "*.model")
+_SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # package -> module
+_EXPECTED = "expected a Hugging Face folder whose files belong together; copy or download it again"
 
 
 def pretrained(kind: Any, source: str, **settings: Any) -> Any:
     """Return `kind.from_pretrained` of a local folder, or of "hf:NAME" or "hf:NAME@REVISION" on the Hugging Face hub.
 
     `kind`: one of transformers' Auto classes. Without the prefix nothing is looked for on the hub, so a mistyped path
-    never fetches a stranger's model. Raises InputError for a folder that does not exist.
+    never fetches a stranger's model. Raises InputError, which names the source, for whatever cannot be opened, and
+    before anything is imported for a repository that has its own code for `kind`.
     """
+    is_model = kind not in (AutoConfig, AutoTokenizer)
+    found = settings_of(source, weights=is_model)
+    if kind is AutoTokenizer:
+        found.check_code(["AutoTokenizer"])
+        found.check_tokenizer()
+        found.check_version()
+        _check_files(found)
+    else:
+        _check_model(found, kind)
+        found.check_weights()
+    if is_model:
+        settings = {"dtype": "float32", "weights_only": True, "ignore_mismatched_sizes": False} | settings
+    with guarded(source, "cannot be opened", _EXPECTED):
+        opened = kind.from_pretrained(str(found.folder), trust_remote_code=False, **settings)
+    if kind is AutoConfig:
+        _check_read(found, opened)
+    return opened
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
+    """Open a tokenizer; raise InputError, which names the source, unless it is a fast one that can be opened."""
+    tokenizer = pretrained(AutoTokenizer, source)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise InputError(
+            f"{source}: has no fast tokenizer (found a {type(tokenizer).__name__}, expected tokenizer.json); use a "
+            "model that has one"
+        )
+    return tokenizer
+
+
+def settings_of(source: str, *, weights: bool = False) -> Settings:
+    """Return the JSON files of a local folder, or of a repository, whose files are downloaded, with its `weights`."""
     asked = repository(source)
-    if asked is None:
-        if not Path(source).is_dir():
-            raise InputError(f"no such folder; on the Hugging Face hub it would be hf:{source}")
-        if kind is not AutoTokenizer and not (Path(source) / "config.json").is_file():
-            raise InputError("the folder has no config.json")
-        return kind.from_pretrained(source, **settings)
-    name, revision = asked
-    return kind.from_pretrained(name, revision=revision or "main", **settings)
+    folder = Path(source) if asked is None else _downloaded(source, *asked, weights=weights)
+    if not folder.is_dir():
+        raise InputError(f"{source}: no such folder; on the Hugging Face hub it would be hf:{source}")
+    return read_settings(source, folder)
+
+
+def classifier_settings(source: str) -> Settings:
+    """Return the settings of a fine-tuned classifier; raise InputError for any other, or one with other tasks."""
+    found = settings_of(source)
+    _check_model(found, AutoModelForSequenceClassification)
+    found.check_task()
+    return found
+
+
+def check_tokens(source: str, tokenizer: PreTrainedTokenizerFast, model: Any) -> None:
+    """Raise InputError if the tokenizer has ids that the model has no embedding for."""
+    rows = model.get_input_embeddings().num_embeddings
+    if beyond := sorted((index, token) for token, index in tokenizer.get_vocab().items() if index >= rows):
+        index, token = beyond[0]
+        raise InputError(
+            f"{source}: its tokenizer has {len(beyond)} tokens without an embedding ({token!r} is {index}, expected "
+            f"below {rows}); call resize_token_embeddings and train it, or remove the tokens"
+        )
+
+
+def check_weights(source: str, model: Any) -> None:
+    """Raise InputError for weights that are NaN or infinite."""
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise InputError(f"{source}: found NaN or infinity in its weights ({name}); train it again")
+
+
+def _downloaded(source: str, name: str, revision: str | None, *, weights: bool) -> Path:
+    """Return a repository's folder in the hub's cache, with these files of it.
+
+    transformers is given this folder, not the name: it would ask the hub to convert repositories without safetensors.
+    """
+    remedy = "check the name, the network and, for a private one, HF_TOKEN"
+    with guarded(source, "cannot be downloaded from the Hugging Face hub", remedy):
+
+        def fetch(patterns: Sequence[str]) -> Path:
+            return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+
+        folder = fetch(_SETTINGS)
+        for patterns in _WEIGHTS if weights else ():
+            folder = fetch(patterns)
+            if any(path for pattern in patterns for path in folder.glob(pattern)):
+                break
+        return folder
+
+
+def _check_model(found: Settings, kind: Any) -> None:
+    """Raise InputError for a folder without a model, or whose model is its own code."""
+    if not (found.folder / CONFIG).exists():
+        raise InputError(f"{found.source}: the folder has no {CONFIG}; {_EXPECTED}")
+    found.check_code(["AutoConfig", "AutoModel", kind.__name__])
+
+
+def _check_files(found: Settings) -> None:
+    """Raise InputError for a folder without a tokenizer, or with one that needs a package that is not installed."""
+    if (found.folder / "tokenizer.json").is_file():
+        return
+    files = sorted(path.name for pattern in _VOCABULARIES for path in found.folder.glob(pattern))
+    if not files:
+        raise InputError(
+            f"{found.source}: has no tokenizer; expected tokenizer.json, or {', '.join(_VOCABULARIES)}; save that of "
+            "its base model there (save_pretrained)"
+        )
+    missing = [package for package, module in _SENTENCEPIECE.items() if find_spec(module) is None]
+    if missing and all(name.endswith(".model") for name in files):
+        raise InputError(
+            f"{found.source}: found {', '.join(files)} and no tokenizer.json, expected one, or the package that makes "
+            f"it: pip install {' '.join(missing)}"
+        )
+
+
+def _check_read(found: Settings, config: Any) -> None:
+    """Raise InputError for other models than encoders, and for settings of positions that transformers ignores.
+
+    transformers 5 has one name for the settings of rotary positions, which 4 does not know: it takes its defaults.
+    """
+    if not isinstance(getattr(config, "num_hidden_layers", None), int):
+        raise InputError(f"{found.source}: {CONFIG}: has no num_hidden_layers; expected the settings of one encoder")
+    known = inspect.signature(type(config).__init__).parameters.keys()
+    ignored = [key for key in found.config if key.startswith("rope") and key not in known]
+    if ignored:
+        raise found.refusal(
+            CONFIG,
+            ignored[0],
+            found.config[ignored[0]],
+            f"settings that transformers {version('transformers')} reads for a {config.model_type}, which are "
+            f"{', '.join(name for name in known if 'rope' in name) or 'none for positions'}; write them so",
+        )

@@ -15,10 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cascade_rt.errors import InputError, InvalidOption
-from cascade_rt.io.readers import Reject, read_examples, read_records
+from cascade_rt.io.fields import is_blank, label_order
+from cascade_rt.io.readers import AS_USUAL, LABEL, Reading, Reject, read_examples, read_records
 from cascade_rt.io.writers import json_line, open_output
+from cascade_rt.tuning.evaluation import label_ids
 from cascade_rt.types import Text
 from cascade_train import smart_home
+
+_MANY_LABELS = 20
 
 
 @dataclass(frozen=True)
@@ -136,39 +140,45 @@ def load_evaluation(name: str, folder: Path | None) -> dict[str, Examples]:
 
 def load_part(part: str) -> Examples:
     """Load a part of the built-in task: "train", "tuning" or "heldout"."""
-    return _indexed(smart_home.load(part), smart_home.LABELS)[0]
+    return _indexed([(text, label, part) for text, label in smart_home.load(part)], smart_home.LABELS)
 
 
 def load_file(
     path: Path,
     *,
     validation: Path | None = None,
-    columns: tuple[str, ...] | None = None,
+    reading: Reading = AS_USUAL,
     pair: bool = False,
-    label_column: str = "label",
     metric: str = "accuracy",
     holdout: float = 0.1,
     split_seed: int = 0,
     skipped: list[str] | None = None,
 ) -> TaskData:
-    """Load any labelled csv, tsv, jsonl or parquet file with named columns.
+    """Load any labelled csv, tsv, jsonl or parquet file with named columns, as `reading` says.
 
-    Class ids follow the label names in sorted order (numeric labels by value). Without a `validation` file a
-    share `holdout` of the rows is held out. A row without a text or a label, or one that cannot be read, raises
-    InputError; with a list `skipped`, it is left out, and the reason is appended.
+    Class ids follow the labels in the order of `fields.label_order`: numbers by value, then the others by spelling.
+    Without a `validation` file a share `holdout` of the rows is held out. A row without a text or a label, or one that
+    cannot be read, raises InputError; with a list `skipped`, it is left out, and the reason is appended.
     """
-    rows = _read_labelled(path, columns, pair, label_column, skipped)
-    names = tuple(sorted({label for _, label in rows}, key=_label_order))
+    rows = _read_labelled(path, reading, pair, skipped)
+    names = tuple(sorted({label for _, label, _ in rows}, key=label_order))
     if len(names) < 2:
         without = f" ({len(skipped)} rows were left out, the first: {skipped[0]})" if skipped else ""
         raise InputError(
             f"{path}: found the label(s) {', '.join(names) or 'none'}{without}, expected at least two different ones"
         )
-    train, _ = _indexed(rows, names)
+    train = _indexed(rows, names)
+    if validation is None and len(names) > max(_MANY_LABELS, len(rows) // 2):
+        raise InputError(
+            f"{path}: found {len(names):,} different labels in {len(rows):,} rows of the column "
+            f"{reading.label_column or LABEL!r} "
+            f"({', '.join(repr(name[:40]) for name in names[:3])}, ...), expected several texts of each; name the "
+            "column of the labels (`label_column`)"
+        )
     if validation is None:
         train, held = hold_out(train, holdout, split_seed)
     else:
-        held, _ = _indexed(_read_labelled(validation, columns, pair, label_column, skipped), names)
+        held = _indexed(_read_labelled(validation, reading, pair, skipped), names)
         if not held:
             raise InputError(f"{validation}: no rows; validation needs some")
     return TaskData(path.stem, names, pair, metric, train, held)
@@ -267,10 +277,9 @@ def _read_glue(task: GlueTask, folder: Path | None, files: Sequence[str]) -> Exa
         raise InputError(f"{folder}: found no {' or '.join(files)}; expected the task's official files there")
     ids = {written: index for index, written in enumerate(task.labels)}
     texts, labels = [], []
-    for example in read_examples(
-        path, pair=task.pair, format="tsv", columns=task.columns, skip_malformed=task.skip_malformed
-    ):
-        written = example.field(task.label_column)
+    reading = Reading("tsv", task.columns, task.label_column, skip_malformed=task.skip_malformed)
+    for example in read_examples(path, reading, pair=task.pair):
+        written = reading.label_of(example)
         if written not in ids:
             if written == "-":  # MNLI's mark for pairs without a gold label
                 continue
@@ -280,17 +289,16 @@ def _read_glue(task: GlueTask, folder: Path | None, files: Sequence[str]) -> Exa
     return Examples(texts, labels)
 
 
-def _read_labelled(
-    path: Path, columns: tuple[str, ...] | None, pair: bool, label_column: str, skipped: list[str] | None
-) -> list[tuple[Text, str]]:
-    rows: list[tuple[Text, str]] = []
-    for record in read_records(path, pair=pair, columns=columns):
+def _read_labelled(path: Path, reading: Reading, pair: bool, skipped: list[str] | None) -> list[tuple[Text, str, str]]:
+    """Return the text, the label and the position of each row."""
+    rows: list[tuple[Text, str, str]] = []
+    for record in read_records(path, reading, pair=pair):
         try:
             if isinstance(record, Reject):
                 raise record.error
-            if not all(map(str.strip, [record.text] if isinstance(record.text, str) else record.text)):
+            if is_blank(record.text):
                 raise InputError(f"{record.where}: found an empty text; leave the row out")
-            rows.append((record.text, record.field(label_column)))
+            rows.append((record.text, reading.label_of(record), record.where))
         except InputError as error:
             if skipped is None:
                 raise
@@ -298,16 +306,7 @@ def _read_labelled(
     return rows
 
 
-def _label_order(name: str) -> tuple[int, int, str]:
-    return (0, int(name), "") if name.isdecimal() else (1, 0, name)
-
-
-def _indexed(rows: Iterable[tuple[Text, str]], names: Sequence[str]) -> tuple[Examples, tuple[str, ...]]:
-    ids = {name: index for index, name in enumerate(names)}
-    texts, labels = [], []
-    for text, name in rows:
-        if name not in ids:
-            raise InputError(f"found the label {name!r}, expected one that training has: {', '.join(names)}")
-        texts.append(text)
-        labels.append(ids[name])
-    return Examples(texts, labels), tuple(names)
+def _indexed(rows: Sequence[tuple[Text, str, str]], names: Sequence[str]) -> Examples:
+    written = [(label, where) for _, label, where in rows]
+    ids = label_ids(written, names, by_number=False, known_by="training has")
+    return Examples([text for text, _, _ in rows], ids.tolist())

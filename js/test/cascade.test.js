@@ -1,6 +1,7 @@
 // The answers of the Python package, from ONNX Runtime in Node, and clear errors.
 
 import assert from "node:assert/strict";
+import { existsSync } from "node:fs";
 import { readFile } from "node:fs/promises";
 import { test } from "node:test";
 import { fileURLToPath } from "node:url";
@@ -15,7 +16,8 @@ const load = async (name, options = {}) =>
   Cascade.load({ model: await read(`${name}/cascade.onnx`), tokenizer: await read(`${name}/tokenizer.json`), ort, ...options });
 
 for (const name of ["texts", "pairs", "int8"]) {
-  test(`${name}: answers are those of the Python package`, async () => {
+  const skip = name === "int8" && !existsSync(new URL("int8/", folder)) && "this CPU has no VNNI: int8 saturates in one file";
+  test(`${name}: answers are those of the Python package`, { skip }, async () => {
     const cascade = await load(name);
     const { texts, answers } = JSON.parse(await read(`${name}/answers.json`));
     for (const [tau, expected] of Object.entries(answers)) {

@@ -30,6 +30,7 @@ from ..conftest import WORDS, make_member
 FILLERS = [word for word in WORDS if word not in {"good", "bad", "lovely", "boring"}]
 REPORTS: list[BuildReport] = []  # of the build that the tests look at
 TRAINED = "--epochs 6 --learning-rate 3e-3 --batch-size 16 --max-length 16 --no-bf16"
+BRIEFLY = TRAINED.replace("--epochs 6", "--epochs 1")  # where nothing depends on what was learnt
 
 
 def rows(count: int, seed: int) -> list[tuple[str, str]]:
@@ -154,7 +155,7 @@ def test_a_member_cut_out_of_the_big_one_starts_from_its_fine_tuned_layers(
     _write(tmp_path / "data.csv", rows(600, 5))
     still = "--small-epochs 0.001 --small-learning-rate 1e-12"
     arguments = (
-        f"--train-file data.csv --big {bases[0]} --small {bases[0]}=1 --output bundle --augment 1 {TRAINED} {still}"
+        f"--train-file data.csv --big {bases[0]} --small {bases[0]}=1 --output bundle --augment 1 {BRIEFLY} {still}"
     )
     assert main(["build", *arguments.split()]) == 0
     members = tmp_path / "bundle.build/members"
@@ -173,7 +174,7 @@ def test_a_killed_build_goes_on_where_it_was(
     bases: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _write(tmp_path / "data.csv", rows(600, 3))
-    arguments = f"build --train-file data.csv --big {bases[0]} --small {bases[1]} --output bundle {TRAINED}".split()
+    arguments = f"build --train-file data.csv --big {bases[0]} --small {bases[1]} --output bundle {BRIEFLY}".split()
     work = tmp_path / "bundle.build"
     times: dict[Path, int] = {}
 
@@ -196,7 +197,7 @@ def test_a_killed_build_goes_on_where_it_was(
     capsys.readouterr()
     assert main(arguments) == 0
     shown = capsys.readouterr()
-    assert shown.err.count("done before") == 4
+    assert shown.err.count("done before") == 5
     assert "verdict: " in shown.out
     CascadeRuntime(tmp_path / "bundle").predict(["good"])
     assert main(arguments) == 2
@@ -225,6 +226,7 @@ def test_steps_whose_settings_changed_are_repeated_and_only_those(
     assert main([*arguments.split(), "--overwrite"]) == 0
     steps = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("training ")]
     assert steps == [
+        "try the export: done before",
         "train 4L: done before",
         "answers of 4L: done before",
         "train 1L: again, because its settings have changed",
@@ -248,7 +250,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(
     assert main([*arguments.split(), "--json", *TRAINED.split()]) == 0
     found = json.loads(capsys.readouterr().out)
     names = [step["name"] for step in found["steps"]]
-    assert names == ["train 4L", "answers of 4L", "train 2L", "train 1L", "export", "tune"]
+    assert names == ["try the export", "train 4L", "answers of 4L", "train 2L", "train 1L", "export", "tune"]
     assert all(step["seconds"] > 0 for step in found["steps"])
     assert main([*arguments.split(), *TRAINED.split()]) == 0
     shown = capsys.readouterr().out
@@ -262,7 +264,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(
     [
         ("--small BIG", "--small: found"),
         ("--small BIG=9", "expected 1 to 4 layers of"),
-        ("--small nowhere/at-all", "cannot read the base model 'nowhere/at-all'"),
+        ("--small nowhere/at-all", "nowhere/at-all: no such folder"),
         ("--small SMALL --max-length 100", "--max-length: found 100, expected at most 64"),
         ("--small SMALL --precision int3", "--precision: found 'int3', expected one of fp32"),
         ("--small SMALL --reserve 0.5", "--reserve: found 0.5"),
@@ -284,7 +286,7 @@ def test_what_would_fail_later_fails_at_once(
     assert [path.name for path in tmp_path.iterdir()] == ["data.csv"]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(rare=st.integers(2, 20), seed=st.integers(0, 100))
 def test_rare_labels_are_refused_before_anything_is_trained_or_in_every_part(rare: int, seed: int) -> None:
     labels = [0] * 600 + [1] * (600 - rare) + [2] * rare
@@ -298,7 +300,7 @@ def test_rare_labels_are_refused_before_anything_is_trained_or_in_every_part(rar
     assert all({0, 1, 2} <= set(part.labels) for part in (parts.data.train, parts.tuning, parts.certification))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 1000), share=st.floats(0.1, 0.3), copies=st.integers(1, 3))
 def test_parts_share_no_text_whatever_is_repeated(seed: int, share: float, copies: int) -> None:
     draw = Random(seed)

@@ -180,7 +180,7 @@ def test_special_tokens_correspond_by_role_and_words_by_spelling(small: Path, bi
     assert tokenizer_differences(first, checkpoint) == []
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(ids=st.permutations(range(len(BERT))), kind=st.sampled_from(["bert", "roberta"]))
 def test_any_numbering_of_the_words_gives_the_same_logits(root: Path, ids: list[int], kind: str) -> None:
     own = bert_tokenizer(root)
@@ -345,7 +345,7 @@ def test_training_under_another_tokenizer_is_refused_where_it_cannot_be(
     root: Path, small: Path, big: Path, pairs: TaskData, tmp_path: Path
 ) -> None:
     recipe = Recipe(epochs=1, max_length=LENGTH)
-    with pytest.raises(InputError, match="`tokenizer`: found 'no/such', expected a Hugging Face folder"):
+    with pytest.raises(InputError, match="^no/such: no such folder"):
         finetune(str(big), pairs, tmp_path / "a", tokenizer="no/such", recipe=recipe)
     tokenizer = bert_tokenizer(root)
     tokenizer.model_max_length = 512

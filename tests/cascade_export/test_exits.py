@@ -137,7 +137,7 @@ def test_in_int8_no_answer_depends_on_the_batch(trained: dict[str, Path], data: 
     assert [runtime.predict([text])[0].exit for text in texts] == [answer.exit for answer in answers]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10**6), st.sampled_from(KINDS))
 def test_the_loss_is_that_of_the_papers(seed: int, kind: str) -> None:
     draw = np.random.default_rng(seed)
@@ -162,7 +162,7 @@ def test_bad_settings_are_refused(member: str, data: TaskData, trained: dict[str
         train_exits(member, data, tmp_path / "exits", kind=PABEE, every=3, recipe=RECIPE)
     with pytest.raises(InputError, match="exists; choose another output folder"):
         train_exits(member, data, trained[PABEE], kind=PABEE, recipe=RECIPE)
-    with pytest.raises(InputError, match="cannot load"):
+    with pytest.raises(InputError, match="cannot be opened .*train-exits"):
         open_exits(member)
     with pytest.raises(InvalidOption, match="`precision`: found 'int8-static', expected one of fp32, fp16, int8"):
         export_exits(str(trained[PABEE]), tmp_path / "bundle", precision="int8-static", max_accuracy_drop=100)

@@ -110,7 +110,7 @@ def test_without_an_original_nothing_is_said_to_agree(
 def test_a_graph_that_does_not_fit_its_config_is_refused(laid_out: Path, tmp_path: Path) -> None:
     for change, says in (
         ({"id2label": {"0": "a", "1": "b"}}, r"logits of shape \(\d+, 3\), expected \(\d+, 2\)"),
-        ({"max_position_embeddings": None}, "cannot open the member"),
+        ({"max_position_embeddings": None}, "small: cannot be opened"),
         ({"max_position_embeddings": -1}, "expected positive numbers"),
         ({"num_hidden_layers": 0}, "expected positive numbers"),
         ({"max_position_embeddings": 10**6}, "cannot run"),
@@ -199,9 +199,10 @@ def test_what_is_missing_is_named(
 ) -> None:
     assert not is_onnx(str(member_folders[0]))
     for name, spoil, says in (
-        ("config.json", None, "expected config.json"),
-        ("tokenizer.json", None, "expected config.json (id2label, layers, hidden size) and tokenizer.json"),
-        ("config.json", "{}", "has no 'id2label'"),
+        ("config.json", None, "has no config.json"),
+        ("tokenizer.json", None, "expected config.json and tokenizer.json beside"),
+        ("config.json", "{}", "has no config.json"),
+        ("config.json", '{"model_type": "bert"}', "has no num_hidden_layers"),
         ("model.onnx", "no model", "not an ONNX model|cannot load it"),
         ("model.onnx_data", None, "keeps weights there|cannot load it"),
     ):

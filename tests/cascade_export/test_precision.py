@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
 
-from cascade_rt import CascadeRuntime, read_bundle
+from cascade_rt import BundleError, CascadeRuntime, read_bundle
 from cascade_rt.bundle import BATCH_TOLERANCE
 from cascade_rt.cli import main
 from cascade_rt.errors import CascadeError, InputError
@@ -83,7 +83,7 @@ def test_only_dynamic_ranges_of_whole_batches_depend_on_batch_mates(
         assert ("depends on the other texts of its batch" in capsys.readouterr().out) != invariant
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.lists(st.sampled_from(WORDS), max_size=20), min_size=2, max_size=40), st.randoms())
 def test_int8_scores_do_not_change_with_the_company(bundles: dict[str, Path], drawn: list[list[str]], order) -> None:  # type: ignore[no-untyped-def]
     runtime = CascadeRuntime(bundles["int8"])
@@ -116,6 +116,28 @@ def test_int8_keeps_no_big_weight_in_fp32(bundles: dict[str, Path]) -> None:
     weights = {weight.name: numpy_helper.to_array(weight) for weight in model.graph.initializer}
     assert all(weights[node.input[1]].dtype == np.int8 for node in products)
     assert max(weight.size for weight in weights.values() if weight.dtype == np.float32) <= 64 * 64  # pooler, positions
+
+
+def test_int8_without_zero_points_is_refused_where_it_would_end_the_process(
+    bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = shutil.copytree(bundles["int8"], tmp_path / "older")
+    model = onnx.load(older / "wide.onnx")
+    for node in model.graph.node:
+        if node.op_type == "MatMulIntegerToFloat":
+            del node.input[5:]
+    onnx.save(model, older / "wide.onnx")
+    expected = CascadeRuntime(bundles["int8"]).predict(["a film"])
+    assert CascadeRuntime(older, verify=False).predict(["a film"]) == expected
+
+    monkeypatch.setattr("cascade_rt.engine.providers.int8_saturates", lambda: True)
+    monkeypatch.setattr("onnxruntime.__version__", "1.29.1")
+    reason = r"CPU without VNNI and onnxruntime 1\.29\.1, which cannot .* export the member again in int8 or fp32, or"
+    for name, folder in {"older": older, "int8-static": bundles["int8-static"]}.items():
+        with pytest.raises(BundleError, match=reason):
+            CascadeRuntime(folder, verify=False).predict([name])
+    assert CascadeRuntime(bundles["int8"]).predict(["a film"])[0].label == expected[0].label
+    assert CascadeRuntime(bundles["fp32"]).predict(["a film"])
 
 
 def test_the_check_reports_and_refuses_with_its_numbers(wide: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""The offline stage connects to nothing either, and writes its bundle alone."""
+"""The offline stage connects to nothing either, and writes what was asked for alone."""
 
 from __future__ import annotations
 
@@ -7,16 +7,23 @@ from pathlib import Path
 
 from ..cascade_rt.test_privacy import watched
 
-_EXPORT = """
-from cascade_export.export import export_bundle
-export_bundle([{member!r}], "bundle", max_accuracy_drop=100)
+_COMMANDS = """
+import sys
+from cascade_rt.cli import main
+train = "train --train-file data.csv --base {base} --layers 1 --max-length 16 --epochs 1 --output tiny"
+export = "export --member tiny --output bundle --max-accuracy-drop 100"
+sys.exit(main(train.split()) or main(export.split()))
 """
 
 
-def test_export_writes_its_bundle_alone(member_folders: list[Path], tmp_path: Path) -> None:
-    Path("main.py").write_text(_EXPORT.format(member=str(member_folders[0])))
+def test_train_and_export_write_their_folders_alone(member_folders: list[Path], tmp_path: Path) -> None:
+    """The training tries the export first, with files in the temporary folder."""
+    rows = [f"a film {row},{'good' if row % 2 else 'bad'}" for row in range(40)]
+    Path("data.csv").write_text("\n".join(["text,label", *rows]))
+    Path("main.py").write_text(_COMMANDS.format(base=member_folders[1]))
     connections, written = watched([sys.executable, "main.py"], tmp_path / "home")
     assert connections == []
     elsewhere = {path for path in written if Path(path).is_absolute() and not path.startswith(str(tmp_path))}
     assert {path for path in elsewhere if not path.startswith("/tmp/")} == set()
     assert list((tmp_path / "home").iterdir()) == []
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["bundle", "home", "tiny"]

@@ -30,7 +30,7 @@ def measured(rows: Floats) -> Inputs:
 
 
 @given(st.integers(0, 1000), st.integers(40, 150))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_compensation_keeps_products_closer_than_the_nearest_integers(seed: int, width: int) -> None:
     both, weights = drawn(seed, width, tokens=16 * width)
     rows, fresh = np.array_split(both, 2)
@@ -52,7 +52,7 @@ def test_compensation_of_independent_channels_is_plain_rounding() -> None:
 
 
 @given(st.integers(0, 1000), st.integers(40, 100))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_smoothing_changes_no_product_and_evens_out_the_channels(seed: int, width: int) -> None:
     rows, weights = drawn(seed, width, tokens=50)
     factors = smoothing(measured(rows), [weights, 2 * weights], 0.6)

@@ -16,7 +16,6 @@ from hypothesis.extra.numpy import arrays
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from cascade_rt import CascadeRuntime, read_bundle
-from cascade_rt.engine import stage as stage_module
 from cascade_rt.engine.probabilities import softmax, softmax_row
 
 from ..toy import WORDS
@@ -63,7 +62,7 @@ def test_int8_is_exact_where_the_cpu_would_saturate(
 ) -> None:
     export_bundle([str(member_folders[1])], tmp_path / "int8", precision="int8", max_length=32)
     usual = CascadeRuntime(tmp_path / "int8").member_logits(TEXTS)[0]
-    monkeypatch.setattr(stage_module, "int8_saturates", lambda: True)
+    monkeypatch.setattr("cascade_rt.engine.providers.int8_saturates", lambda: True)
     runtime = CascadeRuntime(tmp_path / "int8", preload=True)
     options = runtime._stages[0].load().get_session_options()
     assert options.get_session_config_entry("session.x64quantprecision") == "1"
@@ -74,7 +73,7 @@ def test_int8_is_exact_where_the_cpu_would_saturate(
 def test_softmax_is_torchs(values: np.ndarray) -> None:
     expected = torch.softmax(torch.tensor(values, dtype=torch.float64), -1).numpy()
     np.testing.assert_allclose(softmax(values), expected, atol=1e-12)
-    np.testing.assert_allclose([softmax_row(row) for row in values.tolist()], expected, atol=1e-12)
+    np.testing.assert_allclose([softmax_row(row) for row in values], expected, atol=1e-12)
 
 
 def test_an_exported_manifest_has_the_keys_of_the_contract(exported: Path) -> None:

@@ -41,7 +41,7 @@ def test_tokens_are_transformers_tokens(tmp_path: Path, pair: bool, padding: str
     )
     ours = TextTokenizer(file, 32, pair)
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(st.lists(st.tuples(sides, sides), min_size=1, max_size=6))
     def compare(rows: list[tuple[str, str]]) -> None:
         first, second = [row[0] for row in rows], [row[1] for row in rows] if pair else None

@@ -28,7 +28,7 @@ from cascade_rt.errors import (
     TextError,
     first_line,
 )
-from cascade_rt.io.readers import read_examples
+from cascade_rt.io.readers import Reading, read_examples
 from cascade_rt.tuning.plot import pyplot
 from cascade_rt.tuning.report import Question
 
@@ -109,8 +109,8 @@ def test_an_invalid_option_has_its_field_what_was_found_and_what_was_expected() 
         (lambda _: Question(max_drop=0.1, confidence=1.0), "confidence", 1.0),
         (lambda _: Question(seed=-1), "seed", -1),
         (lambda _: Question(cost="money"), "cost", "money"),
-        (lambda _: list(read_examples("a.txt", pair=False, format="xml")), "format", "xml"),
-        (lambda _: list(read_examples("a.csv", pair=True, columns=("a",))), "columns", ["a"]),
+        (lambda _: Reading(format="xml"), "format", "xml"),
+        (lambda _: list(read_examples("a.csv", Reading(columns=("a",)), pair=True)), "columns", ["a"]),
     ],
 )
 def test_every_wrong_parameter_is_named(bundle: Path, call: Callable[[Path], Any], field: str, found: object) -> None:

@@ -35,7 +35,7 @@ def runtime(request: pytest.FixtureRequest) -> CascadeRuntime:
     return CascadeRuntime(request.getfixturevalue("four_segments"))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(texts)
 def test_steps_in_several_processes_answer_as_one_call(runtime: CascadeRuntime, some: list[str]) -> None:
     whole = runtime.predict(some) if len(some) != 1 else runtime.predict([*some, "a"])[:1]

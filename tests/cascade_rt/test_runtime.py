@@ -59,7 +59,7 @@ def test_a_text_that_left_never_reaches_a_bigger_member(bundle: Path, corpus: li
     assert seen == [300, sum(exit > 0 for exit in exits), sum(exit > 1 for exit in exits)]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_a_prediction_is_the_same_alone_in_any_batch_and_in_any_order(
     runtime: CascadeRuntime, data: st.DataObject

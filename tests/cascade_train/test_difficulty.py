@@ -164,7 +164,7 @@ def test_the_commands_label_and_train(base: str, tmp_path: Path, capsys: pytest.
         (["--difficulty", "big"], "big: no difficulty labels"),
         (["--difficulty", "labels", "--dar-margin", "2"], "--dar-margin: found 2, expected a number from 0 to 1"),
         (["--difficulty", "labels", "--holdout", "0.5"], "labels of 21 other training examples than these 12"),
-        (["--teacher", "labels"], "cannot load the base model 'labels'"),
+        (["--teacher", "labels"], "labels: the folder has no config.json"),
     ):
         assert main(["train", *common, *arguments, "--output", "other"]) == 2
         assert says in capsys.readouterr().err

@@ -11,10 +11,10 @@ import pytest
 import torch
 from cascade_train import RECORD, VALIDATION
 from cascade_train import finetune as module
-from cascade_train.finetune import Objective, ObjectiveTrainer, Recipe, finetune
+from cascade_train.finetune import Objective, ObjectiveTrainer, Recipe, finetune, load_base
 from cascade_train.sources import pretrained
 from cascade_train.tasks import Examples, TaskData
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
 from cascade_rt.cli import main
 from cascade_rt.errors import CascadeError, InputError, InvalidOption
@@ -135,10 +135,10 @@ def test_a_run_that_cannot_be_is_refused(base: str, data: TaskData, trained: Pat
         finetune(base, data, trained, recipe=RECIPE)
     with pytest.raises(InputError, match="`layers`: found 5, expected 1 to 4"):
         finetune(base, data, tmp_path / "a", layers=5, recipe=RECIPE)
-    with pytest.raises(InputError, match="cannot load .* 'no/such' .no such folder; .* hub it would be hf:no/such"):
+    with pytest.raises(InputError, match="^no/such: no such folder; .* hub it would be hf:no/such"):
         finetune("no/such", data, tmp_path / "b", recipe=RECIPE)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="cannot load the base model .*/empty' .the folder has no config.json."):
+    with pytest.raises(InputError, match="/empty: the folder has no config.json"):
         finetune(str(tmp_path / "empty"), data, tmp_path / "b", recipe=RECIPE)
     (tmp_path / "empty").rmdir()
     with pytest.raises(InputError, match="`max_length`: found 65, expected at most 64"):
@@ -233,13 +233,26 @@ def test_the_command_refuses_in_one_line(arguments: str, says: str, capsys: pyte
     assert error.count("\n") == 1
 
 
-def test_only_names_with_the_prefix_are_looked_for_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, dict[str, Any]]] = []
-    kind = type("Kind", (), {"from_pretrained": lambda source, **settings: asked.append((source, settings))})
+def test_only_names_with_the_prefix_are_looked_for_on_the_hub(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str | None, list[str]]] = []
+
+    def fetch(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((name, revision, allow_patterns))
+        return base
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     for source in ("hf:bert-base-uncased", "hf:org/name@v1.2", "org/name", "bert-base-uncased", "hf:../x", "hf:"):
         with contextlib.suppress(InputError):
-            pretrained(kind, source, dtype="float32")
-    assert asked == [
-        ("bert-base-uncased", {"revision": "main", "dtype": "float32"}),
-        ("org/name", {"revision": "v1.2", "dtype": "float32"}),
-    ]
+            pretrained(AutoConfig, source)
+    settings = ["*.json", "*.txt", "*.model"]
+    assert asked == [("bert-base-uncased", None, settings), ("org/name", "v1.2", settings)]
+    asked.clear()
+    assert load_base("hf:org/name", ("a", "b"), 1)[1].config.num_hidden_layers == 1
+    assert {tuple(patterns) for *_, patterns in asked} == {tuple(settings), ("model*.safetensors",)}, (
+        "no pickled weights"
+    )
+
+
+def test_a_hub_that_cannot_be_reached_is_named() -> None:
+    with pytest.raises(InputError, match="^hf:org/name: cannot be downloaded from the Hugging Face hub .*the network"):
+        pretrained(AutoConfig, "hf:org/name")

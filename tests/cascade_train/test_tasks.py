@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from cascade_train.tasks import GLUE, Examples, hold_out, load_evaluation, load_
 
 from cascade_rt.cli import main
 from cascade_rt.errors import InputError
+from cascade_rt.io.readers import Reading
 
 MNLI_HEADER = (
     "index promptID pairID genre sentence1_binary_parse sentence2_binary_parse sentence1_parse sentence2_parse "
@@ -132,7 +134,7 @@ def test_any_labelled_file_is_read(tmp_path: Path, ending: str) -> None:
         "jsonl": [f'{{"q": "{text}", "y": {label}}}' for text, label in rows],
     }[ending]
     (tmp_path / f"data.{ending}").write_text("\n".join(lines))
-    data = load_file(tmp_path / f"data.{ending}", columns=("q",), label_column="y", holdout=0.2)
+    data = load_file(tmp_path / f"data.{ending}", reading=Reading(columns=("q",), label_column="y"), holdout=0.2)
     assert data.labels == ("2", "9", "10")
     assert (len(data.train), len(data.validation), data.pair, data.name) == (24, 6, False, "data")
     names = dict(rows)
@@ -149,6 +151,62 @@ def test_a_validation_file_is_used_whole(tmp_path: Path) -> None:
     (tmp_path / "dev.csv").write_text("text,label\nc,z\n")
     with pytest.raises(InputError, match="found the label 'z'"):
         load_file(tmp_path / "train.csv", validation=tmp_path / "dev.csv")
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        ([-1, 1, 0], ("-1", "0", "1")),
+        ([1, 1.0, 0, 0.0, -0.0], ("0", "1")),
+        (["01", "1", "1.0", "2", "1e0"], ("01", "1", "1.0", "1e0", "2")),
+        (["10", "x", ".5", "-3", "1e1"], ("-3", ".5", "10", "1e1", "x")),
+        (["pos", "pos ", "\tneg", "neg"], ("neg", "pos")),
+        ([True, False], ("False", "True")),
+        ([0.5, 2, "two"], ("0.5", "2", "two")),
+    ],
+)
+def test_class_ids_follow_one_rule(tmp_path: Path, labels: list[object], names: tuple[str, ...]) -> None:
+    held = tmp_path / "held.jsonl"
+    held.write_text(json.dumps({"text": "z", "label": labels[0]}))
+    for order in (labels, labels[::-1]):
+        rows = [{"text": f"text {row}", "label": label} for row, label in enumerate(order)]
+        (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        data = load_file(tmp_path / "data.jsonl", validation=held)
+        assert data.labels == names
+        assert len(data.train) == len(labels)
+
+
+@pytest.mark.parametrize(
+    ("label", "says"),
+    [
+        (["a", "b"], r"holds a list \(\['a', 'b'\]\), expected one label: several labels per text are not supported"),
+        ({"a": 1}, r"holds an object \(\{'a': 1\}\), expected one label"),
+        (["x" * 500], r"holds a list \(.{80}\), expected one label"),
+        (float("nan"), "column 'label' is empty"),
+        (" ", "column 'label' is empty"),
+    ],
+)
+def test_what_is_no_label_is_named_with_its_position(tmp_path: Path, label: object, says: str) -> None:
+    rows = [{"text": "a", "label": "x"}, {"text": "b", "label": label}, {"text": "c", "label": "y"}]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(InputError, match=r"data\.jsonl:2: column 'label' (holds|is).*") as caught:
+        load_file(tmp_path / "data.jsonl")
+    assert re.search(says, str(caught.value))
+
+
+def test_a_column_that_holds_no_labels_is_named(tmp_path: Path) -> None:
+    rows = [{"text": f"text {row}", "label": f"id {row}"} for row in range(60)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(InputError, match="found 60 different labels in 60 rows of the column 'label'") as caught:
+        load_file(tmp_path / "data.jsonl")
+    assert len(str(caught.value)) < 400
+    few = {"text": "a", "label": "id 3"}
+    (tmp_path / "held.jsonl").write_text(json.dumps(few))
+    data = load_file(tmp_path / "data.jsonl", validation=tmp_path / "held.jsonl")  # one text of each label may be meant
+    assert len(data.labels) == 60
+    (tmp_path / "held.jsonl").write_text(json.dumps(few | {"label": "ID-3"}))
+    with pytest.raises(InputError, match=r"held.jsonl:1: found the label 'ID-3'.*60 labels\); did you mean 'id 3'"):
+        load_file(tmp_path / "data.jsonl", validation=tmp_path / "held.jsonl")
 
 
 def test_data_that_cannot_be_learnt_from_is_refused(tmp_path: Path) -> None:
@@ -208,6 +266,27 @@ def test_the_command_counts_what_it_leaves_out(tmp_path: Path, capsys: pytest.Ca
     for more, says in (
         ([], "data.csv:20: found an empty text; leave the row out"),
         (["--on-error", "skip"], "2 rows were left out, the first: data.csv:20: found an empty text"),
+    ):
+        assert main(["train", "--train-file", "data.csv", "--base", "nowhere", "--output", "m", *more]) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_a_file_of_a_spreadsheet_is_read_as_the_options_say(tmp_path: Path) -> None:
+    rows = "".join(f'"f\u00fcr {at}, mit Komma";{"xy"[at % 2]}\r\n' for at in range(20))
+    (tmp_path / "a.dat").write_bytes(f"Satz;Klasse\r\n{rows}".encode("cp1252"))
+    reading = Reading("csv", ("Satz",), "Klasse", encoding="cp1252")
+    data = load_file(tmp_path / "a.dat", reading=reading)
+    assert (data.labels, len(data.train) + len(data.validation)) == (("x", "y"), 20)
+    assert set(data.train.texts) <= {f"f\u00fcr {at}, mit Komma" for at in range(20)}
+
+
+def test_a_quote_that_is_not_closed_stops_training_or_is_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data.csv").write_text("text,label\n" + "a,x\nb,y\n" * 9 + '"c,x\n' + "a,x\nb,y\n" * 9)
+    for more, says in (
+        ([], "data.csv:20: malformed CSV: a quote opens in this line and is not closed"),
+        (["--on-error", "skip"], "1 rows were left out, the first: data.csv:20: malformed CSV"),
     ):
         assert main(["train", "--train-file", "data.csv", "--base", "nowhere", "--output", "m", *more]) == 2
         assert says in capsys.readouterr().err

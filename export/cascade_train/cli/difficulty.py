@@ -21,7 +21,11 @@ EXAMPLE = "cascade-rt difficulty --train-file labelled.csv --base members/base -
 
 def add_arguments(parser: CommandParser) -> None:
     """Add the options."""
-    add_training(parser, output="the folder of the labels, for cascade-rt train --difficulty")
+    add_training(
+        parser,
+        output="the folder of the labels, for cascade-rt train --difficulty",
+        writes=lambda output: [output, f"{output}.labelling"],
+    )
     parser.add_argument("--folds", type=int, default=8, help="parts of the training set")
     parser.add_argument("--seeds", type=int, default=5, help="repetitions")
     parser.add_argument("--jobs", type=int, default=1, help="folds trained in parallel, sharing the CPUs")

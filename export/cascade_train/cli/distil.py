@@ -11,8 +11,10 @@ import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
+from cascade_rt.cli.options import add_reading, reading
 from cascade_rt.cli.parser import CommandParser
-from cascade_train.cli.options import need_training
+from cascade_train.cli.options import need_training, with_work
+from cascade_train.cli.trial import add_export_check, check_export
 
 SUMMARY = "make a small encoder out of a big one, from plain text (extra: export)"
 EXAMPLE = "cascade-rt distil --base hf:bert-base-uncased --layers 2 --texts sentences.txt --output encoders/2L"
@@ -21,12 +23,8 @@ EXAMPLE = "cascade-rt distil --base hf:bert-base-uncased --layers 2 --texts sent
 def add_arguments(parser: CommandParser) -> None:
     """Add the options."""
     add = parser.add_argument
-    add(
-        "--base",
-        required=True,
-        metavar="BIG",
-        help="encoder to learn from: a Hugging Face folder or hf:NAME",
-    )
+    add("--base", required=True, metavar="BIG", help="encoder to learn from: a Hugging Face folder or hf:NAME")
+    parser.reads("base")
     add("--layers", required=True, type=int, metavar="K", help="layers of the small encoder")
     add(
         "--texts",
@@ -36,8 +34,10 @@ def add_arguments(parser: CommandParser) -> None:
         metavar="FILE",
         help="plain text, the more the better: txt (one text a line), csv, tsv, jsonl or parquet",
     )
-    add("--text-column", metavar="NAME", help="column of the text (default: the usual names)")
+    parser.reads("texts")
+    add_reading(parser, of="--texts", pair=False)
     add("--output", required=True, type=Path, metavar="DIR", help="the encoder's folder, in Hugging Face format")
+    parser.writes("output", paths=with_work)
     add("--json", action="store_true", help="print the whole record as JSON")
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--epochs", type=float, default=1, help="passes over the texts")
@@ -55,7 +55,7 @@ def add_arguments(parser: CommandParser) -> None:
     recipe.add_argument(
         "--bf16", action=argparse.BooleanOptionalAction, help="compute in bfloat16 (default: if measured to be faster)"
     )
-    parser.aliases["columns"] = "--text-column"
+    add_export_check(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -77,12 +77,13 @@ def run(options: argparse.Namespace) -> None:
         bf16=options.bf16,
     )
     with redirect_stdout(sys.stderr):  # whatever libraries print is not the answer
+        check_export(options, layers=options.layers)
         record = distil(
             options.base,
             options.texts,
             options.output,
             layers=options.layers,
-            text_column=options.text_column,
+            reading=reading(options),
             recipe=recipe,
         )
     if options.json:

@@ -7,15 +7,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cascade_rt.cli.options import columns_from
-from cascade_rt.cli.parser import CommandParser
+from cascade_rt.cli.options import add_label_column, add_reading, reading
+from cascade_rt.cli.parser import CommandParser, Paths
 from cascade_rt.cli.rendering import printable
 from cascade_rt.errors import InputError, MissingExtraError
 from cascade_train.tasks import TASKS, TaskData, load_file, load_task
 
 
-def add_training(parser: CommandParser, *, output: str) -> None:
-    """Add the encoder, the data and the recipe; `output` describes what is written."""
+def with_work(output: Path | str) -> list[Path | str]:
+    """Return what is written by a command that trains: the output, and the folder of its work."""
+    return [output, f"{output}.training"]
+
+
+def add_training(parser: CommandParser, *, output: str, writes: Paths) -> None:
+    """Add the encoder, the data and the recipe; `output` describes what is written, `writes` is all of it."""
     add = parser.add_argument
     add(
         "--base",
@@ -31,6 +36,8 @@ def add_training(parser: CommandParser, *, output: str) -> None:
         help="fine-tune under the tokenizer of this folder, to join a cascade of another origin: it must have the "
         "encoder's words, under any ids (default: the encoder's own)",
     )
+    parser.reads("base", "tokenizer")
+    parser.writes("output", paths=writes)
     add("--json", action="store_true", help="print the whole record as JSON")
     add_data(parser)
     add_recipe(parser)
@@ -45,9 +52,9 @@ def add_data(parser: CommandParser) -> None:
     data.add_argument(
         "--validation-file", type=Path, metavar="FILE", help="with --train-file (default: a part is held out)"
     )
-    data.add_argument("--text-column", metavar="NAME", help="column of the text (default: the usual names)")
-    data.add_argument("--pair-column", metavar="NAME", help="column of the second text, for tasks on pairs")
-    data.add_argument("--label-column", metavar="NAME", default="label", help="column of the label names")
+    parser.reads("data", "train_file", "validation_file")
+    add_reading(parser, of="the files", group=data)
+    add_label_column(parser, data)
     data.add_argument(
         "--on-error",
         choices=("stop", "skip"),
@@ -57,7 +64,6 @@ def add_data(parser: CommandParser) -> None:
     data.add_argument("--metric", choices=("accuracy", "f1"), default="accuracy", help="with --train-file")
     data.add_argument("--holdout", type=float, default=0.1, help="share of training held out for validation")
     data.add_argument("--split-seed", type=int, default=0, help="random seed of that split; use one for all members")
-    parser.aliases["columns"] = "--text-column and --pair-column"
 
 
 def add_recipe(parser: CommandParser) -> None:
@@ -120,9 +126,8 @@ def data_from(options: argparse.Namespace) -> TaskData:
     data = load_file(
         options.train_file,
         validation=options.validation_file,
-        columns=columns_from(options),
+        reading=reading(options),
         pair=options.pair_column is not None,
-        label_column=options.label_column,
         metric=options.metric,
         holdout=options.holdout,
         split_seed=options.split_seed,

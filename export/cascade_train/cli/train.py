@@ -14,7 +14,8 @@ from typing import Any
 
 from cascade_rt.cli.parser import CommandParser
 from cascade_rt.errors import InputError
-from cascade_train.cli.options import add_training, data_from, need_training, recipe_from
+from cascade_train.cli.options import add_training, data_from, need_training, recipe_from, with_work
+from cascade_train.cli.trial import add_export_check, check_export
 
 SUMMARY = "fine-tune one member (extra: export)"
 EXAMPLE = "cascade-rt train --train-file labelled.csv --base hf:bert-base-uncased --output members/12L"
@@ -27,15 +28,17 @@ _GRID = (0.1, 0.3, 0.5, 0.7)
 
 def add_arguments(parser: CommandParser) -> None:
     """Add the options."""
-    add_training(parser, output="the member's folder, in Hugging Face format")
+    add_training(parser, output="the member's folder, in Hugging Face format", writes=_written)
     dar = parser.add_argument_group("difficulty-aware regularization (DAR)")
     dar.add_argument("--difficulty", type=Path, metavar="DIR", help="labels that cascade-rt difficulty wrote")
+    parser.reads("difficulty")
     dar.add_argument("--dar-margin", type=float, help="eps (default: the paper's for the task, else 0.5)")
     dar.add_argument("--dar-weight", type=float, default=0.5, help="lambda")
     margins = ", ".join(map(str, _GRID))
     dar.add_argument("--dar-grid", action="store_true", help=f"try the margins {margins}; keep the best on validation")
     distillation = parser.add_argument_group("knowledge distillation")
     distillation.add_argument("--teacher", metavar="DIR", help="a fine-tuned member with the same labels")
+    parser.reads("teacher")
     distillation.add_argument("--temperature", type=float, default=2.0, help="temperature of the distillation")
     distillation.add_argument("--distill-weight", type=float, default=0.5, help="weight of the soft loss, out of 1")
     distillation.add_argument(
@@ -49,6 +52,13 @@ def add_arguments(parser: CommandParser) -> None:
         action="store_true",
         help="BERT-of-Theseus: --base is a fine-tuned member, and K layers (--layers) replace its modules bit by bit",
     )
+    add_export_check(parser)
+
+
+def _written(output: Path) -> list[Path | str]:
+    """Return what is written: the member, or one for each margin until the best is chosen; and the work."""
+    folders: list[Path | str] = [output, *(f"{output}.margin-{margin:g}" for margin in _GRID)]
+    return [path for folder in folders for path in with_work(folder)]
 
 
 def run(options: argparse.Namespace) -> None:
@@ -64,6 +74,8 @@ def run(options: argparse.Namespace) -> None:
         raise InputError("found --patient alone, expected --teacher DIR with it")
     if options.module_replacing and not options.layers:
         raise InputError("found --module-replacing alone, expected --layers K with it")
+    with redirect_stdout(sys.stderr):
+        check_export(options, data.labels, layers=options.layers, tokenizer=options.tokenizer, pair=data.pair)
     objective = Objective(
         difficulty=read_difficulty(options.difficulty, data.train) if options.difficulty else None,
         dar_margin=_MARGINS.get(data.name, _OTHER_MARGIN) if options.dar_margin is None else options.dar_margin,

@@ -12,7 +12,8 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 from cascade_rt.cli.parser import CommandParser
-from cascade_train.cli.options import add_data, add_recipe, data_from, need_training, recipe_from
+from cascade_train.cli.options import add_data, add_recipe, data_from, need_training, recipe_from, with_work
+from cascade_train.cli.trial import add_export_check, check_export
 
 SUMMARY = "train a model with a classifier after each layer (extra: export)"
 EXAMPLE = "cascade-rt train-exits --kind pabee --train-file labelled.csv --base hf:bert-base-uncased --output pabee/"
@@ -35,11 +36,14 @@ def add_arguments(parser: CommandParser) -> None:
         help="encoder to start from: a Hugging Face folder or hf:NAME; for deebert and fastbert also a member that "
         "cascade-rt train made for this task",
     )
+    parser.reads("base")
     add("--every", type=int, default=1, metavar="K", help="layers between two exits")
     add("--output", required=True, type=Path, metavar="DIR", help="the model's folder, in Hugging Face format")
+    parser.writes("output", paths=with_work)
     add("--json", action="store_true", help="print the whole record as JSON")
     add_data(parser)
     add_recipe(parser)
+    add_export_check(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -49,6 +53,7 @@ def run(options: argparse.Namespace) -> None:
 
     data, recipe = data_from(options), recipe_from(options)
     with redirect_stdout(sys.stderr):  # whatever libraries print is not the answer
+        check_export(options, data.labels, pair=data.pair, exits=options.kind)
         record = train_exits(options.base, data, options.output, kind=options.kind, every=options.every, recipe=recipe)
     if options.json:
         print(json.dumps(record))

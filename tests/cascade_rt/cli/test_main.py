@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import io
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -297,34 +295,6 @@ def test_the_command_line_names_options_where_the_library_names_parameters(
     assert says in error
     assert not re.search(r"`\w+`", error), "no name of the library is left"
     assert all(name in parser_of(arguments.split(maxsplit=1)[0]).format_help() for name in option.split(" and "))
-
-
-LIBRARY_ONLY = {
-    "batch_size", "chunk_size", "top_k",  # CascadeRuntime's methods
-    "members", "preload", "spin_us",  # of CascadeRuntime
-    "report",  # of write_tuning
-}  # fmt: skip
-"""Parameters that no command passes on."""
-
-
-def named_parameters() -> Iterator[tuple[str, str]]:
-    """Yield every parameter that a message of the library names, with its place."""
-    for path in sorted([*(ROOT / "cascade_rt").rglob("*.py"), *(ROOT / "export").rglob("*.py")]):
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "InvalidOption":
-                if isinstance(first := node.args[0], ast.Constant):
-                    yield str(first.value), f"{path.relative_to(ROOT)}:{node.lineno}"
-            elif isinstance(node, ast.Raise):
-                for text in (part for part in ast.walk(node) if isinstance(part, ast.Constant)):
-                    for name in re.findall(r"`(\w+)`", text.value) if isinstance(text.value, str) else ():
-                        yield name, f"{path.relative_to(ROOT)}:{node.lineno}"
-
-
-def test_every_parameter_that_a_message_names_has_an_option_or_is_the_librarys_alone() -> None:
-    options = {name for command in COMMANDS for name in parser_of(command).option_names()}
-    unknown = [f"{name} ({place})" for name, place in named_parameters() if name not in options | LIBRARY_ONLY]
-    assert len(list(named_parameters())) > 20
-    assert unknown == []
 
 
 def test_output_is_utf8_whatever_the_terminal(bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

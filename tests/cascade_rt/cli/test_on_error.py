@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from cascade_rt import CascadeRuntime
 from cascade_rt.errors import InputError, InvalidOption
 from cascade_rt.io import lines as lines_module
-from cascade_rt.io.readers import Example, Reject, read_examples, read_records
+from cascade_rt.io.readers import Example, Reading, Reject, read_examples, read_records
 
 from .commands import run
 
@@ -27,7 +27,7 @@ def runtime(bundle: Path) -> CascadeRuntime:
     return CascadeRuntime(bundle)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=25)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
 @given(rows=st.lists(st.sampled_from([*GOOD, *BAD]), min_size=1, max_size=40), data=st.data())
 def test_good_rows_are_answered_as_if_the_bad_ones_were_not_there(
     runtime: CascadeRuntime,
@@ -75,7 +75,7 @@ def test_good_rows_are_answered_as_if_the_bad_ones_were_not_there(
     [
         ("a.txt", b"fine\ncaf\xe9\nfine\n\xff\n", ["a.txt:2", "a.txt:4"]),
         ("a.csv", b"id,text\n1,fine\n2,caf\xe9\n3\n4,fine\n5,a,b\n", ["a.csv:3", "a.csv:4", "a.csv:6"]),
-        ("a.csv", b'id,text\n1,fine\n2,"two\nlines"x\n3,fine\n', ["a.csv:4"]),
+        ("a.csv", b'id,text\n1,fine\n2,"two\nlines"x\n3,fine\n', ["a.csv:3", "a.csv:4"]),
         ("a.tsv", b"id\ttext\n1\tfine\n2\n3\tfine\n4\tcaf\xe9\n", ["a.tsv:3", "a.tsv:5"]),
         (
             "a.jsonl",
@@ -106,14 +106,14 @@ def test_rejected_records_have_their_exact_line_and_the_others_are_read(
 def test_encodings(tmp_path: Path, encoding: str) -> None:
     Path("a.csv").write_bytes('text,n\r\n"na\u00efve, caf\u00e9",1\r\n'.encode(encoding))
     named = None if encoding in ("utf-8", "utf-8-sig", "utf-16") else encoding
-    (row,) = read_examples("a.csv", pair=False, encoding=named)
+    (row,) = read_examples("a.csv", Reading(encoding=named), pair=False)
     assert (row.text, row.fields["n"]) == ("na\u00efve, caf\u00e9", "1")
 
 
 def test_an_unknown_encoding_is_named(tmp_path: Path) -> None:
     Path("a.txt").write_text("a")
     with pytest.raises(InvalidOption, match="`encoding`: found 'utf-9', expected one that Python knows"):
-        list(read_examples("a.txt", pair=False, encoding="utf-9"))
+        list(read_examples("a.txt", Reading(encoding="utf-9"), pair=False))
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.jsonl"])

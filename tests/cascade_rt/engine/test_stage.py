@@ -48,6 +48,13 @@ def test_logits_that_are_not_finite_are_refused(bundle: Path, value: float) -> N
             runtime.predict(texts)
 
 
+@pytest.mark.parametrize(("kind", "value"), [(np.float16, 300), (np.float16, 65_504), (np.float32, 1e30)])
+def test_large_logits_are_answered(bundle: Path, kind: type, value: float) -> None:
+    runtime = standing_in(bundle, lambda rows: np.array([[0, value, 0]] * rows, dtype=kind))
+    for texts in (["a film"], ["a film", "a cat"]):
+        assert [(answer.label, answer.score) for answer in runtime.predict(texts)] == [("fine", 1.0)] * len(texts)
+
+
 def test_logits_of_a_wrong_shape_are_refused(bundle: Path) -> None:
     runtime = standing_in(bundle, lambda rows: np.zeros((rows, 4), dtype=np.float32))
     with pytest.raises(BundleError, match=r"'tiny' answered logits of shape \(2, 4\), expected \(2, 3\)"):

@@ -51,7 +51,7 @@ def test_tokens_are_those_of_the_library_that_cuts_and_pads_itself(
     uncut.no_padding()
     ours = TextTokenizer(file, 32, pair)
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(st.lists(st.tuples(sides, sides), min_size=1, max_size=6))
     def compare(rows: list[tuple[str, str]]) -> None:
         given_texts = rows if pair else [row[0] for row in rows]
@@ -106,7 +106,7 @@ def test_the_beginning_of_a_long_text_has_the_tokens_of_the_whole(
     ours = TextTokenizer(tmp_path / "tokenizer.json", 7 if kind == "wordpiece" and pair else 6, pair)
     compared = 0
 
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=100)
     @given(long_texts, long_texts)
     def compare(first: str, second: str) -> None:
         nonlocal compared
@@ -129,17 +129,76 @@ def test_the_beginning_of_a_long_text_has_the_tokens_of_the_whole(
     assert compared > 10
 
 
+LONG = [
+    ("a" * 2**12 + " b", True),
+    ("good film " + "a" * 20_000 + " so sad, " + "0b" * 2**12 + ". the cat", True),  # shortened: of any length
+    ("a" * 2**13 + "\u0301 b", True),
+    ("good[UNK]" + "x" * 2**13 + "[MASK]b", True),
+    (" " * 2**12 + "good film", False),
+    (("a" + " " * 40) * 200, False),
+    ("\u00e9" * 2**12 + " b", False),
+    ("a.\u4e2d" * 2**11, False),
+]
+
+
+@pytest.mark.parametrize(("text", "at_any_length"), LONG)
+def test_a_text_that_cannot_be_cut_at_a_space_has_the_tokens_of_the_whole(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, text: str, at_any_length: bool
+) -> None:
+    monkeypatch.setattr(tokenization, "_LONGEST", 2**12)
+    monkeypatch.setattr(tokenization, "_LONGEST_WORD", 2**8)
+    file = bundle / "tokenizer.json"
+    library = Tokenizer.from_file(str(file))
+    library.enable_truncation(300)
+    library.no_padding()
+    wanted = library.encode(text).ids
+    ours = TextTokenizer(file, 300, pair=False)
+    encoded = ours.encode(["fine", text])
+    assert encoded.batch(np.array([1]))["input_ids"][0].tolist() == wanted
+    assert encoded.truncated(1) == (len(wanted) == 300)
+    monkeypatch.setattr(tokenization, "_WHOLE", len(text) - 1)
+    if at_any_length:
+        assert ours.encode([text]).batch(np.arange(1))["input_ids"][0].tolist() == wanted
+    else:
+        with pytest.raises(TextError, match=r"text 0: found over [0-9,]+ characters, and .*; shorten the text"):
+            ours.encode([text])
+
+
+words = st.tuples(
+    st.text("aB3", max_size=4), st.sampled_from([0, 0, 90, 99, 100, 101, 150, 400]), st.text("aé .[,\u0301", max_size=3)
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(words, max_size=8))
+def test_words_that_are_too_long_for_wordpiece_may_be_shortened(
+    bundle: Path, parts: list[tuple[str, int, str]]
+) -> None:
+    text = "".join(f"{before}{'x' * count}{after}" for before, count, after in parts)
+    library = Tokenizer.from_file(str(bundle / "tokenizer.json"))
+    ours = TextTokenizer(bundle / "tokenizer.json", 300, pair=False)
+    shortened = ours._with_shorter_words(text)
+    assert library.encode(shortened).ids == library.encode(text).ids
+
+
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("change", "shortens"),
     [
-        ("a" * 2**20 + " b", "no word ends shortly before character 1,048,576"),
-        (" " * 2**20 + "good film", "no word ends"),
-        (("a" + " " * 4000) * 500, "the first 1,048,576 have only 2[0-9]+ tokens"),
+        (lambda library: None, True),
+        (lambda library: library.add_tokens(["xx"]), False),
+        (lambda library: setattr(library, "normalizer", normalizers.Replace("x", " ")), False),
+        (lambda library: setattr(library, "pre_tokenizer", pre_tokenizers.Digits()), False),
+        (lambda library: setattr(library, "model", models.BPE()), False),
     ],
 )
-def test_a_text_that_cannot_be_cut_safely_is_refused(bundle: Path, text: str, says: str) -> None:
-    with pytest.raises(TextError, match=f"text 1: found over 1,048,576 characters, and {says}.*shorten the text"):
-        TextTokenizer(bundle / "tokenizer.json", 300, pair=False).encode(["fine", text])
+def test_only_words_that_are_unknown_either_way_are_shortened(
+    bundle: Path, tmp_path: Path, change: Any, shortens: bool
+) -> None:
+    library = Tokenizer.from_file(str(bundle / "tokenizer.json"))
+    change(library)
+    library.save(str(tmp_path / "tokenizer.json"))
+    ours = TextTokenizer(tmp_path / "tokenizer.json", 8, pair=False)
+    assert (len(ours._with_shorter_words("x" * 1000)) < 1000) == shortens
 
 
 @pytest.mark.parametrize(
@@ -154,7 +213,9 @@ def test_a_text_that_cannot_be_cut_safely_is_refused(bundle: Path, text: str, sa
         (pre_tokenizers.Sequence([pre_tokenizers.Split("x", "removed"), pre_tokenizers.Whitespace()]), False),
     ],
 )
-def test_only_tokenizers_that_split_at_spaces_take_a_beginning(pre_tokenizer: Any, safe: bool, tmp_path: Path) -> None:
+def test_only_tokenizers_that_split_at_spaces_take_a_beginning(
+    pre_tokenizer: Any, safe: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     library = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     if pre_tokenizer is not None:
         library.pre_tokenizer = pre_tokenizer
@@ -163,6 +224,7 @@ def test_only_tokenizers_that_split_at_spaces_take_a_beginning(pre_tokenizer: An
     if safe:
         assert len(tokenizer.encode(["a " * 2**20]).batch(np.arange(1))["input_ids"][0]) == 8
         return
+    monkeypatch.setattr(tokenization, "_WHOLE", 2**20)
     with pytest.raises(TextError, match="this bundle's tokenizer needs all of it"):
         tokenizer.encode(["a " * 2**20])
 

@@ -12,14 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cascade_rt.errors import InputError
-from cascade_rt.io.readers import read_examples
+from cascade_rt.io.readers import Reading, read_examples
 
 _NOT_IN_CSV = "\0" if sys.version_info < (3, 11) else ""  # the csv module of Python 3.10 cannot write it
 
 
 def read(path: Path, content: str | bytes, *, pair: bool = False, **options: Any) -> list[tuple[Any, Any]]:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return [(row.text, row.fields) for row in read_examples(path, pair=pair, **options)]
+    return [(row.text, row.fields) for row in read_examples(path, Reading(**options), pair=pair)]
 
 
 def test_txt_has_a_text_a_line_and_empty_lines_are_texts(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_malformed_table_rows_can_be_skipped(tmp_path: Path) -> None:
     assert [text for text, _ in rows] == ["a", "b"]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters=_NOT_IN_CSV)), max_size=20))
 def test_any_unicode_passes_through_jsonl_and_csv(tmp_path: Path, texts: list[str]) -> None:
     import csv

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cascade_rt.errors import InputError
-from cascade_rt.io.writers import json_line, open_output, write_json
+from cascade_rt.io.tables import open_rows
+from cascade_rt.io.writers import check_ending, json_line, open_output, write_json
 
 
 def test_an_output_appears_only_when_whole(tmp_path: Path) -> None:
@@ -31,11 +33,32 @@ def test_a_device_is_written_to_and_not_replaced() -> None:
     assert Path("/dev/null").is_char_device()
 
 
+@pytest.mark.skipif(not Path("/dev/fd").is_dir(), reason="needs /dev/fd")
+def test_a_pipe_behind_a_link_is_written_to() -> None:
+    """As of /dev/stdout, and of the shell's >(command)."""
+    reading, writing = os.pipe()
+    try:
+        for open_it in (open_output, open_rows):
+            with open_it(f"/dev/fd/{writing}") as stream:
+                stream.write("through\n")
+            assert os.read(reading, 99) == b"through\n"
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
 def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist"), open_output(tmp_path / "no" / "out.jsonl"):
         pass
     with pytest.raises(InputError, match="it is a folder; name a file"), open_output(tmp_path):
         pass
+
+
+def test_a_name_that_ends_otherwise_than_its_format_is_refused(tmp_path: Path) -> None:
+    for name in ("a.onnx", "a.ONNX", "a", "b.c/a"):
+        check_ending(name, ".onnx")
+    with pytest.raises(InputError, match=r"cannot write a.json: found a name that ends in .json, expected .onnx"):
+        check_ending("a.json", ".onnx")
 
 
 def test_json_is_written_whole_and_strict(tmp_path: Path) -> None:

@@ -54,14 +54,13 @@ def test_a_shard_has_a_receipt_while_it_is_whole(tmp_path: Path, ending: str, sc
 
 def test_a_folder_is_complete_when_all_shards_are_there(tmp_path: Path) -> None:
     folder = begun(tmp_path / "out")
-    for part in ("0", "1", "9"):
-        written(folder, part)
+    first, second, _ = (written(folder, part) for part in ("0", "1", "9"))
     with pytest.raises(
         InputError, match=r"1 of 3 shards are not there, for instance part-2\.jsonl; name a folder that"
     ):
-        folder.finish(["0", "1", "2"], {})
+        folder.finish([first, second, first._replace(part="2")], {})
     assert not (tmp_path / "out" / "_SUCCESS").exists()
-    folder.finish(["0", "1"], {"answered": 4})
+    folder.finish([first, second], {"answered": 4})
     assert json.loads((tmp_path / "out" / "_SUCCESS").read_text()) == {"answered": 4}
     assert sorted(path.name for path in tmp_path.glob("out/part-*")) == ["part-0.jsonl", "part-1.jsonl"]
 
@@ -69,6 +68,40 @@ def test_a_folder_is_complete_when_all_shards_are_there(tmp_path: Path) -> None:
         begun(tmp_path / "out")
     begun(tmp_path / "out", resume=True)
     assert not (tmp_path / "out" / "_SUCCESS").exists(), "it is not complete while a job works on it"
+
+
+def test_parquet_shards_have_the_same_columns(tmp_path: Path) -> None:
+    """Also where a later shard has fields of other types, and where the job is resumed after that."""
+    dataset = pytest.importorskip("pyarrow.dataset")
+    parts: list[list[dict[str, Any]]] = [
+        [{"id": 1, "x": 1, "label": "a"}, {"id": 2, "x": None, "label": "b"}],
+        [{"id": 2**64 - 1, "x": 0.5, "new": {"y": [1]}, "label": "a"}],
+        [{"id": 3, "x": 2, "label": None}],
+    ]
+
+    def write(folder: ShardFolder, at: int) -> Receipt:
+        lines = "".join(json.dumps(row) + "\n" for row in parts[at])
+        return folder.write(str(at), lines, lambda size: Receipt(str(at), "d", size, len(parts[at]), 0, [1], ""))
+
+    def found() -> list[dict[str, Any]]:
+        table = dataset.dataset(tmp_path / "out", format="parquet").to_table()
+        rows: list[dict[str, Any]] = table.to_pylist()
+        return rows
+
+    folder = begun(tmp_path / "out", "parquet")
+    folder.finish([write(folder, at) for at in range(3)], {})
+    rows = [row | {"x": row["x"], "new": row.get("new")} for part in parts for row in part]
+    assert found() == [row | {"new": row["new"] and json.dumps(row["new"])} for row in rows]
+
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("part-*")}
+    folder = begun(tmp_path / "out", "parquet", resume=True)
+    receipts = [folder.receipt(str(at), "d") for at in range(3)]
+    parts.append([{"id": -1, "x": "z", "label": "a"}])
+    folder.finish([*(receipt for receipt in receipts if receipt), write(folder, 3)], {})
+    assert [json.loads(row["id"]) for row in found()] == [1, 2, 2**64 - 1, 3, -1]
+    assert [row["x"] and json.loads(row["x"]) for row in found()] == [1, None, 0.5, 2, "z"]
+    assert found()[2]["new"] == '{"y": [1]}'
+    assert all((tmp_path / "out" / name).read_bytes() != content for name, content in kept.items())
 
 
 def test_other_folders_are_refused_and_kept(tmp_path: Path) -> None:

@@ -11,11 +11,10 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 
 from cascade_rt.engine.stage import Stage, StageOutput
 from cascade_rt.serving.app import create_app
-from cascade_rt.serving.server import Server
+from cascade_rt.serving.server import Server, configured
 from cascade_rt.serving.service import Service, Settings
 
 
@@ -57,7 +56,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
 @contextmanager
 def listening(service: Service, **settings: Any) -> Iterator[str]:
     """Serve behind a socket, in a thread, and yield the address."""
-    config = uvicorn.Config(create_app(service, **settings), port=0, log_config=None, timeout_graceful_shutdown=5)
+    config = configured(create_app(service, **settings), port=0, timeout_graceful_shutdown=5)
     server = Server(config, service, idle_seconds=2.0)
     thread = threading.Thread(target=server.run)
     thread.start()

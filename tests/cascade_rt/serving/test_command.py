@@ -81,11 +81,11 @@ def test_a_signal_lets_open_requests_finish(bundle: Path, number: int) -> None:
 
 def test_a_token_file_and_a_second_bundle(bundle: Path, pair_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "token").write_text("secret\n")
-    options = ["--token-file", str(tmp_path / "token"), "--model", f"pairs={pair_bundle}"]
+    options = ["--token-file", str(tmp_path / "token"), "--model", f"pairs={pair_bundle}", "--root-path", "/toys/"]
     with serving("--model-dir", str(bundle), *options) as (_, address):
         body = {"model": "pairs", "texts": [["a", "b"]]}
         assert httpx.post(f"{address}/v1/classify", json=body).status_code == 401
-        answer = httpx.post(f"{address}/v1/classify", json=body, headers={"Authorization": "Bearer secret"})
+        answer = httpx.post(f"{address}/toys/v1/classify", json=body, headers={"Authorization": "Bearer secret"})
         assert answer.json()["model"] == "pairs"
 
 
@@ -102,6 +102,11 @@ def test_a_token_file_and_a_second_bundle(bundle: Path, pair_bundle: Path, tmp_p
         (["--model-dir", "BUNDLE", "--max-queue", "0"], "--max-queue: found 0, expected at least 1"),
         (["--model-dir", "BUNDLE", "--max-wait-ms", "-1"], "--max-wait-ms: found -1"),
         (["--model-dir", "BUNDLE", "--provider-option", "device_id"], "expected KEY=VALUE"),
+        (
+            ["--model-dir", "BUNDLE", "--root-path", "toys"],
+            "--root-path: found 'toys', expected a path such as /sentiment",
+        ),
+        (["--model-dir", "BUNDLE", "--root-path", "/v2"], "--root-path: found '/v2', expected another one than /v2"),
         (["--model-dir", "BUNDLE", "--port", "99999"], "--port: found 99999, expected a number from 0 to 65535"),
     ],
 )

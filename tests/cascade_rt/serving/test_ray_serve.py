@@ -51,13 +51,22 @@ def on_ray(bundle: Path, pair_bundle: Path, tmp_path_factory: pytest.TempPathFac
     token.write_text("secret\n")
     options = ["--model", f"toy={bundle}", "--model", f"pairs={pair_bundle}", "--token-file", str(token)]
     options += ["--allow-thresholds", "--max-texts", "2000", "--max-queue", "5000", "--max-body-mb", "1"]
-    options += ["--cors-origin", "https://page.example", "--engine", "ray", "--address", "local"]
+    options += [
+        "--cors-origin",
+        "https://page.example",
+        "--root-path",
+        "/toys",
+        "--engine",
+        "ray",
+        "--address",
+        "local",
+    ]
     with serving(*options) as running:
         process, address = running
         assert process.stderr is not None
         assert [process.stderr.readline() for _ in range(4)][2:] == [
             "on Ray: 1 replica of each member, with 1 thread each\n",
-            f"serving on {address}, interfaces at /docs\n",
+            f"serving on {address}, interfaces at /toys/docs\n",
         ]
         yield running
         process.terminate()  # a process that is killed leaves some of Ray's behind
@@ -69,7 +78,13 @@ def on_ray(bundle: Path, pair_bundle: Path, tmp_path_factory: pytest.TempPathFac
 def local(bundle: Path, pair_bundle: Path) -> Iterator[str]:
     """A server in this process with the same settings."""
     settings = Settings(
-        threads=1, reload_seconds=0, allow_thresholds=True, max_texts=2000, max_queue=5000, max_body=2**20
+        threads=1,
+        reload_seconds=0,
+        allow_thresholds=True,
+        max_texts=2000,
+        max_queue=5000,
+        max_body=2**20,
+        root_path="/toys",
     )
     service = Service({"toy": str(bundle), "pairs": str(pair_bundle)}, settings)
     with listening(service, token="secret", cors_origins=("https://page.example",)) as address:
@@ -131,7 +146,12 @@ REQUESTS: list[tuple[str, str, Any]] = [
     ("POST", "/predict", {"inputs": [[text] for text in TEXTS], "raw_scores": True}),
     ("POST", "/predict", {"inputs": LONG, "truncate": False}),
     ("POST", "/predict", {"inputs": []}),
+    ("POST", "/", {"inputs": TEXTS[0], "truncate": None}),
+    ("POST", "/toys/predict/", {"inputs": [[text] for text in TEXTS]}),
+    ("PUT", "/toys/predict", b"x" * 3_000_000),
     ("GET", "/info", None),
+    ("GET", "/toys", None),
+    ("GET", "/toys/openapi.json", None),
     ("GET", "/v2", None),
     ("GET", "/v2/models/toy", None),
     ("GET", "/v2/models/none", None),
@@ -176,7 +196,7 @@ def test_every_interface_answers_as_on_one_machine(client: httpx.Client, local: 
             expected = asked(other, "OPTIONS", "/v1/classify", None, headers)
             assert asked(client, "OPTIONS", "/v1/classify", None, headers) == expected
             assert any("access-control-allow-origin" in header for header in expected[2]) is ("page" in origin)
-    assert statuses == {200, 400, 401, 404, 405, 413, 422}
+    assert statuses == {200, 204, 400, 401, 404, 405, 413, 422}
 
 
 def test_a_request_id_is_the_clients(client: httpx.Client) -> None:

@@ -32,10 +32,8 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture
 def running(bundle: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     folder = shutil.copytree(bundle, tmp_path / "bundle")
-    with serving("--model-dir", str(folder), "--workers", "2", "--reload-seconds", "0.2", "--log-texts") as (
-        process,
-        address,
-    ):
+    options = ["--workers", "2", "--reload-seconds", "0.2", "--log-texts", "--root-path", "/toys"]
+    with serving("--model-dir", str(folder), *options) as (process, address):
         eventually("two that serve", lambda: served_by_both(address))  # before, a worker that dies ends the server
         yield process, address
 
@@ -74,7 +72,9 @@ def test_workers_answer_and_count_as_one_process_does(running: tuple[subprocess.
     process, address = running
     with CascadeRuntime(bundle, threads=1) as runtime:
         expected = [(found.label, found.exit) for found in runtime.predict(TEXTS)]
-    found = [httpx.post(f"{address}/v1/classify", json={"texts": [text]}).json()["predictions"][0] for text in TEXTS]
+    found = [
+        httpx.post(f"{address}/toys/v1/classify", json={"texts": [text]}).json()["predictions"][0] for text in TEXTS
+    ]
     assert [(row["label"], row["exit"]) for row in found] == expected
     (model,) = httpx.get(f"{address}/v1/models").json()["models"]
     assert model["texts"] == counted(address) == len(TEXTS)

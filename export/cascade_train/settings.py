@@ -1,0 +1,230 @@
+"""The JSON files of a checkpoint, and the settings there that cascade-rt does not follow, each refused by name.
+
+The files are read without torch and transformers, before either sees the folder: nothing in it has run then.
+docs/guide/families.md lists all settings that change answers, those that are followed included.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cascade_rt.errors import CascadeError, InferenceError, InputError, first_line
+
+CONFIG, TOKENIZER_CONFIG, ADAPTER = "config.json", "tokenizer_config.json", "adapter_config.json"
+DEFAULT_LABELS = 2
+"""Labels of a config.json that names none, as in transformers."""
+
+_CLASSIFIER = "ForSequenceClassification"
+_SHOWN, _LINE = 60, 240  # characters of a setting's value, and of another library's message
+
+
+@contextmanager
+def guarded(source: str, action: str, remedy: str) -> Iterator[None]:
+    """Turn what other libraries raise about a checkpoint into one InputError that names it and keeps the cause.
+
+    `action`: "cannot ..." of the message; `remedy`: its end. Errors of cascade-rt pass unchanged; running out of memory
+    becomes an InferenceError, because nothing about the checkpoint would mend it.
+    """
+    try:
+        yield
+    except CascadeError:
+        raise
+    except MemoryError as error:
+        raise InferenceError(f"{source}: {action}, memory ran out; free memory and try again") from error
+    except Exception as error:  # a folder can be broken in many ways, and each library has its own errors
+        raise InputError(f"{source}: {action} ({_shown(first_line(error), _LINE)}); {remedy}") from error
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The JSON files of a checkpoint: `config` is empty for a folder that only has a tokenizer."""
+
+    source: str
+    folder: Path
+    config: Mapping[str, Any]
+    tokenizer: Mapping[str, Any]
+
+    def read(self, name: str) -> dict[str, Any]:
+        """Return another JSON file of the folder; empty if there is none."""
+        return _json(self.source, self.folder / name)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The label names by class id, as transformers reads them; InputError unless ids count from 0 without gaps."""
+        named = self.config.get("id2label")
+        if named is None:
+            count = self.config.get("num_labels", self.config.get("_num_labels", DEFAULT_LABELS))
+            if isinstance(count, bool) or not isinstance(count, int):
+                raise self.refusal(CONFIG, "num_labels", count, "a number of labels")
+            named = {str(index): f"LABEL_{index}" for index in range(count)}
+        if not isinstance(named, dict) or not all(key.isdecimal() for key in named):
+            raise self.refusal(CONFIG, "id2label", named, 'the name of each label by its id: {"0": "no", "1": "yes"}')
+        by_id = {int(key): name for key, name in named.items()}
+        if sorted(by_id) != list(range(len(named))):
+            raise InputError(
+                f"{self.source}: {CONFIG}: found labels with the ids {_shown(sorted(by_id))}; expected all "
+                "from 0, the places of their logits; name and number them so in id2label and label2id"
+            )
+        names = [by_id[index] for index in range(len(by_id))]
+        if wrong := [name for name in names if not isinstance(name, str | int | float)]:
+            raise self.refusal(CONFIG, "id2label", wrong[0], "names of labels as text")
+        labels = tuple(name if isinstance(name, str) else json.dumps(name) for name in names)
+        if len(labels) < 2 or len(set(labels)) < len(labels):
+            regression = "; a model of one number (regression) is not a classifier" if len(labels) == 1 else ""
+            raise InputError(
+                f"{self.source}: found the labels {_shown(', '.join(labels))}; expected at least two, with different "
+                f"names{regression}"
+            )
+        return labels
+
+    def refusal(self, file: str, key: str, found: object, expected: str) -> InputError:
+        """Return the error of a setting that cannot be followed."""
+        written = json.dumps(found, ensure_ascii=False, default=str)
+        return InputError(f"{self.source}: {file}: found {_shown(f'{key} {written}')}; expected {expected}")
+
+    def check_code(self, classes: Collection[str]) -> None:
+        """Raise InputError if one of these Auto classes is code of the repository, which cascade-rt never runs."""
+        for file, found in ((CONFIG, self.config), (TOKENIZER_CONFIG, self.tokenizer)):
+            named = found.get("auto_map") or {}
+            if not isinstance(named, dict):  # as tokenizers were written once
+                named = {"AutoTokenizer": named}
+            for name in classes:
+                if named.get(name):
+                    raise InputError(
+                        f"{self.source}: {file}: found auto_map for {name}, code of the repository "
+                        f"({_shown(named[name])}), which cascade-rt never runs; expected a model that transformers has "
+                        "itself; use another one, or export it to ONNX elsewhere and give that folder"
+                    )
+
+    def check_weights(self) -> None:
+        """Raise InputError for weights that transformers would read otherwise than they are meant, or not at all."""
+        self._check(_WEIGHTS)
+        if (self.folder / ADAPTER).is_file():
+            raise InputError(
+                f"{self.source}: found {ADAPTER}, an adapter beside the weights of its base; expected one whole model; "
+                "merge them with peft (merge_and_unload) and save that"
+            )
+
+    def check_task(self) -> None:
+        """Raise InputError unless the model is a classifier of one label per text."""
+        self._check(_TASK)
+        names = self.config.get("architectures") or []
+        if names and not any(str(name).endswith(_CLASSIFIER) for name in names):
+            raise InputError(
+                f"{self.source}: not a fine-tuned classifier ({CONFIG}: found the architecture "
+                f"{_shown(', '.join(map(str, names)))}, expected one that ends in {_CLASSIFIER}); fine-tune it with "
+                "cascade-rt train"
+            )
+
+    def check_tokenizer(self) -> None:
+        """Raise InputError for settings of the tokenizer that tokenizer.json, all that a bundle has, cannot hold.
+
+        One that draws tokens at random is among them.
+        """
+        self._check(_TOKENIZER)
+        model = self.read("tokenizer.json").get("model")
+        if isinstance(model, dict) and model.get("dropout"):
+            raise self.refusal(
+                "tokenizer.json", "dropout", model["dropout"], "null: a text would get other tokens each time"
+            )
+
+    def check_version(self) -> None:
+        """Raise InputError for a tokenizer that transformers 5 has written, and 4 reads otherwise or not at all."""
+        self._check(_WRITTEN_BY_4)
+
+    def _check(self, rules: Collection[_Rule]) -> None:
+        for rule in rules:
+            found = (self.config if rule.file == CONFIG else self.tokenizer).get(rule.key)
+            if not (found is None or rule.fits(found)):
+                raise self.refusal(rule.file, rule.key, found, rule.expected)
+
+
+class _Rule(NamedTuple):
+    """A setting, which of its values are followed, and the words for those."""
+
+    file: str
+    key: str
+    fits: Callable[[Any], bool]
+    expected: str
+
+
+_V5 = "as transformers 4 writes it; this is transformers 5's"
+_TASK = (
+    _Rule(
+        CONFIG,
+        "problem_type",
+        lambda found: found == "single_label_classification",
+        "single_label_classification: cascade-rt answers one label per text; train a classifier of one label per text, "
+        "or one for each label (yes or no)",
+    ),
+    _Rule(
+        CONFIG,
+        "function_to_apply",
+        lambda found: found == "softmax",
+        "softmax: cascade-rt gives probabilities of one label per text; if the model was trained so, remove the line",
+    ),
+    _Rule(
+        CONFIG,
+        "task_specific_params",
+        lambda found: not (isinstance(found, dict) and {"text-classification", "sentiment-analysis"} & found.keys()),
+        "none for text-classification: cascade-rt does not read them; move them to the top of the file",
+    ),
+)
+_WEIGHTS = (
+    _Rule(
+        CONFIG,
+        "quantization_config",
+        lambda _: False,
+        "weights of 32 or 16 bits; load it with transformers, dequantize() and save_pretrained, or use the original",
+    ),
+)
+_WRITTEN_BY_4 = (
+    _Rule(
+        TOKENIZER_CONFIG,
+        "tokenizer_class",
+        lambda found: found != "TokenizersBackend",
+        f"a class {_V5}; if tokenizer.json is complete, write PreTrainedTokenizerFast there",
+    ),
+    _Rule(
+        TOKENIZER_CONFIG,
+        "extra_special_tokens",
+        lambda found: isinstance(found, dict),
+        f"an object, {_V5}; call the list additional_special_tokens",
+    ),
+)
+_TOKENIZER = (
+    _Rule(
+        TOKENIZER_CONFIG,
+        "split_special_tokens",
+        lambda found: found is False,
+        "false: tokenizer.json cannot hold it; remove the line if the model was trained without it",
+    ),
+)
+
+
+def read_settings(source: str, folder: Path) -> Settings:
+    """Read the JSON files of a folder; `source`: its name in messages. Raise InputError for what is not JSON."""
+    return Settings(source, folder, _json(source, folder / CONFIG), _json(source, folder / TOKENIZER_CONFIG))
+
+
+def _json(source: str, file: Path) -> dict[str, Any]:
+    if not file.exists():
+        return {}
+    with guarded(source, f"cannot read {file.name}", "expected a JSON object; copy or download the file again"):
+        found = json.loads(file.read_text("utf-8"))
+    if not isinstance(found, dict):
+        raise InputError(
+            f"{source}: cannot read {file.name} (found a {type(found).__name__}); expected a JSON object; copy or "
+            "download the file again"
+        )
+    return found
+
+
+def _shown(value: object, most: int = _SHOWN) -> str:
+    text = str(value)
+    return text if len(text) <= most else text[: most - 3] + "..."

@@ -1,0 +1,332 @@
+"""Checkpoints of others: whatever is odd about a folder is answered as the original answers, or refused in one line."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cascade_export.export import export_bundle
+from cascade_export.random_weights import write_random_members
+from cascade_export.torch_checkpoint import open_torch
+from cascade_train.analysis import representations
+from cascade_train.distil import load_encoder
+from cascade_train.exits import open_exits
+from cascade_train.finetune import load_base, load_member
+from cascade_train.settings import guarded
+from cascade_train.sources import load_tokenizer
+
+from cascade_rt import CascadeRuntime
+from cascade_rt.errors import BundleError, InferenceError, InputError
+
+from ..conftest import LABELS
+from ..toy import vocabulary
+
+_TRUST = "trust_remote_code"
+REMOVED = object()
+
+
+def edit(folder: Path, file: str = "config.json", **changes: Any) -> Path:
+    """Change keys of a folder's JSON file; REMOVED takes one out."""
+    path = folder / file
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    found |= changes
+    path.write_text(json.dumps({key: value for key, value in found.items() if value is not REMOVED}))
+    return folder
+
+
+@pytest.fixture
+def folder(member_folders: list[Path], tmp_path: Path) -> Path:
+    """A copy of a classifier, to damage."""
+    return shutil.copytree(member_folders[0], tmp_path / "member")
+
+
+def write(file: str, content: bytes) -> Callable[[Path], object]:
+    return lambda folder: (folder / file).write_bytes(content)
+
+
+def a_folder(file: str) -> Callable[[Path], object]:
+    def spoil(folder: Path) -> None:
+        (folder / file).unlink()
+        (folder / file).mkdir()
+
+    return spoil
+
+
+def config(**changes: Any) -> Callable[[Path], object]:
+    return lambda folder: edit(folder, **changes)
+
+
+def tokenizer_config(**changes: Any) -> Callable[[Path], object]:
+    return lambda folder: edit(folder, "tokenizer_config.json", **changes)
+
+
+def without(*files: str) -> Callable[[Path], object]:
+    def spoil(folder: Path) -> None:
+        for file in files:
+            (folder / file).unlink()
+
+    return spoil
+
+
+TOKENIZER = ("tokenizer.json", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json")
+HALF = {"rope_type": "default", "rope_theta": 50.0}
+
+REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "several labels": (config(problem_type="multi_label_classification"), "problem_type .*one label per text"),
+    "regression": (config(problem_type="regression"), "problem_type .*one label per text"),
+    "another function": (config(function_to_apply="sigmoid"), "function_to_apply .*expected softmax"),
+    "settings of a task": (
+        config(task_specific_params={"text-classification": {"function_to_apply": "none"}}),
+        "task_specific_params .*move them",
+    ),
+    "a token classifier": (
+        config(architectures=["BertForTokenClassification"]),
+        "BertForTokenClassification.*fine-tune",
+    ),
+    "a language model": (config(architectures=["BertForMaskedLM"]), "BertForMaskedLM, expected one that ends in"),
+    "one label": (config(id2label={"0": "score"}), "found the labels score; .*regression"),
+    "ids from 1": (config(id2label={"1": "a", "2": "b", "3": "c"}), r"ids \[1, 2, 3\]; expected all from 0"),
+    "ids with a gap": (config(id2label={"0": "a", "1": "b", "3": "c"}), r"ids \[0, 1, 3\]; expected all from 0"),
+    "ids that are words": (config(id2label={"a": 0, "b": 1}), "id2label .*the name of each label by its id"),
+    "a list of labels": (config(id2label=["a", "b", "c"]), "id2label .*the name of each label by its id"),
+    "a label that is null": (config(id2label={"0": "a", "1": "b", "2": None}), "found id2label null; .*as text"),
+    "fewer labels than logits": (
+        config(id2label={"0": "a", "1": "b"}),
+        "cannot be opened .*size mismatch",
+    ),
+    "code of the repository": (config(auto_map={"AutoConfig": "mine.Mine"}), "auto_map for AutoConfig.*never runs"),
+    "a model in the repository": (
+        config(auto_map={"AutoModelForSequenceClassification": "mine.Mine"}),
+        "auto_map for AutoModelForSequenceClassification.*never runs",
+    ),
+    "a tokenizer in the repository": (
+        tokenizer_config(auto_map={"AutoTokenizer": ["mine.Mine", None]}),
+        "auto_map for AutoTokenizer.*never runs",
+    ),
+    "a tokenizer as written once": (tokenizer_config(auto_map=["mine.Mine", None]), "auto_map for AutoTokenizer"),
+    "quantised weights": (config(quantization_config={"quant_method": "gptq"}), "quantization_config .*dequantize"),
+    "an adapter": (write("adapter_config.json", b"{}"), "adapter.*merge_and_unload"),
+    "settings of transformers 5": (config(rope_parameters=HALF), "rope_parameters .*reads for a bert"),
+    "a tokenizer of transformers 5": (tokenizer_config(tokenizer_class="TokenizersBackend"), "TokenizersBackend"),
+    "special tokens of transformers 5": (
+        tokenizer_config(extra_special_tokens=["[A]"]),
+        "extra_special_tokens .*additional_special_tokens",
+    ),
+    "special tokens that are split": (tokenizer_config(split_special_tokens=True), "split_special_tokens .*false"),
+    "an unknown tokenizer": (tokenizer_config(tokenizer_class="MineTokenizer"), "cannot be opened .*MineTokenizer"),
+    "an unknown architecture": (config(model_type="mine"), "cannot be opened .*mine"),
+    "no architecture": (config(model_type=REMOVED), "cannot be opened .*model_type"),
+    "no config.json": (without("config.json"), "has no config.json"),
+    "a config.json that is not JSON": (write("config.json", b"{"), "cannot read config.json .*expected a JSON object"),
+    "a config.json that is a list": (write("config.json", b"[]"), "cannot read config.json .found a list.*JSON object"),
+    "a config.json that is a folder": (a_folder("config.json"), "cannot read config.json .*Is a directory"),
+    "a tokenizer_config.json that is not JSON": (write("tokenizer_config.json", b"{"), "cannot read tokenizer_config"),
+    "no weights": (without("model.safetensors"), "cannot be opened .*model.safetensors"),
+    "weights of no bytes": (write("model.safetensors", b""), "cannot be opened .*header"),
+    "weights cut short": (
+        lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:999]),
+        "cannot be opened .*",
+    ),
+    "weights of another shape": (config(vocab_size=7), "cannot be opened .*size mismatch"),
+    "weights of another width": (config(hidden_size=64), "cannot be opened .*size mismatch"),
+    "more layers than weights": (config(num_hidden_layers=3), "has no weights for bert.encoder.layer.1"),
+    "a broken setting": (config(num_attention_heads=7), "cannot be opened .*multiple of the number of attention"),
+    "a broken function": (config(hidden_act="mine"), "cannot be opened .*mine"),
+    "no tokenizer": (without(*TOKENIZER), "has no tokenizer; .*tokenizer.json"),
+    "a broken tokenizer": (write("tokenizer.json", b"{}"), "cannot be opened"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_would_change_answers_or_cannot_be_opened_is_refused_in_one_line(folder: Path, name: str) -> None:
+    spoil, says = REFUSED[name]
+    spoil(folder)
+    with pytest.raises(InputError, match=says) as caught:
+        open_torch(str(folder))
+    message = str(caught.value)
+    assert message.startswith(f"{folder}: ")
+    assert "\n" not in message
+    assert len(message) < 500
+
+
+def bare_backend(**parts: Any) -> Any:
+    """BERT's tokenizer with other parts."""
+    from tokenizers import BertWordPieceTokenizer, Tokenizer
+
+    written = json.loads(BertWordPieceTokenizer(vocabulary())._tokenizer.to_str()) | parts
+    return Tokenizer.from_str(json.dumps(written))
+
+
+def test_a_tokenizer_without_padding_and_special_tokens_answers_as_the_original(folder: Path, tmp_path: Path) -> None:
+    from transformers import PreTrainedTokenizerFast, pipeline
+
+    PreTrainedTokenizerFast(
+        tokenizer_object=bare_backend(padding=None, post_processor=None), unk_token="[UNK]"
+    ).save_pretrained(folder)
+    edit(folder, pad_token_id=None)
+    export_bundle([str(folder)], tmp_path / "bundle")
+    theirs = pipeline("text-classification", model=str(folder), tokenizer=str(folder), top_k=None)
+    with CascadeRuntime(tmp_path / "bundle") as runtime:
+        for text in ("a great film", "[PAD] sad [SEP]", "it was never boring but never good " * 12):
+            expected = {one["label"]: one["score"] for one in theirs(text, truncation=True, max_length=64)[0]}
+            (answer,) = runtime.predict([text])
+            assert dict(zip(LABELS, answer.probabilities, strict=True)) == pytest.approx(expected, abs=1e-5)
+        assert len(runtime.predict(["", "a film", "sad sad sad"])) == 3
+
+
+def test_case_of_tokenizer_config_is_that_of_the_answers(folder: Path, tmp_path: Path) -> None:
+    from transformers import pipeline
+
+    edit(folder, "tokenizer_config.json", do_lower_case=False)
+    export_bundle([str(folder)], tmp_path / "bundle")
+    theirs = pipeline("text-classification", model=str(folder), tokenizer=str(folder))
+    with CascadeRuntime(tmp_path / "bundle") as runtime:
+        scores = [runtime.predict([text])[0].score for text in ("a great film", "A Great FILM")]
+    assert scores == pytest.approx([theirs(text)[0]["score"] for text in ("a great film", "A Great FILM")], abs=1e-5)
+    assert abs(scores[0] - scores[1]) > 1e-3
+
+
+def test_tokens_without_an_embedding_are_refused(folder: Path) -> None:
+    tokenizer = load_tokenizer(str(folder))
+    before = len(tokenizer)
+    tokenizer.add_tokens(["[ORDER]", "[NAME]"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(InputError, match=rf"2 tokens without an embedding \('\[ORDER\]' is {before}, expected below"):
+        open_torch(str(folder))
+    with pytest.raises(InputError, match="2 tokens without an embedding"):
+        load_base(str(folder), ("no", "yes"), None)
+
+
+def changed_weights(folder: Path, **changes: Callable[[Any], Any]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    for name, change in changes.items():
+        key = next(key for key in weights if key.endswith(name))
+        found = change(weights.pop(key))
+        weights |= {} if found is None else {key: found.contiguous()}
+    save_file(weights, file, {"format": "pt"})
+
+
+def test_one_token_type_is_enough_for_single_texts(folder: Path) -> None:
+    changed_weights(folder, **{"token_type_embeddings.weight": lambda weight: weight[:1]})
+    edit(folder, type_vocab_size=1)
+    assert not open_torch(str(folder)).pair
+    with pytest.raises(InputError, match=r"gives pairs 2 token types, expected at most 1 .type_vocab_size"):
+        open_torch(str(folder), pair=True)
+
+
+def test_weights_that_are_not_numbers_are_refused(folder: Path) -> None:
+    changed_weights(folder, **{"classifier.weight": lambda weight: weight * float("nan")})
+    with pytest.raises(InputError, match=r"NaN or infinity in its weights \(classifier.weight\)"):
+        open_torch(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (
+            lambda folder: changed_weights(folder, **{"0.output.dense.weight": lambda _: None}),
+            "no weights of the right",
+        ),
+        (lambda folder: edit(folder, vocab_size=200), "no weights of the right shape for 1 parts .*word_embeddings"),
+        (config(auto_map={"AutoModel": "mine.Mine"}), "auto_map for AutoModel"),
+        (tokenizer_config(tokenizer_class="TokenizersBackend"), "TokenizersBackend"),
+    ],
+)
+def test_an_encoder_to_train_has_all_its_weights_and_a_tokenizer(
+    folder: Path, spoil: Callable[[Path], object], says: str
+) -> None:
+    spoil(folder)
+    with pytest.raises(InputError, match=says):
+        load_base(str(folder), ("no", "yes"), None)
+
+
+def test_a_new_head_has_none_of_the_old_ones_settings(folder: Path) -> None:
+    edit(folder, problem_type="multi_label_classification", function_to_apply="sigmoid")
+    _, model = load_base(str(folder), ("no", "yes"), None)
+    assert model.config.problem_type == "single_label_classification"
+    assert model.config.function_to_apply is None
+    assert model.config.num_labels == 2
+
+
+def test_code_of_a_repository_neither_runs_nor_is_asked_about(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = folder / "ran"
+    (folder / "mine.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
+    edit(folder, model_type="mine", auto_map={"AutoConfig": "mine.Config", "AutoModel": "mine.Model"})
+    edit(folder, "tokenizer_config.json", auto_map={"AutoTokenizer": ["mine.Tokenizer", None]})
+    edit(folder, "cascade_train.json", exits={"kind": "pabee", "after": [1]})
+
+    def asked(*_: object) -> str:
+        pytest.fail("asked whether to run code")
+
+    monkeypatch.setattr("builtins.input", asked)
+    for opened in (
+        lambda: open_torch(str(folder)),
+        lambda: load_base(str(folder), ("no", "yes"), None),
+        lambda: load_member(str(folder), LABELS, "teacher"),
+        lambda: load_encoder(str(folder)),
+        lambda: load_tokenizer(str(folder)),
+        lambda: open_exits(folder),
+        lambda: representations(str(folder), ["a film"], 16),
+        lambda: write_random_members([(1, 32)], folder, tokenizer=str(folder)),
+    ):
+        with pytest.raises(InputError, match=r"auto_map for Auto\w+, code of the repository .*never runs"):
+            opened()
+    assert not ran.exists()
+
+
+def calls(folder: Path, names: set[str]) -> list[tuple[Path, ast.Call]]:
+    """Return every call of a function or method of these names in a folder's modules."""
+    found = []
+    for file in sorted(folder.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in names:
+                found.append((file, node))
+    return found
+
+
+def test_every_checkpoint_is_opened_in_one_place_and_without_its_code() -> None:
+    root = Path(__file__).parents[2]
+    openers = {"from_pretrained", "main_export"}
+    found = calls(root / "export", openers)
+    assert [file.name for file, _ in found] == ["convert.py", "sources.py"]
+    others = [opened for opened in calls(root / "benchmarks", openers) if "ORTOptimizer" not in ast.dump(opened[1])]
+    for file, call in [*found, *others]:  # ORTOptimizer is given an open model
+        passed = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg == _TRUST}
+        assert passed == {_TRUST: False}, f"{file}:{call.lineno}"
+
+
+def test_an_architecture_that_cannot_be_exported_is_named(folder: Path, tmp_path: Path) -> None:
+    edit(folder, model_type="ernie", architectures=["ErnieForSequenceClassification"])
+    changed = {}
+    from safetensors.torch import load_file, save_file
+
+    for key, weight in load_file(folder / "model.safetensors").items():
+        changed[key.replace("bert.", "ernie.")] = weight
+    changed["ernie.embeddings.task_type_embeddings.weight"] = changed["ernie.embeddings.token_type_embeddings.weight"]
+    save_file({key: weight.clone() for key, weight in changed.items()}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"found a ernie, which Optimum does not export.*families.md") as caught:
+        export_bundle([str(folder)], tmp_path / "bundle")
+    assert str(caught.value).startswith(f"{folder}: ")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_the_cause_of_an_error_is_kept_and_memory_is_not_blamed_on_the_folder() -> None:
+    def raising(error: Exception) -> None:
+        with guarded("x", "cannot be opened", "again"):
+            raise error
+
+    with pytest.raises(InputError, match=r"^x: cannot be opened \('a'\); again$") as caught:
+        raising(KeyError("a"))
+    assert isinstance(caught.value.__cause__, KeyError)
+    with pytest.raises(InferenceError, match="x: cannot be opened, memory ran out; free memory"):
+        raising(MemoryError())
+    with pytest.raises(BundleError, match="^as it is$"):
+        raising(BundleError("as it is"))
