@@ -7,7 +7,7 @@ export CASCADE_DATA ?= $(abspath ../shared/data)
 # Errors only: a first install downloads about 500 MB.
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
-.PHONY: demo test test-cluster test-js test-kills test-real soak lint docs docs-test bench clean
+.PHONY: demo test test-cluster test-js test-kills test-real test-slow soak lint docs docs-test bench clean
 
 .venv/pyvenv.cfg:
 	@$(PYTHON) -m venv .venv
@@ -42,10 +42,14 @@ $(DEMO)/bundle: | .venv/demo-ready
 		$(BIN)/cascade-rt build --task smart-home --big $$minilm --small $$minilm=2 --augment 2 --max-drop 0.005 \
 		--batch-size 64 --epochs 4 --learning-rate 4e-4 --small-epochs 4 --small-learning-rate 4e-4 --output $@
 
-# The fast tests, without real data and Ray clusters. One process and one thread per core: tiny models gain nothing
-# from more threads.
+# The fast tests, in random order, without real data, Ray clusters and whole benchmarks. One process and one thread per
+# core: tiny models gain nothing from more threads. A file stays with one process, which makes its fixtures once.
 test: .venv/dev-ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m 'not real_data and not cluster'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m 'not real_data and not cluster and not slow'
+
+# Whole benchmarks on tiny models.
+test-slow: .venv/dev-ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 # The npm package, against the answers of the Python package; its page too, where Chromium is installed.
 test-js: .venv/dev-ready js/node_modules/.package-lock.json

@@ -51,6 +51,7 @@ def test_memory_watches_the_plateau(bundle: Path) -> None:
     assert sum(report["exits"]) == 3000
 
 
+@pytest.mark.slow
 def test_peers_meet_in_one_run(member_folders: list[Path], tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     rows = [f"{WORDS[index]} {WORDS[-index]},{LABELS[index % 3]}" for index in range(20)]
@@ -100,6 +101,7 @@ def task(tmp_path: Path) -> list[object]:
     return ["--task", "banking77", "--data", tmp_path, *recipe]
 
 
+@pytest.mark.slow
 def test_all_systems_go_from_training_to_figures(task: list[object], tmp_path: Path) -> None:
     big, small, distilled = (
         make_member(tmp_path / f"base-{seed}", layers=layers, spread=0.05, seed=seed)
@@ -134,6 +136,7 @@ def test_all_systems_go_from_training_to_figures(task: list[object], tmp_path: P
         assert Path(picture).stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_results_go_from_training_to_figures(task: list[object], tmp_path: Path) -> None:
     bases = [make_member(tmp_path / f"base-{layers}", layers=layers, spread=0.05) for layers in (4, 1)]
     members = ["--base", f"4L={bases[0]}", "--base", f"1L={bases[1]}"]

@@ -127,7 +127,7 @@ class _Once(argparse.Action):
         before = parser.given.setdefault(self.dest, values) if option_string else values
         if before is not values and before != values:
             first, second = (" ".join(map(str, _listed(value))) for value in (before, values))
-            several = "; for several files name a folder, or a pattern in quotes" if self.dest in parser.inputs else ""
+            several = "; for several files name a folder, or a pattern in quotes" if self.dest == "input" else ""
             parser.error(f"found {option_string} {first} and {option_string} {second}, expected it once{several}")
         setattr(namespace, self.dest, values)
 

@@ -330,10 +330,6 @@ def test_a_text_that_cannot_be_used_is_named_by_its_line(
         (("--confidence", 0.95), "expected --max-drop with it"),
         (("--max-drop", 0.1, "--confidence", 1), "--confidence: found 1, expected a number from 0.5 to below 1"),
         (("--max-drop", 0.1, "--p95"), "expected --budget-ms with it"),
-        (
-            ("--max-drop", 0.1, "--model-dir", "someone/bundle"),
-            "someone/bundle: not a local bundle; tune a copy, or write nothing (--dry-run)",
-        ),
     ],
 )
 def test_questions_without_an_answer_are_refused(
@@ -344,6 +340,12 @@ def test_questions_without_an_answer_are_refused(
     assert (status, error.count("\n")) == (2, 1)
     assert message in error
     assert (copied / MANIFEST).read_bytes() == before
+
+
+def test_a_bundle_that_cannot_be_written_is_named(capsys: pytest.CaptureFixture[str], labelled: Path) -> None:
+    assert main(["tune", "--model-dir", "someone/bundle", "--input", str(labelled), "--max-drop", "0.1"]) == 2
+    expected = "someone/bundle: not a local bundle; tune a copy, or write nothing (--dry-run)"
+    assert expected in capsys.readouterr().err
 
 
 def test_an_unknown_cost_is_refused() -> None:
