@@ -29,8 +29,8 @@ from ..conftest import WORDS, make_member
 
 FILLERS = [word for word in WORDS if word not in {"good", "bad", "lovely", "boring"}]
 REPORTS: list[BuildReport] = []  # of the build that the tests look at
-TRAINED = "--epochs 6 --learning-rate 3e-3 --batch-size 16 --max-length 16 --no-bf16"
-BRIEFLY = TRAINED.replace("--epochs 6", "--epochs 1")  # where nothing depends on what was learnt
+TRAINED = "--epochs 3 --learning-rate 6e-3 --batch-size 16 --max-length 16 --no-bf16"
+BRIEFLY = TRAINED.replace("--epochs 3", "--epochs 1")  # where nothing depends on what was learnt
 
 
 def rows(count: int, seed: int) -> list[tuple[str, str]]:
