@@ -6,6 +6,7 @@ import codecs
 import json
 from collections.abc import Callable, Coroutine
 from email.message import Message
+from functools import lru_cache
 from typing import Any
 
 from fastapi.routing import APIRoute
@@ -73,7 +74,7 @@ def read_json(headers: Headers, body: bytes) -> Any:
     asking first, so with `Origin`, as browsers send it, the label has to be JSON. Without a `charset`, the body is in
     UTF-8, UTF-16 or UTF-32. Of a name that an object has twice, the last value counts.
     """
-    charset = _charset(headers)
+    charset = _charset(headers.get("content-type", ""), "origin" in headers)
     try:
         return json.loads(body if charset is None else body.decode(charset), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
@@ -82,14 +83,14 @@ def read_json(headers: Headers, body: bytes) -> Any:
         raise HTTPException(400, f"the body is not JSON ({error})") from error
 
 
-def _charset(headers: Headers) -> str | None:
-    """Return the encoding of a body, or None if its first bytes tell."""
-    given = headers.get("content-type", "")
+@lru_cache(32)  # clients send few, and email's reading of one takes as long as the JSON of a short text
+def _charset(given: str, has_origin: bool) -> str | None:
+    """Return the encoding of a body with this `Content-Type`, or None if its first bytes tell."""
     label = Message()
     label["content-type"] = given
     kind, charset = label.get_content_type(), label.get_content_charset()
     is_json = kind in ("application/json", "text/json") or kind.endswith("+json")
-    if not is_json and (kind not in _UNLABELLED or "origin" in headers):
+    if not is_json and (kind not in _UNLABELLED or has_origin):
         raise HTTPException(415, f"`Content-Type`: found {given[:80] or 'none'}, expected application/json")
     try:
         encoding = codecs.lookup(charset or "utf-8").name
