@@ -18,7 +18,7 @@ class Http11Protocol(HttpToolsProtocol):
     def __init__(self, *args: Any, **options: Any) -> None:
         """Take the arguments of uvicorn's protocol."""
         super().__init__(*args, **options)
-        self.parser: Any = _Parser(self, self.parser)
+        self.parser: Any = _Parser(self)
 
     def on_headers_complete(self) -> None:
         """Wait for the same request without its offer."""
@@ -40,9 +40,14 @@ class Http11Protocol(HttpToolsProtocol):
 class _Parser:
     """Httptools' parser, which reads a request with an offer a second time without it."""
 
-    def __init__(self, protocol: Http11Protocol, parser: Any) -> None:
+    def __init__(self, protocol: Http11Protocol) -> None:
         self._protocol = protocol
-        self._parser = parser
+        self._parser = self._new()
+
+    def _new(self) -> Any:
+        parser = httptools.HttpRequestParser(self._protocol)
+        parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's: the data is another request's
+        return parser
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._parser, name)
@@ -57,3 +62,4 @@ class _Parser:
                 if self._parser.get_method() == b"CONNECT":
                     raise httptools.HttpParserInvalidMethodError("this is no proxy") from upgrade
                 data = self._protocol.head_without_upgrade() + data[upgrade.args[0] :]
+                self._parser = self._new()  # the one before takes no data if the connection ends after its request

@@ -113,6 +113,19 @@ def test_an_offer_of_another_protocol_is_ignored(at: str, expected: Any, offer: 
         assert found.count(json.dumps(expected, separators=(",", ":")).encode()) == 1 + sent.count(b"POST ")
 
 
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize("connection", ["close, Upgrade", "Upgrade, close"])
+def test_an_offer_with_the_last_request_of_a_connection(at: str, version: str, connection: str) -> None:
+    offered = asked(f"Connection: {connection}\r\nUpgrade: h2c\r\n", line=f"POST /predict HTTP/{version}")
+    for parts in ([offered], [offered[:-5], offered[-5:]]):
+        with connected(at) as sending:
+            for part in parts:
+                sending.sendall(part)
+            found = everything(sending)
+        assert found.startswith(b"HTTP/1.1 200 ")
+        assert found.count(b'"score"') == 3
+
+
 def test_pipelined_requests_are_answered_in_order(at: str) -> None:
     found = answers(at, b"".join(asked(f"{H2C * (at % 2)}X-Request-Id: r{at}\r\n") for at in range(6)))
     places = [found.index(f"x-request-id: r{at}\r\n".encode()) for at in range(6)]
