@@ -52,6 +52,8 @@ class Encoded:
         self._padding = padding
         self.seconds = seconds
         """Time of the tokenizers library's calls."""
+        self.lengths: NDArray[np.intp] = np.fromiter(map(len, encodings), dtype=np.intp, count=len(encodings))
+        """Tokens per text, special tokens included, shape (texts,)."""
 
     @classmethod
     def gathered(cls, picks: Sequence[tuple[Encoded, int]]) -> Encoded:
@@ -71,11 +73,6 @@ class Encoded:
         types = np.array([id for encoding in self._encodings for id in encoding.type_ids], dtype=np.int32)
         truncated = np.array([self.truncated(row) for row in range(len(self._encodings))], dtype=bool)
         return _unpickled, (ids, types, self.lengths, truncated, self._padding, self.seconds)
-
-    @cached_property
-    def lengths(self) -> NDArray[np.intp]:
-        """Tokens per text, special tokens included, shape (texts,)."""
-        return np.fromiter(map(len, self._encodings), dtype=np.intp, count=len(self._encodings))
 
     def truncated(self, row: int) -> bool:
         """Whether tokens of this text were cut off at the maximum length."""
@@ -157,10 +154,11 @@ class TextTokenizer:
         texts, long = list(texts), {}
         for index, text in enumerate(texts):
             if _longest_side(text) > _LONGEST:
-                whole = texts[index] = _each_side(self._with_shorter_words, text)
-                if _longest_side(whole) > _LONGEST:
-                    texts[index] = _each_side(partial(self._beginning, index=index), whole)
-                    long[index] = whole
+                with FORKS:  # a cached property has a lock before Python 3.12
+                    whole = texts[index] = _each_side(self._with_shorter_words, text)
+                    if _longest_side(whole) > _LONGEST:
+                        texts[index] = _each_side(partial(self._beginning, index=index), whole)
+                        long[index] = whole
         seconds = 0.0
         encodings: list[Encoding | _Tokens] = []
         try:

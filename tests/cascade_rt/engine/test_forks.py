@@ -17,9 +17,10 @@ import onnxruntime
 import pytest
 
 from cascade_rt import BundleError, CascadeRuntime, InferenceError, read_bundle
-from cascade_rt.engine import forks
+from cascade_rt.engine import forks, tokenization
 from cascade_rt.engine.forks import FORKS
 from cascade_rt.engine.stage import Stage
+from cascade_rt.engine.tokenization import Encoded
 
 from ...toy import WORDS
 from ..forks import ended, forked
@@ -77,6 +78,14 @@ def _held_tokenization(runtime: CascadeRuntime, monkeypatch: pytest.MonkeyPatch)
     return held
 
 
+def _held_long_text(runtime: CascadeRuntime, monkeypatch: pytest.MonkeyPatch) -> Held:
+    monkeypatch.setattr(tokenization, "_LONGEST", 3)
+    tokenizer = runtime._opened.tokenizer
+    held = Held(tokenizer._tokenizer.to_str)
+    monkeypatch.setattr(tokenizer, "_tokenizer", Wrapped(tokenizer._tokenizer, "to_str", held))
+    return held
+
+
 def _held_count(runtime: CascadeRuntime, monkeypatch: pytest.MonkeyPatch) -> Held:
     lock = runtime._counting
     held = Held(lock.__enter__)
@@ -100,7 +109,7 @@ def _until(condition: Callable[[], bool]) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("hold", [_held_run, _held_load, _held_tokenization, _held_count])
+@pytest.mark.parametrize("hold", [_held_run, _held_load, _held_tokenization, _held_long_text, _held_count])
 def test_a_fork_waits_for_a_call_of_another_thread(
     bundle: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -134,6 +143,22 @@ def test_a_fork_waits_for_a_call_of_another_thread(
     assert answers == [right, right]
     assert not FORKS._inside
     assert not FORKS._pending
+
+
+def test_a_child_counts_tokens_that_were_being_counted_at_the_fork() -> None:
+    held = Held(lambda: 3)
+
+    class Tokens:
+        def __len__(self) -> int:
+            return int(held())
+
+    counting = threading.Thread(target=lambda: Encoded([Tokens()], {}, 0.0).lengths)  # type: ignore[list-item]
+    counting.start()
+    assert held.entered.wait(20)
+    child = forked(lambda: Encoded([], {}, 0.0).lengths.tolist() == [])
+    held.release.set()
+    counting.join(20)
+    assert ended(child) == 0
 
 
 def test_forks_at_the_same_time_each_wait(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
