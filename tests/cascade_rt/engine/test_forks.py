@@ -152,7 +152,7 @@ def test_a_child_counts_tokens_that_were_being_counted_at_the_fork() -> None:
         def __len__(self) -> int:
             return int(held())
 
-    counting = threading.Thread(target=lambda: Encoded([Tokens()], {}, 0.0).lengths)  # type: ignore[list-item]
+    counting = threading.Thread(target=lambda: Encoded([Tokens()], {}, 0.0).lengths)
     counting.start()
     assert held.entered.wait(20)
     child = forked(lambda: Encoded([], {}, 0.0).lengths.tolist() == [])

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,23 +44,15 @@ TOKEN = {"Authorization": "Bearer secret"}
 LONG = "film " * 300
 
 
-@pytest.fixture(scope="module")
-def on_ray(bundle: Path, pair_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The command with two bundles, and its address."""
-    token = tmp_path_factory.mktemp("token") / "token"
+@contextmanager
+def serving_on_ray(bundle: Path, pair_bundle: Path, folder: Path) -> Iterator[tuple[Any, str]]:
+    """Start the command with two bundles; yield its process and its address."""
+    token = folder / "token"
     token.write_text("secret\n")
     options = ["--model", f"toy={bundle}", "--model", f"pairs={pair_bundle}", "--token-file", str(token)]
     options += ["--allow-thresholds", "--max-texts", "2000", "--max-queue", "5000", "--max-body-mb", "1"]
-    options += [
-        "--cors-origin",
-        "https://page.example",
-        "--root-path",
-        "/toys",
-        "--engine",
-        "ray",
-        "--address",
-        "local",
-    ]
+    options += ["--cors-origin", "https://page.example", "--root-path", "/toys"]
+    options += ["--engine", "ray", "--address", "local"]
     with serving(*options) as running:
         process, address = running
         assert process.stderr is not None
@@ -72,6 +64,13 @@ def on_ray(bundle: Path, pair_bundle: Path, tmp_path_factory: pytest.TempPathFac
         process.terminate()  # a process that is killed leaves some of Ray's behind
         with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def on_ray(bundle: Path, pair_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, str]]:
+    """A server for all tests that do not end it."""
+    with serving_on_ray(bundle, pair_bundle, tmp_path_factory.mktemp("token")) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -298,25 +297,31 @@ def test_a_second_server_on_the_cluster_is_refused(on_ray: tuple[Any, str], clie
     assert client.get("/health").status_code == 200
 
 
-def test_a_signal_lets_open_requests_finish_and_ends_the_cluster(on_ray: tuple[Any, str], client: httpx.Client) -> None:
-    """The last test of this server."""
-    process, _ = on_ray
-    started = descendants(process.pid)
-    assert any("raylet" in title(pid) for pid in started)
-    request = {"texts": ["good"] * 12_000}  # some seconds, 64 texts at a time
-    with client.stream("POST", "/v1/classify", json=request, headers={"Accept": "application/x-ndjson"}) as response:
-        lines = response.iter_lines()
-        next(lines)
-        process.send_signal(signal.SIGTERM)
-        eventually("the server is draining", lambda: client.get("/health").status_code == 503)
-        refused = client.post("/v1/classify", json={"texts": ["the film"]})
-        health = client.get("/health")
-        assert len(list(lines)) == 11_999
-    assert (refused.json()["error_type"], refused.headers["Retry-After"]) == ("overloaded", "1")
-    assert (health.status_code, health.json()["status"]) == (503, "draining")
-    assert process.wait(timeout=60) == 0
-    assert process.stderr.read() == "", "nothing but what it said at first"
-    eventually("all processes end", lambda: not any(Path(f"/proc/{pid}").exists() for pid in started))
+def test_a_signal_lets_open_requests_finish_and_ends_the_cluster(
+    bundle: Path, pair_bundle: Path, tmp_path: Path
+) -> None:
+    with (
+        serving_on_ray(bundle, pair_bundle, tmp_path) as (process, address),
+        httpx.Client(base_url=address, headers=TOKEN, timeout=60) as client,
+    ):
+        started = descendants(process.pid)
+        assert any("raylet" in title(pid) for pid in started)
+        request = {"texts": ["good"] * 12_000}  # some seconds, 64 texts at a time
+        with client.stream(
+            "POST", "/v1/classify", json=request, headers={"Accept": "application/x-ndjson"}
+        ) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            eventually("the server is draining", lambda: client.get("/health").status_code == 503)
+            refused = client.post("/v1/classify", json={"texts": ["the film"]})
+            health = client.get("/health")
+            assert len(list(lines)) == 11_999
+        assert (refused.json()["error_type"], refused.headers["Retry-After"]) == ("overloaded", "1")
+        assert (health.status_code, health.json()["status"]) == (503, "draining")
+        assert process.wait(timeout=60) == 0
+        assert process.stderr.read() == "", "nothing but what it said at first"
+        eventually("all processes end", lambda: not any(Path(f"/proc/{pid}").exists() for pid in started))
 
 
 @pytest.mark.parametrize(
@@ -343,7 +348,8 @@ def test_options_that_do_not_fit(
 ) -> None:
     monkeypatch.setattr("cascade_rt.serving.ray_serve._deploy", lambda *args: pytest.fail("it serves"))
     monkeypatch.setattr("cascade_rt.serving.server.Setup.open", lambda *args: pytest.fail("it serves"))
-    assert main(["serve", "--model-dir", str(bundle), "--port", "0", "--engine", "ray", *options]) == 2
+    engine = [] if "--engine" in options else ["--engine", "ray"]
+    assert main(["serve", "--model-dir", str(bundle), "--port", "0", *engine, *options]) == 2
     assert message in capsys.readouterr().err
 
 
