@@ -199,8 +199,10 @@ def _texts(wanted: InferRequest, binary: bytes) -> list[Text]:
                 raise BadField(f"inputs.{at}.parameters.binary_data_size", size, "the bytes of this tensor")
             found = list(_strings(binary[:size], at))
             binary = binary[size:]
+        elif tensor.data is None:
+            raise BadField(f"inputs.{at}.data", None, "texts, or `binary_data_size` in its parameters")
         else:
-            found = [text for row in tensor.data or [] for text in ([row] if isinstance(row, str) else row)]
+            found = [text for row in tensor.data for text in ([row] if isinstance(row, str) else row)]
         if not _fits(tensor.shape, len(found)):
             raise BadField(f"inputs.{at}.shape", tensor.shape, f"[{len(found)}] or [{len(found)}, 1], as its data")
         columns[tensor.name] = found

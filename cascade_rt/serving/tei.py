@@ -70,6 +70,8 @@ def tei_router(service: Service) -> APIRouter:
         batch = isinstance(body.inputs, list) and isinstance(body.inputs[0], list)
         inputs: list[Any] = list(body.inputs) if batch else [body.inputs]
         texts = [_text(found) for found in inputs]
+        if not batch and isinstance(texts[0], tuple) and not model.runtime.bundle.pair:
+            raise BadField("inputs", body.inputs, 'one text, as this bundle takes no pairs; a batch is [["a"], ["b"]]')
         model, answers = await service.classify(request, None, texts, truncate=body.truncate is not False)
         rows = [_scores(model, answer, bool(body.raw_scores)) for answer in answers]
         return JSON(rows if batch else rows[0])

@@ -432,6 +432,20 @@ def test_tei_is_told_how_to_send_a_batch(client: httpx.Client, inputs: Any, coun
     assert error.endswith(f'found a list of {count}, expected ["a"] or a pair ["a", "b"]; a batch is [["a"], ["b"]]')
 
 
+def test_two_strings_are_no_batch_for_tei(client: httpx.Client) -> None:
+    found = client.post("/predict", json={"inputs": ["first", "second"]}).json()
+    assert (found["field"], found["error_type"]) == ("inputs", "validation")
+    assert 'a batch is [["a"], ["b"]]' in found["error"]
+
+
+@pytest.mark.parametrize("more", [{}, {"data": None}, {"data": None, "parameters": {"shared_memory_region": "r"}}])
+def test_a_tensor_without_texts(client: httpx.Client, more: dict[str, Any]) -> None:
+    without = {"name": "text", "datatype": "BYTES", "shape": [1]} | more
+    found = client.post("/v2/models/toy/infer", json={"inputs": [without]})
+    assert (found.status_code, found.json()["field"]) == (422, "inputs.0.data")
+    assert "found None, expected texts" in found.json()["error"]
+
+
 def test_null_is_as_good_as_nothing(client: httpx.Client) -> None:
     """As pydantic's model_dump writes fields that are not set."""
     for path, body, nulls in (

@@ -66,7 +66,7 @@ def test_tei_refuses_what_it_cannot_use(client: httpx.Client) -> None:
         ({"inputs": []}, "inputs"),
         ({"inputs": ["a", "b", "c"]}, "inputs"),
         ({"inputs": [["a", "b", "c"]]}, "inputs"),
-        ({"inputs": ["a", "b"]}, "texts.0"),  # a pair, for a bundle on single texts
+        ({"inputs": ["a", "b"]}, "inputs"),  # a pair, for a bundle on single texts
         ({"inputs": "a", "truncation_direction": "Left"}, "truncation_direction"),
     ]:
         response = client.post("/predict", json=body)
