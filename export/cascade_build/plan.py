@@ -251,7 +251,7 @@ def steps(plan: Plan) -> list[Step]:
     train, fresh = len(parts.data.train), len(parts.unlabelled)
     forward: dict[str, float] = {}
     what = f"{len(plan.members)} untrained members of at most 2 layers, together"
-    found.append(Step("try the export", what, 0, 8.0 * len(plan.members)))
+    found.append(Step("try the export", what, 0, 4.0 * len(plan.members)))
     for member in plan.members:
         texts = train + (fresh if member is not big else 0)
         each = _seconds_per_text(member, parts.data)

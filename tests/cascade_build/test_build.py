@@ -277,8 +277,8 @@ def test_what_would_fail_later_fails_at_once(
     bases: tuple[str, str], arguments: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _write(tmp_path / "data.csv", rows(600, 3))
+    length = "" if "--max-length" in arguments else "--max-length 16"
     written = arguments.replace("BIG", bases[0]).replace("SMALL", bases[1])
-    length = "" if "--max-length" in written else "--max-length 16"
     command = f"build --train-file data.csv --big {bases[0]} {length} {written} --output bundle --no-bf16"
     assert main(command.split()) == 2
     error = capsys.readouterr().err

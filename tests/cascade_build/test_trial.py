@@ -127,6 +127,21 @@ def test_what_can_be_exported_passes_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_copies_are_narrow_and_in_full_width_where_that_fails(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    widths = []
+
+    def export(sources: list[str], *_: object, **__: object) -> None:
+        widths.append(json.loads(Path(sources[0], "config.json").read_text("utf-8"))["hidden_size"])
+        if len(widths) == 1:
+            raise CascadeError("too narrow")
+
+    monkeypatch.setattr("cascade_build.trial.export_bundle", export)
+    monkeypatch.setattr("cascade_build.trial._WIDTH", 4)
+    try_export([Start(str(base))], ("a", "b"), pair=False, max_length=64)
+    whole = json.loads((base / "config.json").read_text("utf-8"))
+    assert widths == [4 * whole["num_attention_heads"], whole["hidden_size"]]
+
+
 def test_members_that_do_not_fit_together_are_found(base: Path, tmp_path: Path) -> None:
     with pytest.raises(CascadeError, match="two members are called '3L'"):
         try_export([Start(str(base)), Start(str(base), 1)], ("a", "b"), pair=False, max_length=64)
