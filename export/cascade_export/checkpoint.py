@@ -13,7 +13,7 @@ from typing import Any
 from cascade_train import RECORD, VALIDATION
 from tokenizers import Tokenizer
 
-from cascade_rt.errors import CascadeError, InvalidOption
+from cascade_rt.errors import CascadeError, InputError, InvalidOption
 from cascade_rt.io.readers import Example, read_examples
 
 SHORTEST = 3  # a token between [CLS] and [SEP]
@@ -76,6 +76,8 @@ def member_name(source: str) -> str:
 
 def checked_length(source: str, asked: int | None, recorded: Mapping[str, Any], longest: int) -> int:
     """Return the maximum length in tokens: as asked, as trained, or the longest; raise InputError beyond it."""
+    if longest < SHORTEST:
+        raise InputError(f"{source}: takes {longest} tokens (model_max_length, positions), expected {SHORTEST} or more")
     length = int(recorded.get("max_length", longest)) if asked is None else asked
     if not SHORTEST <= length <= longest:
         raise InvalidOption("max_length", length, f"{SHORTEST} to {longest} tokens for {source}")

@@ -9,8 +9,15 @@ from typing import Any
 
 from cascade_train.alignment import align, check_alignment, check_token_types, usable_positions
 from cascade_train.settings import guarded
-from cascade_train.sources import check_tokens, check_weights, classifier_settings, load_tokenizer, pretrained
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from cascade_train.sources import (
+    check_tokens,
+    check_weights,
+    classifier_settings,
+    load_classifier,
+    load_tokenizer,
+    pretrained,
+)
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from cascade_export.checkpoint import Checkpoint, checked_length, member_name, training_record
 from cascade_export.tokenizer_file import Padding, bundled, check_same_tokens
@@ -41,10 +48,7 @@ def open_torch(source: str, *, pair: bool | None = None, max_length: int | None 
     labels = classifier_settings(source).labels
     config = pretrained(AutoConfig, source)
     tokenizer = load_tokenizer(source)
-    model, loading = pretrained(AutoModelForSequenceClassification, source, output_loading_info=True)
-    if loading["missing_keys"]:
-        missing = ", ".join(sorted(loading["missing_keys"])[:3])
-        raise InputError(f"{source}: not a fine-tuned classifier (has no weights for {missing}); fine-tune it first")
+    model = load_classifier(source)
     with guarded(source, "cannot be used", "expected a fine-tuned encoder of a family in docs/guide/families.md"):
         return _checked(source, labels, config, tokenizer, model, pair, max_length)
 

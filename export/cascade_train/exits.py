@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModelForSequenceClassification, PrinterCallback, Trainer, set_seed
+from transformers import PrinterCallback, Trainer, set_seed
 
 from cascade_rt.errors import InputError, InvalidOption
 from cascade_rt.tuning.metrics import accuracy
@@ -42,7 +42,7 @@ from cascade_train.inference import collator, features
 from cascade_train.losses import distillation
 from cascade_train.progress import Progress
 from cascade_train.settings import guarded
-from cascade_train.sources import pretrained
+from cascade_train.sources import load_classifier
 from cascade_train.tasks import TaskData
 
 DEEBERT, PABEE, FASTBERT = "deebert", "pabee", "fastbert"
@@ -231,7 +231,7 @@ def open_exits(source: str | Path) -> MultiExitClassifier:
     folder = Path(source)
     with guarded(str(source), "cannot be opened", "expected a multi-exit model that cascade-rt train-exits wrote"):
         settings = json.loads((folder / RECORD).read_text("utf-8"))["exits"]
-        model = pretrained(AutoModelForSequenceClassification, str(source))
+        model = load_classifier(str(source))
         found = MultiExitClassifier(model, settings["kind"], settings["after"])
         found.exits.load_state_dict(load_file(str(folder / EXITS_FILE)))
     found.eval()

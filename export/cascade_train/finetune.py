@@ -36,7 +36,7 @@ from cascade_train.alignment import align, usable_positions
 from cascade_train.inference import EXTRAS, answers, collator, features, first_token_states
 from cascade_train.losses import difficulty_aware_regularization, distillation, patient_distillation
 from cascade_train.progress import Progress
-from cascade_train.sources import check_tokens, classifier_settings, load_tokenizer, pretrained
+from cascade_train.sources import check_tokens, classifier_settings, load_classifier, load_tokenizer, pretrained
 from cascade_train.tasks import Examples, TaskData, write_examples
 from cascade_train.theseus import ModuleReplacing
 
@@ -332,7 +332,7 @@ def load_member(
     """Load a fine-tuned member; raise InputError where that fails, and InvalidOption for one with other labels."""
     found = classifier_settings(source).labels
     tokenizer = load_tokenizer(source)
-    model = pretrained(AutoModelForSequenceClassification, source, attn_implementation=attention)
+    model = load_classifier(source, attn_implementation=attention)
     if found != labels:
         raise InvalidOption(
             option, source, f"a member with the labels {', '.join(labels[:6])}, not {', '.join(found[:6])}"

@@ -154,7 +154,24 @@ class _Rule(NamedTuple):
 
 
 _V5 = "as transformers 4 writes it; this is transformers 5's"
+_ACTIVATION = (
+    "Identity or Softmax: cascade-rt gives probabilities of one label per text; if the model was trained so, remove it"
+)
+
+
+def _keeps_softmax(activation: object) -> bool:
+    """Return whether a CrossEncoder with this activation function, the name of a class of torch, keeps the softmax."""
+    return activation is None or str(activation).rpartition(".")[2] in ("Identity", "Softmax")
+
+
 _TASK = (
+    _Rule(
+        CONFIG,
+        "sentence_transformers",
+        lambda found: not isinstance(found, dict) or _keeps_softmax(found.get("activation_fn")),
+        _ACTIVATION,
+    ),
+    _Rule(CONFIG, "sbert_ce_default_activation_function", _keeps_softmax, _ACTIVATION),
     _Rule(
         CONFIG,
         "problem_type",

@@ -7,23 +7,32 @@ no code of the repository, no other pickled data than weights, float32, no weigh
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from cascade_rt.bundle.hub import repository
-from cascade_rt.errors import InputError
+from cascade_rt.errors import InputError, MissingExtraError
 from cascade_train.settings import CONFIG, Settings, guarded, read_settings
 
 _SETTINGS = ("*.json", "*.txt", "*.model")
 _WEIGHTS = (("model*.safetensors",), ("pytorch_model*.bin",))  # the second only where there is none of the first
 _VOCABULARIES = ("vocab.txt", "vocab.json", "*.model")
-_SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # package -> module
+_RUN_SO: dict[str, Any] = {
+    "_attn_implementation": None,  # by the class; a folder may name a kernel, code that would be downloaded
+    "return_dict": True,
+    "torchscript": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+}
+"""Settings of config.json that are ours: they say how a model runs, and do not change its answers."""
 _EXPECTED = "expected a Hugging Face folder whose files belong together; copy or download it again"
 
 
@@ -45,12 +54,25 @@ def pretrained(kind: Any, source: str, **settings: Any) -> Any:
         _check_model(found, kind)
         found.check_weights()
     if is_model:
+        _check_weight_files(found)
+        settings.setdefault("config", pretrained(AutoConfig, source))
         settings = {"dtype": "float32", "weights_only": True, "ignore_mismatched_sizes": False} | settings
-    with guarded(source, "cannot be opened", _EXPECTED):
+    with guarded(source, "cannot be opened", _EXPECTED), _quiet():
         opened = kind.from_pretrained(str(found.folder), trust_remote_code=False, **settings)
-    if kind is AutoConfig:
-        _check_read(found, opened)
+        if kind is AutoConfig:
+            _check_read(found, opened)
+            for key, value in _RUN_SO.items():
+                setattr(opened, key, value)
     return opened
+
+
+def load_classifier(source: str, **settings: Any) -> Any:
+    """Open a fine-tuned classifier; raise InputError, which names the source, for one without all its weights."""
+    model, loading = pretrained(AutoModelForSequenceClassification, source, output_loading_info=True, **settings)
+    if loading["missing_keys"]:
+        missing = ", ".join(sorted(loading["missing_keys"])[:3])
+        raise InputError(f"{source}: not a fine-tuned classifier (has no weights for {missing}); fine-tune it first")
+    return model
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
@@ -68,6 +90,8 @@ def settings_of(source: str, *, weights: bool = False) -> Settings:
     """Return the JSON files of a local folder, or of a repository, whose files are downloaded, with its `weights`."""
     asked = repository(source)
     folder = Path(source) if asked is None else _downloaded(source, *asked, weights=weights)
+    if folder.is_file():
+        raise InputError(f"{source}: found a file; expected the folder of a model: {folder.parent}")
     if not folder.is_dir():
         raise InputError(f"{source}: no such folder; on the Hugging Face hub it would be hf:{source}")
     return read_settings(source, folder)
@@ -125,8 +149,27 @@ def _check_model(found: Settings, kind: Any) -> None:
     found.check_code(["AutoConfig", "AutoModel", kind.__name__])
 
 
+def _check_weight_files(found: Settings) -> None:
+    if not any(path for patterns in _WEIGHTS for pattern in patterns for path in found.folder.glob(pattern)):
+        raise InputError(
+            f"{found.source}: has no weights; expected model.safetensors or pytorch_model.bin; load it with "
+            "transformers and save_pretrained, or download it again"
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' lists of weights that are new or left out: what matters of them is checked here."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
 def _check_files(found: Settings) -> None:
-    """Raise InputError for a folder without a tokenizer, or with one that needs a package that is not installed."""
+    """Raise InputError for a folder without a tokenizer, and MissingExtraError for one that needs a package."""
     if (found.folder / "tokenizer.json").is_file():
         return
     files = sorted(path.name for pattern in _VOCABULARIES for path in found.folder.glob(pattern))
@@ -135,12 +178,15 @@ def _check_files(found: Settings) -> None:
             f"{found.source}: has no tokenizer; expected tokenizer.json, or {', '.join(_VOCABULARIES)}; save that of "
             "its base model there (save_pretrained)"
         )
-    missing = [package for package, module in _SENTENCEPIECE.items() if find_spec(module) is None]
-    if missing and all(name.endswith(".model") for name in files):
-        raise InputError(
-            f"{found.source}: found {', '.join(files)} and no tokenizer.json, expected one, or the package that makes "
-            f"it: pip install {' '.join(missing)}"
-        )
+    if all(name.endswith(".model") for name in files):
+        try:
+            sentencepiece = import_module("sentencepiece")  # transformers makes tokenizer.json with it
+        except ImportError as error:
+            raise MissingExtraError(f"{found.source}: reading {', '.join(files)}", "export", error) from error
+        remedy = "expected a sentencepiece model; copy or download the file again"
+        for name in files:
+            with guarded(found.source, f"cannot read {name}", remedy):
+                sentencepiece.SentencePieceProcessor(model_proto=(found.folder / name).read_bytes())
 
 
 def _check_read(found: Settings, config: Any) -> None:

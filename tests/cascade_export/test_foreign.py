@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from cascade_train.settings import guarded
 from cascade_train.sources import load_tokenizer
 
 from cascade_rt import CascadeRuntime
-from cascade_rt.errors import BundleError, InferenceError, InputError
+from cascade_rt.errors import BundleError, InferenceError, InputError, MissingExtraError
 
 from ..conftest import LABELS
 from ..toy import vocabulary
@@ -126,7 +127,16 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a config.json that is a list": (write("config.json", b"[]"), "cannot read config.json .found a list.*JSON object"),
     "a config.json that is a folder": (a_folder("config.json"), "cannot read config.json .*Is a directory"),
     "a tokenizer_config.json that is not JSON": (write("tokenizer_config.json", b"{"), "cannot read tokenizer_config"),
-    "no weights": (without("model.safetensors"), "cannot be opened .*model.safetensors"),
+    "no weights": (without("model.safetensors"), "has no weights; expected model.safetensors"),
+    "scores of a CrossEncoder": (
+        config(sentence_transformers={"activation_fn": "torch.nn.modules.activation.Sigmoid"}),
+        "sentence_transformers .*expected Identity or Softmax",
+    ),
+    "room for special tokens alone": (tokenizer_config(model_max_length=2), "takes 2 tokens .*expected 3 or more"),
+    "a broken sentencepiece model": (
+        lambda folder: (without(*TOKENIZER)(folder), write("spm.model", b"version https://git-lfs")(folder)),
+        "cannot read spm.model .*download the file again",
+    ),
     "weights of no bytes": (write("model.safetensors", b""), "cannot be opened .*header"),
     "weights cut short": (
         lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:999]),
@@ -152,6 +162,34 @@ def test_what_would_change_answers_or_cannot_be_opened_is_refused_in_one_line(fo
     assert message.startswith(f"{folder}: ")
     assert "\n" not in message
     assert len(message) < 500
+
+
+def test_settings_of_how_a_model_runs_are_not_those_of_the_folder(folder: Path) -> None:
+    edit(folder, _attn_implementation="kernels-community/flash-attn", return_dict=False, torchscript=True)
+    model = open_torch(str(folder)).model
+    assert model.config._attn_implementation in ("eager", "sdpa")
+    assert model(**model.dummy_inputs).logits.shape[1] == len(LABELS)
+
+
+def test_a_member_without_all_its_weights_is_refused_as_a_teacher_too(folder: Path) -> None:
+    edit(folder, num_hidden_layers=3)
+    with pytest.raises(InputError, match="has no weights for bert.encoder.layer.1"):
+        load_member(str(folder), LABELS, "teacher")
+
+
+def test_a_file_in_place_of_a_folder_is_named(folder: Path) -> None:
+    with pytest.raises(InputError, match=f"found a file; expected the folder of a model: {folder}"):
+        open_torch(str(folder / "model.safetensors"))
+
+
+def test_a_sentencepiece_model_without_its_package_names_the_extra(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without(*TOKENIZER)(folder)
+    write("spm.model", b"")(folder)
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(MissingExtraError, match=r"reading spm.model needs .*cascade-rt\[export\]"):
+        load_tokenizer(str(folder))
 
 
 def bare_backend(**parts: Any) -> Any:
