@@ -121,7 +121,7 @@ def add_reading(parser: CommandParser, *, of: str, group: Any = None, pair: bool
         metavar="CHARACTER",
         help='between the fields of csv, for instance ";" or tab (default: the one of , ; tab | in the header)',
     )
-    parser.aliases["columns"] = "--text-column" + (" and --pair-column" if pair else "")
+    parser.aliases["columns"] = "--text-column" + (" (for pairs, with --pair-column)" if pair else "")
 
 
 def add_label_column(parser: CommandParser, group: Any = None) -> None:

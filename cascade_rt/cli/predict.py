@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import CascadeError, InputError
 from ..io.readers import FORMATS, Example, Reject, read_records
 from ..io.tables import open_rows, output_format
-from ..io.writers import open_output
+from ..io.writers import is_stream, open_output
 from ..jobs.answering import ON_ERROR, SKIP, STOP, Counts, answer, described
 from ..jobs.files import JobFiles
 from ..jobs.shards import ENDINGS as SHARD_FORMATS
@@ -141,7 +141,7 @@ def _report(runtime: CascadeRuntime, options: argparse.Namespace, counts: Counts
         print(printable(exits_line(runtime.stats())), file=sys.stderr)
     if counts.rejected:
         found = f"{counts.rejected:,} of {counts.records:,} rows were rejected" + (
-            f", see {options.rejects}" if options.rejects else ""
+            f", see {options.rejects}" if options.rejects and not is_stream(options.rejects) else ""
         )
         if options.on_error != SKIP:
             raise InputError(found)
@@ -213,27 +213,28 @@ def _pools(options: argparse.Namespace) -> Any:
 
 def _to_file(runtime: CascadeRuntime, output: Path, options: argparse.Namespace, counts: Counts) -> None:
     """Write the answers to a file that a killed run leaves resumable."""
-    job = described(runtime, options.on_error) | {"rejects": bool(options.rejects)}
-    rejects = Path(options.rejects) if options.rejects else None
+    stream = options.rejects if options.rejects and is_stream(options.rejects) else None
+    rejects = Path(options.rejects) if options.rejects and not stream else None
+    job = described(runtime, options.on_error) | {"rejects": rejects and str(rejects)}
     files = JobFiles(output, rejects, job, resume=options.resume)
     counts.answered, counts.rejected = files.done["answered"], files.done["rejected"]
     try:
-        with _progress(options) as progress:
+        with open_output(stream) if stream else nullcontext(files.rejects) as rejected, _progress(options) as progress:
             records = files.remaining(_records(runtime, options))
             with files.disk_errors():
-                for _ in answer(
-                    runtime, records, files.lines, counts, on_error=options.on_error, rejects=files.rejects
-                ):
+                for _ in answer(runtime, records, files.lines, counts, on_error=options.on_error, rejects=rejected):
                     files.commit(counts.records, counts.answered, counts.rejected)
                     progress(counts, runtime)
         files.finish()
     except CascadeError as error:
         if counts.answered:
-            kept = f"the answers before it are in {options.output}.partial, and `resume` goes on after "
-            raise CascadeError(f"{error}; {kept}{files.done['records']:,} rows") from error
+            kept, done = f"the answers before it are in {options.output}.partial", files.done["records"]
+            goes_on = f", and `resume` goes on after {done:,} rows" if done else ""
+            raise CascadeError(f"{error}; {kept}{goes_on}") from error
         raise
     except (KeyboardInterrupt, Termination):
-        print(f"cascade-rt: stopped; --resume goes on after {files.done['records']:,} rows", file=sys.stderr)
+        done = files.done["records"]
+        print(f"cascade-rt: stopped{f'; --resume goes on after {done:,} rows' if done else ''}", file=sys.stderr)
         raise
     finally:
         files.close()

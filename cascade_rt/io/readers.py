@@ -97,7 +97,7 @@ class Example:
 
         Raises InputError if the record has none, an empty one, or several in one field.
         """
-        _check_column(self.fields, column, self.where)
+        _check_column(self.fields, column, self.where, "label_column")
         value = self.fields[column]
         try:
             found = label(value)
@@ -399,7 +399,7 @@ def _find_columns(fields: dict[str, Any], pair: bool, where: str) -> tuple[str, 
                 return columns
             raise InputError(
                 f"{where}: found pairs ({' and '.join(map(repr, columns))}), expected single texts; "
-                "name the column of the text if one of them is meant"
+                "name one of them by `columns` if it is meant"
             )
     for columns in _USUAL_COLUMNS[pair]:
         if all(column in fields for column in columns):
@@ -407,15 +407,15 @@ def _find_columns(fields: dict[str, Any], pair: bool, where: str) -> tuple[str, 
     wanted = ", ".join("+".join(columns) for columns in _USUAL_COLUMNS[pair])
     raise InputError(
         f"{where}: found the columns {_listed(fields)}, expected {'a pair' if pair else 'a text'} in {wanted}; "
-        f"name the column{'s' if pair else ''} of the text{'s' if pair else ''}"
+        f"name {'theirs' if pair else 'its column'} by `columns`"
     )
 
 
-def _check_column(fields: dict[str, Any], column: str, where: str) -> None:
+def _check_column(fields: dict[str, Any], column: str, where: str, field: str = "columns") -> None:
     if not fields:
         raise InputError(f"{where}: no column {column!r}: found none; use csv, tsv, jsonl or parquet")
     if column not in fields:
-        raise InputError(f"{where}: no column {column!r}; found {_listed(fields)}; name one of these")
+        raise InputError(f"{where}: no column {column!r}; found {_listed(fields)}; name one of these by `{field}`")
 
 
 def _text_field(fields: dict[str, Any], column: str, where: str) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple, TextIO
 
 from ..errors import InputError, MissingExtraError
 from .compression import check_compression, without_compression, write_binary
-from .writers import is_stream, open_output, output_path
+from .writers import beside, is_stream, open_output, output_path
 
 FORMATS = ("jsonl", "json", "csv", "tsv", "parquet")
 """Formats of rows that are written."""
@@ -156,7 +155,7 @@ def open_rows(target: str | Path) -> Iterator[TextIO]:
         return
     path = output_path(target)
     output_format(target)
-    lines, fresh = (path.with_name(f".{part}-{os.getpid()}-{path.name}") for part in ("lines", "fresh"))
+    lines, fresh = (beside(path, part) for part in ("lines", "fresh"))
     try:
         with lines.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as stream:
             yield stream

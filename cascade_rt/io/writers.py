@@ -46,9 +46,14 @@ def whole_file(target: str | Path) -> Iterator[Path]:
 
 
 def is_stream(target: str | Path) -> bool:
-    """Return whether a path is that of a device or a pipe, which is written to and never replaced."""
+    """Return whether a target is standard output, a device or a pipe, which is written to and never replaced."""
     path = Path(target)  # not resolved: /dev/stdout may lead to a pipe without a path
-    return path.exists() and not path.is_file() and not path.is_dir()
+    return str(target) == "-" or (path.exists() and not path.is_file() and not path.is_dir())
+
+
+def beside(target: Path, part: str) -> Path:
+    """Return the hidden name of a part of a file of this process, in its folder and with its ending."""
+    return target.with_name(f".{part}-{os.getpid()}-{target.name.lstrip('.')}")  # .name has no ending
 
 
 def output_path(target: str | Path) -> Path:

@@ -18,7 +18,7 @@ from typing import Any, TextIO
 from ..errors import InputError
 from ..io.readers import Example, Reject
 from ..io.tables import convert, output_format
-from ..io.writers import output_path, write_json
+from ..io.writers import beside, is_stream, output_path, write_json
 from .answering import FIELDS
 
 
@@ -35,6 +35,8 @@ class JobFiles:
         self._targets = [self.output] + ([] if rejects is None else [output_path(rejects)])
         for target in self._targets:
             output_format(target)  # fails before the work, not after
+            if is_stream(target):
+                raise InputError(f"cannot write {target}: it is a device or a pipe, expected a file")
         self._partials = [target.with_name(f"{target.name}.partial") for target in self._targets]
         self._checkpoint = self.output.with_name(f"{self.output.name}.checkpoint")
         self._job = dict(job)
@@ -89,7 +91,7 @@ class JobFiles:
         """Give the files their names."""
         with self.disk_errors():
             self._sync()
-            fresh = [target.with_name(f".fresh-{os.getpid()}-{target.name}") for target in self._targets]
+            fresh = [beside(target, f"fresh-{place}") for place, target in enumerate(self._targets)]
             try:
                 converted = [convert(*files, kept=FIELDS) for files in zip(self._partials, fresh, strict=True)]
                 written = [
@@ -120,7 +122,9 @@ class JobFiles:
         try:
             state: dict[str, Any] = json.loads(self._checkpoint.read_text("utf-8"))
             sizes, records, job = state["bytes"], int(state["records"]), dict(state["job"])
-            if any(partial.stat().st_size < size for partial, size in zip(self._partials, sizes, strict=True)):
+            differing = [key for key in self._job if self._job[key] != job.get(key)]
+            kept = self._partials[:1] if differing else self._partials
+            if any(partial.stat().st_size < size for partial, size in zip(kept, sizes, strict=False)):
                 raise ValueError
         except (OSError, ValueError, KeyError, TypeError):
             return {}
@@ -129,7 +133,7 @@ class JobFiles:
                 f"{self._partials[0]} has the first {records:,} rows of an interrupted run; go on with `resume`, or "
                 "delete it to start again"
             )
-        if differing := [key for key in self._job if self._job[key] != job.get(key)]:
+        if differing:
             key = differing[0]
             raise InputError(
                 f"{self._partials[0]} is of a run with another {key} (found {job.get(key)}, expected "

@@ -224,12 +224,12 @@ def test_bad_input_is_one_clear_line_and_status_2(
         ("predict --model-dir BUNDLE --provider tpu text", "--provider", "found 'tpu', expected one that is available"),
         (
             "predict --model-dir BUNDLE --input two.csv --text-column a --pair-column b",
-            "--text-column and --pair-column",
+            "--text-column",
             "found ['a', 'b'], expected one name",
         ),
         (
             "predict --model-dir PAIRS --input two.csv --text-column a",
-            "--text-column and --pair-column",
+            "--text-column",
             "found ['a'], expected two names",
         ),
         ("predict --model-dir BUNDLE --input a.pdf", "--format", "unknown format '.pdf'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from cascade_rt import CascadeRuntime
 from cascade_rt.errors import InputError, InvalidOption
 from cascade_rt.io import lines as lines_module
 from cascade_rt.io.readers import Example, Reading, Reject, read_examples, read_records
+from cascade_rt.jobs import answering, files
 
 from .commands import run
 
@@ -153,7 +155,67 @@ def test_a_missing_column_is_not_a_matter_of_rows(capsys: pytest.CaptureFixture[
         capsys, "predict", "--model-dir", bundle, "--input", "a.csv", "--on-error", "skip", "--text-column", "text"
     )
     assert (status, lines) == (2, [])
-    assert "no column 'text'; found 'q'" in error
+    assert "no column 'text'; found 'q'; name one of these by --text-column" in error
+    status, _, error = run(capsys, "predict", "--model-dir", bundle, "--input", "a.csv")
+    assert (status, error.endswith("name its column by --text-column (for pairs, with --pair-column)\n")) == (2, True)
+    labels = ["--text-column", "q", "--label-column", "l"]
+    status, _, error = run(capsys, "evaluate", "--model-dir", bundle, "--input", "a.csv", *labels)
+    assert (status, error.endswith("no column 'l'; found 'q'; name one of these by --label-column\n")) == (2, True)
+
+
+def write_good_and_bad_rows() -> None:
+    Path("in.jsonl").write_text('{"text": "a film"}\nbroken\n{"text": "so sad"}\n')
+
+
+@pytest.mark.parametrize("target", ["-", "pipe"])
+def test_rejects_of_a_file_may_go_to_a_stream(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], target: str
+) -> None:
+    write_good_and_bad_rows()
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("no named pipes here")
+    os.mkfifo("pipe")
+    reader = os.open("pipe", os.O_RDONLY | os.O_NONBLOCK)
+    command = ["predict", "--model-dir", bundle, "--input", "in.jsonl", "--output", "out.jsonl"]
+    status, lines, error = run(capsys, *command, "--on-error", "skip", "--rejects", target)
+    assert (status, error.endswith("1 of 3 rows were rejected\n")) == (0, True)
+    rejects = lines if target == "-" else [json.loads(os.read(reader, 10_000))]
+    os.close(reader)
+    assert [reject["row"] for reject in rejects] == ["broken"]
+    assert Path("pipe").is_fifo(), "not replaced by a file"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "pipe"]
+
+
+def test_only_rows_that_a_resumed_run_keeps_are_promised(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_good_and_bad_rows()
+    command = ["predict", "--model-dir", bundle, "--input", "in.jsonl", "--output", "out.jsonl"]
+    _, _, error = run(capsys, *command)
+    assert error.endswith("the answers before it are in out.jsonl.partial\n")
+    monkeypatch.setattr(answering, "CHUNK", 1)
+    _, _, error = run(capsys, *command)
+    assert error.endswith("and --resume goes on after 1 rows\n")
+
+
+def test_an_interrupted_run_is_not_lost_for_other_rejects(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("in.jsonl").write_text('{"text": "a film"}\n{"text": "so sad"}\n')
+    monkeypatch.setattr(answering, "CHUNK", 1)
+    command = ["predict", "--model-dir", bundle, "--input", "in.jsonl", "--output", "out.jsonl", "--on-error", "skip"]
+    with monkeypatch.context() as patch:
+        patch.setattr(files.JobFiles, "finish", lambda _: _raise(InputError("stopped")))
+        assert run(capsys, *command, "--rejects", "a.jsonl")[0] == 2
+    for rejects in ([], ["--rejects", "b.jsonl"]):
+        assert "rows of an interrupted run" in run(capsys, *command, *rejects)[2]
+        assert "is of a run with another rejects" in run(capsys, *command, *rejects, "--resume")[2]
+    assert run(capsys, *command, "--rejects", "a.jsonl", "--resume")[0] == 0
+    assert len(Path("out.jsonl").read_text().splitlines()) == 2
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def test_half_a_surrogate_pair_is_written_as_its_escape(

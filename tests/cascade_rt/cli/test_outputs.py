@@ -157,3 +157,12 @@ def test_names_that_cannot_be_written_are_refused_before_the_work(
     assert says in error
     assert error.count("\n") == 1
     assert [path.name for path in Path.cwd().iterdir()] == ["in.jsonl"]
+
+
+@pytest.mark.parametrize("name", [".answers", ".answers.csv"])
+def test_hidden_names_have_the_format_of_others(bundle: Path, name: str) -> None:
+    Path("in.txt").write_text("a film\n")
+    rules = ["--on-error", "skip", "--rejects", name.removeprefix(".")]
+    assert main(["predict", "--model-dir", str(bundle), "--input", "in.txt", "--output", name, *rules]) == 0
+    assert Path(name).read_text().startswith("label,score" if name.endswith("csv") else "{")
+    assert sorted(path.name for path in Path.cwd().iterdir()) == sorted(["in.txt", name, rules[-1]])
