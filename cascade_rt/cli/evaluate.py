@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
         while chunk := list(islice(records, CHUNK)):
             written = [(how.label_of(example), example.where) for example in chunk]
             labels.append(label_ids(written, bundle.labels))
-            with located(chunk):
+            with located(chunk, runtime):
                 logits, tokens = runtime.member_logits(example.text for example in chunk)
             timed += [example.text for example in chunk[: _TIMED - len(timed)]]
             parts.append(logits)

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, TextError
-from ..io.readers import FORMATS, LABEL, Example, Reading, read_examples
+from ..errors import InferenceError, InputError, TextError
+from ..io.readers import FORMATS, LABEL, Example, Reading, Reject, read_examples
+from ..jobs.answering import CHUNK, answered, chunks
 from ..runtime import CascadeRuntime
 from .parser import CommandParser
 
@@ -177,12 +178,19 @@ def reading(options: argparse.Namespace) -> Reading:
 
 
 @contextmanager
-def located(chunk: list[Example]) -> Iterator[None]:
-    """Name the file and line of a text that cannot be used."""
+def located(rows: list[Example], runtime: CascadeRuntime) -> Iterator[None]:
+    """Name the file and line of a text that cannot be used, or that a member cannot run."""
     try:
         yield
+    except InferenceError as error:
+        for chunk, _ in chunks(rows, CHUNK):
+            for records, _ in answered(chunk, runtime, runtime.member_logits):
+                for record in records:
+                    if isinstance(record, Reject):
+                        raise record.error from error
+        raise
     except TextError as error:
-        raise TextError(error.index, error.reason, chunk[error.index].where) from error
+        raise TextError(error.index, error.reason, rows[error.index].where) from error
 
 
 def progress_bar(shown: bool = True, total: int | None = None) -> Any:

@@ -115,7 +115,7 @@ def run(options: argparse.Namespace) -> None:
         how = reading(options)
         labels = label_ids([(how.label_of(row), row.where) for row in records], bundle.labels)
     cache = None if options.no_cache else cache_folder()
-    with progress_bar() as progress, located(records):
+    with progress_bar() as progress, located(records, runtime):
         data = collect(runtime, [row.text for row in records], labels, cache=cache, progress=progress.update)
     report = tune(bundle, data, question)
     if report.guarantee and report.chosen is None and options.fall_back:

@@ -254,7 +254,7 @@ class Stage:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # its errors are raised, and told in one line
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(self._spin_us))
         # On CPUs, ONNX Runtime's kernel for a fused addition and normalization is slower than those for its parts.
         disabled = ["SkipLayerNormFusion"] if self._provider == CPU else []

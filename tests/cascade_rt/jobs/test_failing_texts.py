@@ -89,12 +89,22 @@ def test_the_command_names_the_row(
     if on_error == "stop":
         assert "error: in.txt:2: member " in error
         assert main([*map(str, command), "--output", "out.jsonl"]) == 2
-        assert "the answers before it are in out.jsonl.partial, and --resume goes on" in capsys.readouterr().err
+        assert "the answers before it are in out.jsonl.partial" in capsys.readouterr().err
     else:
         assert "1 of 3 rows were rejected" in error
     status, lines, error = run(capsys, *command[:5], "buzz", "so sad")
     assert (status, len(lines)) == {"stop": (2, 0), "skip": (0, 1), "null": (2, 2)}[on_error]
     assert on_error != "stop" or "text 0: member" in error
+
+
+def test_evaluate_and_tune_name_the_row(runtime: CascadeRuntime, capfd: pytest.CaptureFixture[str]) -> None:
+    texts = [*GOOD * 12, "please buzz"]
+    rows = ({"text": text, "label": row % 3} for row, text in enumerate(texts))
+    Path("in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for command in (["evaluate"], ["tune", "--no-cache"]):
+        status, _, error = run(capfd, *command, "--model-dir", runtime.bundle.folder, "--input", "in.jsonl")
+        assert (status, error.count("\n")) == (2, 1)
+        assert "error: in.jsonl:61: member " in error
 
 
 @pytest.mark.parametrize("cause", [RuntimeError("Gather: out of data bounds"), MemoryError()])
