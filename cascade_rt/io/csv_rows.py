@@ -161,7 +161,8 @@ def _malformed(taken: list[Line], error: csv.Error) -> str:
     if "NUL" in str(error):
         return "malformed CSV: a NUL byte beside a quote, which Python 3.10 cannot read; remove it, or use jsonl"
     if "unexpected end" in str(error):
-        found = "a quote opens in this line and is not closed"
+        within = f" within {_LONGEST_RECORD:,} lines" if len(taken) == _LONGEST_RECORD else ""
+        found = f"a quote opens in this line and is not closed{within}"
     elif len(taken) > 1:
         found = f"a quote opens in this line, and its field has a single quote in line {taken[-1].number}"
     else:
@@ -172,16 +173,21 @@ def _malformed(taken: list[Line], error: csv.Error) -> str:
 def _swallowed(taken: list[Line], header: Header) -> bool:
     """Return whether a record has swallowed rows: each of its lines reads as one, with every field filled.
 
-    Texts are not written so: prose has a space after a comma, where a table has none.
+    Texts are not written so: prose has a space after a comma, where a table has none, and the first or the last line of
+    a text with lines like rows has the record's other fields too.
     """
     width, delimiter = len(header.fields), header.delimiter
     lines = [cells for line in taken if any(cells := line.text.replace('"', "").strip().split(delimiter))]
     between = lines[1:-1]
+
+    def fields(cells: list[str]) -> int:
+        return len(cells) if header.spaced else 1 + sum(not cell.startswith(" ") for cell in cells[1:])
+
     return (
         width > 1
         and bool(between)
         and all(len(cells) == width for cells in between)
-        and min(len(lines[0]), len(lines[-1])) >= width
+        and fields(lines[0]) == fields(lines[-1]) == width
         and all(cell.strip() for cells in lines for cell in cells)
         and (header.spaced or not any(cell.startswith(" ") for cells in between for cell in cells[1:]))
     )

@@ -28,6 +28,7 @@ _TABLES = ("csv", "tsv", "parquet")
 LABEL = "label"
 """The usual column of the labels."""
 
+_ARRAY = "expected an array of objects; for one object per line name the `format` jsonl"
 _USUAL_COLUMNS: dict[bool, tuple[tuple[str, ...], ...]] = {
     False: (("text",), ("sentence",)),
     True: (
@@ -232,6 +233,8 @@ def _format_of(source: str | Path) -> str:
         return "txt"
     written = without_compression(source).suffix.lower()
     ending = _ALIASES.get(written.lstrip("."), written.lstrip("."))
+    if ending not in FORMATS and not is_uri(source) and not Path(source).exists():
+        raise InputError(f"{source}: no such file; check the path")
     if ending not in FORMATS:
         raise InputError(
             f"{source}: unknown format {written!r}; "
@@ -355,11 +358,9 @@ def _read_array(source: str | Path, encoding: str | None) -> Iterator[Record]:
     try:
         found = json.loads("".join(line.text for line in lines))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{source_name(source)}: not JSON ({error}); expected an array of objects") from error
+        raise InputError(f"{source_name(source)}: not JSON ({error}); {_ARRAY}") from error
     if not isinstance(found, list):
-        raise InputError(
-            f"{source_name(source)}: found JSON of type {type(found).__name__}, expected an array of objects"
-        )
+        raise InputError(f"{source_name(source)}: found JSON of type {type(found).__name__}, {_ARRAY}")
     for number, item in enumerate(found, 1):
         yield Record(number, None, item)
 

@@ -161,6 +161,7 @@ def test_a_command_of_another_distribution_is_found_and_run(
         ("predict --model-dir BUNDLE --threshold 1.5 text", "--threshold: found 1.5, expected a number from 0 to 1"),
         ("predict --model-dir BUNDLE --threshold high text", "invalid float value: 'high'"),
         ("predict --model-dir BUNDLE --input gone.csv", "gone.csv: no such file"),
+        ("predict --model-dir BUNDLE --input gone/", "gone/: no such file; check the path"),
         ("predict --model-dir BUNDLE --input pairs.csv --text-column a --pair-column b", "texts here are single"),
         ("predict --model-dir BUNDLE --input pairs.csv --text-column c", "no column 'c'; found 'a', 'b'"),
         ("predict --model-dir BUNDLE --input pairs.csv --pair-column b", "--text-column with it"),
@@ -287,6 +288,7 @@ def test_the_command_line_names_options_where_the_library_names_parameters(
     capsys: pytest.CaptureFixture[str], bundle: Path, pair_bundle: Path, arguments: str, option: str, says: str
 ) -> None:
     Path("two.csv").write_text("a,b\nx,y\n")
+    Path("a.pdf").touch()
     Path("one.jsonl").write_text('{"text": "a film", "label": "good"}\n' * 60)
     places = {"BUNDLE": str(bundle), "PAIRS": str(pair_bundle)}
     status, _, error = run(capsys, *(places.get(word, word) for word in arguments.split()))

@@ -229,6 +229,17 @@ def test_a_text_of_several_lines_with_commas_is_one_text(tmp_path: Path) -> None
     assert answered(content) == [letter, "short"]
 
 
+@pytest.mark.parametrize("columns", ["text,label", "label,text", "id,text,label"])
+@pytest.mark.parametrize("lines", [2, 5])
+def test_a_text_whose_lines_look_like_rows_is_one_text(columns: str, lines: int) -> None:
+    names = columns.split(",")
+    prices = "\n".join(",".join(["egg"] * len(names)) for _ in range(lines))
+    cells = {"text": prices, "label": "pos", "id": "7"}
+    stream = io.StringIO()
+    csv.writer(stream).writerows([names, [cells[name] for name in names]])
+    assert answered(stream.getvalue()) == [prices]
+
+
 @pytest.mark.parametrize(
     ("encoding", "named"),
     [
