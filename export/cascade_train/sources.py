@@ -93,7 +93,10 @@ def settings_of(source: str, *, weights: bool = False) -> Settings:
     if folder.is_file():
         raise InputError(f"{source}: found a file; expected the folder of a model: {folder.parent}")
     if not folder.is_dir():
-        raise InputError(f"{source}: no such folder; on the Hugging Face hub it would be hf:{source}")
+        found = "is a file, expected a folder" if folder.exists() else "no such folder"
+        is_name = repository(f"hf:{source}") is not None and not folder.exists()
+        hint = f"on the Hugging Face hub it would be hf:{source}" if is_name else "check the path"
+        raise InputError(f"{source}: {found}; {hint}")
     return read_settings(source, folder)
 
 

@@ -137,6 +137,11 @@ def test_a_run_that_cannot_be_is_refused(base: str, data: TaskData, trained: Pat
         finetune(base, data, tmp_path / "a", layers=5, recipe=RECIPE)
     with pytest.raises(InputError, match="^no/such: no such folder; .* hub it would be hf:no/such"):
         finetune("no/such", data, tmp_path / "b", recipe=RECIPE)
+    for path in (str(tmp_path / "no"), "./no", "hf:no such"):
+        with pytest.raises(InputError, match=f"^{path}: no such folder; check the path$"):
+            finetune(path, data, tmp_path / "b", recipe=RECIPE)
+    with pytest.raises(InputError, match="config.json: is a file, expected a folder; check the path$"):
+        finetune(f"{trained}/config.json", data, tmp_path / "b", recipe=RECIPE)
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="/empty: the folder has no config.json"):
         finetune(str(tmp_path / "empty"), data, tmp_path / "b", recipe=RECIPE)
