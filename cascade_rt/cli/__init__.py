@@ -59,7 +59,8 @@ def _main(argv: Sequence[str]) -> int:
             parser = CommandParser(argv[0], command)
             names = parser.option_names()
             if options := _parsed(parser, argv[1:]):
-                if getattr(options, "output", None) not in (None, "-"):
+                written = [getattr(options, dest) for dest in parser.outputs]
+                if any(written) and "-" not in written:
                     forget_closed_output()
                 with termination():
                     command.run(options)

@@ -67,13 +67,25 @@ def test_a_closed_standard_output_is_one_line(
     assert error == ("cascade-rt: error: standard output: it is closed; redirect it to a file, or to /dev/null\n")
 
 
+def test_rejects_for_a_closed_standard_output_are_not_lost_silently(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("in.jsonl").write_text('broken\n{"text": "a film"}\n')
+    command = ["predict", "--model-dir", str(bundle), "--input", "in.jsonl", "--output", "out.jsonl"]
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main([*command, "--on-error", "skip", "--rejects", "-"]) == 2
+    assert "standard output: it is closed" in capsys.readouterr().err
+    assert not Path("out.jsonl").exists()
+
+
 def test_a_command_that_writes_files_needs_no_standard_output(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ModuleType("write")
     code = (
         "import pathlib\nSUMMARY = EXAMPLE = 'cascade-rt write'\n"
-        "def add_arguments(parser):\n    parser.add_argument('--output')\n"
+        "def add_arguments(parser):\n    parser.add_argument('--output')\n    parser.writes('output')\n"
         "def run(options):\n    print('x' * 100000, flush=True)\n    pathlib.Path(options.output).write_text('done')\n"
     )
     exec(code, command.__dict__)
