@@ -35,8 +35,10 @@ def locate(model_dir: str | Path) -> tuple[Path, Path]:
         if not folder.exists():
             hint = "check the path"
             if _NAME.fullmatch(str(model_dir).partition("@")[0]):
-                hint = f"a bundle on the Hugging Face hub is named hf:{model_dir}, since names without hf: are no longer "
-                hint += "looked for there"
+                hint = (
+                    f"a bundle on the Hugging Face hub is named hf:{model_dir}, since names without hf: are no longer "
+                    "looked for there"
+                )
             raise BundleError(f"{model_dir}: no bundle there (no such folder); {hint}")
         return folder, folder
     import huggingface_hub  # noqa: PLC0415 - slow to import, and only needed here
