@@ -322,8 +322,9 @@ def prose() -> Iterator[tuple[str, str]]:
 
 
 def test_the_phrases_of_the_design_are_gone() -> None:
-    found = [f"{where}: {phrase}" for where, text in prose() for phrase in phrases_in(text)]
-    assert found == []
+    read = list(prose())
+    assert len(read) > 500
+    assert [f"{where}: {phrase}" for where, text in read for phrase in phrases_in(text)] == []
 
 
 def test_phrases_are_found_as_whole_words_across_lines() -> None:
@@ -332,4 +333,3 @@ def test_phrases_are_found_as_whole_words_across_lines() -> None:
     assert phrases_in("# A\n\n## Again\n\ntext") == ["## Again"]
     assert phrases_in("## Against it") == []
     assert phrases_in("Exit status: 0, or 2 for what you can mend.") == ["what you can mend"]
-    assert len(list(prose())) > 500

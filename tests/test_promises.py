@@ -7,7 +7,7 @@ read, and this test fails where one is dropped. Behaviour is tested elsewhere, f
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -44,13 +44,16 @@ ONLY_IN = {
 """Calls that reach out, or run what they are given -> the files that may make them."""
 
 
-def calls() -> Iterator[tuple[str, str, ast.Call]]:
-    """Yield each call in our code: its file, its name, and the call."""
-    for folder in ("cascade_rt", "export"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-                if isinstance(node, ast.Call):
-                    yield path.relative_to(ROOT).as_posix(), ast.unparse(node.func), node
+@cache
+def calls() -> list[tuple[str, str, ast.Call]]:
+    """Return each call in our code: its file, its name, and the call."""
+    return [
+        (path.relative_to(ROOT).as_posix(), ast.unparse(node.func), node)
+        for folder in ("cascade_rt", "export")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Call)
+    ]
 
 
 def is_called(called: str, name: str) -> bool:

@@ -8,6 +8,7 @@ import random
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from numpy.typing import NDArray
 
 from cascade_rt import BundleError, CascadeRuntime, InvalidOption, Prediction, Trace, read_bundle
+from cascade_rt.benchmark import latency
 from cascade_rt.bundle import sha256_of
 from cascade_rt.cli import main
 from cascade_rt.engine.cost import layer_speedup
@@ -312,7 +314,11 @@ def test_segments_can_exit_by_confidence(expected: NDArray[np.float64], tmp_path
 
 @pytest.mark.parametrize("kind", ["maximum_probability", "entropy"])
 def test_segments_with_thresholds_are_tuned(
-    kind: str, expected: NDArray[np.float64], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str,
+    expected: NDArray[np.float64],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What tuning promises is what the tuned bundle does; a segment that no text leaves runs with threshold 1."""
     extra = {"format_version": 2, "exit_rule": {"kind": kind}}
@@ -337,6 +343,7 @@ def test_segments_with_thresholds_are_tuned(
     classes = expected.argmax(axis=-1)
     agreeing = [LABELS[chosen] == answer.label for chosen, answer in zip(classes[-1], answers, strict=True)]
     assert np.mean(agreeing) == pytest.approx(chosen["accuracy"])
+    monkeypatch.setattr(latency, "_cold_start", partial(latency._cold_start, runs=1))
     assert main(["benchmark", "--model-dir", str(folder), "--texts", "8", "--rounds", "1", "--batch-size", "4"]) == 0
 
 
