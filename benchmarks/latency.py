@@ -16,7 +16,10 @@ from cascade_rt.cli import main
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--model-dir", type=Path)
-    bundle = parser.parse_known_args()[0].model_dir
-    results = Path(__file__).parent / "results"
-    default = ["--output", str(results / f"latency-{bundle.resolve().name}.json")] if bundle else []
-    sys.exit(main(["benchmark", *default, *sys.argv[1:]]))
+    parser.add_argument("--output")
+    given, _ = parser.parse_known_args()
+    arguments = sys.argv[1:]
+    if given.model_dir and not given.output:
+        results = Path(__file__).parent / "results"
+        arguments += ["--output", str(results / f"latency-{given.model_dir.resolve().name}.json")]
+    sys.exit(main(["benchmark", *arguments]))

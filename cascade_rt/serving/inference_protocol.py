@@ -200,7 +200,7 @@ def _texts(wanted: InferRequest, binary: bytes) -> list[Text]:
             found = list(_strings(binary[:size], at))
             binary = binary[size:]
         elif tensor.data is None:
-            raise BadField(f"inputs.{at}.data", None, "texts, or `binary_data_size` in its parameters")
+            raise BadField(f"inputs.{at}.data", None, "texts, or binary_data_size in its parameters")
         else:
             found = [text for row in tensor.data for text in ([row] if isinstance(row, str) else row)]
         if not _fits(tensor.shape, len(found)):

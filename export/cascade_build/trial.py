@@ -97,7 +97,7 @@ def _narrowed(model: Any, name: str) -> Any:
         for key in ("hidden_size", *_AS_WIDE):
             if getattr(config, key, None) == wide > width:
                 setattr(config, key, width)
-        return AutoModelForSequenceClassification.from_config(config)
+        return AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
 
 
 def _copy(start: Start, labels: tuple[str, ...]) -> tuple[Any, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import subprocess
@@ -45,6 +46,7 @@ def forked(check: Callable[[], bool]) -> int:
     status = 1
     try:
         signal.alarm(20)
+        faulthandler.dump_traceback_later(15)
         status = 0 if check() else 1
     except BaseException:
         traceback.print_exc()

@@ -140,7 +140,7 @@ def test_a_run_that_cannot_be_is_refused(base: str, data: TaskData, trained: Pat
     for path in (str(tmp_path / "no"), "./no", "hf:no such"):
         with pytest.raises(InputError, match=f"^{path}: no such folder; check the path$"):
             finetune(path, data, tmp_path / "b", recipe=RECIPE)
-    with pytest.raises(InputError, match="config.json: is a file, expected a folder; check the path$"):
+    with pytest.raises(InputError, match="config.json: found a file; expected the folder of a model: "):
         finetune(f"{trained}/config.json", data, tmp_path / "b", recipe=RECIPE)
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="/empty: the folder has no config.json"):
