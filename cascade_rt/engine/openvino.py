@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ..errors import first_line
+from .forks import never_destroy
 
 Feed = Mapping[str, NDArray[Any]]
 """Arrays by input name."""
@@ -34,12 +37,9 @@ class OpenVinoSession:
         """
         hint = "THROUGHPUT" if share_threads else "LATENCY"
         settings = {"PERFORMANCE_HINT": hint, **_SETTINGS, "INFERENCE_NUM_THREADS": threads, **options}
-        core = load_openvino().Core()
-        try:
-            core.set_property("CPU", dict(options))
-            core.get_property("CPU", "FULL_DEVICE_NAME")  # only now are the options read
-        except RuntimeError as error:
-            raise ValueError(f"properties of OpenVINO for CPUs ({first_line(error)})") from error
+        core = _core(os.getpid())
+        if options:
+            _check(options)
         model = core.read_model(path)
         self._compiled = core.compile_model(model, "CPU", settings)
         self._idle: list[Any] = []
@@ -56,6 +56,29 @@ class OpenVinoSession:
         found = _outputs(request, outputs)
         self._idle.append(request)
         return found
+
+
+@cache
+def _core(process: int) -> Any:
+    """Return the core of a process, made when it is first needed and never destroyed.
+
+    A core replaces the signal stack of the thread that makes it, and puts the one before back when it is destroyed. Two
+    that are not destroyed in reverse order leave a stack that is gone, and the next signal ends the process.
+    """
+    core = load_openvino().Core()
+    core.get_property("CPU", "FULL_DEVICE_NAME")  # only now is the plugin loaded, which does that
+    never_destroy(core)
+    return core
+
+
+def _check(options: Mapping[str, str]) -> None:
+    """Raise ValueError for a property that OpenVINO does not have; on another core, since it would keep them."""
+    core = load_openvino().Core()
+    try:
+        core.set_property("CPU", dict(options))
+        core.get_property("CPU", "FULL_DEVICE_NAME")  # only now are the options read
+    except RuntimeError as error:
+        raise ValueError(f"properties of OpenVINO for CPUs ({first_line(error)})") from error
 
 
 def load_openvino() -> Any:

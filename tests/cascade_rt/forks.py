@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import signal
 import subprocess
@@ -38,6 +39,7 @@ def check_a_fork(bundle: Path, texts: Sequence[str], provider: str) -> None:
 
 def forked(check: Callable[[], bool]) -> int:
     """Fork this process and return the child's id; its status is 0 if `check` is true there, within 20 seconds."""
+    gc.collect()  # what other tests left, such as sessions of ONNX Runtime alone, is not destroyed in the child
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
         child = os.fork()
@@ -45,8 +47,8 @@ def forked(check: Callable[[], bool]) -> int:
         return child
     status = 1
     try:
+        faulthandler.register(signal.SIGALRM, chain=True)  # shows where it hangs
         signal.alarm(20)
-        faulthandler.dump_traceback_later(15)
         status = 0 if check() else 1
     except BaseException:
         traceback.print_exc()

@@ -116,3 +116,20 @@ def test_no_telemetry_is_loaded(bundle: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["[]", "1"]
+
+
+def test_signals_are_handled_after_runtimes_were_closed(bundle: Path) -> None:
+    program = (
+        "import gc, signal\n"
+        "from cascade_rt import CascadeRuntime\n"
+        f"runtimes = [CascadeRuntime({str(bundle)!r}, provider='openvino', threads=2) for _ in range(2)]\n"
+        "for runtime in runtimes:\n"
+        "    runtime.predict(['a film'] * 40)\n"
+        "while runtimes:\n"
+        "    runtimes.pop(0).close()\n"
+        "del runtime\n"
+        "gc.collect()\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: None)\n"
+        "signal.raise_signal(signal.SIGUSR1)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
