@@ -210,17 +210,15 @@ def test_exporting_says_nothing_but_its_result(wide: Path, tmp_path: Path) -> No
     import subprocess
     import sys
 
-    command = [sys.executable, "-m", "cascade_rt", "export", "--member", str(wide), "--output", "out"]
-    for precision in ("int8", "int8-blocks"):
-        done = subprocess.run(
-            [*command, "--overwrite", "--precision", precision],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert "INFO" not in done.stderr
-        assert "WARNING" not in done.stderr
+    program = (
+        "from cascade_rt.cli import main\n"
+        f"member = {str(wide)!r}\n"
+        "for precision in ('int8', 'int8-blocks'):\n"
+        "    assert main(['export', '--member', member, '--output', precision, '--precision', precision]) == 0\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "INFO" not in done.stderr
+    assert "WARNING" not in done.stderr
 
 
 def test_each_member_can_have_its_own(member_folders: list[Path], tmp_path: Path) -> None:
