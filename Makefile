@@ -43,9 +43,10 @@ $(DEMO)/bundle: | .venv/demo-ready
 		--batch-size 64 --epochs 4 --learning-rate 4e-4 --small-epochs 4 --small-learning-rate 4e-4 --output $@
 
 # The fast tests, in random order, without real data, Ray clusters and whole benchmarks. One process and one thread per
-# core: tiny models gain nothing from more threads. A file stays with one process, which makes its fixtures once.
+# core: tiny models gain nothing from more threads. Each process takes whole files, whose fixtures it makes once, until the
+# others are out of work.
 test: .venv/dev-ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m 'not real_data and not cluster and not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m 'not real_data and not cluster and not slow'
 
 # Whole benchmarks on tiny models.
 test-slow: .venv/dev-ready
