@@ -35,7 +35,7 @@ def serving(*options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     command += ["serve", "--port", str(port), "--threads", "1", *options]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         address = f"http://127.0.0.1:{port}"
-        until = time.monotonic() + 60
+        until = time.monotonic() + 600  # on a busy machine, a Ray cluster takes minutes
         while True:
             with suppress(httpx.TransportError):
                 if httpx.get(f"{address}/health").status_code == 200:

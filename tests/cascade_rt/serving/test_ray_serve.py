@@ -63,7 +63,7 @@ def serving_on_ray(bundle: Path, pair_bundle: Path, folder: Path) -> Iterator[tu
         yield running
         process.terminate()  # a process that is killed leaves some of Ray's behind
         with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=30)
+            process.wait(timeout=300)
 
 
 @pytest.fixture(scope="module")
