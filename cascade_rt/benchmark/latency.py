@@ -60,7 +60,7 @@ def measure_latency(
     settings: dict[str, Any] = {"provider": provider, "threads": threads, "provider_options": provider_options}
     cascade = open_whole(model_dir, preload=True, verify=verify, expected_sha256=expected_sha256, **settings)
     bundle = cascade.bundle
-    check_thresholds(bundle)
+    check_thresholds(cascade.exit_rule)
     name = (bundle.folder or Path(model_dir)).resolve().name
     texts = texts_for(bundle, data, words, count, reading=reading)
     logits, lengths = cascade.member_logits(texts)
