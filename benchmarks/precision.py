@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 from cascade_export.check import compare, probabilities
 from cascade_export.export import export_bundle
-from cascade_export.precision import PRECISIONS
 from cascade_export.random_weights import parse_shape, write_random_members
 from cascade_train import VALIDATION
 from common import run_command
@@ -28,6 +27,7 @@ from numpy.typing import NDArray
 
 from cascade_rt import read_bundle
 from cascade_rt.benchmark.machine import describe
+from cascade_rt.bundle.precisions import PRECISIONS
 from cascade_rt.engine.batching import TOKEN_BUDGET, by_length, micro_batches
 from cascade_rt.engine.probabilities import confidence, softmax
 from cascade_rt.engine.providers import CPU, OPENVINO

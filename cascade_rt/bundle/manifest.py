@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from ..errors import BundleError, InvalidOption
 from .files import FileIdentity
 from .paths import checked_relative
+from .precisions import known_precision
 
 MANIFEST = "cascade.json"
 TUNING = "tuning"
@@ -395,7 +396,7 @@ def _parse_member(entry: Any, where: str, version: int, with_threshold: bool) ->
         layers=fields.take("layers", int, at_least=1 if version < 3 else 0),
         hidden_size=fields.take("hidden_size", int, at_least=1),
         parameters=fields.take("parameters", int, at_least=1),
-        precision=fields.take("precision", str),
+        precision=known_precision(fields.take("precision", str), where),
         threshold=threshold,
         intermediate_size=fields.take("intermediate_size", int, at_least=1) if "intermediate_size" in entry else None,
         data=tuple(_parse_data(file, where) for file in fields.take("data", list)) if "data" in entry else (),

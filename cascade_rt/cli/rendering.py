@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..bundle import BATCH_TOLERANCE, TUNING, Bundle, MemberEntry
 from ..bundle.manifest import SINGLE_LABEL
+from ..bundle.precisions import PRECISIONS
 from ..engine.drift import SIGNIFICANT
 from ..types import Stats
 
@@ -243,7 +244,7 @@ def _rates(rates: Sequence[float]) -> str:
 def _batch_invariant(member: MemberEntry) -> str:
     """Return what the export measured: yes, no, or ? if it did not."""
     difference = _share(member.other.get("batch_difference"))
-    if member.precision == "int8-tensor" or (difference is not None and difference > BATCH_TOLERANCE):
+    if not PRECISIONS[member.precision].batch_invariant or (difference is not None and difference > BATCH_TOLERANCE):
         return "no"
     return "?" if difference is None else "yes"
 

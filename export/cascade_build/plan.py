@@ -14,7 +14,6 @@ import torch
 from cascade_export.check import MAX_ACCURACY_DROP, check_allowed
 from cascade_export.checkpoint import member_name
 from cascade_export.export import AUTO
-from cascade_export.precision import PRECISIONS
 from cascade_train.finetune import (
     Objective,
     Recipe,
@@ -29,6 +28,7 @@ from cascade_train.tasks import Examples, TaskData, load_part, reserve
 from transformers import AutoConfig
 
 from cascade_build.augment import variants
+from cascade_rt.bundle.precisions import PRECISIONS
 from cascade_rt.errors import InputError, InvalidOption
 from cascade_rt.tuning.collect import FEWEST_TEXTS
 from cascade_rt.tuning.report import Question

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from cascade_export.check import check_drop, compare, load_check_data
 from cascade_export.convert import convert_segment
 from cascade_export.export import DEFAULT_THRESHOLD, TOKENIZER_FILE, bundle_of
-from cascade_export.precision import PRECISIONS, write_precision
+from cascade_export.precision import WRITERS, write_precision
 from cascade_export.segments import Segment
 from cascade_export.torch_checkpoint import TorchCheckpoint, open_torch
 from cascade_export.verify import TOLERANCE, check_texts
@@ -31,8 +31,8 @@ from cascade_rt.errors import CascadeError, InvalidOption
 from cascade_rt.io.readers import AS_USUAL, Reading
 from cascade_rt.types import Text
 
-PRECISIONS_OF_SEGMENTS = tuple(name for name in PRECISIONS if name != "int8-static")
-"""All but the one that draws ranges from texts: a segment alone does not see any."""
+PRECISIONS_OF_SEGMENTS = tuple(name for name, writer in WRITERS.items() if not writer.needs_texts)
+"""All but those that need texts: a segment alone does not see any."""
 _TRACED = 16  # tokens
 _PATIENCE = 2  # until tuning finds a better one
 

@@ -33,7 +33,7 @@ from cascade_export.onnx_checkpoint import OnnxCheckpoint, is_onnx, open_onnx
 from cascade_rt.bundle import BATCH_TOLERANCE, Bundle, MemberEntry, WeightFile, sha256_of, write_bundle, write_manifest
 from cascade_rt.engine.cpus import usable_threads
 from cascade_rt.engine.probabilities import confidence, softmax
-from cascade_rt.engine.providers import CPU, OPENVINO, is_installed, provider_name
+from cascade_rt.engine.providers import CPU, OPENVINO, instead_of, is_installed, provider_name
 from cascade_rt.engine.stage import Stage
 from cascade_rt.engine.tokenization import Encoded, TextTokenizer
 from cascade_rt.errors import BundleError, CascadeError, InputError, InvalidOption, MissingExtraError
@@ -48,8 +48,7 @@ DEFAULT_THRESHOLD = 0.9
 TOKENIZER_FILE = "tokenizer.json"
 AUTO = "auto"
 FP32_ON_OPENVINO = "fp32 on openvino"
-_TRIED_BY_AUTO = {OPENVINO: ("int8-static", "fp16", "fp32")}
-_TRIED_ELSEWHERE = ("int8", "fp16", "fp32")
+_TRIED_BY_AUTO = ("int8", "fp16", "fp32")
 _ROUNDING_TEXTS = 512
 _BATCHED = 64
 _ALIGNMENT_TEXTS = 1000
@@ -234,7 +233,7 @@ def _export_member(
     encoded = tokenizer.encode(checks.data.texts) if checks.data else None
     with _writer(checkpoint, tokenizer, checks) as writer:
         precision = wanted or writer.usual
-        by_auto = _TRIED_BY_AUTO.get(checks.provider, _TRIED_ELSEWHERE)
+        by_auto = dict.fromkeys(instead_of(name, checks.provider) or name for name in _TRIED_BY_AUTO)
         tried = [name for name in by_auto if name in writer.precisions] if precision == AUTO else [precision]
         if not tried or not set(tried) <= set(writer.precisions):
             raise InputError(
@@ -341,7 +340,7 @@ def _writer(checkpoint: Checkpoint, tokenizer: TextTokenizer, checks: Checks) ->
         yield _onnx_writer(checkpoint, tokenizer, checks)
         return
     from cascade_export.convert import convert  # noqa: PLC0415 - loads torch, which ONNX folders do not need
-    from cascade_export.precision import PRECISIONS, write_precision  # noqa: PLC0415
+    from cascade_export.precision import WRITERS, write_precision  # noqa: PLC0415
     from cascade_export.torch_checkpoint import TorchCheckpoint  # noqa: PLC0415
     from cascade_export.verify import check_texts, torch_probabilities, verify  # noqa: PLC0415
 
@@ -368,7 +367,7 @@ def _writer(checkpoint: Checkpoint, tokenizer: TextTokenizer, checks: Checks) ->
             return source.name, []
 
         yield _Writer(
-            tuple(PRECISIONS),
+            tuple(WRITERS),
             "fp32",
             write,
             lambda: torch_probabilities(checkpoint.original or checkpoint, checks.data.texts) if checks.data else None,

@@ -74,6 +74,10 @@ def test_unknown_keys_are_kept(copied: Path) -> None:
         (set_to("members", 0, "threshold", to=1.5), "from 0 to 1"),
         (set_to("members", 0, "threshold", to=float("nan")), "threshold: found 'nan'"),
         (set_to("members", 0, "threshold", to="0.5"), "threshold: found '0.5', expected float"),
+        (
+            set_to("members", 1, "precision", to="int4"),
+            r"members\[1\]: precision: found 'int4', this cascade-rt knows fp32, .*; install a newer cascade-rt",
+        ),
         (set_to("members", 0, "layers", to=3), "ascending"),
         (set_to("members", 1, "name", to="tiny"), "share a name"),
         (set_to("members", 0, "file", to="../tiny.onnx"), "stays inside the bundle's folder"),
