@@ -427,7 +427,7 @@ def _reopened(kind: type[CascadeRuntime], recipe: Recipe) -> CascadeRuntime:
 def _changed(rule: ExitRule, parameter: str, value: Any, members: int) -> ExitRule:
     """Return a rule with another value of its parameter; raise InvalidOption if it has another one."""
     if rule.parameter != parameter:
-        raise InvalidOption(parameter, value, f"none: the exit rule {rule.kind} has {rule.parameter} instead")
+        raise InvalidOption(parameter, value, f"none: the exit rule {rule.kind} has no {parameter}")
     return rule.changed(value, members)
 
 

@@ -286,7 +286,7 @@ def _parse(manifest: dict[str, Any]) -> Bundle:
     version = top.take("format_version", int)
     if version not in _VERSIONS:
         remedy = "install a newer cascade-rt" if version > max(_VERSIONS) else "export the bundle again"
-        known = " and ".join(map(str, _VERSIONS))
+        known = ", ".join(map(str, _VERSIONS[:-1])) + f" and {_VERSIONS[-1]}"
         raise BundleError(f"{MANIFEST}: found format_version {version}, this cascade-rt reads {known}; {remedy}")
     labels = top.take("labels", list)
     if len(labels) < 2 or not all(isinstance(label, str) for label in labels) or len(set(labels)) != len(labels):

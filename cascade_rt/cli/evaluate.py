@@ -70,11 +70,13 @@ def run(options: argparse.Namespace) -> None:
     if not parts:
         raise InputError(f"{options.input}: found no examples, expected at least one")
     report = evaluate(
-        runtime.plan,
+        bundle.members,
+        runtime.exit_rule,
         np.concatenate(parts, axis=1),
         np.concatenate(labels),
         np.concatenate(lengths),
         runtime.original,
+        task=runtime.task,
     )
     seconds = time_alone(runtime, timed) if options.timed else None
     if options.json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from ..bundle import MemberEntry
 from ..errors import BundleError, CascadeError, InferenceError, InvalidOption, first_line
 from .batching import DEVICE_TOKEN_BUDGET, TOKEN_BUDGET
+from .cpus import spin_duration, usable_threads
 from .execution import Execution
 from .openvino import Feed, OpenVinoSession
-from .providers import CPU, OPENVINO, check_exact_kernels, options_for, products_on_cpu, saturates
+from .providers import CPU, OPENVINO, check_exact_kernels, options_for, products_on_cpu, provider_name, saturates
 
 _OUT_OF_MEMORY = ("bad_alloc", "failed to allocate", "out of memory", "available memory of", "cublas_status_alloc")
 
@@ -174,6 +175,16 @@ class _OnnxSession:
         self.run = run
         self.inputs = [node.name for node in session.get_inputs()]
         self.outputs = [node.name for node in session.get_outputs()]
+
+
+def usable(execution: Execution) -> Execution:
+    """Return settings with the provider's full name and a number of threads; raise InvalidOption for wrong ones."""
+    return replace(
+        execution,
+        provider=provider_name(execution.provider),
+        threads=usable_threads(execution.threads),
+        spin_us=spin_duration(execution.spin_us),
+    )
 
 
 def backend_for(execution: Execution) -> Backend:

@@ -11,11 +11,10 @@ from ..bundle.files import file_identity
 from ..bundle.manifest import HIDDEN_STATES, TOKENS
 from ..errors import BundleError
 from ..types import Prediction, Trace
+from .backends import usable
 from .cost import cumulative_layers
-from .cpus import spin_duration, usable_threads
 from .execution import Execution
 from .exit_rules import ExitRule
-from .providers import provider_name
 from .stage import Stage
 from .task import Task, task_of
 from .tokenization import TextTokenizer
@@ -44,12 +43,7 @@ class OpenBundle:
         expected_sha256: str | None = None,
     ) -> OpenBundle:
         """Read and verify a bundle; arguments as for `CascadeRuntime`."""
-        usable = Execution(
-            provider_name(execution.provider),
-            usable_threads(execution.threads),
-            execution.provider_options,
-            spin_duration(execution.spin_us),
-        )
+        settings = usable(execution)
         if Path(model_dir).exists():  # else it may be on the hub
             model_dir = Path(model_dir).absolute()  # members are loaded later, perhaps from another working directory
         bundle = read_bundle(model_dir, members, verify=verify, expected_sha256=expected_sha256)
@@ -62,7 +56,7 @@ class OpenBundle:
         followers = [entry.reads for entry in bundle.members[1:]] + [TOKENS]
         stages = {
             entry.name: Stage(
-                entry, folder / entry.file, len(bundle.labels), usable, leaves_hidden_states=follower == HIDDEN_STATES
+                entry, folder / entry.file, len(bundle.labels), settings, leaves_hidden_states=follower == HIDDEN_STATES
             )
             for entry, follower in zip(bundle.members, followers, strict=True)
         }

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,7 +80,7 @@ class Stage:
         spin = default if execution.spin_us is None else execution.spin_us
         self._backend = backend_for(replace(execution, spin_us=spin))
         self._leaves_hidden_states = leaves_hidden_states
-        self._sessions: dict[bool, Session] = {}  # by whether it is that for bulk work
+        self._sessions: dict[bool, Any] = {}  # by whether it is that for bulk work
         self._loading = Lock()
         self._device_in_parent = False
         FORKS.register(self)
@@ -100,7 +100,7 @@ class Stage:
         """Micro-batches of bulk work that can run at a time."""
         return 1 if self._backend.on_device else self._threads
 
-    def load(self, *, for_bulk: bool = False) -> Session:
+    def load(self, *, for_bulk: bool = False) -> Any:
         """Return a session, made now if it was not; raise BundleError if the engine cannot use the file.
 
         If the file was replaced since the other session was made, return that one.

@@ -35,6 +35,8 @@ class Call(NamedTuple):
     state: Any
     rows: NDArray[np.intp]
     """Their positions in the call, (rows,)."""
+    places: NDArray[np.intp] | slice = slice(None)
+    """Their positions among the texts of the step; all by default."""
 
 
 class Step(NamedTuple):
@@ -63,19 +65,16 @@ def step(
 ) -> Step:
     """Run the stage `index` on texts, and decide which of them leave; all do after the last.
 
-    `inputs`: what the stage reads. `rows`: where the texts are in `inputs`, from the longest to the shortest, (rows,);
-    those of the `calls` one after another. `at_once`: how many micro-batches may run at a time. `stage`: None for the
-    plan's own.
+    `inputs`: what the stage reads. `calls`: those that the texts are from. `rows`: where the texts are in `inputs`,
+    from the longest to the shortest, (rows,). `at_once`: how many micro-batches may run at a time. `stage`: None for
+    the plan's own.
     """
     logits, hidden_states, runs = run_rows(stage or plan.stages[index], index, inputs, rows, at_once)
     probabilities = plan.task.probabilities(logits)
     leaving = np.ones(len(rows), dtype=bool)
-    start = 0
     for call in calls if index + 1 < len(plan.stages) else ():
-        own = slice(start, start + len(call.rows))
-        observed = call.rule.observed(plan.task, probabilities[own])
-        leaving[own] = call.rule.leaving(call.state, index, call.rows, observed)
-        start = own.stop
+        observed = call.rule.observed(plan.task, probabilities[call.places])
+        leaving[call.places] = call.rule.leaving(call.state, index, call.rows, observed)
     return Step(logits, probabilities, leaving, hidden_states, runs)
 
 

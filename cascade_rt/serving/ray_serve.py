@@ -22,7 +22,7 @@ from typing import Any
 from ray import cluster_resources, serve
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..cluster import RemoteRuntime, cluster, shared
+from ..cluster import RemoteBundle, cluster, shared
 from ..errors import CascadeError, InputError, InvalidOption, first_line
 from ..runtime import CascadeRuntime
 from .app import create_app
@@ -65,7 +65,7 @@ class Scaling:
 class Replica:
     """The server of one machine, behind Serve's proxy."""
 
-    def __init__(self, setup: Setup, remotes: Mapping[str, RemoteRuntime]) -> None:
+    def __init__(self, setup: Setup, remotes: Mapping[str, RemoteBundle]) -> None:
         """Open the bundles; `remotes`: how to open each, by its source."""
         log_json()
         self._service = setup.open(partial(_open, remotes))
@@ -84,7 +84,7 @@ class Replica:
             await asyncio.sleep(0.05)
 
 
-def _open(remotes: Mapping[str, RemoteRuntime], source: str, **settings: Any) -> CascadeRuntime:
+def _open(remotes: Mapping[str, RemoteBundle], source: str, **settings: Any) -> CascadeRuntime:
     return remotes[source].open(**settings)
 
 

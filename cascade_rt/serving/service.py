@@ -187,7 +187,7 @@ class Service:
         deadline: float,
     ) -> list[Answer]:
         rule = None if thresholds is None else self._rule(model, thresholds)
-        tokenizer = model.runtime.chain.tokenizer
+        tokenizer = model.runtime.plan.tokenizer
         encode = tokenizer.encode
         short = sum(len(text) if isinstance(text, str) else sum(map(len, text)) for text in texts) <= _INLINE
         model.batcher.check_room(len(texts))

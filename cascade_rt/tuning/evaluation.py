@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 
 from ..bundle import MemberEntry
 from ..engine.cost import cumulative_layers, flops_speedup, layer_speedup
-from ..engine.exit_rules import replay
-from ..engine.plan import Plan
-from ..engine.task import Task
+from ..engine.exit_rules import ExitRule, replay
+from ..engine.task import SingleLabel, Task
 from ..errors import InputError
 from ..io.fields import nearest_label, number, same_label
 from ..io.readers import Example, Reading
 from .metrics import dis, ece, f1, f1_of_sets
+
+_ONE_LABEL = SingleLabel()
 
 
 @dataclass(frozen=True)
@@ -122,19 +123,21 @@ def true_answers(task: Task, rows: Sequence[Example], how: Reading, labels: Sequ
 
 
 def evaluate(
-    plan: Plan,
+    members: Sequence[MemberEntry],
+    rule: ExitRule,
     logits: NDArray[np.float32],
     labels: NDArray[Any],
     lengths: NDArray[np.intp],
     original: Sequence[MemberEntry] | None = None,
+    *,
+    task: Task = _ONE_LABEL,
 ) -> Evaluation:
-    """Measure each member alone, and the cascade under its exit rule, on labelled texts.
+    """Measure each member alone, and the cascade under an exit rule, on labelled texts.
 
-    `plan`: of a runtime. `logits`: float32 (members, texts, labels), and `lengths`: tokens (texts,), both from
+    `logits`: float32 (members, texts, labels), and `lengths`: tokens (texts,), both from
     `CascadeRuntime.member_logits`; `labels`: right answers as the task gives them, for instance by `true_answers`.
     Speed-up ratios are over `original`, None for the last member (or the whole model of the last segment).
     """
-    task, rule, members = plan.task, plan.rule, plan.bundle.members
     probabilities = task.probabilities(logits)
     confidences = task.confidence(probabilities)
     answers = task.answers(probabilities)
