@@ -21,7 +21,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from .. import __version__
-from ..errors import CascadeError, InputError, first_line
+from ..errors import CascadeError, InputError, InvalidOption, first_line
 from .parser import Command, CommandParser
 from .rendering import printable
 from .signals import Termination, termination
@@ -66,7 +66,8 @@ def _main(argv: Sequence[str]) -> int:
                     command.run(options)
         _flush()
     except CascadeError as error:
-        return _complain(error.spelled(names))
+        message = error.named(names.get(error.field, error.field)) if isinstance(error, InvalidOption) else str(error)
+        return _complain("; ".join([message, *getattr(error, "__notes__", ())]))
     except BrokenPipeError:  # the reader of our output has closed it
         _leave_output()
         return 1

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import InferenceError, InputError, TextError
+from ..errors import InferenceError, InputError, InvalidOption, TextError
 from ..io.readers import FORMATS, LABEL, Example, Reading, Reject, read_examples
 from ..jobs.answering import CHUNK, answered, chunks
 from ..runtime import CascadeRuntime
@@ -75,6 +75,13 @@ def add_engine(parser: CommandParser) -> Any:
     )
     group.add_argument("--address", help="of the cluster (default: RAY_ADDRESS, else one on this machine, else new)")
     return group
+
+
+def refuse_without_ray(options: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
+    """Raise InvalidOption for an option of clusters that differs from its default on one machine."""
+    for name, default in defaults.items():
+        if (found := getattr(options, name)) != default:
+            raise InvalidOption(name, found, "none without --engine ray")
 
 
 def add_threshold(parser: CommandParser) -> None:
@@ -183,7 +190,7 @@ def located(rows: list[Example], runtime: CascadeRuntime) -> Iterator[None]:
     try:
         yield
     except InferenceError as error:
-        for chunk, _ in chunks(rows, CHUNK):
+        for chunk in chunks(rows, CHUNK):
             for records, _ in answered(chunk, runtime, runtime.member_logits):
                 for record in records:
                     if isinstance(record, Reject):

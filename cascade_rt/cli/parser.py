@@ -74,7 +74,7 @@ class CommandParser(argparse.ArgumentParser):
         options, others = self.parse_known_args(args)
         if others:
             self.error(expanded(others) or f"unrecognized arguments: {' '.join(others)}")
-        check_apart(_paths(options, self.inputs), _paths(options, self.outputs))
+        check_apart(self._paths(options, self.inputs), self._paths(options, self.outputs))
         return options
 
     def option_names(self) -> dict[str, str]:
@@ -89,6 +89,14 @@ class CommandParser(argparse.ArgumentParser):
         """Raise InputError instead of printing the usage."""
         raise InputError(f"{message} (see: {self.prog} --help)")
 
+    def _paths(self, options: argparse.Namespace, declared: Mapping[str, Paths]) -> dict[str, list[str | Path]]:
+        found: dict[str, list[str | Path]] = {}
+        names = self.option_names()
+        for dest, paths in declared.items():
+            values = list(_listed(getattr(options, dest)))
+            found[names[dest]] = [path for value in values for path in ([value] if value == "-" else paths(value))]
+        return found
+
 
 def expanded(arguments: Sequence[str]) -> str | None:
     """Return a message if arguments that no option takes are files, as when a shell has expanded a pattern."""
@@ -96,14 +104,6 @@ def expanded(arguments: Sequence[str]) -> str | None:
     if file is None:
         return None
     return f"found a further file, {file}, where one is expected; put a pattern in quotes, or name a folder"
-
-
-def _paths(options: argparse.Namespace, declared: Mapping[str, Paths]) -> dict[str, list[str | Path]]:
-    found: dict[str, list[str | Path]] = {}
-    for dest, paths in declared.items():
-        values = list(_listed(getattr(options, dest)))
-        found[dest] = [path for value in values for path in ([value] if value == "-" else paths(value))]
-    return found
 
 
 def _listed(value: Any) -> Iterator[Any]:

@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..io.writers import is_stream, open_output
 from ..jobs.answering import ON_ERROR, SKIP, STOP, Counts, answer, described
 from ..jobs.files import JobFiles
 from ..jobs.shards import ENDINGS as SHARD_FORMATS
+from ..jobs.shards import SHARD_ROWS
 from ..runtime import CascadeRuntime
 from ..types import Text
 from .options import (
@@ -30,6 +31,7 @@ from .options import (
     progress_bar,
     provider_options,
     reading,
+    refuse_without_ray,
     rows_of,
 )
 from .parser import CommandParser, expanded
@@ -37,7 +39,13 @@ from .rendering import exits_line, printable
 from .signals import Termination
 
 SUMMARY = "classify texts"
-_FOR_RAY: dict[str, Any] = {"address": None, "actors": None, "pools": [], "shard_rows": None, "shard_format": None}
+_FOR_RAY: dict[str, Any] = {
+    **dict.fromkeys(("address", "actors")),
+    "pools": [],
+    "shard_rows": SHARD_ROWS,
+    "shard_format": SHARD_FORMATS[0],
+}
+"""Options for clusters alone, and their defaults."""
 EXAMPLE = 'cascade-rt predict --model-dir bundle/ "a text" "another text"'
 
 
@@ -86,16 +94,12 @@ def _add_cluster(parser: CommandParser) -> None:
         "--pool",
         dest="pools",
         action="append",
-        default=[],
         metavar="MEMBER=ACTORS[:PROVIDER]",
         help="give a member processes of its own; once for each member, instead of --actors",
     )
-    cluster.add_argument("--shard-rows", type=int, metavar="N", help="rows in each file of the output (default: 10240)")
-    cluster.add_argument(
-        "--shard-format",
-        choices=SHARD_FORMATS,
-        help=f"format of the files of the output (default: {SHARD_FORMATS[0]})",
-    )
+    cluster.add_argument("--shard-rows", type=int, metavar="N", help="rows in each file of the output")
+    cluster.add_argument("--shard-format", choices=SHARD_FORMATS, help="format of the files of the output")
+    parser.set_defaults(**_FOR_RAY)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -114,8 +118,7 @@ def run(options: argparse.Namespace) -> None:
     if options.engine == RAY:
         _on_cluster(options)
         return
-    if alone := [name for name, default in _FOR_RAY.items() if getattr(options, name) != default]:
-        raise InputError(f"found `{alone[0]}` alone, expected --engine ray with it")
+    refuse_without_ray(options, _FOR_RAY)
     output = None if options.output == "-" else Path(options.output)
     to_file = output is not None and (output.is_file() or not output.exists())  # not a device, a pipe or a folder
     if options.resume and not (to_file and options.input):
@@ -129,9 +132,15 @@ def run(options: argparse.Namespace) -> None:
     else:
         rejects = open_rows(options.rejects) if options.rejects else nullcontext()
         with rejects as rejected, open_output(options.output) as out, _progress(options) as progress:
-            records = _records(runtime, options)
-            for _ in answer(runtime, records, out, counts, on_error=options.on_error, rejects=rejected):
-                progress(counts, runtime)
+            answer(
+                runtime,
+                _records(runtime, options),
+                out,
+                counts,
+                on_error=options.on_error,
+                rejects=rejected,
+                progress=lambda: progress(counts, runtime),
+            )
     _report(runtime, options, counts)
 
 
@@ -154,41 +163,33 @@ def _on_cluster(options: argparse.Namespace) -> None:
         raise InputError("found --engine ray alone, expected --input with files and --output with a folder")
     if options.pools and options.actors is not None:
         raise InputError("found --actors and --pool, expected one of them")
-    from ..jobs.ray_job import SHARD_ROWS, predict_on_cluster  # noqa: PLC0415 - not needed elsewhere
+    from ..jobs.ray_job import predict_on_cluster  # noqa: PLC0415 - not needed elsewhere
 
     pools = _pools(options)
     options.provider, options.provider_options, options.threads = "cpu", [], None  # no member runs in this process
     runtime = open_runtime(options)
     counts = Counts()
-    try:
-        with (
-            open_rows(options.rejects) if options.rejects else nullcontext() as rejects,
-            _progress(options) as progress,
-        ):
-            predict_on_cluster(
-                runtime,
-                options.input,
-                options.output,
-                counts,
-                address=options.address,
-                pools=pools,
-                shard_rows=SHARD_ROWS if options.shard_rows is None else options.shard_rows,
-                shard_format=options.shard_format or SHARD_FORMATS[0],
-                on_error=options.on_error,
-                rejects=rejects,
-                resume=options.resume,
-                verify=options.verify,
-                reading=reading(options),
-                progress=lambda: progress(counts, runtime),
-            )
-    except CascadeError as error:
-        if counts.records:
-            kept = f"the answers before it are in {options.output}, and `resume` goes on after {counts.records:,} rows"
-            raise CascadeError(f"{error}; {kept}") from error
-        raise
-    except (KeyboardInterrupt, Termination):
-        print(f"cascade-rt: stopped; --resume goes on after {counts.records:,} rows", file=sys.stderr)
-        raise
+    with (
+        _resumable(options.output, counts, lambda: counts.records),
+        open_rows(options.rejects) if options.rejects else nullcontext() as rejects,
+        _progress(options) as progress,
+    ):
+        predict_on_cluster(
+            runtime,
+            options.input,
+            options.output,
+            counts,
+            address=options.address,
+            pools=pools,
+            shard_rows=options.shard_rows,
+            shard_format=options.shard_format,
+            on_error=options.on_error,
+            rejects=rejects,
+            resume=options.resume,
+            verify=options.verify,
+            reading=reading(options),
+            progress=lambda: progress(counts, runtime),
+        )
     _report(runtime, options, counts)
 
 
@@ -218,26 +219,40 @@ def _to_file(runtime: CascadeRuntime, output: Path, options: argparse.Namespace,
     job = described(runtime, options.on_error) | {"rejects": rejects and str(rejects)}
     files = JobFiles(output, rejects, job, resume=options.resume)
     counts.answered, counts.rejected = files.done["answered"], files.done["rejected"]
-    try:
+    with closing(files), _resumable(f"{options.output}.partial", counts, lambda: files.done["records"]):
         with open_output(stream) if stream else nullcontext(files.rejects) as rejected, _progress(options) as progress:
-            records = files.remaining(_records(runtime, options))
+
+            def commit() -> None:
+                files.commit(counts.records, counts.answered, counts.rejected)
+                progress(counts, runtime)
+
             with files.disk_errors():
-                for _ in answer(runtime, records, files.lines, counts, on_error=options.on_error, rejects=rejected):
-                    files.commit(counts.records, counts.answered, counts.rejected)
-                    progress(counts, runtime)
+                answer(
+                    runtime,
+                    files.remaining(_records(runtime, options)),
+                    files.lines,
+                    counts,
+                    on_error=options.on_error,
+                    rejects=rejected,
+                    progress=commit,
+                )
         files.finish()
+
+
+@contextmanager
+def _resumable(place: str, counts: Counts, done: Callable[[], int]) -> Iterator[None]:
+    """Say where the answers are, and after how many rows `--resume` goes on, where the block ends before the input."""
+    try:
+        yield
     except CascadeError as error:
         if counts.answered:
-            kept, done = f"the answers before it are in {options.output}.partial", files.done["records"]
-            goes_on = f", and `resume` goes on after {done:,} rows" if done else ""
-            raise CascadeError(f"{error}; {kept}{goes_on}") from error
+            goes_on = f", and --resume goes on after {done():,} rows" if done() else ""
+            error.__notes__ = [f"the answers before it are in {place}{goes_on}"]
         raise
     except (KeyboardInterrupt, Termination):
-        done = files.done["records"]
-        print(f"cascade-rt: stopped{f'; --resume goes on after {done:,} rows' if done else ''}", file=sys.stderr)
+        goes_on = f"; --resume goes on after {done():,} rows" if done() else ""
+        print(f"cascade-rt: stopped{goes_on}", file=sys.stderr)
         raise
-    finally:
-        files.close()
 
 
 def _records(runtime: CascadeRuntime, options: argparse.Namespace) -> Iterator[Example | Reject]:

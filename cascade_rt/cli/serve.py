@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError, InvalidOption, MissingExtraError
-from .options import LOCAL, RAY, add_engine, add_running, provider_options
+from .options import LOCAL, RAY, add_engine, add_running, provider_options, refuse_without_ray
 from .parser import CommandParser
 from .signals import Termination
 
@@ -121,7 +121,7 @@ def run(options: argparse.Namespace) -> None:
         if options.engine == RAY:
             _serve_on_cluster(setup, options)
             return
-        _refuse_for_local(options)
+        refuse_without_ray(options, dict.fromkeys(("address", *_SCALING)))
         if options.workers != 1:
             serve_with_workers(setup, options.workers)
             return
@@ -137,18 +137,12 @@ def _serve_on_cluster(setup: Setup, options: argparse.Namespace) -> None:
     except ImportError as error:
         raise MissingExtraError("--engine ray", "ray", error) from error
     if options.workers != 1:
-        raise InvalidOption("workers", options.workers, "1 with `engine` ray, where `max_replicas` is what counts")
+        raise InvalidOption("workers", options.workers, "1 with --engine ray, where --max-replicas is what counts")
     if options.max_wait_ms:
-        expected = "0 with `engine` ray, where a replica has only one member's texts and never waits for more"
+        expected = "0 with --engine ray, where a replica has only one member's texts and never waits for more"
         raise InvalidOption("max_wait_ms", options.max_wait_ms, expected)
     scaling = {name: getattr(options, name) for name in _SCALING if getattr(options, name) is not None}
     serve_on_cluster(setup, Scaling(**scaling), options.address)
-
-
-def _refuse_for_local(options: argparse.Namespace) -> None:
-    for name in ("address", *_SCALING):
-        if (found := getattr(options, name)) is not None:
-            raise InvalidOption(name, found, "none without `engine` ray")
 
 
 def _reload_seconds(options: argparse.Namespace) -> float:
@@ -156,7 +150,7 @@ def _reload_seconds(options: argparse.Namespace) -> float:
     if options.engine == LOCAL:
         return 1.0 if found is None else found
     if found:
-        raise InvalidOption("reload_seconds", found, "0 with `engine` ray: deploy a new bundle by a new server")
+        raise InvalidOption("reload_seconds", found, "0 with --engine ray: deploy a new bundle by a new server")
     return 0.0
 
 

@@ -71,7 +71,7 @@ def read_lines(source: str | Path, *, encoding: str | None = None, newline: str 
             except UnicodeError as error:  # only of encodings that cannot mark single bytes
                 raise InputError(
                     f"{source_name(source)}:{number + 1}: cannot be decoded at or after this line ({error}); name "
-                    "another `encoding`"
+                    "another encoding"
                 ) from error
             except (OSError, *DAMAGED) as error:
                 raise InputError(f"{source_name(source)}:{number + 1}: cannot be read further ({error})") from error

@@ -28,7 +28,7 @@ _TABLES = ("csv", "tsv", "parquet")
 LABEL = "label"
 """The usual column of the labels."""
 
-_ARRAY = "expected an array of objects; for one object per line name the `format` jsonl"
+_ARRAY = "expected an array of objects; for one object per line name the format jsonl"
 _USUAL_COLUMNS: dict[bool, tuple[tuple[str, ...], ...]] = {
     False: (("text",), ("sentence",)),
     True: (
@@ -98,7 +98,7 @@ class Example:
 
         Raises InputError if the record has none, an empty one, or several in one field.
         """
-        _check_column(self.fields, column, self.where, "label_column")
+        _check_column(self.fields, column, self.where)
         value = self.fields[column]
         try:
             found = label(value)
@@ -165,9 +165,9 @@ def read_records(source: str | Path, reading: Reading = AS_USUAL, *, pair: bool)
 def _check_used(reading: Reading, kind: str, name: str) -> None:
     """Raise InputError for settings of tables where a file is none."""
     if kind == "txt" and reading.columns:
-        raise InputError(f"{name}: found `columns` for txt, which has none; name the `format` if the file has columns")
+        raise InputError(f"{name}: found a column for txt, which has none; name the format if the file has columns")
     if reading.delimiter and (kind == "txt" or (kind == "tsv" and reading.delimiter != "\t")):
-        raise InputError(f"{name}: found a `delimiter` for {kind}, expected one for csv; name the `format`")
+        raise InputError(f"{name}: found a delimiter for {kind}, expected one for csv; name the format")
 
 
 def _checked(
@@ -238,7 +238,7 @@ def _format_of(source: str | Path) -> str:
     if ending not in FORMATS:
         raise InputError(
             f"{source}: unknown format {written!r}; "
-            f"expected {', '.join('.' + known for known in FORMATS)}, or a `format`"
+            f"expected {', '.join('.' + known for known in FORMATS)}, or the name of its format"
         )
     return ending
 
@@ -400,7 +400,7 @@ def _find_columns(fields: dict[str, Any], pair: bool, where: str) -> tuple[str, 
                 return columns
             raise InputError(
                 f"{where}: found pairs ({' and '.join(map(repr, columns))}), expected single texts; "
-                "name one of them by `columns` if it is meant"
+                "name the column of one of them if it is meant"
             )
     for columns in _USUAL_COLUMNS[pair]:
         if all(column in fields for column in columns):
@@ -408,15 +408,15 @@ def _find_columns(fields: dict[str, Any], pair: bool, where: str) -> tuple[str, 
     wanted = ", ".join("+".join(columns) for columns in _USUAL_COLUMNS[pair])
     raise InputError(
         f"{where}: found the columns {_listed(fields)}, expected {'a pair' if pair else 'a text'} in {wanted}; "
-        f"name {'theirs' if pair else 'its column'} by `columns`"
+        f"name {'their columns' if pair else 'its column'}"
     )
 
 
-def _check_column(fields: dict[str, Any], column: str, where: str, field: str = "columns") -> None:
+def _check_column(fields: dict[str, Any], column: str, where: str) -> None:
     if not fields:
         raise InputError(f"{where}: no column {column!r}: found none; use csv, tsv, jsonl or parquet")
     if column not in fields:
-        raise InputError(f"{where}: no column {column!r}; found {_listed(fields)}; name one of these by `{field}`")
+        raise InputError(f"{where}: no column {column!r}; found {_listed(fields)}; name one of these")
 
 
 def _text_field(fields: dict[str, Any], column: str, where: str) -> str:

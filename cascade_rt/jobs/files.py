@@ -63,19 +63,18 @@ class JobFiles:
 
     def remaining(self, records: Iterable[Example | Reject]) -> Iterator[Example | Reject]:
         """Yield the records that are still to be done; raise InputError if those before are not the ones that were."""
-        before, rest = self.done["records"], iter(records)
-        seen = sum(1 for record in islice(rest, before) if self._add(record))
+        before, seen, rest = self.done["records"], 0, iter(records)
+        for record in islice(rest, before):
+            self._digest.update(record.content)
+            seen += 1
         if before and (seen < before or self._digest.hexdigest() != self._expected):
             raise InputError(
                 f"the first {before:,} rows of the input are not those of the interrupted run; delete "
                 f"{self._partials[0]} to start again"
             )
-        yield from (record for record in rest if self._add(record))
-
-    def _add(self, record: Example | Reject) -> bool:
-        """Add a record to the digest of the input."""
-        self._digest.update(record.content)
-        return True
+        for record in rest:
+            self._digest.update(record.content)
+            yield record
 
     def commit(self, records: int, answered: int, rejected: int) -> None:
         """Put what was written on the disk, and note that it covers this many records."""
@@ -130,8 +129,8 @@ class JobFiles:
             return {}
         if not resume:
             raise InputError(
-                f"{self._partials[0]} has the first {records:,} rows of an interrupted run; go on with `resume`, or "
-                "delete it to start again"
+                f"{self._partials[0]} has the first {records:,} rows of an interrupted run; resume it, or delete "
+                "that file to start again"
             )
         if differing:
             key = differing[0]

@@ -63,7 +63,7 @@ class Scaling:
         if self.min_replicas < 1:
             raise InvalidOption("min_replicas", self.min_replicas, "at least 1")
         if self.max_replicas is not None and self.max_replicas < self.min_replicas:
-            raise InvalidOption("max_replicas", self.max_replicas, f"at least {self.min_replicas}, as `min_replicas`")
+            raise InvalidOption("max_replicas", self.max_replicas, f"at least {self.min_replicas}, the fewest")
         if not 0 < self.target_requests < math.inf:
             raise InvalidOption("target_requests", self.target_requests, "a number above 0")
 
@@ -218,7 +218,7 @@ def serve_on_cluster(setup: Setup, scaling: Scaling, address: str | None) -> Non
         if serve.status().proxies:
             raise InputError(
                 "found Ray Serve at work on this cluster, where it listens on one port for all applications, expected "
-                "none; stop it with: serve shutdown, or name another cluster by `address`"
+                "none; stop it with: serve shutdown, or name the address of another cluster"
             )
         try:
             plan = _Plan.of(runtimes, settings, scaling)
@@ -239,8 +239,8 @@ def _opened(name: str, source: str, settings: Settings) -> CascadeRuntime:
     )
     if any(member.reads == HIDDEN_STATES for member in runtime.bundle.members):
         raise InputError(
-            f"{name}: found a multi-exit model, expected a cascade with `engine` ray: hidden states, which its members "
-            "read, are too large to send between machines; use `engine` local"
+            f"{name}: found a multi-exit model, expected a cascade on a Ray cluster: hidden states, which its members "
+            "read, are too large to send between machines; serve it without a cluster"
         )
     return runtime
 

@@ -300,7 +300,7 @@ def test_families_that_cannot_be_cut_are_refused() -> None:
     albert = AlbertModel(AlbertConfig(**BERT_SIZES, hidden_size=16, embedding_size=8, num_hidden_groups=1))
     with pytest.raises(InputError, match="some/albert: cannot take single layers out of a AlbertModel"):
         make_student(albert, [0, 4], "some/albert")
-    with pytest.raises(InputError, match="some/albert: `relations` needs separate queries"):
+    with pytest.raises(InputError, match="some/albert: relations need separate queries"):
         projections(albert, "some/albert")
 
 

@@ -54,10 +54,12 @@ def run(runtime: CascadeRuntime, output: Path, resume: bool, kill_at: int | None
                 raise Killed
             return files.lines.write(line)
 
-    records = files.remaining(read_records("in.jsonl", pair=False))
+    def commit() -> None:
+        files.commit(counts.records, counts.answered, counts.rejected)
+
+    records, lines = files.remaining(read_records("in.jsonl", pair=False)), cast(TextIO, Dying())
     try:
-        for _ in answer(runtime, records, cast(TextIO, Dying()), counts, on_error="null", rejects=files.rejects):
-            files.commit(counts.records, counts.answered, counts.rejected)
+        answer(runtime, records, lines, counts, on_error="null", rejects=files.rejects, progress=commit)
         files.finish()
     finally:
         files.close()
@@ -134,7 +136,7 @@ def test_a_killed_command_goes_on_and_says_what_is_there(bundle: Path, tmp_path:
         assert not Path("out.jsonl").exists()
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
     assert refused.returncode == 2
-    assert "rows of an interrupted run; go on with --resume" in refused.stderr
+    assert "rows of an interrupted run; resume it, or delete" in refused.stderr
     other = subprocess.run([*command, "--resume", "--threshold", "0.5"], capture_output=True, text=True, check=False)
     assert "is of a run with another thresholds" in other.stderr
     done = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False)
