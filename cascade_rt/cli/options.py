@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..engine.execution import Execution
 from ..errors import InferenceError, InputError, InvalidOption, TextError
 from ..io.readers import FORMATS, LABEL, Example, Reading, Reject, read_examples
 from ..jobs.answering import CHUNK, answered, chunks
@@ -47,7 +48,9 @@ def add_model_dir(parser: CommandParser) -> None:
 
 def add_running(parser: CommandParser) -> None:
     """Add where and how members run."""
-    parser.add_argument("--provider", default="cpu", help="cpu, cuda, openvino or the name of an ONNX Runtime provider")
+    parser.add_argument(
+        "--provider", default=Execution.provider, help="cpu, cuda, openvino or the name of an ONNX Runtime provider"
+    )
     add_provider_option(parser)
     parser.add_argument("--threads", type=int, help="threads per member (default: the CPUs that the process may use)")
 

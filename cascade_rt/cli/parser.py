@@ -138,7 +138,7 @@ class _Formatter(argparse.HelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
         default = action.default
-        if default is None or isinstance(default, bool) or default in ([], argparse.SUPPRESS):
+        if default is None or isinstance(default, bool) or default in ("", [], argparse.SUPPRESS):
             return text
         shown = " ".join(map(str, default)) if isinstance(default, list) else default
         return f"{text} (default: {shown})"

@@ -35,7 +35,8 @@ from .cluster_batcher import CallMember, ClusterBatcher, MicroBatch, Reply
 from .envelope import PROBES
 from .responses import error_response
 from .server import KEEP_ALIVE, Setup, announce, listen, log_json
-from .service import SPIN_US, Service, Settings, warm_up
+from .service import SPIN_US, Service, warm_up
+from .settings import Settings
 
 APPLICATION = "cascade-rt"
 """Name of the application in Serve."""

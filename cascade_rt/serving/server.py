@@ -20,7 +20,8 @@ from starlette.types import ASGIApp
 
 from ..errors import InputError, InvalidOption, MissingExtraError
 from .app import create_app
-from .service import Engine, Service, Settings
+from .service import Engine, Service
+from .settings import Settings
 from .upgrades import Http11Protocol
 
 _BACKLOG = 2048

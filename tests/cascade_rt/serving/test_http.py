@@ -23,7 +23,8 @@ from cascade_rt.serving import body as bodies
 from cascade_rt.serving.app import create_app
 from cascade_rt.serving.body import Body
 from cascade_rt.serving.json_body import read_json
-from cascade_rt.serving.service import OWN_PATHS, Service, Settings
+from cascade_rt.serving.service import Service
+from cascade_rt.serving.settings import OWN_PATHS, Settings
 
 from .conftest import listening
 

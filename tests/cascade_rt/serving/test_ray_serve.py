@@ -25,7 +25,8 @@ import pytest
 from cascade_rt import CascadeRuntime, InferenceError
 from cascade_rt.cli import main
 from cascade_rt.engine.stage import Stage
-from cascade_rt.serving.service import Service, Settings
+from cascade_rt.serving.service import Service
+from cascade_rt.serving.settings import Settings
 
 from ...toy import WORDS
 from .conftest import listening
