@@ -140,6 +140,7 @@ def test_every_weight_is_outside_of_the_branches(packed: Packed, tmp_path: Path,
     nodes = [node for branch in branches for node in branch.node]
     assert not any(node.op_type == "If" for node in nodes)
     constants = [node.attribute[0].t for node in nodes if node.op_type == "Constant"]
+    assert constants
     assert all(math.prod(constant.dims) <= 1024 for constant in constants)
     onnx.checker.check_model(model)
 

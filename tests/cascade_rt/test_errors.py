@@ -140,10 +140,7 @@ def test_errors_survive_pickling(error: CascadeError, protocol: int) -> None:
 
 
 def test_the_first_line_of_an_error_is_never_empty() -> None:
-    assert (
-        first_line(RuntimeError("\n one \ntwo")) == "one "[:-1] + " " or first_line(RuntimeError("one\ntwo")) == "one"
-    )
-    assert first_line(RuntimeError("one\ntwo")) == "one"
+    assert first_line(RuntimeError("\n one \ntwo")) == "one"
     assert first_line(MemoryError()) == "MemoryError"
     assert first_line(ValueError("  \n ")) == "ValueError"
 
