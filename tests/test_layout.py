@@ -42,7 +42,7 @@ RANKS = {
 """Rooms of cascade_rt: a module imports from its own room and from those of a lower rank."""
 
 OFFLINE = ("cascade_train", "cascade_export", "cascade_build", "torch", "transformers", "onnx", "optimum")
-"""What cascade_rt never imports, not even where it is installed."""
+"""Packages that cascade_rt never imports, not even where they are installed."""
 
 
 def modules(*folders: str) -> list[Path]:

@@ -35,7 +35,7 @@ _ENVIRONMENT = {
     "Could not determine home directory": _HOME,
     "uid not found": _HOME,  # the caches of libraries
 }
-"""What to do about errors of Python's own that the process's environment causes, by a part of their message."""
+"""Remedies for errors of Python's own that the process's environment causes, by a part of their message."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""What a command is, and its argument parser.
+"""The interface of a command, and its argument parser.
 
 Errors in one line, defaults shown once, option names for error messages; and what is true of every command: an option
 has one value, and no output is an input.
@@ -23,7 +23,7 @@ class Command(Protocol):
     """A module that is a command."""
 
     SUMMARY: str
-    """What it does, in a few words."""
+    """Its purpose in a few words."""
     EXAMPLE: str
     """One command line that a user can try."""
 

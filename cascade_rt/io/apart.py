@@ -31,7 +31,7 @@ class _Place:
     identity: _Identity | None
     """None if nothing is there yet."""
     around: frozenset[_Identity]
-    """Of itself and of the folders that it is in; for a link, also of those that its target is in."""
+    """Identities of itself and of the folders that it is in; for a link, also of those that its target is in."""
 
     def within(self, other: _Place) -> bool:
         """Return whether this is the other, or lies in it."""

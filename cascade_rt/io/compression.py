@@ -16,7 +16,7 @@ from .remote import is_uri, open_uri
 
 ENDINGS = (".gz", ".zst")
 DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)
-"""What reading a damaged file raises, besides OSError."""
+"""Errors of reading a damaged file, besides OSError."""
 
 
 def without_compression(path: str | Path) -> Path:

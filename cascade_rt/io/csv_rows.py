@@ -32,7 +32,7 @@ class Header(NamedTuple):
     fields: list[str]
     delimiter: str
     spaced: bool
-    """Whether a space follows each delimiter."""
+    """A space follows each delimiter."""
 
 
 class Lines:

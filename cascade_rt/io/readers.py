@@ -44,7 +44,7 @@ _USUAL_COLUMNS: dict[bool, tuple[tuple[str, ...], ...]] = {
 
 @dataclass(frozen=True)
 class Reading:
-    """How files of texts are read."""
+    """Settings for reading files of texts."""
 
     format: str | None = None
     """One of FORMATS; None for that of the file's extension, txt for standard input."""
@@ -90,7 +90,7 @@ class Example:
 
     @property
     def content(self) -> bytes:
-        """What the file has there, to tell whether it has changed."""
+        """The content of the record, to tell whether the file has changed."""
         return repr((self.text, self.fields)).encode("utf-8", "surrogatepass")
 
     def field(self, column: str) -> str:
@@ -124,13 +124,13 @@ class Reject:
     row: str
     """As the file has it; as JSON for parquet and json."""
     error: CascadeError
-    """What `read_examples` raises for it."""
+    """The error that `read_examples` raises for it."""
     fields: dict[str, Any] = field(default_factory=dict)
     """Its fields, where they are known."""
 
     @property
     def content(self) -> bytes:
-        """What the file has there, to tell whether it has changed."""
+        """The content of the record, to tell whether the file has changed."""
         return repr((self.row,)).encode("utf-8", "surrogatepass")
 
 

@@ -25,7 +25,7 @@ FORMATS = ("jsonl", "json", "csv", "tsv", "parquet")
 """Formats of rows that are written."""
 
 MOST_COLUMNS = 4096
-"""Of a table; further fields go into one column, as a JSON object."""
+"""Limit of a table; further fields go into one column, as a JSON object."""
 
 _ALIASES = {"": "jsonl", "ndjson": "jsonl"}
 _OTHERS = "other_fields"
@@ -48,7 +48,7 @@ class Field(NamedTuple):
 
 @dataclass
 class Column:
-    """What decides the type of a column: the types of its values, and the range of its whole numbers."""
+    """The basis for the type of a column: the types of its values, and the range of its whole numbers."""
 
     types: set[str]
     least: int = 0

@@ -16,7 +16,7 @@ from ..types import Prediction, Text
 
 STOP, SKIP, NULL = "stop", "skip", "null"
 ON_ERROR = (STOP, SKIP, NULL)
-"""What to do with a record that cannot be used."""
+"""Ways to treat a record that cannot be used."""
 
 CHUNK = 1024
 """Texts in memory at a time."""
@@ -24,14 +24,14 @@ CHUNK = 1024
 Record = Example | Reject
 Answers = TypeVar("Answers")
 FIELDS = ("label", "score", "exit", "layers", "truncated")
-"""What an answer adds to the fields of a record."""
+"""Fields that an answer adds to those of a record."""
 
 _PROBES = 8  # texts that a member must fail on before it is taken to be broken
 
 
 @dataclass
 class Counts:
-    """How many records a job has seen so far."""
+    """Numbers of the records that a job has seen so far."""
 
     answered: int = 0
     rejected: int = 0

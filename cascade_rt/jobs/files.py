@@ -42,7 +42,7 @@ class JobFiles:
         self._job = dict(job)
         self._digest = hashlib.blake2b(digest_size=16)
         self.done: dict[str, int] = {"records": 0, "answered": 0, "rejected": 0}
-        """What the files cover: as of the checkpoint, until the next one."""
+        """Numbers of the records that the files cover: as of the checkpoint, until the next one."""
         state = self._found(resume)
         self._expected: str | None = state.get("digest")
         with self.disk_errors():
@@ -53,12 +53,12 @@ class JobFiles:
 
     @property
     def lines(self) -> TextIO:
-        """Where lines of the output go."""
+        """The stream for lines of the output."""
         return self._streams[0]
 
     @property
     def rejects(self) -> TextIO | None:
-        """Where lines of the rejects go."""
+        """The stream for lines of the rejects."""
         return self._streams[1] if len(self._streams) > 1 else None
 
     def remaining(self, records: Iterable[Example | Reject]) -> Iterator[Example | Reject]:

@@ -36,11 +36,11 @@ _JOB, _SUCCESS, _RECEIPTS = "_JOB", "_SUCCESS", "_receipts"
 
 
 class Receipt(NamedTuple):
-    """What a shard covers."""
+    """The record of a shard: the part that it covers, and its counts."""
 
     part: str
     digest: str
-    """Of the part's records."""
+    """Digest of the part's records."""
     bytes: int
     """Size of the shard."""
     answered: int
@@ -50,7 +50,7 @@ class Receipt(NamedTuple):
     rejects: str
     """The lines of the rejects."""
     columns: dict[str, list[Any]] | None = None
-    """What decides the types of a parquet shard's columns: the values of `Column` by name; None for other shards."""
+    """The columns of a parquet shard: the values of `Column` by name; None for other shards."""
 
 
 class ShardFolder:

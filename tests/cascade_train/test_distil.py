@@ -346,7 +346,7 @@ def test_the_relation_loss_is_the_papers() -> None:
 def test_the_relations_of_the_last_layers_are_learned(
     base: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What enters the loss are queries, keys and values of the student's and the teacher's last layer."""
+    """The loss takes queries, keys and values of the student's and the teacher's last layer."""
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def watched(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor, heads: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What is true of all commands: options for reading, one value each, and outputs apart from inputs."""
+"""Rules for all commands: options for reading, one value each, and outputs apart from inputs."""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ def test_a_killed_command_goes_on_and_says_what_is_there(bundle: Path, tmp_path:
 
 
 def covered() -> int:
-    """How many rows the checkpoint covers."""
+    """Return the number of rows that the checkpoint covers."""
     try:
         return int(json.loads(Path("out.jsonl.checkpoint").read_text("utf-8"))["records"])
     except (OSError, ValueError):

@@ -229,7 +229,7 @@ def test_a_body_that_a_proxy_lost() -> None:
 
 
 def received(parts: list[bytes], encoding: bytes, most: int = LIMIT) -> bytes:
-    """What arrives of a body that is sent in parts."""
+    """The beginning of a body that is sent in parts."""
     messages = [{"type": "http.request", "body": part, "more_body": True} for part in parts]
     messages.append({"type": "http.request", "body": b"", "more_body": False})
 
