@@ -38,10 +38,7 @@ def add_bundle(parser: CommandParser) -> None:
 def add_model_dir(parser: CommandParser) -> None:
     """Add the bundle."""
     parser.add_argument(
-        "--model-dir",
-        required=True,
-        metavar="BUNDLE",
-        help="the bundle's folder, or hf:org/name[@revision] on the hub",
+        "--model-dir", required=True, metavar="BUNDLE", help="the bundle's folder, or hf:org/name[@revision] on the hub"
     )
     parser.reads("model_dir")
 
@@ -114,11 +111,7 @@ def add_input(parser: CommandParser, *, required: bool, help: str) -> None:
 def add_reading(parser: CommandParser, *, of: str, group: Any = None, pair: bool = True) -> None:
     """Add how files of texts are read, which `of` names: the same options for all commands that read any."""
     add = (group or parser).add_argument
-    add(
-        "--format",
-        choices=FORMATS,
-        help=f"format of {of} (default: by the file's extension; txt for standard input)",
-    )
+    add("--format", choices=FORMATS, help=f"format of {of} (default: by the file's extension; txt for standard input)")
     add("--text-column", metavar="NAME", help="column of the text (default: text, sentence, sentence1, premise, ...)")
     if pair:
         add("--pair-column", metavar="NAME", help="column of the second text of a pair")

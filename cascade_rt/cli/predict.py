@@ -6,9 +6,10 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ..errors import CascadeError, InputError
 from ..io.readers import FORMATS, Example, Reject, read_records
@@ -119,29 +120,33 @@ def run(options: argparse.Namespace) -> None:
         _on_cluster(options)
         return
     refuse_without_ray(options, _FOR_RAY)
-    output = None if options.output == "-" else Path(options.output)
-    to_file = output is not None and (output.is_file() or not output.exists())  # not a device, a pipe or a folder
+    to_file = not is_stream(options.output)
     if options.resume and not (to_file and options.input):
         raise InputError("found --resume alone, expected --input and --output FILE with it")
-    if output is not None and to_file:
-        output_format(output)  # before the bundle is opened
+    if to_file:
+        output_format(options.output)  # before the bundle is opened
     runtime = open_runtime(options)
+    _report(runtime, options, (_to_file if to_file else _to_stream)(runtime, options))
+
+
+def _to_stream(runtime: CascadeRuntime, options: argparse.Namespace) -> Counts:
+    """Write the answers to standard output, a device or a pipe."""
     counts = Counts()
-    if output is not None and to_file:
-        _to_file(runtime, output, options, counts)
-    else:
-        rejects = open_rows(options.rejects) if options.rejects else nullcontext()
-        with rejects as rejected, open_output(options.output) as out, _progress(options) as progress:
-            answer(
-                runtime,
-                _records(runtime, options),
-                out,
-                counts,
-                on_error=options.on_error,
-                rejects=rejected,
-                progress=lambda: progress(counts, runtime),
-            )
-    _report(runtime, options, counts)
+    with _rejects(options) as rejects, open_output(options.output) as output, _progress(options) as progress:
+        answer(
+            runtime,
+            _records(runtime, options),
+            output,
+            counts,
+            on_error=options.on_error,
+            rejects=rejects,
+            progress=lambda: progress(counts, runtime),
+        )
+    return counts
+
+
+def _rejects(options: argparse.Namespace) -> AbstractContextManager[TextIO | None]:
+    return open_rows(options.rejects) if options.rejects else nullcontext()
 
 
 def _report(runtime: CascadeRuntime, options: argparse.Namespace, counts: Counts) -> None:
@@ -171,7 +176,7 @@ def _on_cluster(options: argparse.Namespace) -> None:
     counts = Counts()
     with (
         _resumable(options.output, counts, lambda: counts.records),
-        open_rows(options.rejects) if options.rejects else nullcontext() as rejects,
+        _rejects(options) as rejects,
         _progress(options) as progress,
     ):
         predict_on_cluster(
@@ -212,18 +217,18 @@ def _pools(options: argparse.Namespace) -> Any:
     return pools
 
 
-def _to_file(runtime: CascadeRuntime, output: Path, options: argparse.Namespace, counts: Counts) -> None:
+def _to_file(runtime: CascadeRuntime, options: argparse.Namespace) -> Counts:
     """Write the answers to a file that a killed run leaves resumable."""
     stream = options.rejects if options.rejects and is_stream(options.rejects) else None
     rejects = Path(options.rejects) if options.rejects and not stream else None
     job = described(runtime, options.on_error) | {"rejects": rejects and str(rejects)}
-    files = JobFiles(output, rejects, job, resume=options.resume)
-    counts.answered, counts.rejected = files.done["answered"], files.done["rejected"]
-    with closing(files), _resumable(f"{options.output}.partial", counts, lambda: files.done["records"]):
+    files = JobFiles(Path(options.output), rejects, job, resume=options.resume)
+    counts = replace(files.done)
+    with closing(files), _resumable(f"{options.output}.partial", counts, lambda: files.done.records):
         with open_output(stream) if stream else nullcontext(files.rejects) as rejected, _progress(options) as progress:
 
             def commit() -> None:
-                files.commit(counts.records, counts.answered, counts.rejected)
+                files.commit(counts)
                 progress(counts, runtime)
 
             with files.disk_errors():
@@ -237,6 +242,7 @@ def _to_file(runtime: CascadeRuntime, output: Path, options: argparse.Namespace,
                     progress=commit,
                 )
         files.finish()
+    return counts
 
 
 @contextmanager

@@ -14,16 +14,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import CascadeError, InputError, InvalidOption, MissingExtraError
+from ..errors import CascadeError, InputError, InvalidOption
 from ..types import Text
-from .compression import without_compression
+from .compression import ending
 from .csv_rows import Lines, read_header, read_rows, stripped
 from .fields import label
 from .lines import Line, Record, read_lines, source_name
-from .remote import files_behind, is_uri, located
+from .remote import files_behind, import_parquet, is_uri, located
 
 FORMATS = ("jsonl", "json", "csv", "tsv", "txt", "parquet")
-_ALIASES = {"ndjson": "jsonl"}
+_BY_ENDING = {**{name: name for name in FORMATS}, "ndjson": "jsonl"}
 _TABLES = ("csv", "tsv", "parquet")
 LABEL = "label"
 """The usual column of the labels."""
@@ -73,7 +73,7 @@ class Reading:
 
     def of_texts(self, source: str | Path) -> Reading:
         """Return how to read one of several files; for txt, which has no columns, without what is for tables."""
-        plain = (self.format or without_compression(source).suffix.lower().lstrip(".")) == "txt"
+        plain = (self.format or ending(source)) == "txt"
         return replace(self, columns=None, delimiter=None) if plain else self
 
 
@@ -210,9 +210,9 @@ def input_files(source: str | Path) -> Sequence[str | Path]:
         behind = files_behind(str(source))
         if behind is None:
             return [source]
-        found = [file for file in behind if _known(file)]
+        found = [file for file in behind if ending(file) in _BY_ENDING]
     elif path.is_dir():
-        found = sorted(file for file in path.iterdir() if _known(file) and not file.name.startswith("."))
+        found = sorted(file for file in path.iterdir() if ending(file) in _BY_ENDING and not file.name.startswith("."))
     elif glob.has_magic(str(source)) and not path.exists():
         matching = map(Path, glob.glob(str(source), recursive=True))  # noqa: PTH207 - absolute patterns too
         if not (found := sorted(file for file in matching if not file.is_dir())):
@@ -224,23 +224,18 @@ def input_files(source: str | Path) -> Sequence[str | Path]:
     return found
 
 
-def _known(file: str | Path) -> bool:
-    return without_compression(file).suffix.lower().lstrip(".") in {*FORMATS, *_ALIASES}
-
-
 def _format_of(source: str | Path) -> str:
     if str(source) == "-":
         return "txt"
-    written = without_compression(source).suffix.lower()
-    ending = _ALIASES.get(written.lstrip("."), written.lstrip("."))
-    if ending not in FORMATS and not is_uri(source) and not Path(source).exists():
+    written = ending(source)
+    if written in _BY_ENDING:
+        return _BY_ENDING[written]
+    if not is_uri(source) and not Path(source).exists():
         raise InputError(f"{source}: no such file; check the path")
-    if ending not in FORMATS:
-        raise InputError(
-            f"{source}: unknown format {written!r}; "
-            f"expected {', '.join('.' + known for known in FORMATS)}, or the name of its format"
-        )
-    return ending
+    raise InputError(
+        f"{source}: unknown format {f'.{written}' if written else ''!r}; "
+        f"expected {', '.join('.' + known for known in FORMATS)}, or the name of its format"
+    )
 
 
 def _read_file(source: str | Path, kind: str, reading: Reading) -> Iterator[Record]:
@@ -317,11 +312,7 @@ def _check_header(header: list[str], name: str) -> None:
 
 
 def _read_parquet(source: str | Path, name: str) -> Iterator[Record]:
-    try:
-        import pyarrow as arrow  # noqa: PLC0415 - an extra
-        from pyarrow import parquet  # noqa: PLC0415
-    except ImportError as error:
-        raise MissingExtraError("reading parquet", "parquet", error) from error
+    arrow, parquet = import_parquet("reading parquet")
     if not is_uri(source) and not Path(source).is_file():
         raise InputError(f"{name}: no such file; parquet is read from a file, not from standard input")
     system, path = located(source)

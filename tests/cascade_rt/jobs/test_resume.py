@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -21,7 +22,7 @@ from cascade_rt import CascadeRuntime, InputError
 from cascade_rt.cli import main
 from cascade_rt.io.readers import read_examples, read_records
 from cascade_rt.jobs import answering
-from cascade_rt.jobs.answering import Counts, answer
+from cascade_rt.jobs.answering import answer
 from cascade_rt.jobs.files import JobFiles
 
 from ...toy import WORDS
@@ -43,7 +44,7 @@ def write_rows(path: Path, count: int, bad: bool = True) -> None:
 def run(runtime: CascadeRuntime, output: Path, resume: bool, kill_at: int | None = None) -> None:
     """Run a job on in.jsonl; raise Killed after so many bytes of output."""
     files = JobFiles(output, output.with_name("rejects.jsonl"), {"bundle": "b"}, resume=resume)
-    counts = Counts(files.done["answered"], files.done["rejected"])
+    counts = replace(files.done)
 
     class Dying(io.TextIOBase):
         written = 0
@@ -54,12 +55,17 @@ def run(runtime: CascadeRuntime, output: Path, resume: bool, kill_at: int | None
                 raise Killed
             return files.lines.write(line)
 
-    def commit() -> None:
-        files.commit(counts.records, counts.answered, counts.rejected)
-
     records, lines = files.remaining(read_records("in.jsonl", pair=False)), cast(TextIO, Dying())
     try:
-        answer(runtime, records, lines, counts, on_error="null", rejects=files.rejects, progress=commit)
+        answer(
+            runtime,
+            records,
+            lines,
+            counts,
+            on_error="null",
+            rejects=files.rejects,
+            progress=lambda: files.commit(counts),
+        )
         files.finish()
     finally:
         files.close()
