@@ -53,7 +53,7 @@ def cluster(address: str | None = None) -> Iterator[Any]:
             signal.signal(signal.SIGTERM, handler)  # Ray ends the process with a stack trace
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(
-            f"cannot connect to the cluster {named or 'auto'} ({first_line(error)}); check the `address`"
+            f"cannot connect to the cluster {named or 'auto'} ({first_line(error)}); check the address"
         ) from error
     try:
         yield ray

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..bundle.manifest import EXIT_RULES
-from ..errors import InferenceError, InputError, TextError
+from ..engine.execution import Execution
+from ..errors import InferenceError, InputError, InvalidOption, TextError
 from ..io.readers import FORMATS, LABEL, Example, Reading, Reject, read_examples
 from ..jobs.answering import CHUNK, answered, chunks
 from ..runtime import CascadeRuntime
@@ -38,17 +39,16 @@ def add_bundle(parser: CommandParser) -> None:
 def add_model_dir(parser: CommandParser) -> None:
     """Add the bundle."""
     parser.add_argument(
-        "--model-dir",
-        required=True,
-        metavar="BUNDLE",
-        help="the bundle's folder, or hf:org/name[@revision] on the hub",
+        "--model-dir", required=True, metavar="BUNDLE", help="the bundle's folder, or hf:org/name[@revision] on the hub"
     )
     parser.reads("model_dir")
 
 
 def add_running(parser: CommandParser) -> None:
     """Add where and how members run."""
-    parser.add_argument("--provider", default="cpu", help="cpu, cuda, openvino or the name of an ONNX Runtime provider")
+    parser.add_argument(
+        "--provider", default=Execution.provider, help="cpu, cuda, openvino or the name of an ONNX Runtime provider"
+    )
     add_provider_option(parser)
     parser.add_argument("--threads", type=int, help="threads per member (default: the CPUs that the process may use)")
 
@@ -78,6 +78,13 @@ def add_engine(parser: CommandParser) -> Any:
     return group
 
 
+def refuse_without_ray(options: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
+    """Raise InvalidOption for an option of clusters that differs from its default on one machine."""
+    for name, default in defaults.items():
+        if (found := getattr(options, name)) != default:
+            raise InvalidOption(name, found, "none without --engine ray")
+
+
 def add_exit_rule(parser: CommandParser) -> None:
     """Add an option for the parameter of each kind of exit rule."""
     for rule in EXIT_RULES.values():
@@ -95,11 +102,7 @@ def add_input(parser: CommandParser, *, required: bool, help: str) -> None:
 def add_reading(parser: CommandParser, *, of: str, group: Any = None, pair: bool = True) -> None:
     """Add how files of texts are read, which `of` names: the same options for all commands that read any."""
     add = (group or parser).add_argument
-    add(
-        "--format",
-        choices=FORMATS,
-        help=f"format of {of} (default: by the file's extension; txt for standard input)",
-    )
+    add("--format", choices=FORMATS, help=f"format of {of} (default: by the file's extension; txt for standard input)")
     add("--text-column", metavar="NAME", help="column of the text (default: text, sentence, sentence1, premise, ...)")
     if pair:
         add("--pair-column", metavar="NAME", help="column of the second text of a pair")
@@ -179,7 +182,7 @@ def located(rows: list[Example], runtime: CascadeRuntime) -> Iterator[None]:
     try:
         yield
     except InferenceError as error:
-        for chunk, _ in chunks(rows, CHUNK):
+        for chunk in chunks(rows, CHUNK):
             for records, _ in answered(chunk, runtime, runtime.member_logits):
                 for record in records:
                     if isinstance(record, Reject):

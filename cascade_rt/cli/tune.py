@@ -74,12 +74,16 @@ def add_arguments(parser: CommandParser) -> None:
     asked.add_argument(
         "--fall-back", action="store_true", help="if nothing can be guaranteed, write the last member alone"
     )
-    asked.add_argument("--cost", choices=COSTS, default="layers", help="how speed is measured; latency is timed here")
+    asked.add_argument(
+        "--cost", choices=COSTS, default=Question.cost, help="how speed is measured; latency is timed here"
+    )
     asked.add_argument(
         "--shared-threshold", dest="shared", action="store_true", help="one threshold for all members, as in the paper"
     )
     asked.add_argument("--all-members", dest="subsets", action="store_false", help="leave no member out")
-    asked.add_argument("--seed", type=int, default=0, help="random seed of the split: one half proposes, one certifies")
+    asked.add_argument(
+        "--seed", type=int, default=Question.seed, help="random seed of the split: one half proposes, one certifies"
+    )
     parser.add_argument("--output", type=Path, metavar="FOLDER", help=f"write {REPORT} and {PICTURE} (extra: plot)")
     parser.writes("output", paths=lambda folder: [folder / REPORT, folder / PICTURE])
     parser.add_argument("--dry-run", action="store_true", help="write nothing into the bundle")

@@ -31,10 +31,7 @@ from ..io.remote import is_uri
 from ..runtime import CascadeRuntime
 from ..types import Text
 from .answering import CHUNK, ON_ERROR, Counts, Record, answered, chunks, described, write_answers
-from .shards import Receipt, ShardFolder
-
-SHARD_ROWS = 10 * CHUNK
-"""Records in a part."""
+from .shards import ENDINGS, SHARD_ROWS, Receipt, ShardFolder
 
 
 class Pool(NamedTuple):
@@ -104,7 +101,7 @@ def predict_on_cluster(
     address: str | None = None,
     pools: Mapping[str, Pool] | Pool = _POOL,
     shard_rows: int = SHARD_ROWS,
-    shard_format: str = "jsonl",
+    shard_format: str = ENDINGS[0],
     on_error: str = "stop",
     rejects: TextIO | None = None,
     resume: bool = False,
@@ -243,7 +240,7 @@ def _done(job: Job, files: Sequence[str], stages: Sequence[tuple[range, Pool]]) 
                 yield part
         except ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None) or error
-            raise CascadeError(f"the cluster failed ({first_line(cause)}); go on with `resume`") from error
+            raise CascadeError(f"the cluster failed ({first_line(cause)}); resume the job") from error
 
 
 def _resources(pool: Pool) -> dict[str, int]:
@@ -273,7 +270,7 @@ class _Reader:
         number = 0
         try:
             records = read_records(file, job.reading, pair=job.pair)
-            for number, (some, _) in enumerate(chunks(records, job.shard_rows), 1):
+            for number, some in enumerate(chunks(records, job.shard_rows), 1):
                 yield self._part(f"{at:05d}-{number - 1:06d}", some).row()
         except CascadeError as error:
             yield _Part(f"{at:05d}-{number:06d}", "", _Failure(error)).row()
@@ -321,7 +318,7 @@ class _Answerer:
         return self._written(part, begun) if self._members.stop == len(runtime.bundle.members) else begun
 
     def _begun(self, records: list[Record]) -> Iterator[tuple[list[Record], Journey]]:
-        for some, _ in chunks(records, CHUNK):
+        for some in chunks(records, CHUNK):
             yield from answered(some, self._own, self._runtime.begin)
 
     def _begin(self, texts: list[Text]) -> Journey:

@@ -29,7 +29,8 @@ from .app import create_app
 from .envelope import PROBES
 from .responses import error_response
 from .server import KEEP_ALIVE, Setup, announce, listen, log_json
-from .service import Service, Settings
+from .service import Service
+from .settings import Settings
 
 APPLICATION = "cascade-rt"
 """Name of the application in Serve."""
@@ -56,7 +57,7 @@ class Scaling:
         if self.min_replicas < 1:
             raise InvalidOption("min_replicas", self.min_replicas, "at least 1")
         if self.max_replicas is not None and self.max_replicas < self.min_replicas:
-            raise InvalidOption("max_replicas", self.max_replicas, f"at least {self.min_replicas}, as `min_replicas`")
+            raise InvalidOption("max_replicas", self.max_replicas, f"at least {self.min_replicas}, the fewest")
         if not 0 < self.target_requests < math.inf:
             raise InvalidOption("target_requests", self.target_requests, "a number above 0")
 
@@ -144,7 +145,7 @@ def serve_on_cluster(setup: Setup, scaling: Scaling, address: str | None) -> Non
         if serve.status().proxies:
             raise InputError(
                 "found Ray Serve at work on this cluster, where it listens on one port for all applications, expected "
-                "none; stop it with: serve shutdown, or name another cluster by `address`"
+                "none; stop it with: serve shutdown, or name the address of another cluster"
             )
         try:
             plan = _Plan.of(settings, scaling)

@@ -21,7 +21,8 @@ from starlette.types import ASGIApp
 from ..errors import InputError, InvalidOption, MissingExtraError
 from ..runtime import CascadeRuntime
 from .app import create_app
-from .service import Service, Settings
+from .service import Service
+from .settings import Settings
 from .upgrades import Http11Protocol
 
 _BACKLOG = 2048

@@ -85,7 +85,7 @@ def collect(
         shown = ", ".join(repr(names[index]) for index in absent[:5]) + (", ..." if len(absent) > 5 else "")
         raise InputError(
             f"found no text of {len(absent)} of the {len(names)} classes ({shown}), expected some of each: accuracy "
-            "would say nothing about them; add texts, or compare with the last member (`agreement`)"
+            "would say nothing about them; add texts, or measure agreement with the last member"
         )
     logits, lengths = _logits(runtime, texts, cache, progress)
     probabilities = task.probabilities(logits)

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..errors import InputError, InvalidOption
+from ..errors import InvalidOption
 from .certify import Certificate
 
 COSTS = ("layers", "flops", "latency")
@@ -41,8 +41,8 @@ class Question:
     def __post_init__(self) -> None:
         """Check the values."""
         asked = [name for name in ("max_drop", "speedup", "budget_ms") if getattr(self, name) is not None]
-        if len(asked) > 1:
-            raise InputError(f"found {' and '.join(f'`{name}`' for name in asked)}, expected one question at a time")
+        for name in asked[1:]:
+            raise InvalidOption(name, getattr(self, name), "one objective: a maximum drop, a speed-up or a budget")
         for name, lowest, highest, expected in (
             ("max_drop", 0.0, 1.0, "a share from 0 to below 1"),
             ("speedup", 1e-9, math.inf, "a number above 0"),
@@ -54,9 +54,9 @@ class Question:
             if value is not None and not lowest <= value < highest:
                 raise InvalidOption(name, value, expected)
         if self.confidence is not None and self.max_drop is None:
-            raise InputError("found `confidence` alone, expected `max_drop` with it: that is what can be guaranteed")
+            raise InvalidOption("confidence", self.confidence, "a maximum drop with it: that is what can be guaranteed")
         if self.p95 and self.budget_ms is None:
-            raise InputError("found `p95` alone, expected `budget_ms` with it")
+            raise InvalidOption("p95", self.p95, "a budget in ms with it")
         if self.cost not in COSTS:
             raise InvalidOption("cost", self.cost, f"one of {', '.join(COSTS)}")
 

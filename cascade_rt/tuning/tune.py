@@ -141,9 +141,9 @@ def local_folder(model_dir: str) -> Path:
     """Return the folder of a local bundle that can be written; raise BundleError for any other."""
     folder = Path(model_dir)
     if not (folder / MANIFEST).is_file():
-        raise BundleError(f"{model_dir}: not a local bundle; tune a copy, or write nothing (`dry_run`)")
+        raise BundleError(f"{model_dir}: not a local bundle; tune a copy, or make it a dry run")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise BundleError(f"{model_dir}: the folder cannot be written; tune a copy, or write nothing (`dry_run`)")
+        raise BundleError(f"{model_dir}: the folder cannot be written; tune a copy, or make it a dry run")
     return folder
 
 

@@ -140,7 +140,7 @@ def check_drop(name: str, precision: str, report: dict[str, Any], allowed: float
             f"member {name!r} in {precision} may lose {lost:.2f} points of accuracy, allowed are {allowed:g} ({found}; "
             f"{100 * report['labels_agree']:.2f}% of labels agree on {report['texts']} texts, probabilities differ by "
             f"up to {report['max_probability_difference']:.3f}, {report['mean_probability_difference']:.4f} in the "
-            "mean); choose another `precision`, or auto, or a larger `max_accuracy_drop`"
+            "mean); choose another precision, or auto, or allow a larger drop"
         )
 
 

@@ -240,7 +240,7 @@ def _export_member(
         tried = [name for name in by_auto if name in writer.precisions] if precision == AUTO else [precision]
         if not tried or not set(tried) <= set(writer.precisions):
             raise InputError(
-                f"member {checkpoint.name!r}: `precision`: found {precision!r}, expected one of: "
+                f"member {checkpoint.name!r}: found the precision {precision!r}, expected one of: "
                 f"{', '.join([*writer.precisions, AUTO])}"
             )
         original = writer.original() if checks.data else None
@@ -271,8 +271,8 @@ def _export_member(
             entry, member = written(precision)
             return _checked(entry, member, encoded, original, checks)
         if encoded is None or original is None:
-            missing = "no texts to compare on; give `check_data`" if encoded is None else "no fp32 file to compare with"
-            raise InputError(f"member {checkpoint.name!r}: found `precision` auto and {missing}")
+            missing = "no texts to compare on; give check data" if encoded is None else "no fp32 file to compare with"
+            raise InputError(f"member {checkpoint.name!r}: found the precision auto and {missing}")
         return _fastest(tried, written, run_by, encoded, original, checks)
 
 
@@ -339,7 +339,7 @@ def _checked(
 def _writer(checkpoint: Checkpoint, tokenizer: TextTokenizer, checks: Checks) -> Iterator[_Writer]:
     if isinstance(checkpoint, OnnxCheckpoint):
         if checks.calibrate:
-            raise InputError(f"member {checkpoint.name!r} is an ONNX file; `calibrate` needs torch weights")
+            raise InputError(f"member {checkpoint.name!r} is an ONNX file; calibration needs torch weights")
         yield _onnx_writer(checkpoint, tokenizer, checks)
         return
     from cascade_export.convert import convert  # noqa: PLC0415 - loads torch, which ONNX folders do not need
@@ -384,7 +384,7 @@ def _calibrate(checkpoint: TorchCheckpoint, checks: Checks) -> dict[str, Any]:
     from cascade_export.verify import torch_probabilities  # noqa: PLC0415
 
     if checks.data is None or checks.data.labels is None:
-        raise InputError(f"member {checkpoint.name!r}: found no labelled data to calibrate on; give `check_data`")
+        raise InputError(f"member {checkpoint.name!r}: found no labelled data to calibrate on; give check data")
     before = torch_probabilities(checkpoint, checks.data.texts)
     logits = np.log(np.maximum(before, 1e-30))
     temperature = fit_temperature(logits, checks.data.labels)

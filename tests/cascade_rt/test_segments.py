@@ -36,7 +36,7 @@ TEXTS = [" ".join(_DRAW.choices(WORDS, k=_DRAW.randint(0, 45))) for _ in range(1
 
 @pytest.fixture(scope="module")
 def expected(four_segments: Path) -> NDArray[np.float64]:
-    """What the whole model answers after each layer, (4, texts, labels)."""
+    """Probabilities of the whole model after each layer, (4, texts, labels)."""
     members = segment_members(segments=4, layers_each=1)
     probabilities = stage_probabilities(members, tokenized(str(four_segments / "tokenizer.json"), TEXTS))
     two_best = np.sort(probabilities, axis=-1)[..., -2:]
@@ -235,7 +235,7 @@ def test_thresholds_are_refused_where_another_rule_decides(
 def test_tuning_finds_the_patience(
     four_segments: Path, expected: NDArray[np.float64], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of all numbers, the fastest that is allowed, by counting text by text; the tuned bundle answers as promised."""
+    """The fastest of all numbers that is allowed, by counting text by text; the tuned bundle answers as promised."""
     classes = expected.argmax(axis=-1)
     by_patience = {}
     for patience in (1, 2, 3, 4):
@@ -322,7 +322,7 @@ def test_segments_with_thresholds_are_tuned(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What tuning promises is what the tuned bundle does; a segment that no text leaves runs with threshold 1."""
+    """A tuned bundle does as tuning promised; a segment that no text leaves runs with threshold 1."""
     extra = {"format_version": 2, "exit_rule": {"kind": kind}}
     members = segment_members(segments=4, layers_each=1)
     folder = write_bundle(tmp_path / "segments", members, thresholds=[0.9] * 3, extra=extra)

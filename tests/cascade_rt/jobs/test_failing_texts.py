@@ -123,7 +123,7 @@ def test_a_member_that_runs_no_text_ends_the_job(
     monkeypatch.setattr(Stage, "_run", fail)
     counts = Counts()
     with pytest.raises(InferenceError, match="member 'big' (failed|ran out of memory)"):
-        list(answer(runtime, examples(GOOD * 100), io.StringIO(), counts, on_error="skip"))
+        answer(runtime, examples(GOOD * 100), io.StringIO(), counts, on_error="skip")
     assert len(calls) <= 10
     assert counts == Counts()
     status, _, error = run(capsys, "predict", "--model-dir", bundle, "--on-error", "skip", "--threshold", "1", "a")
@@ -142,7 +142,7 @@ def test_answers_of_nan_cost_the_row_too(bundle: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(Stage, "_run", overflow)
     lines, rejects, counts = io.StringIO(), io.StringIO(), Counts()
     runtime = CascadeRuntime(bundle, threads=1)
-    list(answer(runtime, examples(GOOD), lines, counts, on_error="skip", rejects=rejects))
+    answer(runtime, examples(GOOD), lines, counts, on_error="skip", rejects=rejects)
     assert counts == Counts(answered=4, rejected=1)
     assert json.loads(rejects.getvalue())["where"] == "in:0"
     assert runtime.stats().texts == 4, "a text that was run again is counted once"

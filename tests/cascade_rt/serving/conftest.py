@@ -15,7 +15,8 @@ import pytest
 from cascade_rt.engine.stage import RunOutput, Stage
 from cascade_rt.serving.app import create_app
 from cascade_rt.serving.server import Server, configured
-from cascade_rt.serving.service import Service, Settings
+from cascade_rt.serving.service import Service
+from cascade_rt.serving.settings import Settings
 
 
 class Gate:

@@ -31,7 +31,7 @@ def client(address: str) -> Any:
 
 
 def scores(bundle: Path, texts: list[str]) -> list[list[dict[str, Any]]]:
-    """What a text-classification pipeline with all labels answers."""
+    """The answers of a text-classification pipeline with all labels."""
     answers: list[list[dict[str, Any]]] = CascadeRuntime(bundle, threads=1)(texts, top_k=None)
     return answers
 

@@ -22,7 +22,8 @@ import pytest
 
 from cascade_rt import CascadeRuntime
 from cascade_rt.cli import main
-from cascade_rt.serving.service import Service, Settings
+from cascade_rt.serving.service import Service
+from cascade_rt.serving.settings import Settings
 
 from ...toy import WORDS
 from .conftest import listening
