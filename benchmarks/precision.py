@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ from numpy.typing import NDArray
 
 from cascade_rt import read_bundle
 from cascade_rt.benchmark.machine import describe
+from cascade_rt.benchmark.turns import in_turns
 from cascade_rt.bundle.precisions import PRECISIONS
 from cascade_rt.engine.batching import TOKEN_BUDGET, by_length, micro_batches
 from cascade_rt.engine.execution import Execution
@@ -128,13 +128,8 @@ def _add_answers(found: dict[str, Any], rows: dict[str, Candidate], options: arg
 def _timed(members: dict[str, Stage], texts: int, tokens: int, rounds: int) -> dict[str, list[float]]:
     ids = np.random.default_rng(0).integers(1000, 30_000, (texts, tokens))
     batch = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
-    times: dict[str, list[float]] = {precision: [] for precision in members}
-    for _ in range(rounds + 1):  # the first warms up
-        for precision, member in members.items():
-            start = time.perf_counter()
-            member.run(batch)
-            times[precision].append(time.perf_counter() - start)
-    return {precision: spent[1:] for precision, spent in times.items()}
+    timed = in_turns({precision: member.run for precision, member in members.items()}, [batch], rounds)
+    return {precision: own.seconds[:, 0].tolist() for precision, own in timed.items()}
 
 
 def _batch_composition(member: Stage, encoded: Encoded, batchings: int) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from cascade_export.export import export_bundle
 from cascade_export.temperature import fit_temperature
 from cascade_train import RECORD
 from cascade_train.analysis import draw_curves, speedup_curve
-from cascade_train.difficulty import label_difficulty, read_difficulty
+from cascade_train.difficulty import Splits, label_difficulty, read_difficulty
 from cascade_train.finetune import Objective, Recipe, finetune, logits_of
 from cascade_train.tasks import Examples, TaskData
 from common import RESULTS, Parts, joined, race, read_parts, run_command, training_parser
@@ -189,9 +189,8 @@ def _difficulty(kind: Kind, data: TaskData, work: Path, recipe: Recipe, options:
     labels = work / "difficulty"
     if not labels.exists():
         recipe = replace(recipe, epochs=recipe.epochs * options.label_epochs)
-        label_difficulty(
-            kind.base, data, labels, layers=kind.layers, recipe=recipe, folds=options.folds, seeds=options.label_seeds
-        )
+        splits = Splits(options.folds, options.label_seeds)
+        label_difficulty(kind.base, data, labels, layers=kind.layers, recipe=recipe, splits=splits)
     return read_difficulty(labels, data.train)
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
@@ -20,6 +21,35 @@ from ..io.readers import AS_USUAL, Reading, read_examples
 from ..runtime import CascadeRuntime
 from ..tuning.operating_points import threshold_for_speedup
 from ..types import Text
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The calls to measure: texts, the speed-ups to aim at, and how many texts a call has.
+
+    Raises InvalidOption for a value out of range.
+    """
+
+    data: Path | None = None
+    """File of texts; None for synthetic ones."""
+    reading: Reading = AS_USUAL
+    """How `data` is read."""
+    words: str = "16:8"
+    """Words per synthetic text, "MEAN:SD"."""
+    count: int = 256
+    """Number of texts."""
+    speedups: Sequence[float] = (1.5, 2, 3, 4, 5)
+    """Layer speed-ups to aim at."""
+    batch_sizes: Sequence[int] = (1, 8, 32)
+    """Texts per call; all at once are measured too."""
+    rounds: int = 5
+    """After one that warms up."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers that the measurement counts by."""
+        for field, least in (("rounds", self.rounds), ("batch_sizes", min(self.batch_sizes, default=1))):
+            if least < 1:
+                raise InvalidOption(field, least, "at least 1")
 
 
 class Spread(TypedDict):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cascade_export.checkpoint import Checkpoint
+from cascade_rt.benchmark.turns import in_turns
 from cascade_rt.engine.batching import TOKEN_BUDGET, by_length, micro_batches
 from cascade_rt.engine.stage import Stage
 from cascade_rt.engine.task import SingleLabel
@@ -156,19 +156,12 @@ def speeds(members: Mapping[str, Stage], encoded: Encoded) -> dict[str, Speed]:
     """Measure members against each other: they take turns on every text and micro-batch, after one round to warm up."""
     rows = by_length(encoded.lengths)
     rows = rows[:: -(-len(rows) // _TIMED_TEXTS)]
-    alone = _turns(members, encoded, [rows[at : at + 1] for at in range(len(rows))])
-    in_bulk = _turns(members, encoded, list(micro_batches(rows, encoded.lengths, TOKEN_BUDGET)))
-    return {name: Speed(float(np.median(alone[name])), float(sum(in_bulk[name]) / len(rows))) for name in members}
-
-
-def _turns(
-    members: Mapping[str, Stage], encoded: Encoded, batches: Sequence[NDArray[np.intp]]
-) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in members}
-    for rows in [*batches, *batches]:
-        batch = encoded.batch(rows)
-        for name, member in members.items():
-            start = time.perf_counter()
-            member.run(batch)
-            times[name].append(time.perf_counter() - start)
-    return {name: spent[len(batches) :] for name, spent in times.items()}
+    contestants = {name: member.run for name, member in members.items()}
+    alone, in_bulk = (
+        in_turns(contestants, [encoded.batch(batch) for batch in batches], 1)
+        for batches in (np.split(rows, len(rows)), micro_batches(rows, encoded.lengths, TOKEN_BUDGET))
+    )
+    return {
+        name: Speed(float(np.median(alone[name].seconds)), float(in_bulk[name].seconds.sum() / len(rows)))
+        for name in members
+    }

@@ -17,7 +17,7 @@ from cascade_export.torch_checkpoint import align_checkpoint, open_torch
 from cascade_export.verify import torch_probabilities
 from cascade_train import RECORD
 from cascade_train.alignment import Aligned, align, check_alignment, usable_positions
-from cascade_train.difficulty import label_difficulty
+from cascade_train.difficulty import Splits, label_difficulty
 from cascade_train.finetune import Recipe, finetune
 from cascade_train.inference import text_logits
 from cascade_train.tasks import Examples, TaskData
@@ -373,13 +373,17 @@ def test_difficulty_is_labelled_under_that_tokenizer_too(
         layers=1,
         tokenizer=str(small),
         recipe=Recipe(epochs=1, max_length=LENGTH),
-        folds=2,
-        seeds=1,
+        splits=Splits(2, 1),
     )
     assert summary["tokenizer"] == str(small)
     with pytest.raises(InputError, match="^no/such: no such folder"):
         label_difficulty(
-            str(big), pairs, tmp_path / "other", tokenizer="no/such", recipe=Recipe(max_length=LENGTH), folds=2, seeds=1
+            str(big),
+            pairs,
+            tmp_path / "other",
+            tokenizer="no/such",
+            recipe=Recipe(max_length=LENGTH),
+            splits=Splits(2, 1),
         )
 
 
