@@ -112,7 +112,8 @@ def write_model(
 ) -> dict[str, int]:
     """Write a classifier, or a segment that runs some `layers`, as an ONNX file; return its sizes for the manifest.
 
-    Without layers it is a bag of words. `from_hidden`: it reads `hidden_states`, not tokens. `hidden_out`: it also returns `last_hidden_state`.
+    Without layers it is a bag of words. `from_hidden`: it reads `hidden_states`, not tokens. `hidden_out`: it also
+    returns `last_hidden_state`.
     """
     if layers is None:
         layers = range(sum(name.endswith("intermediate.dense.bias") for name in weights))
