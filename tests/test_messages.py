@@ -54,6 +54,7 @@ SHOWN_BY = {
     "folds": "difficulty",
     "format": READS,
     "holdout": TRAINS,
+    "jobs": "difficulty",
     "kind": "train-exits",
     "label_column": TRAINS,
     "layers": "difficulty distil train",
