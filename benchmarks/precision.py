@@ -29,13 +29,16 @@ from cascade_rt.benchmark.machine import describe
 from cascade_rt.benchmark.turns import in_turns
 from cascade_rt.bundle.precisions import PRECISIONS
 from cascade_rt.engine.batching import TOKEN_BUDGET, by_length, micro_batches
-from cascade_rt.engine.probabilities import confidence, softmax
+from cascade_rt.engine.execution import Execution
 from cascade_rt.engine.providers import CPU, OPENVINO
 from cascade_rt.engine.stage import Stage
+from cascade_rt.engine.task import SingleLabel
 from cascade_rt.engine.tokenization import Encoded, TextTokenizer
 from cascade_rt.io.readers import read_examples
 from cascade_rt.io.writers import write_json
 from cascade_rt.tuning.evaluation import label_ids
+
+_TASK = SingleLabel()
 
 SHAPES = ((1, 8), (1, 32), (32, 32))  # (texts, tokens) of the timed batches
 NEAREST = "int8, nearest"
@@ -57,7 +60,7 @@ class Candidate:
         bundle = read_bundle(self.folder)
         (entry,) = bundle.members
         file, labels = self.folder / entry.file, len(bundle.labels)
-        return Stage(entry, file, labels, self.provider, threads, self.properties)
+        return Stage(entry, file, labels, Execution(self.provider, threads, self.properties))
 
 
 def main() -> None:
@@ -141,7 +144,7 @@ def _batch_composition(member: Stage, encoded: Encoded, batchings: int) -> dict[
         largest = max(largest, float(np.abs(other - usual).max()))
         labels += int(np.sum(other.argmax(axis=1) != usual.argmax(axis=1)))
         for tau in TAUS:
-            exits += int(np.sum((confidence(other) > tau) != (confidence(usual) > tau)))
+            exits += int(np.sum((_TASK.confidence(other) > tau) != (_TASK.confidence(usual) > tau)))
     return {
         "batchings": batchings,
         "texts": len(usual),
@@ -153,7 +156,7 @@ def _batch_composition(member: Stage, encoded: Encoded, batchings: int) -> dict[
 
 
 def _answers(member: Stage, encoded: Encoded, batches: list[NDArray[np.intp]]) -> NDArray[np.float64]:
-    answers = softmax(np.concatenate([member.run(encoded.batch(rows)).logits for rows in batches]))
+    answers = _TASK.probabilities(np.concatenate([member.run(encoded.batch(rows)).logits for rows in batches]))
     return answers[np.argsort(np.concatenate(batches))]
 
 

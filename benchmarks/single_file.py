@@ -38,7 +38,7 @@ def main() -> None:
         (tau,) = taus_for(opened, logits, [options.speedup]).values()
         runtime = opened.with_thresholds(tau)
         timed = texts[: options.timed]
-        encoded = runtime.chain.tokenizer.encode(texts)
+        encoded = runtime.plan.tokenizer.encode(texts)
         report: dict[str, Any] = {
             "machine": describe(),
             "bundle": str(options.model_dir),
@@ -83,7 +83,7 @@ def _equality(runtime: CascadeRuntime, session: Any, texts: list[Any], encoded: 
 
 def _ratios(runtime: CascadeRuntime, session: Any, texts: list[Any], size: int, rounds: int) -> Any:
     """Time both on the same calls in turn, tokenization included; return the ratio of each round."""
-    tokenizer = runtime.chain.tokenizer
+    tokenizer = runtime.plan.tokenizer
 
     def one_file(some: list[Any]) -> Any:
         return _answers(runtime, session, tokenizer.encode(some), np.arange(len(some)))

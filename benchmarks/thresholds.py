@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from cascade_rt import CascadeRuntime
 from cascade_rt.benchmark.machine import describe
 from cascade_rt.bundle import Bundle
+from cascade_rt.engine.exit_rules import MaximumProbability
 from cascade_rt.io.writers import write_json
 from cascade_rt.tuning.collect import Collected, cache_folder, collect, open_whole
-from cascade_rt.tuning.operating_points import measure
 from cascade_rt.tuning.plot import draw_front
 from cascade_rt.tuning.report import COSTS, Question
 from cascade_rt.tuning.tune import tune
@@ -102,10 +102,11 @@ def _tuned(
     report = tune(bundle, seen.take(tuned_on), question)
     chosen = report.chosen or report.alone[-1]
     names = [member.name for member in bundle.members]
-    members = [names.index(name) for name in chosen.members]
+    members = tuple(names.index(name) for name in chosen.members)
+    rule = MaximumProbability(tuple(chosen.thresholds))
     other = seen.take(test)
-    found = {kind: measure(other.answers[kind], members, chosen.thresholds) for kind in COSTS}
-    whole = {kind: measure(other.answers[kind], [len(names) - 1], []) for kind in COSTS}
+    found = {kind: other.answers[kind].measure(members, rule) for kind in COSTS}
+    whole = {kind: other.answers[kind].alone(len(names) - 1) for kind in COSTS}
     return {
         "members": chosen.members,
         "thresholds": chosen.thresholds,

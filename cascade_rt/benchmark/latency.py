@@ -49,7 +49,7 @@ def measure_latency(
         model_dir, preload=True, verify=verify, expected_sha256=expected_sha256, **execution.arguments()
     )
     bundle = cascade.bundle
-    check_thresholds(bundle)
+    check_thresholds(cascade.exit_rule)
     name = (bundle.folder or Path(model_dir)).resolve().name
     texts = texts_for(bundle, workload.data, workload.words, workload.count, reading=workload.reading)
     logits, lengths = cascade.member_logits(texts)

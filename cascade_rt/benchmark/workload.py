@@ -16,8 +16,6 @@ from tokenizers import Tokenizer
 
 from ..bundle import Bundle
 from ..engine.cost import whole_model
-from ..engine.exit_rules import SCORES
-from ..engine.probabilities import softmax
 from ..errors import InputError, InvalidOption
 from ..io.readers import AS_USUAL, Reading, read_examples
 from ..runtime import CascadeRuntime
@@ -95,15 +93,14 @@ def texts_for(
 
 def reachable(bundle: Bundle, wanted: list[float]) -> list[float]:
     """Return the layer speed-ups below that of the first member alone."""
-    fastest = sum(member.layers for member in whole_model(bundle.members)) / bundle.members[0].layers
-    return [speedup for speedup in wanted if speedup < fastest]
+    whole = sum(member.layers for member in whole_model(bundle.members))
+    return [speedup for speedup in wanted if speedup * bundle.members[0].layers < whole]
 
 
 def taus_for(runtime: CascadeRuntime, logits: np.ndarray, speedups: list[float]) -> dict[float, float]:
     """Return the tau that reaches each layer speed-up, from the logits of `CascadeRuntime.member_logits`."""
-    bundle = runtime.bundle
-    scores = SCORES[bundle.exit_rule["kind"]](softmax(logits))
-    return {speedup: threshold_for_speedup(bundle.members, scores, speedup) for speedup in speedups}
+    scores = runtime.exit_rule.observed(runtime.task, runtime.task.probabilities(logits))
+    return {speedup: threshold_for_speedup(runtime.bundle.members, scores, speedup) for speedup in speedups}
 
 
 def spread(values: np.ndarray) -> Spread:

@@ -54,12 +54,7 @@ def add_arguments(parser: CommandParser) -> None:
         help="texts per call, and all at once",
     )
     add("--rounds", type=int, default=_DEFAULTS.rounds, help="rounds after one that warms up")
-    add(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="write the report as JSON, and a picture beside it (extra: plot)",
-    )
+    add("--output", type=Path, metavar="FILE", help="write the report as JSON, and a picture beside it (extra: plot)")
     parser.writes("output", paths=lambda path: [path, path.parent / f"{path.stem}{PICTURE}"])
     add("--json", action="store_true", help="print the report as JSON")
     add_running(parser)

@@ -15,25 +15,23 @@ import logging
 import pickle
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from ..cluster import RemoteRuntime, cluster, shared
+from ..cluster import RemoteBundle, cluster, shared
 from ..engine.cpus import usable_threads
-from ..engine.journey import Journey
+from ..engine.execution import Execution
 from ..engine.providers import CPU, OPENVINO
 from ..engine.stage import Stage
+from ..engine.step import Journey
 from ..errors import CascadeError, InferenceError, InputError, InvalidOption, first_line
 from ..io.readers import AS_USUAL, Reading, input_files, read_records
 from ..io.remote import is_uri
 from ..runtime import CascadeRuntime
 from ..types import Text
 from .answering import CHUNK, ON_ERROR, Counts, Record, answered, chunks, described, write_answers
-from .shards import Receipt, ShardFolder
-
-SHARD_ROWS = 10 * CHUNK
-"""Records in a part."""
+from .shards import ENDINGS, SHARD_ROWS, Receipt, ShardFolder
 
 
 class Pool(NamedTuple):
@@ -55,7 +53,7 @@ _READERS = 2  # files that are read at a time, for each machine
 class Job:
     """What every process of a job knows of it."""
 
-    runtime: RemoteRuntime
+    runtime: RemoteBundle
     verify: bool
     """Whether the bundle's files are checked where they are opened."""
     folder: ShardFolder
@@ -103,7 +101,7 @@ def predict_on_cluster(
     address: str | None = None,
     pools: Mapping[str, Pool] | Pool = _POOL,
     shard_rows: int = SHARD_ROWS,
-    shard_format: str = "jsonl",
+    shard_format: str = ENDINGS[0],
     on_error: str = "stop",
     rejects: TextIO | None = None,
     resume: bool = False,
@@ -242,7 +240,7 @@ def _done(job: Job, files: Sequence[str], stages: Sequence[tuple[range, Pool]]) 
                 yield part
         except ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None) or error
-            raise CascadeError(f"the cluster failed ({first_line(cause)}); go on with `resume`") from error
+            raise CascadeError(f"the cluster failed ({first_line(cause)}); resume the job") from error
 
 
 def _resources(pool: Pool) -> dict[str, int]:
@@ -272,7 +270,7 @@ class _Reader:
         number = 0
         try:
             records = read_records(file, job.reading, pair=job.pair)
-            for number, (some, _) in enumerate(chunks(records, job.shard_rows), 1):
+            for number, some in enumerate(chunks(records, job.shard_rows), 1):
                 yield self._part(f"{at:05d}-{number - 1:06d}", some).row()
         except CascadeError as error:
             yield _Part(f"{at:05d}-{number:06d}", "", _Failure(error)).row()
@@ -320,7 +318,7 @@ class _Answerer:
         return self._written(part, begun) if self._members.stop == len(runtime.bundle.members) else begun
 
     def _begun(self, records: list[Record]) -> Iterator[tuple[list[Record], Journey]]:
-        for some, _ in chunks(records, CHUNK):
+        for some in chunks(records, CHUNK):
             yield from answered(some, self._own, self._runtime.begin)
 
     def _begin(self, texts: list[Text]) -> Journey:
@@ -350,11 +348,11 @@ def _opened(job: Job, members: range, pool: Pool) -> tuple[CascadeRuntime, Mappi
 
     Another provider opens those members alone: it may have no kernels for the precision of the others.
     """
-    whole, settings = job.runtime, {"threads": pool.threads, "verify": job.verify}
-    chosen = {"provider": pool.provider, "provider_options": pool.provider_options}
+    whole = job.runtime
+    execution = Execution(pool.provider, pool.threads, pool.provider_options)
     if pool.provider == "cpu" or len(members) == len(whole.members):
-        runtime = whole.open(**settings, **chosen)
-        return runtime, dict(enumerate(runtime.chain.stages)), runtime
-    alone = replace(whole, members=[whole.members[member] for member in members], thresholds=None)
-    own = alone.open(**settings, **chosen)
-    return whole.open(**settings), dict(zip(members, own.chain.stages, strict=True)), own
+        runtime = whole.open(execution, verify=job.verify)
+        return runtime, dict(enumerate(runtime.plan.stages)), runtime
+    own = whole.open(execution, verify=job.verify, members=[whole.members[member] for member in members])
+    runtime = whole.open(Execution(threads=pool.threads), verify=job.verify)
+    return runtime, dict(zip(members, own.plan.stages, strict=True)), own

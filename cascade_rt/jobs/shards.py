@@ -24,20 +24,23 @@ from typing import Any, NamedTuple
 from ..errors import InputError, InvalidOption, first_line
 from ..io.remote import located
 from ..io.tables import Column, columns_of, convert, fields_of, output_format, read_parquet, write_parquet
-from .answering import FIELDS
+from .answering import CHUNK, FIELDS
 
 ENDINGS = ("jsonl", "jsonl.gz", "jsonl.zst", "parquet")
-"""Formats of shards."""
+"""Formats of shards; the first unless told."""
+
+SHARD_ROWS = 10 * CHUNK
+"""Records in a shard unless told."""
 
 _JOB, _SUCCESS, _RECEIPTS = "_JOB", "_SUCCESS", "_receipts"
 
 
 class Receipt(NamedTuple):
-    """What a shard covers."""
+    """The record of a shard: the part that it covers, and its counts."""
 
     part: str
     digest: str
-    """Of the part's records."""
+    """Digest of the part's records."""
     bytes: int
     """Size of the shard."""
     answered: int
@@ -47,7 +50,7 @@ class Receipt(NamedTuple):
     rejects: str
     """The lines of the rejects."""
     columns: dict[str, list[Any]] | None = None
-    """What decides the types of a parquet shard's columns: the values of `Column` by name; None for other shards."""
+    """The columns of a parquet shard: the values of `Column` by name; None for other shards."""
 
 
 class ShardFolder:
@@ -76,7 +79,7 @@ class ShardFolder:
             raise InputError(f"{self.target}: found other files there, expected a new or empty folder; name another")
         if not resume:
             raise InputError(
-                f"{self.target}: found the answers of an earlier run there; name another folder, or go on with `resume`"
+                f"{self.target}: found the answers of an earlier run there; resume it, or name another folder"
             )
         earlier = self._read(_JOB) or {}
         if differing := [key for key in job if job[key] != earlier.get(key)]:

@@ -183,7 +183,7 @@ def _check_size(data: TaskData, share: float) -> None:
     if len(data.train) < least:
         raise InputError(
             f"found {len(data.train)} training texts, expected at least {least}, to set aside twice {FEWEST_TEXTS} for "
-            "thresholds and for the measurement; add texts, or set aside a larger `reserve`"
+            "thresholds and for the measurement; add texts, or set aside a larger reserve"
         )
     counts = np.bincount(data.train.labels, minlength=len(data.labels))
     least = math.ceil((1 - share) / share)
@@ -191,7 +191,7 @@ def _check_size(data: TaskData, share: float) -> None:
         some = ", ".join(f"{data.labels[index]!r} {counts[index]}" for index in rare[:5]) + ", ..." * (len(rare) > 5)
         raise InputError(
             f"found labels with few training texts ({some}), expected at least {least} of each, so that some are in "
-            "every part; add texts of these labels, merge them into others, or set aside a larger `reserve`"
+            "every part; add texts of these labels, merge them into others, or set aside a larger reserve"
         )
 
 

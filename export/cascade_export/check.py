@@ -13,17 +13,18 @@ from numpy.typing import NDArray
 from cascade_export.checkpoint import Checkpoint
 from cascade_rt.benchmark.turns import in_turns
 from cascade_rt.bundle import MemberEntry
+from cascade_rt.engine.backends import usable
 from cascade_rt.engine.batching import TOKEN_BUDGET, by_length, micro_batches
-from cascade_rt.engine.cpus import usable_threads
 from cascade_rt.engine.execution import Execution
-from cascade_rt.engine.probabilities import confidence, softmax
-from cascade_rt.engine.providers import CPU
 from cascade_rt.engine.stage import Stage
+from cascade_rt.engine.task import SingleLabel
 from cascade_rt.engine.tokenization import Encoded
 from cascade_rt.errors import CascadeError, InputError, InvalidOption
 from cascade_rt.io.readers import AS_USUAL, LABEL, Reading, read_examples
 from cascade_rt.tuning.evaluation import label_ids, quality
 from cascade_rt.types import Text
+
+_TASK = SingleLabel()
 
 MAX_ACCURACY_DROP = 0.5
 """Percentage points of accuracy that a precision may cost, by default."""
@@ -96,14 +97,14 @@ def load_check_data(file: Path | None, checkpoint: Checkpoint, reading: Reading 
 def reference(checkpoint: Checkpoint, path: Path) -> Stage:
     """Return the member in fp32 on the CPU, the reference for every provider and precision."""
     entry = MemberEntry(checkpoint.name, path.name, "", checkpoint.layers, checkpoint.hidden_size, 1, "fp32", None)
-    return Stage(entry, path, len(checkpoint.labels), CPU, usable_threads(None))
+    return Stage(entry, path, len(checkpoint.labels), usable(Execution()))
 
 
 def probabilities(member: Stage, encoded: Encoded) -> Probabilities:
     """Return a member's class probabilities as the runtime computes them, float64 (texts, labels)."""
     rows = by_length(encoded.lengths)
     batches = list(micro_batches(rows, encoded.lengths, TOKEN_BUDGET))
-    answers = softmax(np.concatenate([member.run(encoded.batch(batch)).logits for batch in batches]))
+    answers = _TASK.probabilities(np.concatenate([member.run(encoded.batch(batch)).logits for batch in batches]))
     return answers[np.argsort(rows)]
 
 
@@ -119,7 +120,10 @@ def batch_difference(member: Stage, encoded: Encoded, answers: Probabilities, se
     for _ in range(_BATCHINGS):
         rows = draw.permutation(len(answers))[:_TIMED_TEXTS]
         for batch in np.array_split(rows, int(draw.integers(1, len(rows) + 1))):
-            worst = max(worst, float(np.abs(softmax(member.run(encoded.batch(batch)).logits) - answers[batch]).max()))
+            worst = max(
+                worst,
+                float(np.abs(_TASK.probabilities(member.run(encoded.batch(batch)).logits) - answers[batch]).max()),
+            )
     return worst
 
 
@@ -144,7 +148,7 @@ def compare(original: Probabilities | None, exported: Probabilities, labels: NDA
 
 
 def _quality(answers: Probabilities, labels: NDArray[np.intp]) -> dict[str, float | None]:
-    found = quality(labels, answers.argmax(axis=1), confidence(answers), answers.shape[1])
+    found = quality(SingleLabel(), labels, answers.argmax(axis=1), _TASK.confidence(answers), answers.shape[1])
     return {"accuracy": found.accuracy, "dis": found.dis, "ece": found.ece}
 
 
@@ -165,7 +169,7 @@ def check_drop(name: str, precision: str, report: dict[str, Any], allowed: float
             f"member {name!r} in {precision} may lose {lost:.2f} points of accuracy, allowed are {allowed:g} ({found}; "
             f"{100 * report['labels_agree']:.2f}% of labels agree on {report['texts']} texts, probabilities differ by "
             f"up to {report['max_probability_difference']:.3f}, {report['mean_probability_difference']:.4f} in the "
-            "mean); choose another `precision`, or auto, or a larger `max_accuracy_drop`"
+            "mean); choose another precision, or auto, or allow a larger drop"
         )
 
 

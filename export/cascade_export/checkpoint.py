@@ -108,7 +108,7 @@ def check_fit(checkpoints: Sequence[Checkpoint]) -> None:
             raise CascadeError(f"{where} {kinds[first.pair]} against {kinds[other.pair]}")
         if first.max_length != other.max_length:
             raise CascadeError(
-                f"{where} maximum length {first.max_length} against {other.max_length} tokens; set `max_length`"
+                f"{where} maximum length {first.max_length} against {other.max_length} tokens; set one for all"
             )
 
 

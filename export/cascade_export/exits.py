@@ -25,10 +25,12 @@ from cascade_export.torch_checkpoint import TorchCheckpoint, open_torch
 from cascade_export.verify import TOLERANCE, check_texts
 from cascade_rt import CascadeRuntime
 from cascade_rt.bundle import Bundle, MemberEntry, sha256_of, write_bundle, write_manifest
-from cascade_rt.bundle.manifest import ENTROPY, EXIT_RULES, HIDDEN_STATES, PATIENCE, THRESHOLD_RULES, TOKENS
-from cascade_rt.engine.probabilities import softmax
+from cascade_rt.bundle.manifest import ENTROPY, EXIT_RULES, HIDDEN_STATES, PATIENCE, TOKENS
+from cascade_rt.engine.task import SingleLabel
 from cascade_rt.errors import CascadeError, InvalidOption
 from cascade_rt.types import Text
+
+_TASK = SingleLabel()
 
 PRECISIONS_OF_SEGMENTS = tuple(name for name, writer in WRITERS.items() if not writer.needs_texts)
 """All but those that need texts: a segment alone does not see any."""
@@ -65,7 +67,7 @@ def export_exits(
     segments = [Segment(whole, index) for index in range(1 + len(whole.after))]
     settings: dict[str, Any] = {"kind": rule} | ({"patience": _PATIENCE} if rule == PATIENCE else {})
     texts = check_texts(checkpoint)
-    expected = softmax(_in_one_piece(checkpoint, whole, texts))
+    expected = _TASK.probabilities(_in_one_piece(checkpoint, whole, texts))
     with write_bundle(output, overwrite=overwrite) as folder, TemporaryDirectory(prefix="cascade-export-") as work:
         checkpoint.write_tokenizer(folder / TOKENIZER_FILE)
         with guarded(source, "cannot be exported to ONNX", "expected a multi-exit model of BERT or its like"):
@@ -77,7 +79,7 @@ def export_exits(
             members = []
             for index, segment in enumerate(segments):
                 write_precision(Path(work) / _file(index), folder / _file(index), kind)
-                early = index < len(segments) - 1 and rule in THRESHOLD_RULES
+                early = index < len(segments) - 1 and EXIT_RULES[rule].parameter == "thresholds"
                 members.append(
                     MemberEntry(
                         name=Path(_file(index)).stem,
@@ -109,8 +111,8 @@ def export_exits(
                 fact["batch_difference"] = batched
             data = load_check_data(check.data, checkpoint, check.reading)
             if data is not None:
-                original = softmax(_in_one_piece(checkpoint, whole, data.texts))
-                finished = softmax(runtime.member_logits(data.texts)[0])
+                original = _TASK.probabilities(_in_one_piece(checkpoint, whole, data.texts))
+                finished = _TASK.probabilities(runtime.member_logits(data.texts)[0])
                 for fact, member, ours, theirs in zip(facts, bundle.members, finished, original, strict=True):
                     fact["check"] = report = compare(theirs, ours, data.labels)
                     check_drop(member.name, precision, report, check.max_accuracy_drop)
@@ -142,7 +144,7 @@ def _compared(
 ) -> list[float]:
     """Return the largest difference of a probability from torch, for each exit; raise CascadeError beyond TOLERANCE."""
     with CascadeRuntime(folder) as runtime:
-        found = softmax(runtime.member_logits(texts)[0])
+        found = _TASK.probabilities(runtime.member_logits(texts)[0])
     differences = np.abs(found - expected).max(axis=(1, 2))
     if not differences.max() <= TOLERANCE:
         exit = int(differences.argmax())
@@ -155,6 +157,6 @@ def _compared(
 
 def _batch_differences(runtime: CascadeRuntime, texts: Sequence[Text]) -> list[float]:
     """Return how much a probability of each exit depends on the other texts of a call."""
-    together = softmax(runtime.member_logits(texts)[0])
-    alone = np.concatenate([softmax(runtime.member_logits([text])[0]) for text in texts], axis=1)
+    together = _TASK.probabilities(runtime.member_logits(texts)[0])
+    alone = np.concatenate([_TASK.probabilities(runtime.member_logits([text])[0]) for text in texts], axis=1)
     return [float(difference) for difference in np.abs(together - alone).max(axis=(1, 2))]

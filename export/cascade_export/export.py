@@ -17,7 +17,7 @@ from cascade_export.checkpoint import Checkpoint, built_in_texts, check_fit, tok
 from cascade_export.member import Files, MemberExport
 from cascade_export.onnx_checkpoint import OnnxCheckpoint, is_onnx, open_onnx
 from cascade_rt.bundle import Bundle, MemberEntry, sha256_of, write_bundle, write_manifest
-from cascade_rt.engine.providers import provider_name
+from cascade_rt.engine.backends import usable
 from cascade_rt.engine.tokenization import TextTokenizer
 from cascade_rt.errors import CascadeError, InputError, InvalidOption, MissingExtraError
 
@@ -62,7 +62,7 @@ def export_bundle(
     check_fit(checkpoints)
     checkpoints = _with_one_tokenizer(checkpoints, check)
     wanted = _by_member(precision, [checkpoint.name for checkpoint in checkpoints])
-    provider_name(check.execution.provider)  # fails before the work
+    usable(check.execution)  # fails before the work
     first = checkpoints[0]
     with write_bundle(output, overwrite=overwrite) as folder:
         first.write_tokenizer(folder / TOKENIZER_FILE)
@@ -157,7 +157,7 @@ def _files(
 ) -> Files:
     if isinstance(checkpoint, OnnxCheckpoint):
         if calibrate:
-            raise InputError(f"member {checkpoint.name!r} is an ONNX file; `calibrate` needs torch weights")
+            raise InputError(f"member {checkpoint.name!r} is an ONNX file; calibration needs torch weights")
         return checkpoint
     from cascade_export.torch_checkpoint import TorchCheckpoint  # noqa: PLC0415 - loads torch, ONNX folders need none
     from cascade_export.torch_files import TorchFiles  # noqa: PLC0415

@@ -20,9 +20,9 @@ from cascade_export.check import (
 )
 from cascade_export.checkpoint import Checkpoint, built_in_texts
 from cascade_rt.bundle import BATCH_TOLERANCE, MemberEntry, WeightFile, sha256_of
-from cascade_rt.engine.cpus import usable_threads
+from cascade_rt.engine.backends import usable
 from cascade_rt.engine.execution import Execution
-from cascade_rt.engine.providers import CPU, OPENVINO, instead_of, is_installed, provider_name
+from cascade_rt.engine.providers import CPU, OPENVINO, instead_of, is_installed
 from cascade_rt.engine.stage import Stage
 from cascade_rt.engine.tokenization import TextTokenizer
 from cascade_rt.errors import BundleError, CascadeError, InputError
@@ -71,7 +71,8 @@ class MemberExport:
         self._checkpoint = checkpoint
         self._files = files
         self._folder = folder
-        self._check = check
+        self._max_accuracy_drop = check.max_accuracy_drop
+        self._execution = usable(check.execution)
         self._data = data
         self._encoded = tokenizer.encode(data.texts) if data else None
         self._original = files.original(data.texts, tokenizer) if data else None
@@ -84,13 +85,12 @@ class MemberExport:
         member cannot have, and CascadeError if the check fails.
         """
         precision = precision or self._files.usual
-        provider = provider_name(self._check.execution.provider)
-        by_auto = dict.fromkeys(instead_of(name, provider) or name for name in _TRIED_BY_AUTO)
+        by_auto = dict.fromkeys(instead_of(name, self._execution.provider) or name for name in _TRIED_BY_AUTO)
         possible = self._files.precisions
         tried = [name for name in by_auto if name in possible] if precision == AUTO else [precision]
         if not tried or not set(tried) <= set(possible):
             raise InputError(
-                f"member {self._checkpoint.name!r}: `precision`: found {precision!r}, expected one of: "
+                f"member {self._checkpoint.name!r}: found the precision {precision!r}, expected one of: "
                 f"{', '.join([*possible, AUTO])}"
             )
         return self._fastest(tried) if precision == AUTO else self._checked(*self._written(precision))
@@ -102,9 +102,9 @@ class MemberExport:
         """
         if self._encoded is None or self._original is None:
             missing = (
-                "no texts to compare on; give `check_data`" if self._data is None else "no fp32 file to compare with"
+                "no texts to compare on; give check data" if self._data is None else "no fp32 file to compare with"
             )
-            raise InputError(f"member {self._checkpoint.name!r}: found `precision` auto and {missing}")
+            raise InputError(f"member {self._checkpoint.name!r}: found the precision auto and {missing}")
         members: dict[str, Stage] = {}
         elsewhere: dict[str, Stage] = {}
         refused: dict[str, str] = {}
@@ -113,9 +113,9 @@ class MemberExport:
                 entry, member = self._written(name)
                 member.load()  # now, because the next precision replaces its file
                 members[name] = member
-                if name == "fp32" and provider_name(self._check.execution.provider) == CPU and is_installed(OPENVINO):
+                if name == "fp32" and self._execution.provider == CPU and is_installed(OPENVINO):
                     with suppress(BundleError):  # it does not have all operators
-                        other = self._stage(entry, Execution(OPENVINO, self._check.execution.threads))
+                        other = self._stage(entry, usable(Execution(OPENVINO, self._execution.threads)))
                         other.load()
                         elsewhere[FP32_ON_OPENVINO] = other
             except CascadeError as error:  # the provider has no kernels for it
@@ -153,12 +153,10 @@ class MemberExport:
             data=tuple(WeightFile(file, sha256_of(folder / file)) for file in data),
             other=self._files.facts,
         )
-        return entry, self._stage(entry, self._check.execution)
+        return entry, self._stage(entry, self._execution)
 
     def _stage(self, entry: MemberEntry, execution: Execution) -> Stage:
-        provider, threads = provider_name(execution.provider), usable_threads(execution.threads)
-        labels = len(self._checkpoint.labels)
-        return Stage(entry, self._folder / entry.file, labels, provider, threads, execution.provider_options)
+        return Stage(entry, self._folder / entry.file, len(self._checkpoint.labels), execution)
 
     def _checked(self, entry: MemberEntry, member: Stage) -> MemberEntry:
         """Run the finished member; return its entry with the measurements; raise CascadeError if it lost too much."""
@@ -169,5 +167,5 @@ class MemberExport:
         if self._encoded is not None and self._data is not None:
             found["check"] = report = compare(self._original, probabilities(member, self._encoded), self._data.labels)
             if self._original is not None:
-                check_drop(entry.name, entry.precision, report, self._check.max_accuracy_drop)
+                check_drop(entry.name, entry.precision, report, self._max_accuracy_drop)
         return replace(entry, other={**entry.other, **found})

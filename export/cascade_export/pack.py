@@ -32,7 +32,7 @@ def check_output(output: str | Path, *, overwrite: bool) -> None:
     """Raise InputError for a file that cannot be written, or that exists and is not to be replaced."""
     check_ending(output, ".onnx")
     if output_path(output).exists() and not overwrite:
-        raise InputError(f"{output}: exists already; name another file, or use `overwrite`")
+        raise InputError(f"{output}: exists already; name another file, or overwrite it")
 
 
 def packed(model_dir: str | Path, output: Path, *, overwrite: bool) -> str:

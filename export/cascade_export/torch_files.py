@@ -15,12 +15,13 @@ from cascade_export.precision import WRITERS, write_precision
 from cascade_export.temperature import divide_logits, fit_temperature
 from cascade_export.torch_checkpoint import TorchCheckpoint
 from cascade_export.verify import check_texts, torch_probabilities, verify
-from cascade_rt.engine.probabilities import confidence, softmax
+from cascade_rt.engine.task import SingleLabel
 from cascade_rt.engine.tokenization import TextTokenizer
 from cascade_rt.errors import InputError
 from cascade_rt.tuning.metrics import ece
 from cascade_rt.types import Text
 
+_TASK = SingleLabel()
 _ROUNDING_TEXTS = 512
 
 
@@ -67,19 +68,22 @@ class TorchFiles:
 def _calibrate(checkpoint: TorchCheckpoint, data: CheckData | None) -> dict[str, Any]:
     """Scale the checkpoint's logits by the temperature that fits the check data; return it for the manifest."""
     if data is None or data.labels is None:
-        raise InputError(f"member {checkpoint.name!r}: found no labelled data to calibrate on; give `check_data`")
+        raise InputError(f"member {checkpoint.name!r}: found no labelled data to calibrate on; give check data")
     before = torch_probabilities(checkpoint, data.texts)
     logits = np.log(np.maximum(before, 1e-30))
     temperature = fit_temperature(logits, data.labels)
     divide_logits(checkpoint.model, temperature)
     if checkpoint.original:
         divide_logits(checkpoint.original.model, temperature)
-    after = softmax(logits / temperature)
+    after = _TASK.probabilities(logits / temperature)
     correct = before.argmax(axis=1) == data.labels
     return {
         "temperature": {
             "value": temperature,
             "texts": len(correct),
-            "ece": {"before": ece(correct, confidence(before)), "after": ece(correct, confidence(after))},
+            "ece": {
+                "before": ece(correct, _TASK.confidence(before)),
+                "after": ece(correct, _TASK.confidence(after)),
+            },
         }
     }

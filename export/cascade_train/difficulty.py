@@ -147,7 +147,7 @@ def read_difficulty(folder: Path, train: Examples) -> list[int]:
     if of != train.digest() or set(found) != set(range(len(train))) or not set(found.values()) <= {0, 1}:
         raise InputError(
             f"{folder}: labels of {len(found)} other training examples than these {len(train)}; use the same task, "
-            "`holdout` and `split_seed` as in cascade-rt difficulty"
+            "the holdout and split seed as in cascade-rt difficulty"
         )
     return [found[row] for row in range(len(train))]
 

@@ -237,8 +237,8 @@ def projections(model: Any, base: str) -> list[nn.Linear]:
             if all(name in found for name in names):
                 return [found[name] for name in names]
     raise InputError(
-        f"{base}: `relations` needs separate queries, keys and values, and a {type(model).__name__} has none; distil "
-        "without `relations`"
+        f"{base}: relations need separate queries, keys and values, and a {type(model).__name__} has none; distil "
+        "without relations"
     )
 
 

@@ -36,12 +36,14 @@ from transformers import (
 
 from cascade_rt import CascadeRuntime
 from cascade_rt.cli import main
-from cascade_rt.engine.probabilities import softmax
+from cascade_rt.engine.task import SingleLabel
 from cascade_rt.errors import CascadeError, InputError
 from cascade_rt.types import Text
 
 from ..conftest import WORDS
 from .families import FAMILIES
+
+TASK = SingleLabel()
 
 LABELS = ("bad", "good")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -340,7 +342,7 @@ def test_a_member_fine_tuned_under_the_bundles_tokenizer_needs_no_alignment(
     made = export_bundle([str(small), str(tmp_path / "trained")], tmp_path / "made", pair=True)
     assert "alignment" not in made.members[1].other
     assert made.provenance["checkpoints"]["trained"]["training"]["tokenizer"] == "small"
-    answers = softmax(CascadeRuntime(tmp_path / "made").member_logits(PAIRS)[0][1])
+    answers = TASK.probabilities(CascadeRuntime(tmp_path / "made").member_logits(PAIRS)[0][1])
     np.testing.assert_allclose(answers, torch_probabilities(trained, PAIRS), atol=1e-4)
 
 

@@ -50,7 +50,7 @@ def test_order_on_the_command_line_does_not_matter(
     assert bundle.thresholds == [0.75, 0.75]
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["bundle"]
     assert main(["export", *members, "--output", "made/bundle"]) == 2
-    assert "--overwrite" in capsys.readouterr().err
+    assert "overwrite that bundle" in capsys.readouterr().err
 
 
 def test_the_check_covers_empty_short_padded_and_cut_texts(member_folders: list[Path]) -> None:

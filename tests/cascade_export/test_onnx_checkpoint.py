@@ -84,7 +84,7 @@ def test_the_file_of_a_precision_is_taken_and_compared_with_fp32(laid_out: Path,
     assert 0 < member.other["check"]["max_probability_difference"] < 1
     named = export_bundle([str(laid_out / "big" / "onnx" / "model_quantized.onnx")], tmp_path / "named")
     assert (named.members[0].sha256, named.members[0].name) == (member.sha256, "big")
-    with pytest.raises(CascadeError, match="`precision`: found 'fp16', expected one of: fp32, int8-tensor"):
+    with pytest.raises(CascadeError, match="found the precision 'fp16', expected one of: fp32, int8-tensor"):
         export_bundle([str(laid_out / "big")], tmp_path / "none", precision="fp16")
 
 

@@ -205,7 +205,7 @@ def test_auto_takes_the_fastest_that_passes(wide: Path, tmp_path: Path, monkeypa
             "wide: fp32 was faster with OpenVINO, 1.00 times for single texts and 2.00 times in bulk; to check it: "
             "--provider openvino --precision fp32"
         )
-    with pytest.raises(InputError, match="no texts to compare on; give `check_data`"):
+    with pytest.raises(InputError, match="no texts to compare on; give check data"):
         export_bundle([str(wide)], tmp_path / "none", precision="auto")
 
 
@@ -230,7 +230,7 @@ def test_each_member_can_have_its_own(member_folders: list[Path], tmp_path: Path
     )
     assert [member.precision for member in made.members] == ["fp32", "int8", "int8"]
     for precision, says in (
-        ("int7", "`precision`: found 'int7', expected one of: fp32, fp16, int8, "),
+        ("int7", "found the precision 'int7', expected one of: fp32, fp16, int8, "),
         ({"huge": "int8"}, r"`precision`: found \['huge'\], expected members among: tiny"),
     ):
         with pytest.raises(CascadeError, match=says):

@@ -46,7 +46,10 @@ def test_unknown_keys_are_kept(copied: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (set_to("format_version", to=3), "format_version 3, this cascade-rt reads 1 and 2; install a newer cascade-rt"),
+        (
+            set_to("format_version", to=4),
+            "format_version 4, this cascade-rt reads 1, 2 and 3; install a newer cascade-rt",
+        ),
         (set_to("format_version", to=0), "export the bundle again"),
         (set_to("format_version", to=True), "format_version: found 'True', expected int"),
         (delete("labels"), "has no 'labels'"),

@@ -11,6 +11,7 @@ import pytest
 from cascade_rt import CascadeError, CascadeRuntime, InputError
 from cascade_rt.bundle import MemberEntry
 from cascade_rt.bundle.precisions import PRECISIONS, Precision
+from cascade_rt.engine.execution import Execution
 from cascade_rt.engine.providers import CPU, CUDA, OPENVINO, instead_of
 from cascade_rt.engine.stage import Stage
 
@@ -67,7 +68,7 @@ def test_int8_is_not_sent_to_a_device_that_cannot_run_it(bundle: Path, monkeypat
         InputError,
         match="`provider`: found .CUDA.*one that can run the int8 products of member 'small'; .* in the precision fp16",
     ):
-        Stage(entry, bundle / "small.onnx", 3, "CUDAExecutionProvider", 1)
+        Stage(entry, bundle / "small.onnx", 3, Execution("CUDAExecutionProvider", 1))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS.values(), ids=lambda precision: precision.name)
