@@ -16,7 +16,7 @@ from cascade_export.check import MAX_ACCURACY_DROP, Check
 from cascade_export.checkpoint import training_record
 from cascade_export.export import DEFAULT_THRESHOLD, export_bundle
 from cascade_export.member import AUTO, FP32_ON_OPENVINO
-from cascade_export.pack import check_output, packed
+from cascade_export.pack import packed
 from cascade_rt.bundle import Bundle, MemberEntry
 from cascade_rt.bundle.manifest import EXIT_RULES
 from cascade_rt.cli.options import add_label_column, add_provider_option, add_reading, provider_options, reading
@@ -25,6 +25,7 @@ from cascade_rt.cli.rendering import table
 from cascade_rt.engine.execution import Execution
 from cascade_rt.errors import InputError, InvalidOption, MissingExtraError
 from cascade_rt.io.readers import LABEL
+from cascade_rt.io.writers import new_path
 
 SUMMARY = "export fine-tuned members as a bundle (extra: export)"
 EXAMPLE = "cascade-rt export --member members/2L --member members/12L --output bundle/"
@@ -114,7 +115,7 @@ def add_arguments(parser: CommandParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Export, and print a table: the members, and how they compare with their originals on the check data."""
     if options.single_file:
-        check_output(options.single_file, overwrite=options.overwrite)
+        new_path(options.single_file, ".onnx", overwrite=options.overwrite)
     check = Check(
         options.check_data,
         reading(options),
