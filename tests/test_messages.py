@@ -46,6 +46,7 @@ SHOWN_BY = {
     "folds": "difficulty",
     "format": READS,
     "holdout": TRAINS,
+    "jobs": "difficulty",
     "kind": "train-exits",
     "layers": "difficulty distil train",
     "max_accuracy_drop": "build export",
