@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..bundle.manifest import EXIT_RULES
 from ..engine.execution import Execution
 from ..errors import InferenceError, InputError, InvalidOption, TextError
 from ..io.readers import FORMATS, LABEL, Example, Reading, Reject, read_examples
@@ -84,21 +85,11 @@ def refuse_without_ray(options: argparse.Namespace, defaults: Mapping[str, Any])
             raise InvalidOption(name, found, "none without --engine ray")
 
 
-def add_threshold(parser: CommandParser) -> None:
-    """Add one threshold for all members, or another patience."""
-    parser.add_argument(
-        "--threshold",
-        dest="thresholds",
-        type=float,
-        metavar="TAU",
-        help="one threshold for all members, also those that tuning left out (default: the bundle's)",
-    )
-    parser.add_argument(
-        "--patience",
-        type=int,
-        metavar="N",
-        help="for bundles with this exit rule: how many members in a row must agree (default: the bundle's)",
-    )
+def add_exit_rule(parser: CommandParser) -> None:
+    """Add an option for the parameter of each kind of exit rule."""
+    for rule in EXIT_RULES.values():
+        if rule.parameter not in parser.option_names():
+            parser.add_argument(rule.flag, dest=rule.parameter, **rule.option)
 
 
 def add_input(parser: CommandParser, *, required: bool, help: str) -> None:
@@ -154,9 +145,14 @@ def provider_options(options: argparse.Namespace) -> dict[str, str]:
 
 
 def open_runtime(options: argparse.Namespace) -> CascadeRuntime:
-    """Open the bundle with the settings and the threshold or patience of the options."""
-    runtime = CascadeRuntime(options.model_dir, thresholds=options.thresholds, **settings(options))
-    return runtime if options.patience is None else runtime.with_patience(options.patience)
+    """Open the bundle with the settings of the options, and the exit rule's parameter if it is given."""
+    asked = {rule.parameter: getattr(options, rule.parameter) for rule in EXIT_RULES.values()}
+    thresholds = asked.pop("thresholds")
+    runtime = CascadeRuntime(options.model_dir, thresholds=thresholds, **settings(options))
+    for parameter, value in asked.items():
+        if value is not None:
+            runtime = runtime.changed(parameter, value)
+    return runtime
 
 
 def examples(options: argparse.Namespace, pair: bool, *, labelled: bool = False) -> Iterator[Example]:

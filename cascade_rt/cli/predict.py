@@ -25,9 +25,9 @@ from .options import (
     RAY,
     add_bundle,
     add_engine,
+    add_exit_rule,
     add_input,
     add_running,
-    add_threshold,
     open_runtime,
     progress_bar,
     provider_options,
@@ -81,7 +81,7 @@ def add_arguments(parser: CommandParser) -> None:
         "--rejects", metavar="FILE", help="file for such rows, with the reason; formats as for --output"
     )
     parser.writes("rejects", paths=lambda path: [path, f"{path}.partial"])
-    add_threshold(parser)
+    add_exit_rule(parser)
     add_running(parser)
     _add_cluster(parser)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from ..errors import InputError
 from ..io.writers import output_folder, write_json
 from ..tuning.collect import cache_folder, collect, open_whole
-from ..tuning.evaluation import label_ids
+from ..tuning.evaluation import true_answers
 from ..tuning.plot import draw_front, pyplot
 from ..tuning.report import COSTS, Question
 from ..tuning.tune import local_folder, tune, write_tuning
@@ -116,8 +116,7 @@ def run(options: argparse.Namespace) -> None:
     records = list(examples(options, bundle.pair, labelled=not options.agreement))
     labels = None
     if not options.agreement:
-        how = reading(options)
-        labels = label_ids([(how.label_of(row), row.where) for row in records], bundle.labels)
+        labels = true_answers(runtime.task, records, reading(options), bundle.labels)
     cache = None if options.no_cache else cache_folder()
     with progress_bar() as progress, located(records, runtime):
         data = collect(runtime, [row.text for row in records], labels, cache=cache, progress=progress.update)

@@ -18,14 +18,14 @@ from ..errors import CascadeError, InputError, InvalidOption
 from ..types import Text
 from .compression import ending
 from .csv_rows import Lines, read_header, read_rows, stripped
-from .fields import label
+from .fields import label, labels
 from .lines import Line, Record, read_lines, source_name
 from .remote import files_behind, import_parquet, is_uri, located
 
 FORMATS = ("jsonl", "json", "csv", "tsv", "txt", "parquet")
 _BY_ENDING = {**{name: name for name in FORMATS}, "ndjson": "jsonl"}
 _TABLES = ("csv", "tsv", "parquet")
-LABEL = "label"
+LABEL, LABELS = "label", "labels"
 """The usual column of the labels."""
 
 _ARRAY = "expected an array of objects; for one object per line name the format jsonl"
@@ -71,6 +71,10 @@ class Reading:
         """Return the label of an example; raise InputError if it has none."""
         return example.field(self.label_column or LABEL)
 
+    def labels_of(self, example: Example) -> list[str]:
+        """Return all labels of an example, by default in the column "labels" or "label"; errors as of `labels`."""
+        return example.labels(self.label_column or (LABELS if LABELS in example.fields else LABEL))
+
     def of_texts(self, source: str | Path) -> Reading:
         """Return how to read one of several files; for txt, which has no columns, without what is for tables."""
         plain = (self.format or ending(source)) == "txt"
@@ -104,14 +108,22 @@ class Example:
             found = label(value)
         except TypeError as error:
             raise InputError(
-                f"{self.where}: column {column!r} holds {error} ({_shortened(value)}), expected one label: several "
-                "labels per text are not supported; keep one of them, or train a classifier for each"
+                f"{self.where}: column {column!r} holds {error} ({_shortened(value)}), expected one label: only "
+                "bundles of the task multi_label take several; keep one of them"
             ) from error
         if not found:
             raise InputError(
                 f"{self.where}: column {column!r} is empty, expected a value; fill it, or leave the row out"
             )
         return found
+
+    def labels(self, column: str) -> list[str]:
+        """Return all labels of a field, possibly none; raise InputError if the record has no such field."""
+        _check_column(self.fields, column, self.where)
+        try:
+            return labels(self.fields[column])
+        except TypeError as error:
+            raise InputError(f"{self.where}: column {column!r} holds {error}, expected a list of labels") from error
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO, TypeVar
 
-from ..engine.stage import out_of_memory
+from ..engine.backends import out_of_memory
 from ..errors import CascadeError, InferenceError, InputError, InvalidOption, TextError
 from ..io.readers import Example, Reject
 from ..io.writers import json_line

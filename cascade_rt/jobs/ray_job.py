@@ -15,15 +15,16 @@ import logging
 import pickle
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from ..cluster import RemoteRuntime, cluster, shared
+from ..cluster import RemoteBundle, cluster, shared
 from ..engine.cpus import usable_threads
-from ..engine.journey import Journey
+from ..engine.execution import Execution
 from ..engine.providers import CPU, OPENVINO
 from ..engine.stage import Stage
+from ..engine.step import Journey
 from ..errors import CascadeError, InferenceError, InputError, InvalidOption, first_line
 from ..io.readers import AS_USUAL, Reading, input_files, read_records
 from ..io.remote import is_uri
@@ -52,7 +53,7 @@ _READERS = 2  # files that are read at a time, for each machine
 class Job:
     """What every process of a job knows of it."""
 
-    runtime: RemoteRuntime
+    runtime: RemoteBundle
     verify: bool
     """Whether the bundle's files are checked where they are opened."""
     folder: ShardFolder
@@ -347,11 +348,11 @@ def _opened(job: Job, members: range, pool: Pool) -> tuple[CascadeRuntime, Mappi
 
     Another provider opens those members alone: it may have no kernels for the precision of the others.
     """
-    whole, settings = job.runtime, {"threads": pool.threads, "verify": job.verify}
-    chosen = {"provider": pool.provider, "provider_options": pool.provider_options}
+    whole = job.runtime
+    execution = Execution(pool.provider, pool.threads, pool.provider_options)
     if pool.provider == "cpu" or len(members) == len(whole.members):
-        runtime = whole.open(**settings, **chosen)
-        return runtime, dict(enumerate(runtime.chain.stages)), runtime
-    alone = replace(whole, members=[whole.members[member] for member in members], thresholds=None)
-    own = alone.open(**settings, **chosen)
-    return whole.open(**settings), dict(zip(members, own.chain.stages, strict=True)), own
+        runtime = whole.open(execution, verify=job.verify)
+        return runtime, dict(enumerate(runtime.plan.stages)), runtime
+    own = whole.open(execution, verify=job.verify, members=[whole.members[member] for member in members])
+    runtime = whole.open(Execution(threads=pool.threads), verify=job.verify)
+    return runtime, dict(zip(members, own.plan.stages, strict=True)), own

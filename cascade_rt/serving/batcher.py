@@ -1,15 +1,13 @@
 """Dynamic batching per stage: texts of different requests run together, and are regrouped before every member.
 
 submit -> queue of stage 1 -> micro-batch -> exit rule -> remaining texts, with those of other requests, queue for
-stage 2 -> ... -> answers. One thread runs the stages; a lock guards the queues. `BaseBatcher` is what does not depend
-on where stages run.
+stage 2 -> ... -> answers. One thread runs the stages; a lock guards the queues.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-from abc import ABC, abstractmethod
 from bisect import insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,9 +20,9 @@ import numpy as np
 
 from ..bundle.manifest import HIDDEN_STATES, TOKENS
 from ..engine.batching import by_length, micro_batches
-from ..engine.exit_rules import Decisions, ExitRule
+from ..engine.exit_rules import ExitRule
 from ..engine.hidden_states import HiddenStates
-from ..engine.probabilities import softmax
+from ..engine.step import Call, step
 from ..engine.tokenization import Encoded
 from ..errors import CascadeError, InferenceError
 from ..runtime import CascadeRuntime
@@ -65,11 +63,11 @@ class Answer:
     steps: tuple[tuple[float, ...], ...]
     """Probabilities of every member that the text ran."""
     degraded: bool = False
-    """Whether a deadline kept it from the next member."""
+    """True if a deadline kept the text from the next member."""
 
 
-class Run(NamedTuple):
-    """A micro-batch with texts of a request. Times by `time.monotonic`, in seconds."""
+class RequestRun(NamedTuple):
+    """A run with texts of one request. Times by `time.monotonic`, in seconds."""
 
     stage: int
     queued: float
@@ -85,19 +83,41 @@ class Run(NamedTuple):
 class Ticket:
     """The texts of one request, and their answers so far."""
 
-    def __init__(self, texts: int, deadline: float, on_done: Callable[[], object]) -> None:
+    def __init__(self, texts: int, rule: ExitRule, deadline: float, on_done: Callable[[], object]) -> None:
+        self.rule = rule
+        self.state = rule.begin(texts)
+        """State of the exit rule."""
         self.answers: list[Answer | None] = [None] * texts
         self.error: Exception | None = None
         self.deadline = deadline
-        self.runs: list[Run] = []
-        self._so_far: list[Answer | None] = [None] * texts
-        self._left = texts
-        self._on_done = on_done
+        self.runs: list[RequestRun] = []
+        self.on_done = on_done
+        self.left = texts
+        """Number of texts without an answer."""
+        self._noted: list[Answer | None] = [None] * texts
 
     @property
     def finished(self) -> bool:
-        """Whether all texts are answered, or none will be any more."""
-        return self.error is not None or not self._left
+        """True when all texts are answered, or none will be any more."""
+        return self.error is not None or not self.left
+
+    def note(self, row: int, answer: Answer) -> None:
+        """Remember a member's answer to a text that goes on to the next member."""
+        self._noted[row] = answer
+
+    def degraded(self, row: int) -> Answer | None:
+        """Return the answer noted last for a text, marked as degraded; None if no member has run."""
+        noted = self._noted[row]
+        return None if noted is None else replace(noted, degraded=True)
+
+    def settle(self, row: int, answer: Answer) -> None:
+        """Answer a text for good."""
+        self.answers[row] = answer
+        self.left -= 1
+
+    def fail(self, error: Exception) -> None:
+        """Finish with an error; `result` raises it."""
+        self.error = error
 
     def result(self) -> list[Answer]:
         """Return the answers in the order of the texts; raise what went wrong."""
@@ -107,7 +127,7 @@ class Ticket:
 
 
 class Observer(Protocol):
-    """What is told of each micro-batch and each answer, for metrics."""
+    """Receiver of each micro-batch and each answer, for metrics."""
 
     def batch(self, stage: int, waits: Sequence[float], tokens: int, seconds: float) -> None:
         """A micro-batch ran: seconds that each text waited for it, its padded tokens, and the time of the run."""
@@ -126,9 +146,8 @@ class Waiting:
     queued: float
     length: int
     truncated: bool
-    decisions: Decisions
     inputs: dict[str, tuple[Any, int]]
-    """What stages may read, by its kind: the texts or states of a call, and the row there."""
+    """Inputs of stages by their kind: the texts or states of a call, and the row there."""
     steps: tuple[tuple[float, ...], ...] = ()
 
 
@@ -136,38 +155,53 @@ def _by_arrival(text: Waiting) -> float:
     return text.arrived
 
 
-class BaseBatcher(ABC):
-    """The texts that were accepted and are not yet answered, and how their requests end."""
+class Batcher:
+    """Answers the texts of many requests by one runtime.
+
+    A stage runs when its texts fill a micro-batch, when one of them has waited `max_wait` seconds for that, or when
+    there is nothing else to run; among those stages, the one with the text that arrived first. Its micro-batch is that
+    text, and waiting texts of similar length.
+    """
 
     def __init__(
-        self, runtime: CascadeRuntime, *, max_queue: int, degrade: bool = False, observer: Observer | None = None
+        self,
+        runtime: CascadeRuntime,
+        *,
+        max_wait: float = 0.0,
+        max_queue: int = 1000,
+        degrade: bool = False,
+        observer: Observer | None = None,
     ) -> None:
-        """Accept texts from now on.
+        """Accept texts from now on, and start the thread.
 
         Args:
             runtime: Closed by `close`.
+            max_wait: Seconds that a text may wait for its micro-batch to fill, while other stages have texts.
             max_queue: Texts that may be accepted and not yet answered; more raise Overloaded.
-            degrade: Whether a text without time for the next member gets the answer of the member before.
-            observer: Told of batches and answers.
+            degrade: If True, a text without time for the next member gets the answer of the member before.
+            observer: Told of batches and answers, in the thread.
         """
         self.runtime = runtime
-        self._chain = runtime.chain
+        self._plan = runtime.plan
+        self._max_wait = max_wait
         self._max_queue = max_queue
         self._degrade = degrade
         self._observer = observer
-        self._queues: list[list[Waiting]] = [[] for _ in self._chain.stages]
+        self._queues: list[list[Waiting]] = [[] for _ in self._plan.stages]
         self._accepted = 0
         self._seconds_per_token = [0.0] * len(self._queues)
         self._draining = False
         self._wake = Condition()
+        self._thread = Thread(target=self._work, name="cascade-batcher", daemon=True)
+        self._thread.start()
 
-    @abstractmethod
-    def _begin(self, ticket: Ticket, texts: list[Waiting]) -> None:
-        """Let texts that were queued for the first stage go on; the lock is held."""
-
-    @abstractmethod
     def close(self) -> None:
-        """Answer what was accepted, and take no more; then close the runtime."""
+        """Answer what was accepted, and take no more; then stop the thread and close the runtime."""
+        with self._wake:
+            self._draining = True
+            self._wake.notify()
+        self._thread.join()
+        self.runtime.close()
 
     def queued(self) -> list[int]:
         """Return how many texts wait for each stage."""
@@ -188,20 +222,18 @@ class BaseBatcher(ABC):
         thread, when the ticket is finished, unless it was cancelled. Raises Overloaded and Draining.
         """
         count = len(encoded.lengths)
-        ticket = Ticket(count, deadline, on_done)
-        rule = self._chain.rule if rule is None else rule
+        ticket = Ticket(count, self._plan.rule if rule is None else rule, deadline, on_done)
         with self._wake:
             self._check_room(count)
             now = monotonic()
             texts = []
             for row, length in enumerate(encoded.lengths.tolist()):
                 inputs: dict[str, tuple[Any, int]] = {TOKENS: (encoded, row)}
-                decisions = rule.begin(1)
-                texts.append(Waiting(ticket, row, now, now, max(1, length), encoded.truncated(row), decisions, inputs))
+                texts.append(Waiting(ticket, row, now, now, max(1, length), encoded.truncated(row), inputs))
             if count:
                 self._queues[0] += texts
                 self._accepted += count
-                self._begin(ticket, texts)
+                self._wake.notify()
         if not count:
             on_done()
         return ticket
@@ -242,15 +274,14 @@ class BaseBatcher(ABC):
         with self._wake:
             if ticket.finished:
                 return
-            if not self._degrade or any(
-                done is None and so_far is None for done, so_far in zip(ticket.answers, ticket._so_far, strict=True)
-            ):
+            left = {row: ticket.degraded(row) for row, answer in enumerate(ticket.answers) if answer is None}
+            if not self._degrade or None in left.values():
                 self._abandon(ticket, DeadlineExceeded())
                 return
             self._dequeue(ticket)
-            for row, so_far in enumerate(ticket._so_far):
-                if ticket.answers[row] is None and so_far is not None:
-                    self._settle(ticket, row, replace(so_far, degraded=True))
+            for row, noted in left.items():
+                if noted is not None:
+                    self._settle(ticket, row, noted)
 
     def _backlog(self) -> float:
         """Return the seconds that the queues need at least: what they hold, without what goes on to bigger members."""
@@ -265,11 +296,10 @@ class BaseBatcher(ABC):
             ticket = text.ticket
             if ticket.finished:
                 continue
-            so_far = ticket._so_far[text.row]
             if ticket.deadline >= expected:
                 kept.append(text)
-            elif self._degrade and so_far is not None:
-                self._settle(ticket, text.row, replace(so_far, degraded=True))
+            elif self._degrade and (noted := ticket.degraded(text.row)) is not None:
+                self._settle(ticket, text.row, noted)
             else:
                 self._abandon(ticket, DeadlineExceeded())
             if ticket.finished:
@@ -283,22 +313,15 @@ class BaseBatcher(ABC):
         pace = self._seconds_per_token
         pace[stage] += (_SMOOTHING if pace[stage] else 1.0) * (seconds / tokens - pace[stage])
 
-    def _answered(self, stage: int, text: Waiting, logits: list[float], probabilities: list[float]) -> bool:
-        """Note a stage's answer to a text, and return whether the text leaves with it."""
+    def _answer(self, stage: int, text: Waiting, logits: list[float], probabilities: list[float]) -> Answer:
+        """Return a stage's answer to a text."""
         text.steps += (tuple(probabilities),)
         winner = probabilities.index(max(probabilities))
-        prediction = self._chain.prediction(probabilities, winner, stage, text.truncated)
-        answer = Answer(prediction, tuple(logits), text.steps)
-        leaves = text.decisions.leaves_alone(stage, probabilities)
-        if leaves:
-            self._settle(text.ticket, text.row, answer)
-        else:
-            text.ticket._so_far[text.row] = answer
-        return leaves
+        prediction = self._plan.prediction(probabilities, winner, stage, text.truncated)
+        return Answer(prediction, tuple(logits), text.steps)
 
     def _settle(self, ticket: Ticket, row: int, answer: Answer) -> None:
-        ticket.answers[row] = answer
-        ticket._left -= 1
+        ticket.settle(row, answer)
         self._accepted -= 1
         exits = [0] * len(self._queues)
         exits[answer.prediction.exit] = 1
@@ -307,52 +330,13 @@ class BaseBatcher(ABC):
             self._observer.answered(answer)
 
     def _abandon(self, ticket: Ticket, error: Exception) -> None:
-        ticket.error = error
-        self._accepted -= ticket._left
+        ticket.fail(error)
+        self._accepted -= ticket.left
         self._dequeue(ticket)
 
     def _dequeue(self, ticket: Ticket) -> None:
         for queue in self._queues:
             queue[:] = [text for text in queue if text.ticket is not ticket]
-
-
-class Batcher(BaseBatcher):
-    """Answers the texts of many requests by one runtime.
-
-    A stage runs when its texts fill a micro-batch, when one of them has waited `max_wait` seconds for that, or when
-    there is nothing else to run; among those stages, the one with the text that arrived first. Its micro-batch is that
-    text, and waiting texts of similar length.
-    """
-
-    def __init__(
-        self,
-        runtime: CascadeRuntime,
-        *,
-        max_wait: float = 0.0,
-        max_queue: int = 1000,
-        degrade: bool = False,
-        observer: Observer | None = None,
-    ) -> None:
-        """Start the thread.
-
-        `max_wait`: seconds that a text may wait for its micro-batch to fill, while other stages have texts. The other
-        arguments are those of `BaseBatcher`; the observer is told in the thread.
-        """
-        super().__init__(runtime, max_queue=max_queue, degrade=degrade, observer=observer)
-        self._max_wait = max_wait
-        self._thread = Thread(target=self._work, name="cascade-batcher", daemon=True)
-        self._thread.start()
-
-    def _begin(self, ticket: Ticket, texts: list[Waiting]) -> None:
-        self._wake.notify()
-
-    def close(self) -> None:
-        """Answer what was accepted, then stop the thread and close the runtime."""
-        with self._wake:
-            self._draining = True
-            self._wake.notify()
-        self._thread.join()
-        self.runtime.close()
 
     def _work(self) -> None:
         while True:
@@ -364,7 +348,7 @@ class Batcher(BaseBatcher):
                 stage = self._next_stage(monotonic())
                 texts, finished = self._in_time(stage, self._take(stage))
             for ticket in finished:
-                ticket._on_done()
+                ticket.on_done()
             if texts:
                 self._execute(stage, texts)
 
@@ -374,7 +358,7 @@ class Batcher(BaseBatcher):
             stage
             for stage in waiting
             if now - min(text.queued for text in self._queues[stage][:_WINDOW]) >= self._max_wait
-            or sum(text.length for text in self._queues[stage]) >= self._chain.budget
+            or sum(text.length for text in self._queues[stage]) >= self._plan.budget
         ]
         return min(ready, key=lambda stage: self._queues[stage][0].arrived) if ready else waiting[0]
 
@@ -382,7 +366,7 @@ class Batcher(BaseBatcher):
         """Take the text that arrived first, and waiting texts of similar length, out of a stage's queue."""
         queue = self._queues[stage]
         lengths = np.array([text.length for text in queue[:_WINDOW]], dtype=np.intp)
-        for rows in micro_batches(by_length(lengths), lengths, self._chain.budget):
+        for rows in micro_batches(by_length(lengths), lengths, self._plan.budget):
             if 0 in rows:
                 break
         taken = [queue[row] for row in rows]
@@ -392,47 +376,51 @@ class Batcher(BaseBatcher):
 
     def _execute(self, index: int, texts: list[Waiting]) -> None:
         """Run one stage on a micro-batch, and move every text on: out, or to the next stage's queue."""
-        stage = self._chain.stages[index]
+        stage = self._plan.stages[index]
         picks = [text.inputs[stage.reads] for text in texts]
-        gathered: Encoded | HiddenStates = (
+        inputs: Encoded | HiddenStates = (
             Encoded.gathered(picks) if stage.reads == TOKENS else HiddenStates.gathered(picks)
         )
-        rows = np.arange(len(texts))
+        places: dict[Ticket, list[int]] = {}
+        for place, text in enumerate(texts):
+            places.setdefault(text.ticket, []).append(place)
+        calls = [
+            Call(ticket.rule, ticket.state, np.array([texts[place].row for place in own]), np.array(own))
+            for ticket, own in places.items()
+        ]
         started = monotonic()
         try:
-            batch = gathered.batch(rows)
-            logits, hidden, seconds = stage.run(batch)
+            done = step(self._plan, index, inputs, calls, rows=np.arange(len(texts)), at_once=1)
         except Exception as error:
             self._isolate(index, texts, error)
             return
-        tokens = batch["attention_mask"].size
-        left = HiddenStates(gathered.lengths)
-        left.put(rows, batch["attention_mask"], hidden)
-        probabilities = softmax(logits).tolist()
+        seconds, tokens = sum(run.seconds for run in done.runs), sum(run.rows * run.tokens for run in done.runs)
         if self._observer is not None:
             self._observer.batch(index, [started - text.queued for text in texts], tokens, seconds)
-        queued: dict[Ticket, list[float]] = {}
-        for text in texts:
-            queued.setdefault(text.ticket, []).append(text.queued)
+        answers = zip(texts, done.logits.tolist(), done.probabilities.tolist(), done.leaving.tolist(), strict=True)
         finished: list[Ticket] = []
         with self._wake:
-            for ticket, times in queued.items():
-                ticket.runs.append(Run(index, min(times), started, seconds, len(times), len(texts)))
+            for ticket, own in places.items():
+                queued = min(texts[place].queued for place in own)
+                ticket.runs.append(RequestRun(index, queued, started, seconds, len(own), len(texts)))
             self._timed(index, tokens, seconds)
             now = monotonic()
-            for row, text in enumerate(texts):
+            for place, (text, logits, probabilities, leaves) in enumerate(answers):
                 ticket = text.ticket
                 if ticket.finished:
                     continue
-                if self._answered(index, text, logits[row].tolist(), probabilities[row]):
+                answer = self._answer(index, text, logits, probabilities)
+                if leaves:
+                    self._settle(ticket, text.row, answer)
                     if ticket.finished:
                         finished.append(ticket)
                     continue
-                text.inputs[HIDDEN_STATES] = left, row
+                ticket.note(text.row, answer)
+                text.inputs[HIDDEN_STATES] = done.hidden_states, place
                 text.queued = now
                 insort(self._queues[index + 1], text, key=_by_arrival)
         for ticket in finished:
-            ticket._on_done()
+            ticket.on_done()
 
     def _isolate(self, index: int, texts: list[Waiting], error: Exception) -> None:
         """Run the texts of each request on their own after an error, so that it reaches only the request it is from."""
@@ -446,4 +434,4 @@ class Batcher(BaseBatcher):
             if ticket.finished:
                 return
             self._abandon(ticket, error if isinstance(error, CascadeError) else InferenceError(str(error)))
-        ticket._on_done()
+        ticket.on_done()

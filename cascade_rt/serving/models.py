@@ -14,7 +14,7 @@ from ..bundle import MANIFEST
 from ..bundle.files import FileIdentity, file_identity
 from ..errors import CascadeError
 from ..runtime import CascadeRuntime
-from .batcher import BaseBatcher
+from .batcher import Batcher
 from .metrics import Metrics
 
 _LONGEST_PAUSE = 30.0  # seconds between attempts to open a bundle that cannot be used
@@ -36,7 +36,7 @@ class Model:
 
     name: str
     runtime: CascadeRuntime
-    batcher: BaseBatcher
+    batcher: Batcher
     loaded: str
     """When it was opened: UTC, ISO 8601."""
 
@@ -53,7 +53,7 @@ class Models:
         self,
         sources: Mapping[str, str],
         open_bundle: Open,
-        make_batcher: Callable[[str, CascadeRuntime], BaseBatcher],
+        make_batcher: Callable[[str, CascadeRuntime], Batcher],
         metrics: Metrics,
     ) -> None:
         """Open all bundles; `sources`: folder, or "hf:org/name", by name. The first answers where no name is given."""

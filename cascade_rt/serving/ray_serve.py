@@ -1,8 +1,8 @@
-"""Ray Serve: bundles on a cluster, behind the interfaces of the server on one machine.
+"""Ray Serve: bundles on a cluster, by replicas of the server on one machine.
 
-request -> Serve's proxy -> `Ingress` (tokens, exit rule, response) <-> replicas of each member in turn (`Member`)
+request -> Serve's proxy -> a `Replica`, which has the same application, bundles and batcher
 
-Each member of each bundle is a deployment of its own, autoscaled by its queue. Bundles come from Ray's object store.
+There is one deployment, autoscaled by the requests under way. Bundles come from Ray's object store.
 """
 
 from __future__ import annotations
@@ -11,39 +11,32 @@ import asyncio
 import logging
 import math
 import os
-import sys
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack, redirect_stdout, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
 
-import numpy as np
 from ray import cluster_resources, serve
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..bundle.manifest import HIDDEN_STATES
-from ..cluster import RemoteRuntime, cluster, shared
-from ..engine.tokenization import Encoded
+from ..cluster import RemoteBundle, cluster, shared
 from ..errors import CascadeError, InputError, InvalidOption, first_line
 from ..runtime import CascadeRuntime
 from .app import create_app
-from .batcher import Answer, Batcher, Observer
-from .cluster_batcher import CallMember, ClusterBatcher, MicroBatch, Reply
 from .envelope import PROBES
 from .responses import error_response
 from .server import KEEP_ALIVE, Setup, announce, listen, log_json
-from .service import SPIN_US, Service, warm_up
+from .service import Service
 from .settings import Settings
 
 APPLICATION = "cascade-rt"
 """Name of the application in Serve."""
 
-_INGRESS = "ingress"
+_REPLICA = "server"
 _ANY = 1_000_000  # requests at a time: what limits them is `Settings.max_queue`
-_CALLS = 64  # that a replica takes at a time: some micro-batches of single short texts
 _HEALTH_SECONDS = 2.0  # between looks at a replica, which is replaced when it has died
 _LAST_SECONDS = 5.0  # for the end of a replica after the grace that its requests have
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}  # requests are in our own log
@@ -51,13 +44,13 @@ _QUIET = {"log_level": "WARNING", "enable_access_log": False}  # requests are in
 
 @dataclass(frozen=True)
 class Scaling:
-    """How many replicas each member has."""
+    """Numbers of replicas."""
 
     min_replicas: int = 1
     max_replicas: int | None = None
-    """None for what the cluster has room for when all members have the least."""
+    """None for what the cluster has room for."""
     target_requests: float = 8.0
-    """Calls that a replica should have at a time, those that wait included; more start another replica."""
+    """Requests that a replica should have at a time, those that wait included; more start another replica."""
 
     def __post_init__(self) -> None:
         """Raise InvalidOption for a value that is out of range."""
@@ -69,90 +62,14 @@ class Scaling:
             raise InvalidOption("target_requests", self.target_requests, "a number above 0")
 
 
-class Member:
-    """A replica of one member: batches the texts of many calls as a server on one machine does."""
-
-    def __init__(self, remote: RemoteRuntime, name: str, settings: Settings) -> None:
-        """Open the bundle, and load this member alone."""
-        runtime = remote.open(
-            provider=settings.provider,
-            threads=settings.threads,
-            provider_options=settings.provider_options,
-            spin_us=SPIN_US,
-        ).with_members([name])
-        warm_up(runtime)
-        self._batches: deque[MicroBatch] = deque()  # that no reply has named yet
-        self._batcher = Batcher(runtime, max_queue=sys.maxsize, observer=self)
-
-    async def __call__(self, encoded: Encoded) -> Reply | CascadeError:
-        """Return the logits of texts, or what went wrong in the model."""
-        arrived = monotonic()
-        ticket, done = self._batcher.start(encoded)
-        try:
-            await done
-        finally:
-            self._batcher.cancel(ticket)  # does nothing to a ticket that is finished
-        if isinstance(ticket.error, CascadeError):
-            return ticket.error
-        logits = np.array([answer.logits for answer in ticket.result()], dtype=np.float32)
-        runs = [run._replace(queued=run.queued - arrived, started=run.started - arrived) for run in ticket.runs]
-        return Reply(logits, runs, [self._batches.popleft() for _ in range(len(self._batches))])
-
-    def batch(self, stage: int, waits: Sequence[float], tokens: int, seconds: float) -> None:
-        """Remember a micro-batch for the metrics of the ingress."""
-        self._batches.append(MicroBatch(waits, tokens, seconds))
-
-    def answered(self, answer: Answer) -> None:
-        """Leave answers to the ingress: here each member is the last."""
-
-
-class ClusterEngine:
-    """Runs members as deployments."""
-
-    def __init__(self, bundles: Mapping[str, tuple[RemoteRuntime, Sequence[Any]]]) -> None:
-        """`bundles`: how to open each, and the handles of its members, by name."""
-        self._bundles = bundles
-
-    def open(self, name: str, source: str, settings: Settings) -> CascadeRuntime:
-        """Open a bundle and load none of its members."""
-        remote, _ = self._bundles[name]
-        return remote.open(
-            provider=settings.provider, threads=settings.threads, provider_options=settings.provider_options
-        )
-
-    def batcher(self, name: str, runtime: CascadeRuntime, settings: Settings, observer: Observer) -> ClusterBatcher:
-        """Return a batcher that calls the deployments."""
-        _, handles = self._bundles[name]
-        return ClusterBatcher(
-            runtime,
-            [_calling(handle) for handle in handles],
-            max_queue=settings.max_queue,
-            degrade=settings.degrade,
-            observer=observer,
-        )
-
-
-def _calling(handle: Any) -> CallMember:
-    async def call(encoded: Encoded) -> Reply | CascadeError:
-        response = handle.remote(encoded)
-        try:
-            found: Reply | CascadeError = await response
-        except asyncio.CancelledError:
-            response.cancel()
-            raise
-        return found
-
-    return call
-
-
 @serve.ingress()
-class Ingress:
-    """Speaks HTTP, tokenizes, calls the members in turn and applies the exit rule."""
+class Replica:
+    """The server of one machine, behind Serve's proxy."""
 
-    def __init__(self, setup: Setup, bundles: Mapping[str, tuple[RemoteRuntime, Sequence[Any]]]) -> None:
-        """Open the bundles; the arguments are those of the server, and of `ClusterEngine`."""
+    def __init__(self, setup: Setup, remotes: Mapping[str, RemoteBundle]) -> None:
+        """Open the bundles; `remotes`: how to open each, by its source."""
         log_json()
-        self._service = setup.open(ClusterEngine(bundles))
+        self._service = setup.open(partial(_open, remotes))
         app = create_app(self._service, token=setup.token, cors_origins=setup.cors_origins)
         self._app = _DrainMiddleware(app, self._service)
 
@@ -166,6 +83,10 @@ class Ingress:
         until = monotonic() + seconds
         while self._app.open and monotonic() < until:
             await asyncio.sleep(0.05)
+
+
+def _open(remotes: Mapping[str, RemoteBundle], source: str, **settings: Any) -> CascadeRuntime:
+    return remotes[source].open(**settings)
 
 
 class _DrainMiddleware:
@@ -211,7 +132,12 @@ def serve_on_cluster(setup: Setup, scaling: Scaling, address: str | None) -> Non
     if setup.settings.threads is None:
         setup = replace(setup, settings=replace(setup.settings, threads=1))
     settings = setup.settings
-    runtimes = {name: _opened(name, source, settings) for name, source in setup.sources.items()}
+    runtimes = {
+        name: CascadeRuntime(
+            source, provider=settings.provider, threads=settings.threads, provider_options=settings.provider_options
+        )
+        for name, source in setup.sources.items()
+    }
     with listen(setup.host, setup.port) as free:  # raises the error of a port that is taken
         setup = replace(setup, port=free.getsockname()[1])
     with ExitStack() as ending, cluster(address):
@@ -222,7 +148,7 @@ def serve_on_cluster(setup: Setup, scaling: Scaling, address: str | None) -> Non
                 "none; stop it with: serve shutdown, or name the address of another cluster"
             )
         try:
-            plan = _Plan.of(runtimes, settings, scaling)
+            plan = _Plan.of(settings, scaling)
             _deploy(setup, runtimes, plan)
             announce([*(f"{name}: {runtime}" for name, runtime in runtimes.items()), str(plan)], setup, setup.port)
             _watch()
@@ -232,18 +158,6 @@ def serve_on_cluster(setup: Setup, scaling: Scaling, address: str | None) -> Non
             ending.enter_context(redirect_stdout(nowhere))  # Ray names every actor that it ends
             with suppress(Exception):  # the cluster may be gone
                 serve.shutdown()
-
-
-def _opened(name: str, source: str, settings: Settings) -> CascadeRuntime:
-    runtime = CascadeRuntime(
-        source, provider=settings.provider, threads=settings.threads, provider_options=settings.provider_options
-    )
-    if any(member.reads == HIDDEN_STATES for member in runtime.bundle.members):
-        raise InputError(
-            f"{name}: found a multi-exit model, expected a cascade on a Ray cluster: hidden states, which its members "
-            "read, are too large to send between machines; serve it without a cluster"
-        )
-    return runtime
 
 
 @dataclass(frozen=True)
@@ -258,23 +172,21 @@ class _Plan:
     threads: int
 
     @classmethod
-    def of(cls, runtimes: Mapping[str, CascadeRuntime], settings: Settings, scaling: Scaling) -> _Plan:
-        """Reserve a replica's threads, or a GPU; less where not all members would find room."""
+    def of(cls, settings: Settings, scaling: Scaling) -> _Plan:
+        """Reserve a replica's threads, or a GPU; less where the cluster has no room for the fewest."""
         found, threads = cluster_resources(), settings.threads or 1
-        least = scaling.min_replicas
-        replicas = least * sum(len(runtime.bundle.members) for runtime in runtimes.values())
         on_gpu = "cuda" in settings.provider.lower()
         room = found.get("GPU" if on_gpu else "CPU", 0)
         if on_gpu and not room:
             raise InvalidOption("provider", settings.provider, "cpu: the cluster has no GPU")
-        each = _share(1 if on_gpu else threads, room / replicas)
-        more = int((room - replicas * each) / each) if each else 0
-        most = scaling.max_replicas or least + more
+        least = scaling.min_replicas
+        each = _share(1 if on_gpu else threads, room / least)
+        most = scaling.max_replicas or max(least, int(room / each) if each else 0)
         cpus, gpus = (0.0, each) if on_gpu else (each, 0.0)
         return cls(cpus, gpus, least, most, scaling.target_requests, threads)
 
     def deployment(self) -> dict[str, Any]:
-        """Return the options of a member's deployment."""
+        """Return the options of the deployment."""
         scaling = {
             "min_replicas": self.least,
             "max_replicas": self.most,
@@ -282,14 +194,14 @@ class _Plan:
         }
         return {
             "autoscaling_config": scaling,
-            "max_ongoing_requests": max(_CALLS, math.ceil(2 * self.target)),
+            "max_ongoing_requests": _ANY,
             "ray_actor_options": {"num_cpus": self.cpus, "num_gpus": self.gpus},
         }
 
     def __str__(self) -> str:
         where = f"{self.gpus:g} GPU" if self.gpus else f"{self.threads} thread{'s' * (self.threads > 1)}"
         count = f"{self.least} to {self.most}" if self.most > self.least else f"{self.least}"
-        return f"on Ray: {count} replica{'s' * (self.most > 1)} of each member, with {where} each"
+        return f"on Ray: {count} replica{'s' * (self.most > 1)} with {where} each"
 
 
 def _share(wanted: float, room: float) -> float:
@@ -301,31 +213,25 @@ def _share(wanted: float, room: float) -> float:
 
 def _deploy(setup: Setup, runtimes: Mapping[str, CascadeRuntime], plan: _Plan) -> None:
     """Start Serve and the application; raise CascadeError where it cannot start."""
-    often = {"health_check_period_s": _HEALTH_SECONDS, "max_constructor_retry_count": 1}
-    member = serve.deployment(Member).options(**plan.deployment(), **often)
-    bundles = {}
-    for name, runtime in runtimes.items():
-        remote = shared(runtime)  # stays in the object store as long as this process, for replicas that start later
-        names = [entry.name for entry in runtime.bundle.members]
-        deployments = [member.options(name=f"{name}:{one}".replace("#", "_")) for one in names]
-        bundles[name] = (
-            remote,
-            [deployment.bind(remote, one, setup.settings) for deployment, one in zip(deployments, names, strict=True)],
-        )
-    ingress = serve.deployment(Ingress).options(
-        name=_INGRESS,
-        max_ongoing_requests=_ANY,
+    options = plan.deployment()
+    if setup.traces:
+        options["ray_actor_options"]["runtime_env"] = {"env_vars": _tracing_variables()}
+    replica = serve.deployment(Replica).options(
+        name=_REPLICA,
         graceful_shutdown_timeout_s=setup.grace,
         graceful_shutdown_wait_loop_s=0.1,
-        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": _tracing_variables()} if setup.traces else {}},
-        **often,
+        health_check_period_s=_HEALTH_SECONDS,
+        max_constructor_retry_count=1,
+        **options,
     )
+    # in the object store as long as this process, for replicas that start later
+    remotes = {setup.sources[name]: shared(runtime) for name, runtime in runtimes.items()}
     http = {"host": setup.host, "port": setup.port, "keep_alive_timeout_s": KEEP_ALIVE}
     try:
         serve.start(http_options=http, logging_config=_QUIET)
-        serve.run(ingress.bind(setup, bundles), name=APPLICATION, logging_config=_QUIET)
+        serve.run(replica.bind(setup, remotes), name=APPLICATION, logging_config=_QUIET)
     except (RuntimeError, TimeoutError) as error:
-        raise CascadeError(f"the members cannot start on the cluster ({_reason(error)})") from error
+        raise CascadeError(f"the replicas cannot start on the cluster ({_reason(error)})") from error
 
 
 def _tracing_variables() -> dict[str, str]:
@@ -355,5 +261,5 @@ def _watch() -> None:
 def _drain(seconds: float) -> None:
     """Let open requests finish, if there may be some."""
     with suppress(Exception):  # the application did not start, or the cluster is gone
-        if serve.status().applications[APPLICATION].deployments[_INGRESS].status == "HEALTHY":
+        if serve.status().applications[APPLICATION].deployments[_REPLICA].status == "HEALTHY":
             serve.get_app_handle(APPLICATION).drain.remote(seconds).result(timeout_s=seconds + _LAST_SECONDS)

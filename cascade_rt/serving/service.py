@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from time import monotonic
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from prometheus_client import Gauge
 from starlette.requests import Request
@@ -18,7 +18,7 @@ from ..engine.tokenization import Encoded
 from ..errors import CascadeError, InvalidOption
 from ..runtime import CascadeRuntime
 from ..types import Text
-from .batcher import Answer, BaseBatcher, Batcher, Draining, Observer
+from .batcher import Answer, Batcher, Draining
 from .metrics import Metrics
 from .models import Model, Models
 from .settings import Settings
@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # of an extra
     from .tracing import Tracing
 
 _INLINE = 20_000  # characters that are tokenized without another thread, which takes longer than they do
-SPIN_US = 50  # with the default, an idle member keeps a core for half a millisecond that the response needs
+_SPIN_US = 50  # with the default, an idle member keeps a core for half a millisecond that the response needs
 _DRIFT_SECONDS = 5.0
 _LONGEST_DEADLINE = 86_400_000  # milliseconds
 _UNWATCHED = 0.05  # seconds before the server looks whether a client is still there
@@ -42,71 +42,53 @@ class TooManyTexts(CascadeError):
     """A request has more texts than are allowed."""
 
 
-class Engine(Protocol):
-    """Where members run."""
-
-    def open(self, name: str, source: str, settings: Settings) -> CascadeRuntime:
-        """Open a bundle that is served under a name; `source`: folder, or "hf:org/name"."""
-
-    def batcher(self, name: str, runtime: CascadeRuntime, settings: Settings, observer: Observer) -> BaseBatcher:
-        """Return what answers texts by it."""
-
-
-class LocalEngine:
-    """Runs members in this process."""
-
-    def open(self, name: str, source: str, settings: Settings) -> CascadeRuntime:
-        """Open a bundle and load its members."""
-        runtime = CascadeRuntime(
-            source,
-            provider=settings.provider,
-            threads=settings.threads,
-            provider_options=settings.provider_options,
-            preload=True,
-            spin_us=SPIN_US,
-        )
-        warm_up(runtime)
-        return runtime
-
-    def batcher(self, name: str, runtime: CascadeRuntime, settings: Settings, observer: Observer) -> BaseBatcher:
-        """Return a batcher with a thread that runs the members."""
-        return Batcher(
-            runtime,
-            max_wait=settings.max_wait_ms / 1000,
-            max_queue=settings.max_queue,
-            degrade=settings.degrade,
-            observer=observer,
-        )
-
-
-def warm_up(runtime: CascadeRuntime) -> None:
-    """Run all members once: a first run takes longer."""
-    runtime.member_logits([("a", "a") if runtime.bundle.pair else "a"])
-
-
 class Service:
     """What all interfaces of a server share."""
 
     def __init__(
-        self, sources: dict[str, str], settings: Settings, tracing: Tracing | None = None, engine: Engine | None = None
+        self,
+        sources: dict[str, str],
+        settings: Settings,
+        tracing: Tracing | None = None,
+        open_runtime: Callable[..., CascadeRuntime] = CascadeRuntime,
     ) -> None:
-        """Open the bundles; `sources`: folder, or "hf:org/name", by name. `engine`: None for this process."""
+        """Open the bundles; `sources`: folder, or "hf:org/name", by name.
+
+        `open_runtime`: called with a source and settings of `CascadeRuntime`.
+        """
         self.settings = settings
         self.tracing = tracing
         self.metrics = Metrics()
         self.draining = False
-        self._engine = engine or LocalEngine()
+        self._open_runtime = open_runtime
         self._tokenizing = asyncio.Semaphore(1)
         self._drifts: dict[str, tuple[float, float | None]] = {}
         self._gauges: set[tuple[Gauge, tuple[str, ...]]] = set()  # all that were ever set, by their labels
         self.models = Models(sources, self._open, self._batcher, self.metrics)
 
     def _open(self, name: str, source: str) -> CascadeRuntime:
-        return self._engine.open(name, source, self.settings)
+        """Load all members, and run each once: a first run takes longer."""
+        settings = self.settings
+        runtime = self._open_runtime(
+            source,
+            provider=settings.provider,
+            threads=settings.threads,
+            provider_options=settings.provider_options,
+            preload=True,
+            spin_us=_SPIN_US,
+        )
+        runtime.member_logits([("a", "a") if runtime.bundle.pair else "a"])
+        return runtime
 
-    def _batcher(self, name: str, runtime: CascadeRuntime) -> BaseBatcher:
-        members = [member.name for member in runtime.bundle.members]
-        return self._engine.batcher(name, runtime, self.settings, self.metrics.observer(name, members))
+    def _batcher(self, name: str, runtime: CascadeRuntime) -> Batcher:
+        settings = self.settings
+        return Batcher(
+            runtime,
+            max_wait=settings.max_wait_ms / 1000,
+            max_queue=settings.max_queue,
+            degrade=settings.degrade,
+            observer=self.metrics.observer(name, [member.name for member in runtime.bundle.members]),
+        )
 
     async def classify(
         self,
@@ -151,7 +133,7 @@ class Service:
         deadline: float,
     ) -> list[Answer]:
         rule = None if thresholds is None else self._rule(model, thresholds)
-        tokenizer = model.runtime.chain.tokenizer
+        tokenizer = model.runtime.plan.tokenizer
         encode = tokenizer.encode
         short = sum(len(text) if isinstance(text, str) else sum(map(len, text)) for text in texts) <= _INLINE
         model.batcher.check_room(len(texts))

@@ -96,7 +96,7 @@ def describe(service: Service, model: Model) -> dict[str, Any]:
         "max_input_length": bundle.max_length,
         "max_client_batch_size": service.settings.max_texts,
         "max_concurrent_requests": service.settings.max_queue,
-        "max_batch_tokens": model.runtime.chain.budget,
+        "max_batch_tokens": model.runtime.plan.budget,
         "auto_truncate": True,
         "version": __version__,
         "loaded": model.loaded,
@@ -120,6 +120,6 @@ def _scores(model: Model, answer: Answer, raw: bool) -> list[dict[str, Any]]:
 
 
 def _check_direction(model: Model, wanted: str | None) -> None:
-    own = "Left" if model.runtime.chain.tokenizer.cuts_left else "Right"
+    own = "Left" if model.runtime.plan.tokenizer.cuts_left else "Right"
     if wanted is not None and wanted.title() != own:
         raise BadField("truncation_direction", wanted, f"{own}: the bundle's own")

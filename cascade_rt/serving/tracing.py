@@ -18,7 +18,7 @@ from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-from .batcher import Run
+from .batcher import RequestRun
 
 _NOT_TRACED = "/health$,/metrics$,/v2/health/"
 
@@ -43,7 +43,9 @@ class Tracing:
             exclude_spans=["receive", "send"],
         )
 
-    def record(self, model: str, members: Sequence[str], tokenized: tuple[float, float], runs: Iterable[Run]) -> None:
+    def record(
+        self, model: str, members: Sequence[str], tokenized: tuple[float, float], runs: Iterable[RequestRun]
+    ) -> None:
         """Add spans to the current request. `tokenized`: start and end by `time.monotonic`."""
         if not trace.get_current_span().is_recording():
             return

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cascade_export.checkpoint import Checkpoint
+from cascade_rt.benchmark.turns import in_turns
 from cascade_rt.engine.batching import TOKEN_BUDGET, by_length, micro_batches
-from cascade_rt.engine.probabilities import confidence, softmax
 from cascade_rt.engine.stage import Stage
+from cascade_rt.engine.task import SingleLabel
 from cascade_rt.engine.tokenization import Encoded
 from cascade_rt.errors import CascadeError, InputError, InvalidOption
 from cascade_rt.io.readers import AS_USUAL, LABEL, Reading, read_examples
 from cascade_rt.tuning.evaluation import label_ids, quality
 from cascade_rt.types import Text
+
+_TASK = SingleLabel()
 
 MAX_ACCURACY_DROP = 0.5
 """Percentage points of accuracy that a precision may cost, by default."""
@@ -67,7 +69,7 @@ def probabilities(member: Stage, encoded: Encoded) -> Probabilities:
     """Return a member's class probabilities as the runtime computes them, float64 (texts, labels)."""
     rows = by_length(encoded.lengths)
     batches = list(micro_batches(rows, encoded.lengths, TOKEN_BUDGET))
-    answers = softmax(np.concatenate([member.run(encoded.batch(batch)).logits for batch in batches]))
+    answers = _TASK.probabilities(np.concatenate([member.run(encoded.batch(batch)).logits for batch in batches]))
     return answers[np.argsort(rows)]
 
 
@@ -83,7 +85,10 @@ def batch_difference(member: Stage, encoded: Encoded, answers: Probabilities, se
     for _ in range(_BATCHINGS):
         rows = draw.permutation(len(answers))[:_TIMED_TEXTS]
         for batch in np.array_split(rows, int(draw.integers(1, len(rows) + 1))):
-            worst = max(worst, float(np.abs(softmax(member.run(encoded.batch(batch)).logits) - answers[batch]).max()))
+            worst = max(
+                worst,
+                float(np.abs(_TASK.probabilities(member.run(encoded.batch(batch)).logits) - answers[batch]).max()),
+            )
     return worst
 
 
@@ -108,7 +113,7 @@ def compare(original: Probabilities | None, exported: Probabilities, labels: NDA
 
 
 def _quality(answers: Probabilities, labels: NDArray[np.intp]) -> dict[str, float | None]:
-    found = quality(labels, answers.argmax(axis=1), confidence(answers), answers.shape[1])
+    found = quality(SingleLabel(), labels, answers.argmax(axis=1), _TASK.confidence(answers), answers.shape[1])
     return {"accuracy": found.accuracy, "dis": found.dis, "ece": found.ece}
 
 
@@ -151,19 +156,12 @@ def speeds(members: Mapping[str, Stage], encoded: Encoded) -> dict[str, Speed]:
     """Measure members against each other: they take turns on every text and micro-batch, after one round to warm up."""
     rows = by_length(encoded.lengths)
     rows = rows[:: -(-len(rows) // _TIMED_TEXTS)]
-    alone = _turns(members, encoded, [rows[at : at + 1] for at in range(len(rows))])
-    in_bulk = _turns(members, encoded, list(micro_batches(rows, encoded.lengths, TOKEN_BUDGET)))
-    return {name: Speed(float(np.median(alone[name])), float(sum(in_bulk[name]) / len(rows))) for name in members}
-
-
-def _turns(
-    members: Mapping[str, Stage], encoded: Encoded, batches: Sequence[NDArray[np.intp]]
-) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in members}
-    for rows in [*batches, *batches]:
-        batch = encoded.batch(rows)
-        for name, member in members.items():
-            start = time.perf_counter()
-            member.run(batch)
-            times[name].append(time.perf_counter() - start)
-    return {name: spent[len(batches) :] for name, spent in times.items()}
+    contestants = {name: member.run for name, member in members.items()}
+    alone, in_bulk = (
+        in_turns(contestants, [encoded.batch(batch) for batch in batches], 1)
+        for batches in (np.split(rows, len(rows)), micro_batches(rows, encoded.lengths, TOKEN_BUDGET))
+    )
+    return {
+        name: Speed(float(np.median(alone[name].seconds)), float(in_bulk[name].seconds.sum() / len(rows)))
+        for name in members
+    }

@@ -31,15 +31,18 @@ from cascade_export.check import (
 from cascade_export.checkpoint import SENTENCES, Checkpoint, check_fit, tokenizer_differences
 from cascade_export.onnx_checkpoint import OnnxCheckpoint, is_onnx, open_onnx
 from cascade_rt.bundle import BATCH_TOLERANCE, Bundle, MemberEntry, WeightFile, sha256_of, write_bundle, write_manifest
-from cascade_rt.engine.cpus import usable_threads
-from cascade_rt.engine.probabilities import confidence, softmax
-from cascade_rt.engine.providers import CPU, OPENVINO, is_installed, provider_name
+from cascade_rt.engine.backends import usable
+from cascade_rt.engine.execution import Execution
+from cascade_rt.engine.providers import CPU, OPENVINO, instead_of, is_installed, provider_name
 from cascade_rt.engine.stage import Stage
+from cascade_rt.engine.task import SingleLabel
 from cascade_rt.engine.tokenization import Encoded, TextTokenizer
 from cascade_rt.errors import BundleError, CascadeError, InputError, InvalidOption, MissingExtraError
 from cascade_rt.io.readers import AS_USUAL, Reading
 from cascade_rt.tuning.metrics import ece
 from cascade_rt.types import Text
+
+_TASK = SingleLabel()
 
 if TYPE_CHECKING:
     from cascade_export.torch_checkpoint import TorchCheckpoint
@@ -48,8 +51,7 @@ DEFAULT_THRESHOLD = 0.9
 TOKENIZER_FILE = "tokenizer.json"
 AUTO = "auto"
 FP32_ON_OPENVINO = "fp32 on openvino"
-_TRIED_BY_AUTO = {OPENVINO: ("int8-static", "fp16", "fp32")}
-_TRIED_ELSEWHERE = ("int8", "fp16", "fp32")
+_TRIED_BY_AUTO = ("int8", "fp16", "fp32")
 _ROUNDING_TEXTS = 512
 _BATCHED = 64
 _ALIGNMENT_TEXTS = 1000
@@ -234,7 +236,7 @@ def _export_member(
     encoded = tokenizer.encode(checks.data.texts) if checks.data else None
     with _writer(checkpoint, tokenizer, checks) as writer:
         precision = wanted or writer.usual
-        by_auto = _TRIED_BY_AUTO.get(checks.provider, _TRIED_ELSEWHERE)
+        by_auto = dict.fromkeys(instead_of(name, checks.provider) or name for name in _TRIED_BY_AUTO)
         tried = [name for name in by_auto if name in writer.precisions] if precision == AUTO else [precision]
         if not tried or not set(tried) <= set(writer.precisions):
             raise InputError(
@@ -262,8 +264,8 @@ def _export_member(
             return entry, run_by(checks.provider, entry, checks.provider_options)
 
         def run_by(provider: str, entry: MemberEntry, options: Mapping[str, str] | None = None) -> Stage:
-            labels, threads = len(checkpoint.labels), usable_threads(None)
-            return Stage(entry, folder / entry.file, labels, provider, threads, options)
+            execution = usable(Execution(provider, provider_options=options))
+            return Stage(entry, folder / entry.file, len(checkpoint.labels), execution)
 
         if precision != AUTO:
             entry, member = written(precision)
@@ -341,7 +343,7 @@ def _writer(checkpoint: Checkpoint, tokenizer: TextTokenizer, checks: Checks) ->
         yield _onnx_writer(checkpoint, tokenizer, checks)
         return
     from cascade_export.convert import convert  # noqa: PLC0415 - loads torch, which ONNX folders do not need
-    from cascade_export.precision import PRECISIONS, write_precision  # noqa: PLC0415
+    from cascade_export.precision import WRITERS, write_precision  # noqa: PLC0415
     from cascade_export.torch_checkpoint import TorchCheckpoint  # noqa: PLC0415
     from cascade_export.verify import check_texts, torch_probabilities, verify  # noqa: PLC0415
 
@@ -368,7 +370,7 @@ def _writer(checkpoint: Checkpoint, tokenizer: TextTokenizer, checks: Checks) ->
             return source.name, []
 
         yield _Writer(
-            tuple(PRECISIONS),
+            tuple(WRITERS),
             "fp32",
             write,
             lambda: torch_probabilities(checkpoint.original or checkpoint, checks.data.texts) if checks.data else None,
@@ -389,13 +391,16 @@ def _calibrate(checkpoint: TorchCheckpoint, checks: Checks) -> dict[str, Any]:
     divide_logits(checkpoint.model, temperature)
     if checkpoint.original:
         divide_logits(checkpoint.original.model, temperature)
-    after = softmax(logits / temperature)
+    after = _TASK.probabilities(logits / temperature)
     correct = before.argmax(axis=1) == checks.data.labels
     return {
         "temperature": {
             "value": temperature,
             "texts": len(correct),
-            "ece": {"before": ece(correct, confidence(before)), "after": ece(correct, confidence(after))},
+            "ece": {
+                "before": ece(correct, _TASK.confidence(before)),
+                "after": ece(correct, _TASK.confidence(after)),
+            },
         }
     }
 
@@ -414,7 +419,7 @@ def _onnx_writer(checkpoint: OnnxCheckpoint, tokenizer: TextTokenizer, checks: C
 def _reference(checkpoint: Checkpoint, path: Path) -> Stage:
     """Return the member in fp32 on the CPU, the reference for every provider and precision."""
     entry = MemberEntry(checkpoint.name, path.name, "", checkpoint.layers, checkpoint.hidden_size, 1, "fp32", None)
-    return Stage(entry, path, len(checkpoint.labels), provider_name("cpu"), usable_threads(None))
+    return Stage(entry, path, len(checkpoint.labels), usable(Execution()))
 
 
 def _origin(checkpoint: Checkpoint) -> dict[str, Any]:

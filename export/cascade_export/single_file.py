@@ -104,7 +104,7 @@ def _check(file: Path, runtime: CascadeRuntime) -> None:
     texts: list[Text] = [("a", "b c"), ("b", "c")] if runtime.bundle.pair else ["a", "b c"]
     last = len(runtime.bundle.members) - 1
     session = onnxruntime.InferenceSession(str(file))
-    inputs = runtime.chain.tokenizer.encode(texts).batch(np.arange(len(texts)))
+    inputs = runtime.plan.tokenizer.encode(texts).batch(np.arange(len(texts)))
     for exit in range(last + 1):
         taus = [1.0] * exit + [0.0] * (last - exit)
         found, exits, _ = session.run(None, {**inputs, "thresholds": np.array(taus)})

@@ -17,7 +17,7 @@ from cascade_export.torch_checkpoint import align_checkpoint, open_torch
 from cascade_export.verify import torch_probabilities
 from cascade_train import RECORD
 from cascade_train.alignment import Aligned, align, check_alignment, usable_positions
-from cascade_train.difficulty import label_difficulty
+from cascade_train.difficulty import Splits, label_difficulty
 from cascade_train.finetune import Recipe, finetune
 from cascade_train.inference import text_logits
 from cascade_train.tasks import Examples, TaskData
@@ -35,12 +35,14 @@ from transformers import (
 
 from cascade_rt import CascadeRuntime
 from cascade_rt.cli import main
-from cascade_rt.engine.probabilities import softmax
+from cascade_rt.engine.task import SingleLabel
 from cascade_rt.errors import CascadeError, InputError
 from cascade_rt.types import Text
 
 from ..conftest import WORDS
 from .families import FAMILIES
+
+TASK = SingleLabel()
 
 LABELS = ("bad", "good")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -337,7 +339,7 @@ def test_a_member_fine_tuned_under_the_bundles_tokenizer_needs_no_alignment(
     made = export_bundle([str(small), str(tmp_path / "trained")], tmp_path / "made", pair=True)
     assert "alignment" not in made.members[1].other
     assert made.provenance["checkpoints"]["trained"]["training"]["tokenizer"] == "small"
-    answers = softmax(CascadeRuntime(tmp_path / "made").member_logits(PAIRS)[0][1])
+    answers = TASK.probabilities(CascadeRuntime(tmp_path / "made").member_logits(PAIRS)[0][1])
     np.testing.assert_allclose(answers, torch_probabilities(trained, PAIRS), atol=1e-4)
 
 
@@ -371,13 +373,17 @@ def test_difficulty_is_labelled_under_that_tokenizer_too(
         layers=1,
         tokenizer=str(small),
         recipe=Recipe(epochs=1, max_length=LENGTH),
-        folds=2,
-        seeds=1,
+        splits=Splits(2, 1),
     )
     assert summary["tokenizer"] == str(small)
     with pytest.raises(InputError, match="^no/such: no such folder"):
         label_difficulty(
-            str(big), pairs, tmp_path / "other", tokenizer="no/such", recipe=Recipe(max_length=LENGTH), folds=2, seeds=1
+            str(big),
+            pairs,
+            tmp_path / "other",
+            tokenizer="no/such",
+            recipe=Recipe(max_length=LENGTH),
+            splits=Splits(2, 1),
         )
 
 

@@ -21,10 +21,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from cascade_rt import CascadeRuntime, InputError, InvalidOption, read_bundle
-from cascade_rt.engine.probabilities import softmax
+from cascade_rt.engine.task import SingleLabel
 from cascade_rt.types import Text
 
 from ..conftest import WORDS, make_member
+
+TASK = SingleLabel()
 
 RECIPE = Recipe(epochs=4, learning_rate=3e-3, batch_size=8, max_length=16)
 LAYERS = 3
@@ -74,14 +76,14 @@ def one_piece(folder: Path, texts: Sequence[Text]) -> np.ndarray:
     whole, tokenizer = open_exits(folder), AutoTokenizer.from_pretrained(folder)
     with torch.inference_mode():
         rows = [whole(**tokenizer(text, truncation=True, max_length=16, return_tensors="pt")) for text in texts]
-    return softmax(torch.cat(rows, dim=1).numpy())
+    return TASK.probabilities(torch.cat(rows, dim=1).numpy())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_exit_answers_as_torch_in_one_piece(kind: str, trained: dict[str, Path], tmp_path: Path) -> None:
     bundle = export_exits(str(trained[kind]), tmp_path / "bundle", max_accuracy_drop=0.5)
     texts = ["a film", "", "good " * 30, *["so", "bad", "it", "is", "good", ",", "this", "film"], "never a dull cat"]
-    found = softmax(CascadeRuntime(tmp_path / "bundle").member_logits(texts)[0])
+    found = TASK.probabilities(CascadeRuntime(tmp_path / "bundle").member_logits(texts)[0])
     np.testing.assert_allclose(found, one_piece(trained[kind], texts), atol=1e-5)
     assert bundle.exit_rule["kind"] == ("patience" if kind == PABEE else "entropy")
     assert [entry.layers for entry in bundle.members] == [1, 1, 1]
@@ -121,7 +123,7 @@ def test_segments_have_several_layers(member: str, data: TaskData, tmp_path: Pat
     train_exits(member, data, tmp_path / "exits", kind=DEEBERT, every=2, recipe=RECIPE)
     bundle = export_exits(str(tmp_path / "exits"), tmp_path / "bundle", max_accuracy_drop=0.5)
     assert [entry.layers for entry in bundle.members] == [2, 1]
-    found = softmax(CascadeRuntime(tmp_path / "bundle").member_logits(["a good film"])[0])
+    found = TASK.probabilities(CascadeRuntime(tmp_path / "bundle").member_logits(["a good film"])[0])
     np.testing.assert_allclose(found, one_piece(tmp_path / "exits", ["a good film"]), atol=1e-5)
 
 
@@ -142,7 +144,7 @@ def test_in_int8_no_answer_depends_on_the_batch(trained: dict[str, Path], data: 
 def test_the_loss_is_that_of_the_papers(seed: int, kind: str) -> None:
     draw = np.random.default_rng(seed)
     logits, labels, after, layers = draw.normal(0, 2, (3, 5, 4)), draw.integers(0, 4, 5), [2, 4], 6
-    probabilities = softmax(logits)
+    probabilities = TASK.probabilities(logits)
     entropy = [-np.log(exit[range(5), labels]).mean() for exit in probabilities]
     last = probabilities[-1]
     divergence = [(last * (np.log(last) - np.log(exit))).sum(axis=-1).mean() for exit in probabilities]

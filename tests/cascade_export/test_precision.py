@@ -14,13 +14,14 @@ from cascade_export import cli
 from cascade_export import export as module
 from cascade_export.check import Speed, check_drop, compare
 from cascade_export.export import export_bundle
-from cascade_export.precision import PRECISIONS, write_precision
+from cascade_export.precision import WRITERS, write_precision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from cascade_rt import BundleError, CascadeRuntime, read_bundle
 from cascade_rt.bundle import BATCH_TOLERANCE
+from cascade_rt.bundle.precisions import PRECISIONS
 from cascade_rt.cli import main
 from cascade_rt.errors import CascadeError, InputError
 
@@ -57,6 +58,10 @@ def bundles(wide: Path) -> dict[str, Path]:
     return {precision: wide.parent / precision for precision in PRECISIONS}
 
 
+def test_every_precision_that_the_runtime_knows_can_be_written() -> None:
+    assert list(WRITERS) == list(PRECISIONS)
+
+
 def test_every_precision_answers_nearly_as_fp32_does(bundles: dict[str, Path]) -> None:
     texts = [json.loads(line)["text"] for line in (bundles["fp32"].parent / "check.jsonl").read_text().splitlines()]
     exact = CascadeRuntime(bundles["fp32"]).member_logits(texts)[0][0]
@@ -78,7 +83,7 @@ def test_only_dynamic_ranges_of_whole_batches_depend_on_batch_mates(
     for precision, folder in bundles.items():
         (member,) = read_bundle(folder).members
         invariant = member.other["batch_difference"] <= BATCH_TOLERANCE
-        assert invariant == (precision != "int8-tensor")
+        assert invariant == PRECISIONS[precision].batch_invariant
         assert main(["info", "--model-dir", str(folder)]) == 0
         assert ("depends on the other texts of its batch" in capsys.readouterr().out) != invariant
 

@@ -169,7 +169,7 @@ def _session(copied: Path) -> None:
 def _run(copied: Path) -> None:
     runtime = CascadeRuntime(copied)
     ids = np.full((1, 4), 10**6)  # no such word
-    runtime._stages[0].run({"input_ids": ids, "attention_mask": ids * 0 + 1, "token_type_ids": ids * 0})
+    runtime.plan.stages[0].run({"input_ids": ids, "attention_mask": ids * 0 + 1, "token_type_ids": ids * 0})
 
 
 def _manifest(copied: Path) -> None:

@@ -10,6 +10,9 @@ import pytest
 
 from cascade_rt import CascadeError, CascadeRuntime, InputError
 from cascade_rt.bundle import MemberEntry
+from cascade_rt.bundle.precisions import PRECISIONS, Precision
+from cascade_rt.engine.execution import Execution
+from cascade_rt.engine.providers import CPU, CUDA, OPENVINO, instead_of
 from cascade_rt.engine.stage import Stage
 
 TEXTS = ["a great film", "so sad", "the cat sat on the mat and that was not very witty", "", "dull " * 40]
@@ -65,7 +68,17 @@ def test_int8_is_not_sent_to_a_device_that_cannot_run_it(bundle: Path, monkeypat
         InputError,
         match="`provider`: found .CUDA.*one that can run the int8 products of member 'small'; .* in the precision fp16",
     ):
-        Stage(entry, bundle / "small.onnx", 3, "CUDAExecutionProvider", 1)
+        Stage(entry, bundle / "small.onnx", 3, Execution("CUDAExecutionProvider", 1))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS.values(), ids=lambda precision: precision.name)
+@pytest.mark.parametrize("provider", [CPU, CUDA, OPENVINO])
+def test_a_precision_is_refused_with_one_that_the_provider_runs(precision: Precision, provider: str) -> None:
+    """Products of bytes saturate on some CPUs, where exact kernels run them; CUDA has no kernels for them at all."""
+    instead = instead_of(precision.name, provider)
+    assert instead is None or instead_of(instead, provider) is None
+    assert instead is None or provider != CPU
+    assert (instead is not None) == precision.products_of_bytes or provider != CUDA
 
 
 def test_the_probe_for_saturation_is_one_product_of_bytes() -> None:

@@ -18,6 +18,7 @@ import pytest
 
 from cascade_rt import CascadeError, CascadeRuntime, InputError, cluster
 from cascade_rt.cli import main
+from cascade_rt.engine.execution import Execution
 from cascade_rt.io.readers import read_examples
 from cascade_rt.jobs.answering import Counts
 from cascade_rt.jobs.ray_job import Pool, predict_on_cluster
@@ -245,18 +246,20 @@ def test_a_bundle_goes_to_machines_that_do_not_have_it(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     runtime = CascadeRuntime(bundle, thresholds=0.7)
-    remote = replace(cluster.shared(runtime), folder=str(tmp_path / "elsewhere"))
+    remote = cluster.shared(runtime)
+    remote = replace(remote, recipe=replace(remote.recipe, model_dir=str(tmp_path / "elsewhere")))
+    execution = Execution(threads=1)
     texts = ["a good film", "so sad"]
     for _ in range(2):
-        assert remote.open(threads=1).predict(texts) == runtime.predict(texts)
+        assert remote.open(execution).predict(texts) == runtime.predict(texts)
     (kept,) = tmp_path.glob("cascade-rt-*/*")
     assert (kept / "cascade.json").is_file()
     (kept / "tokenizer.json").unlink()  # as a system may do with old files in such folders
-    assert remote.open(threads=1).predict(texts) == runtime.predict(texts)
+    assert remote.open(execution).predict(texts) == runtime.predict(texts)
     assert list(kept.parent.iterdir()) == [kept]
 
     with pytest.raises(CascadeError, match=r"found cascade-rt \S+ on a machine of the cluster, expected 0\.0, as here"):
-        replace(remote, version="0.0").open()
+        replace(remote, version="0.0").open(execution)
 
 
 def test_each_member_may_have_its_own_provider(machines: Any, bundle: Path, tmp_path: Path) -> None:

@@ -6,14 +6,14 @@ import random
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 import pytest
 
-from cascade_rt import CascadeRuntime, InferenceError, Prediction
+from cascade_rt import CascadeError, CascadeRuntime, InferenceError, Prediction
 from cascade_rt.engine.stage import Stage
 from cascade_rt.serving.batcher import Answer, Batcher, DeadlineExceeded, Draining, Overloaded, Ticket
 from cascade_rt.types import Text
@@ -50,7 +50,7 @@ def batching(folder: Path, **settings: Any) -> Iterator[Batcher]:
 
 def submit(batcher: Batcher, texts: Sequence[Text], **settings: Any) -> tuple[Ticket, threading.Event]:
     done = threading.Event()
-    encoded = batcher.runtime.chain.tokenizer.encode(texts)
+    encoded = batcher.runtime.plan.tokenizer.encode(texts)
     return batcher.submit(encoded, on_done=done.set, **settings), done
 
 
@@ -152,7 +152,7 @@ def test_the_text_that_arrived_first_goes_first_with_others_of_its_length(bundle
                 order.append(name)
                 done.set()
 
-            batcher.submit(batcher.runtime.chain.tokenizer.encode([text]), rule=at_once, on_done=note)
+            batcher.submit(batcher.runtime.plan.tokenizer.encode([text]), rule=at_once, on_done=note)
             dones.append(done)
         gate.opened.set()
         assert all(done.wait(timeout=30) for done in dones)
@@ -299,7 +299,7 @@ def test_an_error_reaches_only_the_request_that_it_is_from(
 def test_close_answers_what_was_accepted_and_refuses_the_rest(bundle: Path) -> None:
     batcher = Batcher(CascadeRuntime(bundle, threads=1, preload=True))
     tickets = [submit(batcher, TEXTS[:50]) for _ in range(5)]
-    encoded = batcher.runtime.chain.tokenizer.encode(["the film"])
+    encoded = batcher.runtime.plan.tokenizer.encode(["the film"])
     batcher.close()
     assert all(ticket.finished and done.is_set() for ticket, done in tickets)
     with pytest.raises(Draining):
@@ -314,3 +314,44 @@ def test_the_observer_sees_every_batch_and_answer(bundle: Path) -> None:
         assert [sum(texts for at, texts, _ in recorder.batches if at == stage) for stage in range(3)] == executed
         assert sorted(map(id, recorder.answers)) == sorted(map(id, answers))
         assert all(tokens <= 512 for _, _, tokens in recorder.batches)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_request_ends_and_leaves_nothing_behind(bundle: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random requests, cancelled, expired, without time, of which some fail: each has its answers or an error."""
+    draw = random.Random(seed)
+    fails, run = random.Random(seed), Stage.run
+
+    def failing(stage: Stage, batch: Any) -> Any:
+        if fails.random() < 0.05:
+            raise InferenceError("the member answered NaN")
+        return run(stage, batch)
+
+    with batching(bundle, max_queue=200, degrade=seed % 2 == 0) as batcher:
+        monkeypatch.setattr(Stage, "run", failing)
+        tickets, waiting = list[Ticket](), list[tuple[Ticket, threading.Event]]()
+        for _ in range(300):
+            operation = draw.choice(["submit", "submit", "cancel", "expire", "wait", "wait"])
+            if operation == "submit":
+                deadline = monotonic() + draw.choice([-1, 0.001, 100])
+                with suppress(Overloaded):
+                    waiting.append(submit(batcher, draw.choices(TEXTS, k=draw.choice([1, 3, 30])), deadline=deadline))
+                    tickets.append(waiting[-1][0])
+            elif waiting:
+                ticket, done = waiting.pop(draw.randrange(len(waiting)))
+                if operation == "wait":
+                    assert done.wait(timeout=30)
+                else:
+                    getattr(batcher, operation)(ticket)
+                assert ticket.finished
+            assert 0 <= batcher._accepted <= 200
+        assert all(done.wait(timeout=30) for _, done in waiting)
+        assert {type(ticket.error) for ticket in tickets} == {
+            type(None),
+            CascadeError,
+            InferenceError,
+            DeadlineExceeded,
+        }
+        assert all(ticket.error is not None or None not in ticket.answers for ticket in tickets)
+        assert batcher._accepted == 0
+        assert batcher.queued() == [0, 0, 0]

@@ -120,7 +120,7 @@ def test_an_unexpected_error_does_not_end_reloading(
         raise PermissionError(13, "Permission denied", str(bundle / MANIFEST))
 
     with monkeypatch.context() as patch:
-        patch.setattr("cascade_rt.serving.service.CascadeRuntime", refuse)
+        patch.setattr("cascade_rt.CascadeRuntime.__init__", refuse)
         replace(bundle, sources[1])
         wait_until(lambda: "Permission denied" in str(client.get("/health").json()["models"]["toy"]["error"]))
     wait_until(lambda: client.get("/health").json()["models"]["toy"]["error"] is None)
