@@ -130,6 +130,10 @@ def evaluation_summary(report: Evaluation, seconds: Sequence[float] | None = Non
         ]
     ]
     header = ["", "layers", "exits", "accuracy", "F1", "DIS", "ECE"]
+    if cascade.f1_micro is not None:
+        header.append("micro F1")
+        for row, quality in zip(cells, [*report.members, cascade], strict=True):
+            row.append(percent(quality.f1_micro))
     if seconds is not None:
         header += ["ms per text", "speed-up"]
         for row, own in zip(cells, seconds, strict=True):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TextIO, TypeVar
 
 from ..engine.backends import out_of_memory
+from ..engine.task import Task
 from ..errors import CascadeError, InferenceError, InputError, InvalidOption, TextError
 from ..io.readers import Example, Reject
 from ..io.writers import json_line
@@ -25,6 +26,8 @@ Record = Example | Reject
 Answers = TypeVar("Answers")
 FIELDS = ("label", "score", "exit", "layers", "truncated")
 """Fields that an answer adds to those of a record."""
+ALL_FIELDS = (*FIELDS, "labels")
+"""Those of a task with several labels per text."""
 
 _PROBES = 8  # texts that a member must fail on before it is taken to be broken
 
@@ -63,7 +66,7 @@ def answer(
         raise InvalidOption("on_error", on_error, f"one of {', '.join(ON_ERROR)}")
     for chunk in chunks(records, CHUNK):
         for found, predictions in answered(chunk, runtime, runtime.predict):
-            write_answers(found, predictions, output, counts, on_error=on_error, rejects=rejects)
+            write_answers(found, predictions, output, counts, task=runtime.task, on_error=on_error, rejects=rejects)
         progress()
 
 
@@ -73,6 +76,7 @@ def write_answers(
     output: TextIO,
     counts: Counts,
     *,
+    task: Task,
     on_error: str,
     rejects: TextIO | None,
 ) -> None:
@@ -80,19 +84,19 @@ def write_answers(
 
     Raises the error of the first record that cannot be used after those before it were written (STOP).
     """
-    answers = iter(predictions)
-    taken = (*FIELDS, "error") if on_error == NULL else FIELDS
+    answers, fields = iter(predictions), ALL_FIELDS if task.several else FIELDS
+    taken = (*fields, "error") if on_error == NULL else fields
     for record in records:
         if not isinstance(record, Reject):
             prediction = next(answers)
-            output.write(json_line(record.fields, {name: getattr(prediction, name) for name in FIELDS}, taken))
+            output.write(json_line(record.fields, {name: getattr(prediction, name) for name in fields}, taken))
             counts.answered += 1
             continue
         if on_error == STOP:
             raise record.error
         counts.rejected += 1
         if on_error == NULL:
-            output.write(json_line(record.fields, {**dict.fromkeys(FIELDS), "error": record.reason}))
+            output.write(json_line(record.fields, {**dict.fromkeys(fields), "error": record.reason}))
         if rejects is not None:
             line = {"where": record.where, "reason": record.reason, "row": record.row}
             rejects.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -104,7 +108,7 @@ def described(runtime: CascadeRuntime, on_error: str) -> dict[str, Any]:
         "bundle": runtime.bundle.sha256,
         "members": [member.name for member in runtime.bundle.members],
         "thresholds": runtime.thresholds,
-        "exit_rule": dict(runtime.bundle.exit_rule),
+        "exit_rule": {"kind": runtime.exit_rule.kind, **runtime.exit_rule.settings},
         "on_error": on_error,
     }
 

@@ -20,7 +20,7 @@ from ..errors import InputError
 from ..io.readers import Example, Reject
 from ..io.tables import convert, output_format
 from ..io.writers import beside, output_path, write_json
-from .answering import FIELDS, Counts
+from .answering import ALL_FIELDS, Counts
 
 
 class JobFiles:
@@ -91,7 +91,7 @@ class JobFiles:
             fresh = [beside(target, f"fresh-{place}") for place, target in enumerate(self._targets)]
             try:
                 written = [
-                    new if convert(old, new, kept=FIELDS) else old
+                    new if convert(old, new, kept=ALL_FIELDS) else old
                     for old, new in zip(self._partials, fresh, strict=True)
                 ]
                 for file, target in reversed(list(zip(written, self._targets, strict=True))):

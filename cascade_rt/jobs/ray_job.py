@@ -334,7 +334,15 @@ class _Answerer:
         self._runtime.stats(reset=True)
         for records, journey in begun:
             predictions = self._runtime.finish(journey)
-            write_answers(records, predictions, lines, counts, on_error=self._job.on_error, rejects=rejects)
+            write_answers(
+                records,
+                predictions,
+                lines,
+                counts,
+                task=self._runtime.task,
+                on_error=self._job.on_error,
+                rejects=rejects,
+            )
         exits = self._runtime.stats().exits
 
         def receipt(size: int) -> Receipt:

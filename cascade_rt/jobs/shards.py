@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from ..errors import InputError, InvalidOption, first_line
 from ..io.remote import located
 from ..io.tables import Column, columns_of, convert, fields_of, output_format, read_parquet, write_parquet
-from .answering import CHUNK, FIELDS
+from .answering import ALL_FIELDS, CHUNK
 
 ENDINGS = ("jsonl", "jsonl.gz", "jsonl.zst", "parquet")
 """Formats of shards; the first unless told."""
@@ -172,7 +172,7 @@ class ShardFolder:
             source, target = Path(folder, "lines"), Path(folder, f"shard.{self._ending}")
             source.write_bytes(plain)
             columns = columns_of(source) if self._ending == "parquet" else None
-            convert(source, target, kept=FIELDS, columns=columns)
+            convert(source, target, kept=ALL_FIELDS, columns=columns)
             return target.read_bytes(), columns
 
     def _unify(self, receipts: Sequence[Receipt]) -> None:
@@ -181,9 +181,9 @@ class ShardFolder:
         for receipt in receipts:
             for name, column in _columns(receipt).items():
                 joined[name] = joined[name].joined(column) if name in joined else column
-        fields = fields_of(joined, FIELDS)
+        fields = fields_of(joined, ALL_FIELDS)
         for receipt in receipts:
-            if (own := fields_of(_columns(receipt), FIELDS)) == fields:
+            if (own := fields_of(_columns(receipt), ALL_FIELDS)) == fields:
                 continue
             shard, noted = self._shard(receipt.part), f"{_RECEIPTS}/{receipt.part}"
             with tempfile.TemporaryDirectory() as folder:

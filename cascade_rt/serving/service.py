@@ -209,7 +209,7 @@ def _log_answers(request: Request, model: Model, texts: Sequence[Text], answers:
             "model": model.name,
             "version": model.version,
             "texts": list(texts),
-            "labels": [one.label for one in found],
+            "labels": [list(one.labels) if model.runtime.task.several else one.label for one in found],
             "scores": [one.score for one in found],
             "exits": [one.exit for one in found],
         },

@@ -101,7 +101,8 @@ def describe(service: Service, model: Model) -> dict[str, Any]:
         "version": __version__,
         "loaded": model.loaded,
         "pair": bundle.pair,
-        "exit_rule": bundle.exit_rule["kind"],
+        "task": bundle.task,
+        "exit_rule": model.runtime.exit_rule.kind,
         "thresholds": model.runtime.thresholds,
         "members": [
             {"name": member.name, "layers": member.layers, "precision": member.precision} for member in bundle.members
