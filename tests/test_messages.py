@@ -111,7 +111,7 @@ REMEDIES = {
 }
 """Words of messages for what to do -> the parameter that does it, and the commands that may print them."""
 
-OF_PYTHON_ALONE = {"chunk_size", "members", "spin_us"}
+OF_PYTHON_ALONE = {"chunk_size", "members", "rule", "spin_us"}
 """Parameters of the library that no command passes on."""
 
 
