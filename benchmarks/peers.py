@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from cascade_export.check import Check
 from cascade_export.export import export_bundle
 from cascade_export.random_weights import parse_shape, write_random_members
 from common import RESULTS, run_command
@@ -72,7 +73,7 @@ def main() -> None:
             folder,
             max_length=options.max_length,
             precision=precision,
-            max_accuracy_drop=100,
+            check=Check(max_accuracy_drop=100),
             overwrite=folder.exists(),
         )
     cascade = CascadeRuntime(bundle, threads=options.threads, preload=True)

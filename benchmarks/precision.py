@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from cascade_export.check import compare, probabilities
+from cascade_export.check import Check, compare, probabilities
 from cascade_export.export import export_bundle
 from cascade_export.random_weights import parse_shape, write_random_members
 from cascade_train import VALIDATION
@@ -87,7 +87,7 @@ def _exported(source: Path, work: Path, options: argparse.Namespace) -> dict[str
     """Export a member in fp32 and the wanted precisions, and in int8 without texts if it has any."""
     rows = {name: Candidate(work / f"{source.name}-{name}") for name in dict.fromkeys(["fp32", *options.precision])}
     for precision, row in rows.items():
-        export_bundle([str(source)], row.folder, precision=precision, max_accuracy_drop=100)
+        export_bundle([str(source)], row.folder, precision=precision, check=Check(max_accuracy_drop=100))
     if (source / VALIDATION).is_file():
         bare = shutil.copytree(source, work / "bare" / source.name, ignore=shutil.ignore_patterns(VALIDATION))
         rows[NEAREST] = Candidate(work / f"{source.name}-nearest")

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import transformers
+from cascade_export.check import Check
 from cascade_export.export import export_bundle
 from cascade_export.temperature import fit_temperature
 from cascade_train import RECORD
@@ -279,9 +280,8 @@ def _deployed(kinds: Sequence[Kind]) -> list[Kind]:
 def _exported(folders: Sequence[Path], parts: Parts, model_dir: Path, precision: str) -> dict[str, Any]:
     """Export members, and measure on the clock: each alone, and the cascade at each speed-up, by layers and latency."""
     if not (model_dir / MANIFEST).is_file():
-        export_bundle(
-            [str(folder) for folder in folders], model_dir, precision=precision, calibrate=True, max_accuracy_drop=100
-        )
+        check = Check(max_accuracy_drop=100, calibrate=True)
+        export_bundle([str(folder) for folder in folders], model_dir, precision=precision, check=check)
     runtime = open_whole(model_dir, preload=True)
     names = [member.name for member in runtime.bundle.members]
     tuning = _collected(runtime, parts.tuning)

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import transformers
+from cascade_export.check import Check
 from cascade_export.exits import export_exits
 from cascade_export.export import export_bundle
 from cascade_train import RECORD
@@ -183,9 +184,9 @@ def _exported(system: System, folders: Mapping[str, Path], bundles: Path, seed: 
     target = bundles / _file_name(system.name, seed)
     if not (target / MANIFEST).is_file():
         if system.name in NAMES.values():
-            export_exits(str(folders[system.name]), target, max_accuracy_drop=100)
+            export_exits(str(folders[system.name]), target, check=Check(max_accuracy_drop=100))
         else:
-            export_bundle([str(folders[name]) for name in system.models], target, max_accuracy_drop=100)
+            export_bundle([str(folders[name]) for name in system.models], target, check=Check(max_accuracy_drop=100))
     return open_whole(target, preload=True)
 
 

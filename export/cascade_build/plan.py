@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from cascade_export.check import MAX_ACCURACY_DROP, check_allowed
+from cascade_export.check import MAX_ACCURACY_DROP, Check
 from cascade_export.checkpoint import member_name
-from cascade_export.export import AUTO
+from cascade_export.member import AUTO
 from cascade_train.finetune import (
     Objective,
     Recipe,
@@ -99,7 +99,7 @@ class Plan:
         Objective(temperature=self.temperature, distill_weight=self.distill_weight)
         if self.precision not in (*PRECISIONS, AUTO):
             raise InvalidOption("precision", self.precision, f"one of {', '.join((*PRECISIONS, AUTO))}")
-        check_allowed(self.max_accuracy_drop)
+        Check(max_accuracy_drop=self.max_accuracy_drop)
 
     def data_settings(self) -> dict[str, Any]:
         """Return what identifies the labelled data and their split."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,10 @@ from numpy.typing import NDArray
 
 from cascade_export.checkpoint import Checkpoint
 from cascade_rt.benchmark.turns import in_turns
+from cascade_rt.bundle import MemberEntry
+from cascade_rt.engine.backends import usable
 from cascade_rt.engine.batching import TOKEN_BUDGET, by_length, micro_batches
+from cascade_rt.engine.execution import Execution
 from cascade_rt.engine.stage import Stage
 from cascade_rt.engine.task import SingleLabel
 from cascade_rt.engine.tokenization import Encoded
@@ -32,6 +35,32 @@ _TIMED_TEXTS = 64
 _FEWEST_BATCHED = 8
 
 Probabilities = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Check:
+    """Settings of the check of finished members on texts, and the largest loss that it allows."""
+
+    data: Path | None = None
+    """Texts, with or without labels; None for those that training held out."""
+    reading: Reading = AS_USUAL
+    """How `data` is read."""
+    max_accuracy_drop: float = MAX_ACCURACY_DROP
+    """Percentage points that a member may lose."""
+    execution: Execution = field(default_factory=Execution)
+    """Where finished members are checked and timed."""
+    calibrate: bool = False
+    """Divide each member's logits by the temperature that fits the texts best; they need labels."""
+
+    def __post_init__(self) -> None:
+        """Raise InvalidOption for a loss that is not a number of percentage points."""
+        if not 0 <= self.max_accuracy_drop <= 100:
+            raise InvalidOption(
+                "max_accuracy_drop", self.max_accuracy_drop, "a number of percentage points from 0 to 100"
+            )
+
+
+USUAL_CHECK = Check()
 
 
 @dataclass(frozen=True)
@@ -63,6 +92,12 @@ def load_check_data(file: Path | None, checkpoint: Checkpoint, reading: Reading 
         written = [(reading.label_of(example), example.where) for example in examples]
         labels = label_ids(written, checkpoint.labels, known_by="the member knows")
     return CheckData([example.text for example in examples], labels)
+
+
+def reference(checkpoint: Checkpoint, path: Path) -> Stage:
+    """Return the member in fp32 on the CPU, the reference for every provider and precision."""
+    entry = MemberEntry(checkpoint.name, path.name, "", checkpoint.layers, checkpoint.hidden_size, 1, "fp32", None)
+    return Stage(entry, path, len(checkpoint.labels), usable(Execution()))
 
 
 def probabilities(member: Stage, encoded: Encoded) -> Probabilities:
@@ -115,12 +150,6 @@ def compare(original: Probabilities | None, exported: Probabilities, labels: NDA
 def _quality(answers: Probabilities, labels: NDArray[np.intp]) -> dict[str, float | None]:
     found = quality(SingleLabel(), labels, answers.argmax(axis=1), _TASK.confidence(answers), answers.shape[1])
     return {"accuracy": found.accuracy, "dis": found.dis, "ece": found.ece}
-
-
-def check_allowed(drop: float) -> None:
-    """Raise InvalidOption for a `max_accuracy_drop` that is not a number of percentage points."""
-    if not 0 <= drop <= 100:
-        raise InvalidOption("max_accuracy_drop", drop, "a number of percentage points from 0 to 100")
 
 
 def check_drop(name: str, precision: str, report: dict[str, Any], allowed: float) -> None:

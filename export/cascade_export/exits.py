@@ -16,7 +16,7 @@ from cascade_train.settings import guarded
 from cascade_train.tasks import Examples
 from numpy.typing import NDArray
 
-from cascade_export.check import check_drop, compare, load_check_data
+from cascade_export.check import USUAL_CHECK, Check, check_drop, compare, load_check_data
 from cascade_export.convert import convert_segment
 from cascade_export.export import DEFAULT_THRESHOLD, TOKENIZER_FILE, bundle_of
 from cascade_export.precision import WRITERS, write_precision
@@ -28,7 +28,6 @@ from cascade_rt.bundle import Bundle, MemberEntry, sha256_of, write_bundle, writ
 from cascade_rt.bundle.manifest import ENTROPY, EXIT_RULES, HIDDEN_STATES, PATIENCE, TOKENS
 from cascade_rt.engine.task import SingleLabel
 from cascade_rt.errors import CascadeError, InvalidOption
-from cascade_rt.io.readers import AS_USUAL, Reading
 from cascade_rt.types import Text
 
 _TASK = SingleLabel()
@@ -46,20 +45,18 @@ def export_exits(
     rule: str | None = None,
     threshold: float = DEFAULT_THRESHOLD,
     precision: str = "fp32",
-    check_data: Path | None = None,
-    reading: Reading = AS_USUAL,
-    max_accuracy_drop: float,
+    check: Check = USUAL_CHECK,
     overwrite: bool = False,
 ) -> Bundle:
     """Export a multi-exit model as a bundle of segments, one for each exit.
 
     `source`: a folder that `train_exits` wrote. `rule`: the exit rule, one of EXIT_RULES; None for that of its paper:
     patience for PABEE, else entropy. `threshold`: of each exit, until tuning finds better ones. `precision`: of all
-    segments. Every exit is compared with torch in one piece, and with itself in other batches. In other precisions than
-    fp32, none may lose more than `max_accuracy_drop` percentage points on `check_data`, which is read
-    as `reading` says (None: what training held out).
-    Raises CascadeError where a check fails; nothing is written then.
+    segments. Every exit is compared with torch in one piece, with itself in other batches, and with torch on the texts
+    of `check`, which calibrates no segments. Raises CascadeError where a check fails; nothing is written then.
     """
+    if check.calibrate:
+        raise InvalidOption("calibrate", check.calibrate, "False for segments, which share their layers")
     checkpoint = open_torch(source)
     whole = open_exits(source)
     rule = rule or (PATIENCE if whole.kind == PABEE else ENTROPY)
@@ -108,17 +105,17 @@ def export_exits(
         differences = _compared(checkpoint, folder, texts, expected)
         if precision != "fp32":
             bundle = written(precision)
-        with CascadeRuntime(folder) as runtime:
+        with CascadeRuntime(folder, **check.execution.arguments()) as runtime:
             facts: list[dict[str, Any]] = [{"max_probability_difference": difference} for difference in differences]
             for fact, batched in zip(facts, _batch_differences(runtime, texts), strict=True):
                 fact["batch_difference"] = batched
-            data = load_check_data(check_data, checkpoint, reading)
+            data = load_check_data(check.data, checkpoint, check.reading)
             if data is not None:
                 original = _TASK.probabilities(_in_one_piece(checkpoint, whole, data.texts))
                 finished = _TASK.probabilities(runtime.member_logits(data.texts)[0])
                 for fact, member, ours, theirs in zip(facts, bundle.members, finished, original, strict=True):
                     fact["check"] = report = compare(theirs, ours, data.labels)
-                    check_drop(member.name, precision, report, max_accuracy_drop)
+                    check_drop(member.name, precision, report, check.max_accuracy_drop)
         members = tuple(
             replace(member, other={**member.other, **fact}) for member, fact in zip(bundle.members, facts, strict=True)
         )

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cascade_export.check import Check
 from cascade_export.checkpoint import tokenizer_differences
 from cascade_export.export import export_bundle
 from cascade_export.torch_checkpoint import align_checkpoint, open_torch
@@ -139,7 +140,7 @@ def big(root: Path) -> Path:
 @pytest.fixture(scope="module")
 def bundle(root: Path, small: Path, big: Path) -> Path:
     (root / "check.txt").write_text("\n".join(text for text in TEXTS if text))
-    export_bundle([str(big), str(small)], root / "bundle", check_data=root / "check.txt")
+    export_bundle([str(big), str(small)], root / "bundle", check=Check(root / "check.txt"))
     return root / "bundle"
 
 
@@ -312,7 +313,9 @@ def test_an_onnx_file_cannot_be_aligned(bundle: Path, small: Path, big: Path, tm
 def test_calibration_scales_the_original_too(small: Path, big: Path, tmp_path: Path) -> None:
     rows = [{"text": text, "label": LABELS[index % 2]} for index, text in enumerate(TEXTS)]
     (tmp_path / "check.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    made = export_bundle([str(small), str(big)], tmp_path / "made", check_data=tmp_path / "check.jsonl", calibrate=True)
+    made = export_bundle(
+        [str(small), str(big)], tmp_path / "made", check=Check(tmp_path / "check.jsonl", calibrate=True)
+    )
     member = made.members[1]
     assert abs(member.other["temperature"]["value"] - 1) > 0.1, "it changes the probabilities"
     assert member.other["check"]["max_probability_difference"] <= 1e-4

@@ -11,8 +11,8 @@ import numpy as np
 import onnx
 import pytest
 from cascade_export import cli
-from cascade_export import export as module
-from cascade_export.check import Speed, check_drop, compare
+from cascade_export import member as module
+from cascade_export.check import Check, Speed, check_drop, compare
 from cascade_export.export import export_bundle
 from cascade_export.precision import WRITERS, write_precision
 from hypothesis import given, settings
@@ -51,8 +51,7 @@ def bundles(wide: Path) -> dict[str, Path]:
             wide.parent / precision,
             max_length=32,
             precision=precision,
-            check_data=wide.parent / "check.jsonl",
-            max_accuracy_drop=20,
+            check=Check(wide.parent / "check.jsonl", max_accuracy_drop=20),
             overwrite=True,
         )
     return {precision: wide.parent / precision for precision in PRECISIONS}
@@ -188,8 +187,7 @@ def test_auto_takes_the_fastest_that_passes(wide: Path, tmp_path: Path, monkeypa
             tmp_path / "auto",
             max_length=32,
             precision="auto",
-            check_data=check,
-            max_accuracy_drop=drop,
+            check=Check(check, max_accuracy_drop=drop),
             overwrite=True,
         )
         (member,) = made.members
@@ -200,7 +198,7 @@ def test_auto_takes_the_fastest_that_passes(wide: Path, tmp_path: Path, monkeypa
     if find_spec("openvino"):
         order[:] = [*last, "int8", "fp16", "fp32"]
         made = export_bundle(
-            [str(wide)], tmp_path / "elsewhere", precision="auto", check_data=check, max_accuracy_drop=100
+            [str(wide)], tmp_path / "elsewhere", precision="auto", check=Check(check, max_accuracy_drop=100)
         )
         assert made.members[0].precision == "int8"
         assert cli._faster_elsewhere(made.members[0]) == (
