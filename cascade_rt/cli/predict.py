@@ -17,8 +17,7 @@ from ..io.tables import open_rows, output_format
 from ..io.writers import is_stream, open_output
 from ..jobs.answering import ON_ERROR, SKIP, STOP, Counts, Lines, Progress, answer, described
 from ..jobs.files import JobFiles
-from ..jobs.shards import ENDINGS as SHARD_FORMATS
-from ..jobs.shards import SHARD_ROWS
+from ..jobs.shards import ENDINGS, SHARD_ROWS
 from ..runtime import CascadeRuntime
 from ..types import Text
 from .options import (
@@ -40,12 +39,7 @@ from .rendering import exits_line, printable
 from .signals import Termination
 
 SUMMARY = "classify texts"
-_FOR_RAY: dict[str, Any] = {
-    **dict.fromkeys(("address", "actors")),
-    "pools": [],
-    "shard_rows": SHARD_ROWS,
-    "shard_format": SHARD_FORMATS[0],
-}
+_FOR_RAY = {"address": None, "actors": None, "pools": list[str](), "shard_rows": SHARD_ROWS, "shard_format": ENDINGS[0]}
 """Options for clusters alone, and their defaults."""
 EXAMPLE = 'cascade-rt predict --model-dir bundle/ "a text" "another text"'
 
@@ -99,7 +93,7 @@ def _add_cluster(parser: CommandParser) -> None:
         help="give a member processes of its own; once for each member, instead of --actors",
     )
     cluster.add_argument("--shard-rows", type=int, metavar="N", help="rows in each file of the output")
-    cluster.add_argument("--shard-format", choices=SHARD_FORMATS, help="format of the files of the output")
+    cluster.add_argument("--shard-format", choices=ENDINGS, help="format of the files of the output")
     parser.set_defaults(**_FOR_RAY)
 
 
