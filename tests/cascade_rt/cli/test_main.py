@@ -90,8 +90,9 @@ def test_a_typo_suggests_the_nearest_command(capsys: pytest.CaptureFixture[str],
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_a_command_shows_defaults_that_say_something(name: str) -> None:
     shown = parser_of(name).format_help()
-    for empty in ("None", "[]", "False", "True", "{}", "()"):
+    for empty in ("None", "[]", "False", "True", "{}", "()", ""):
         assert f"(default: {empty})" not in shown
+    assert not re.search(r"default: [\[(]", shown), "values, not a list of them"
     assert " ".join(shown.split()).count("example: cascade-rt " + name) == 1
 
 
