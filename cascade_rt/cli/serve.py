@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError, InvalidOption, MissingExtraError
-from .options import LOCAL, RAY, add_engine, add_running, provider_options
+from .options import RAY, add_engine, add_running, provider_options
 from .parser import CommandParser
 from .signals import Termination
 
@@ -51,11 +51,7 @@ def add_arguments(parser: CommandParser) -> None:
     add("--allow-thresholds", action="store_true", help="let requests set their own thresholds")
     add("--log-texts", action="store_true", help="log texts and answers too, not only requests")
     add("--traces", action="store_true", help="send OpenTelemetry traces to what OTEL_EXPORTER_OTLP_ENDPOINT names")
-    add(
-        "--reload-seconds",
-        type=float,
-        help="how often to look for a replaced bundle; 0 for never (default: 1; never with --engine ray)",
-    )
+    add("--reload-seconds", type=float, default=1.0, help="how often to look for a replaced bundle; 0 for never")
     add("--grace", type=float, default=30.0, help="seconds for open requests after SIGTERM")
     add("--workers", type=int, default=1, help="processes that serve side by side, each on CPUs of its own")
     add("--token-file", metavar="FILE", help="file with the bearer token that requests must carry")
@@ -69,18 +65,18 @@ def add_arguments(parser: CommandParser) -> None:
     add("--cors-origin", action="append", default=[], metavar="ORIGIN", help="pages of this origin may call the server")
     add_running(parser)
     ray = add_engine(parser).add_argument
-    ray("--min-replicas", type=int, metavar="N", help="fewest replicas of each member (default: 1)")
+    ray("--min-replicas", type=int, metavar="N", help="fewest replicas of the server (default: 1)")
     ray(
         "--max-replicas",
         type=int,
         metavar="N",
-        help="most replicas of each member (default: what fits after all have the fewest)",
+        help="most replicas of the server (default: what fits)",
     )
     ray(
         "--target-requests",
         type=float,
         metavar="N",
-        help="running and waiting calls per replica; above it, Ray adds replicas (default: 8)",
+        help="requests under way per replica; above it, Ray adds replicas (default: 8)",
     )
 
 
@@ -104,7 +100,7 @@ def run(options: argparse.Namespace) -> None:
         degrade=options.degrade,
         allow_thresholds=options.allow_thresholds,
         log_texts=options.log_texts,
-        reload_seconds=_reload_seconds(options),
+        reload_seconds=options.reload_seconds,
         root_path=options.root_path.rstrip("/"),
     )
     setup = Setup(
@@ -138,9 +134,6 @@ def _serve_on_cluster(setup: Setup, options: argparse.Namespace) -> None:
         raise MissingExtraError("--engine ray", "ray", error) from error
     if options.workers != 1:
         raise InvalidOption("workers", options.workers, "1 with `engine` ray, where `max_replicas` is what counts")
-    if options.max_wait_ms:
-        expected = "0 with `engine` ray, where a replica has only one member's texts and never waits for more"
-        raise InvalidOption("max_wait_ms", options.max_wait_ms, expected)
     scaling = {name: getattr(options, name) for name in _SCALING if getattr(options, name) is not None}
     serve_on_cluster(setup, Scaling(**scaling), options.address)
 
@@ -149,15 +142,6 @@ def _refuse_for_local(options: argparse.Namespace) -> None:
     for name in ("address", *_SCALING):
         if (found := getattr(options, name)) is not None:
             raise InvalidOption(name, found, "none without `engine` ray")
-
-
-def _reload_seconds(options: argparse.Namespace) -> float:
-    found: float | None = options.reload_seconds
-    if options.engine == LOCAL:
-        return 1.0 if found is None else found
-    if found:
-        raise InvalidOption("reload_seconds", found, "0 with `engine` ray: deploy a new bundle by a new server")
-    return 0.0
 
 
 def _sources(options: argparse.Namespace) -> dict[str, str]:

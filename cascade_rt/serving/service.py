@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
@@ -21,8 +21,8 @@ from ..errors import CascadeError, InvalidOption
 from ..runtime import CascadeRuntime
 from ..types import Text
 from .batcher import Answer, Batcher, Draining
-from .metrics import Metrics
-from .models import Model, Models
+from .metrics import Measured, Metrics
+from .models import Identify, Model, Models, identity
 
 if TYPE_CHECKING:  # of an extra
     from .tracing import Tracing
@@ -105,20 +105,23 @@ class Service:
         settings: Settings,
         tracing: Tracing | None = None,
         open_runtime: Callable[..., CascadeRuntime] = CascadeRuntime,
+        identify: Identify = identity,
     ) -> None:
         """Open the bundles; `sources`: folder, or "hf:org/name", by name.
 
-        `open_runtime`: called with a source and settings of `CascadeRuntime`.
+        `open_runtime`: called with a source and settings of `CascadeRuntime`. `identify`: tells a replaced bundle.
         """
         self.settings = settings
         self.tracing = tracing
         self.metrics = Metrics()
         self.draining = False
+        self.measure: Callable[[], Awaitable[Measured]] = self.measured
+        """Returns the metrics of all that serve together; a replica asks the others too."""
         self._open_runtime = open_runtime
         self._tokenizing = asyncio.Semaphore(1)
         self._drifts: dict[str, tuple[float, float | None]] = {}
         self._gauges: set[tuple[Gauge, tuple[str, ...]]] = set()  # all that were ever set, by their labels
-        self.models = Models(sources, self._open, self._batcher, self.metrics)
+        self.models = Models(sources, self._open, self._batcher, self.metrics, identify)
 
     def _open(self, name: str, source: str) -> CascadeRuntime:
         """Load all members, and run each once: a first run takes longer."""
@@ -225,6 +228,11 @@ class Service:
             value = model.runtime.stats().p_value
             self._drifts[model.name] = monotonic() + _DRIFT_SECONDS, value
         return value
+
+    async def measured(self) -> Measured:
+        """Return the metrics of this server."""
+        self.update_gauges()
+        return self.metrics.measured()
 
     def update_gauges(self) -> None:
         """Set the metrics that say how things are now."""
