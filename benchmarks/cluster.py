@@ -205,7 +205,7 @@ def run(
             counts,
             pools=pools,
             shard_rows=shard_rows,
-            progress=lambda: marks.append((counts.records, time.perf_counter(), _busy())),
+            progress=lambda _: marks.append((counts.records, time.perf_counter(), _busy())),
         )
         seconds = time.perf_counter() - started
     first, last = (next(mark for mark in marks if mark[0] >= share * count) for share in _MIDDLE)

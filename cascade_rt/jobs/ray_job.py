@@ -13,7 +13,7 @@ import hashlib
 import io
 import logging
 import pickle
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from ..io.readers import AS_USUAL, Reading, input_files, read_records
 from ..io.remote import is_uri
 from ..runtime import CascadeRuntime
 from ..types import Text
-from .answering import CHUNK, ON_ERROR, Counts, Record, answered, chunks, described, write_answers
+from .answering import CHUNK, Counts, Lines, Progress, Record, answered, check_on_error, chunks, described
 from .shards import ENDINGS, SHARD_ROWS, Receipt, ShardFolder
 
 
@@ -107,7 +107,7 @@ def predict_on_cluster(
     resume: bool = False,
     verify: bool = True,
     reading: Reading = AS_USUAL,
-    progress: Callable[[], object] = lambda: None,
+    progress: Progress = lambda counts: None,
 ) -> None:
     """Answer the texts of files on a Ray cluster, write the answers as shards, and count the records.
 
@@ -120,7 +120,7 @@ def predict_on_cluster(
         pools: The actors that run all members, or a pool for each member by its name.
         shard_rows: Records in each shard.
         shard_format: One of `shards.ENDINGS`.
-        on_error: As for `answer`.
+        on_error: As for `Lines`.
         rejects: Where lines of the records that cannot be used go, in input order.
         resume: Go on in the folder of an interrupted run. Shards whose records have changed are written anew.
         verify: As for `CascadeRuntime`.
@@ -131,8 +131,7 @@ def predict_on_cluster(
         InputError: The input, the output or a record cannot be used; the shards before it are in the folder.
         CascadeError: An error of a runtime, as of `predict`, or of the cluster.
     """
-    if on_error not in ON_ERROR:
-        raise InvalidOption("on_error", on_error, f"one of {', '.join(ON_ERROR)}")
+    check_on_error(on_error)
     if isinstance(shard_rows, bool) or not isinstance(shard_rows, int) or shard_rows < 1:
         raise InvalidOption("shard_rows", shard_rows, "a whole number from 1")
     folder = ShardFolder(output, shard_format)
@@ -164,7 +163,7 @@ def predict_on_cluster(
                 runtime.count(receipt.exits)
                 if rejects is not None:
                     rejects.write(receipt.rejects)
-                progress()
+                progress(counts)
         stats = runtime.stats()
         summary = {"answered": counts.answered, "rejected": counts.rejected, "exits": stats.exits}
         folder.finish(receipts, summary | {"distance": stats.distance, "p_value": stats.p_value})
@@ -330,25 +329,17 @@ class _Answerer:
         return journey
 
     def _written(self, part: _Part, begun: _Begun) -> Receipt:
-        lines, rejects, counts = io.StringIO(), io.StringIO(), Counts()
+        output, rejects = io.StringIO(), io.StringIO()
+        lines = Lines(output, rejects, self._job.on_error)
         self._runtime.stats(reset=True)
         for records, journey in begun:
-            predictions = self._runtime.finish(journey)
-            write_answers(
-                records,
-                predictions,
-                lines,
-                counts,
-                task=self._runtime.task,
-                on_error=self._job.on_error,
-                rejects=rejects,
-            )
-        exits = self._runtime.stats().exits
+            lines.write(records, self._runtime.finish(journey), self._runtime.task)
+        counts, exits = lines.counts, self._runtime.stats().exits
 
         def receipt(size: int) -> Receipt:
             return Receipt(part.name, part.digest, size, counts.answered, counts.rejected, exits, rejects.getvalue())
 
-        return self._job.folder.write(part.name, lines.getvalue(), receipt)
+        return self._job.folder.write(part.name, output.getvalue(), receipt)
 
 
 def _opened(job: Job, members: range, pool: Pool) -> tuple[CascadeRuntime, Mapping[int, Stage], CascadeRuntime]:
