@@ -1,4 +1,4 @@
-"""How does `predict --engine ray` scale, and when do member pools pay?
+"""The scaling of `predict --engine ray`, and the pools of members that pay.
 
     python benchmarks/cluster.py --model-dir BUNDLE --input texts.jsonl
 
@@ -47,7 +47,7 @@ _MIDDLE = 0.2, 0.8  # of the texts, between which the rate is taken
 
 @dataclass(frozen=True)
 class Costs:
-    """What one thread takes."""
+    """Seconds that one thread takes."""
 
     tokenization: float
     """Seconds per text."""

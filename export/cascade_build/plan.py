@@ -1,4 +1,4 @@
-"""What a build will do: parts of the data, members, recipes, the question to tune by, and how long it will take."""
+"""The plan of a build: parts of the data, members, recipes, the question to tune by, and estimated times."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class Parts:
     """The data of a build, in parts that share no text."""
 
     data: TaskData
-    """What members learn from, and what their checkpoints, temperatures and precisions are chosen by."""
+    """Training texts, and validation texts, which choose checkpoints, temperatures and precisions."""
     tuning: Examples
-    """What thresholds are chosen by."""
+    """Texts that choose thresholds."""
     certification: Examples
     """A test set, used for no choice: it certifies and measures the result."""
     unlabelled: list[Text]

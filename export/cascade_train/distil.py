@@ -54,7 +54,7 @@ from cascade_train.sources import check_tokens, load_tokenizer, pretrained
 
 @dataclass(frozen=True)
 class Distillation:
-    """How to distil."""
+    """Settings of a distillation."""
 
     epochs: float = 1
     steps: int | None = None
@@ -257,7 +257,7 @@ class Tokenized:
     starts: NDArray[np.int64]
     lengths: NDArray[np.int64]
     sha256: str
-    """Of the texts that were read."""
+    """Hash of the texts that were read."""
 
     @staticmethod
     def read(
@@ -362,13 +362,13 @@ def _batches(rows: Tokenized, pad: int, size: int, device: Any) -> Iterator[dict
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What the teacher computes for the validation texts: kept in memory, since it takes longer than the student."""
+    """The teacher's states of the validation texts: kept in memory, since it takes longer than the student."""
 
     batches: Sequence[dict[str, Tensor]]
     targets: Sequence[Tensor]
     """The teacher's last hidden states of each batch, float32 (texts, tokens, hidden)."""
     variance: float
-    """Of those of real tokens around their mean vector, the mean over dimensions."""
+    """Variance of those of real tokens around their mean vector, the mean over dimensions."""
 
     @staticmethod
     def of(teacher: Any, batches: Iterator[dict[str, Tensor]]) -> HeldOut:

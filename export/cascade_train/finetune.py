@@ -62,7 +62,7 @@ def check_ranges(settings: object, ranges: Mapping[str, tuple[float, float]]) ->
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to fine-tune; the defaults are the paper's (section 4.1), lengths and batches BERT's usual ones."""
+    """A recipe of fine-tuning; the defaults are the paper's (section 4.1), lengths and batches BERT's usual ones."""
 
     epochs: float = 10
     learning_rate: float = 2e-5
@@ -83,17 +83,17 @@ class Recipe:
 
 @dataclass(frozen=True)
 class TeacherStates:
-    """What a student's layers learn from a teacher's under patient distillation (BERT-PKD; Sun et al., 2019)."""
+    """A teacher's states that a student's layers learn under patient distillation (BERT-PKD; Sun et al., 2019)."""
 
     layers: Sequence[int]
     """The teacher's layer for each of the student's but the last, counted from 1."""
     states: NDArray[np.float16]
-    """Of the first token after these layers, for each training example: (examples, layers, hidden)."""
+    """States of the first token after these layers, for each training example: (examples, layers, hidden)."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What a member learns besides its labels; by default nothing.
+    """Objectives of a member besides its labels; by default none.
 
     The loss is (1 - distill_weight) * cross entropy + distill_weight * distillation + patient_weight * patient
     distillation + dar_weight * DAR, without the terms that are not used.

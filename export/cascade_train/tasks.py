@@ -56,7 +56,7 @@ class TaskData:
     train: Examples
     validation: Examples
     nested: bool = False
-    """Whether training texts are phrases of one another, as SST-2's are."""
+    """True if training texts are phrases of one another, as SST-2's are."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class GlueTask:
 
     @property
     def pair(self) -> bool:
-        """Whether an instance is a pair of texts."""
+        """True if an instance is a pair of texts."""
         return len(self.columns) == 2
 
 
