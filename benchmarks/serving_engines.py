@@ -30,7 +30,7 @@ from cascade_rt.io.readers import read_examples
 from cascade_rt.io.writers import write_json
 from cascade_rt.serving import Client
 
-ENGINES = {"local": [], "ray": ["--engine", "ray", "--address", "local"]}
+ENGINES = {"local": [], "ray": ["--engine", "ray", "--address", "local", "--max-replicas", "1"]}
 
 
 def main() -> None:

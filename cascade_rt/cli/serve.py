@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import InputError, InvalidOption, MissingExtraError
 from ..serving.settings import Settings
-from .options import LOCAL, RAY, add_engine, add_running, provider_options, refuse_without_ray
+from .options import RAY, add_engine, add_running, execution, refuse_without_ray
 from .parser import CommandParser
 from .signals import Termination
 
@@ -55,8 +55,8 @@ def add_arguments(parser: CommandParser) -> None:
     add(
         "--reload-seconds",
         type=float,
-        help="how often to look for a replaced bundle; 0 for never "
-        f"(default: {Settings.reload_seconds:g}; never with --engine ray)",
+        default=Settings.reload_seconds,
+        help="how often to look for a replaced bundle; 0 for never",
     )
     add("--grace", type=float, default=30.0, help="seconds for open requests after SIGTERM")
     add("--workers", type=int, default=1, help="processes that serve side by side, each on CPUs of its own")
@@ -71,18 +71,18 @@ def add_arguments(parser: CommandParser) -> None:
     add("--cors-origin", action="append", default=[], metavar="ORIGIN", help="pages of this origin may call the server")
     add_running(parser)
     ray = add_engine(parser).add_argument
-    ray("--min-replicas", type=int, metavar="N", help="fewest replicas of each member (default: 1)")
+    ray("--min-replicas", type=int, metavar="N", help="fewest replicas of the server (default: 1)")
     ray(
         "--max-replicas",
         type=int,
         metavar="N",
-        help="most replicas of each member (default: what fits after all have the fewest)",
+        help="most replicas of the server (default: what fits)",
     )
     ray(
         "--target-requests",
         type=float,
         metavar="N",
-        help="running and waiting calls per replica; above it, Ray adds replicas (default: 8)",
+        help="requests under way per replica; above it, Ray adds replicas (default: 8)",
     )
 
 
@@ -94,9 +94,7 @@ def run(options: argparse.Namespace) -> None:
     except ImportError as error:
         raise MissingExtraError("serving", "serve", error) from error
     settings = Settings(
-        provider=options.provider,
-        threads=options.threads,
-        provider_options=provider_options(options),
+        execution=execution(options),
         max_wait_ms=options.max_wait_ms,
         max_queue=options.max_queue,
         max_texts=options.max_texts,
@@ -105,7 +103,7 @@ def run(options: argparse.Namespace) -> None:
         degrade=options.degrade,
         allow_thresholds=options.allow_thresholds,
         log_texts=options.log_texts,
-        reload_seconds=_reload_seconds(options),
+        reload_seconds=options.reload_seconds,
         root_path=options.root_path.rstrip("/"),
     )
     setup = Setup(
@@ -139,20 +137,8 @@ def _serve_on_cluster(setup: Setup, options: argparse.Namespace) -> None:
         raise MissingExtraError("--engine ray", "ray", error) from error
     if options.workers != 1:
         raise InvalidOption("workers", options.workers, "1 with --engine ray, where --max-replicas is what counts")
-    if options.max_wait_ms:
-        expected = "0 with --engine ray, where a replica has only one member's texts and never waits for more"
-        raise InvalidOption("max_wait_ms", options.max_wait_ms, expected)
     scaling = {name: getattr(options, name) for name in _SCALING if getattr(options, name) is not None}
     serve_on_cluster(setup, Scaling(**scaling), options.address)
-
-
-def _reload_seconds(options: argparse.Namespace) -> float:
-    found: float | None = options.reload_seconds
-    if options.engine == LOCAL:
-        return Settings.reload_seconds if found is None else found
-    if found:
-        raise InvalidOption("reload_seconds", found, "0 with --engine ray: deploy a new bundle by a new server")
-    return 0.0
 
 
 def _sources(options: argparse.Namespace) -> dict[str, str]:

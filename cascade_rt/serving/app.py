@@ -111,8 +111,8 @@ def create_app(
     )
     async def metrics(request: Request) -> Response:
         """Return the metrics as text."""
-        service.update_gauges()
-        text, media_type = service.metrics.text(request.headers.get("accept", ""))
+        measured = await service.measure()
+        text, media_type = measured.text(request.headers.get("accept", ""))
         return Response(text, media_type=media_type)
 
     app.add_exception_handler(CascadeError, on_cascade_error)

@@ -133,7 +133,7 @@ def classify_router(service: Service) -> APIRouter:
     @router.get("/v1/models", summary="What is served", response_model=ModelsResponse)
     async def models() -> Response:
         """Describe the bundles and what they have answered."""
-        requests, seconds, texts = service.metrics.answered()
+        requests, seconds, texts = (await service.measure()).answered()
         found = [_served(service, model, texts).model_dump() for model in service.models]
         return JSON({"models": found, "requests": requests, "seconds": seconds})
 

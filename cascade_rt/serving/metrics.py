@@ -7,10 +7,12 @@ PROMETHEUS_MULTIPROC_DIR names, and any of the processes can read them all.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, PlatformCollector, ProcessCollector
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.multiprocess import MultiProcessCollector
 
@@ -70,26 +72,51 @@ class Metrics:
         """Count a request."""
         self.requests.labels(route, str(status)).observe(seconds)
 
-    def text(self, accept: str) -> tuple[bytes, str]:
-        """Return all metrics in a format that an `Accept` header takes, and its media type."""
-        encode, media_type = choose_encoder(accept)
-        return encode(self._all), media_type
-
-    def answered(self) -> tuple[int, float, dict[tuple[str, str], int]]:
-        """Return the requests with texts that were answered, their seconds together, and texts by model and member."""
-        requests, seconds, texts = 0, 0.0, dict[tuple[str, str], int]()
-        for sample in (sample for family in self._all.collect() for sample in family.samples):
-            labels = sample.labels
-            if sample.name == "cascade_texts_total":
-                texts[labels["model"], labels["member"]] = int(sample.value)
-            elif labels.get("status") == "200" and labels.get("route") in _ANSWERING:
-                requests += int(sample.value) if sample.name == "cascade_request_seconds_count" else 0
-                seconds += sample.value if sample.name == "cascade_request_seconds_sum" else 0.0
-        return requests, seconds, texts
+    def measured(self) -> Measured:
+        """Return all metrics: of this process, or of all whose values are summed."""
+        return Measured(list(self._all.collect()))
 
     def observer(self, model: str, members: Sequence[str]) -> BatchMetrics:
         """Return what a batcher of this model reports to."""
         return BatchMetrics(self, model, members)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The metrics of one moment."""
+
+    metrics: list[Metric]
+
+    @classmethod
+    def of_replicas(cls, found: Iterable[tuple[str, Measured]]) -> Measured:
+        """Return the metrics of several servers, by their names, which become the label `replica`."""
+        metrics: dict[str, Metric] = {}
+        for replica, measured in found:
+            for metric in measured.metrics:
+                known = metrics.setdefault(metric.name, Metric(metric.name, metric.documentation, metric.type))
+                known.samples += [one._replace(labels={**one.labels, "replica": replica}) for one in metric.samples]
+        return cls(list(metrics.values()))
+
+    def collect(self) -> list[Metric]:
+        """Return them; what writes them as text calls this."""
+        return self.metrics
+
+    def text(self, accept: str) -> tuple[bytes, str]:
+        """Return them in a format that an `Accept` header takes, and its media type."""
+        encode, media_type = choose_encoder(accept)
+        return encode(self), media_type
+
+    def answered(self) -> tuple[int, float, Mapping[tuple[str, str], int]]:
+        """Return the requests with texts that were answered, their seconds together, and texts by model and member."""
+        requests, seconds, texts = 0, 0.0, defaultdict[tuple[str, str], int](int)
+        for sample in (sample for metric in self.metrics for sample in metric.samples):
+            labels = sample.labels
+            if sample.name == "cascade_texts_total":
+                texts[labels["model"], labels["member"]] += int(sample.value)
+            elif labels.get("status") == "200" and labels.get("route") in _ANSWERING:
+                requests += int(sample.value) if sample.name == "cascade_request_seconds_count" else 0
+                seconds += sample.value if sample.name == "cascade_request_seconds_sum" else 0.0
+        return requests, seconds, texts
 
 
 class BatchMetrics:

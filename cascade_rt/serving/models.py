@@ -12,6 +12,7 @@ from time import monotonic
 
 from ..bundle import MANIFEST
 from ..bundle.files import FileIdentity, file_identity
+from ..engine.execution import Execution
 from ..errors import CascadeError
 from ..runtime import CascadeRuntime
 from .batcher import Batcher
@@ -20,8 +21,16 @@ from .metrics import Metrics
 _LONGEST_PAUSE = 30.0  # seconds between attempts to open a bundle that cannot be used
 _log = logging.getLogger(__name__)
 
-Open = Callable[[str, str], CascadeRuntime]
-"""Opens a bundle by its name and source."""
+Open = Callable[[str, Execution], CascadeRuntime]
+"""Opens a source: a folder, or "hf:org/name"."""
+
+Identify = Callable[[str], object]
+"""Returns a value that changes when the bundle of a source is replaced."""
+
+
+def opened(source: str, execution: Execution) -> CascadeRuntime:
+    """Open a bundle of this machine, or of the hub."""
+    return CascadeRuntime(source, **execution.arguments())
 
 
 class UnknownModel(CascadeError):
@@ -52,19 +61,21 @@ class Models:
     def __init__(
         self,
         sources: Mapping[str, str],
-        open_bundle: Open,
+        open_bundle: Callable[[str, str], CascadeRuntime],
         make_batcher: Callable[[str, CascadeRuntime], Batcher],
         metrics: Metrics,
+        identify: Identify,
     ) -> None:
         """Open all bundles; `sources`: folder, or "hf:org/name", by name. The first answers where no name is given."""
         self._sources = dict(sources)
+        self._identify = identify
         self._open_bundle = open_bundle
         self._make_batcher = make_batcher
         self._metrics = metrics
-        self._identities = {name: _identity(source) for name, source in self._sources.items()}
+        self._identities = {name: identify(source) for name, source in self._sources.items()}
         self._models = {name: self._open(name) for name in self._sources}
         self.errors: dict[str, str] = {}
-        """Why the bundle on disk is not the one that is served, by name."""
+        """Error of a bundle on disk that cannot be served, by name."""
 
     def __iter__(self) -> Iterator[Model]:
         """Iterate over the bundles that are served now."""
@@ -85,7 +96,7 @@ class Models:
         while True:
             await asyncio.sleep(seconds)
             for name, source in self._sources.items():
-                identity = await asyncio.to_thread(_identity, source)
+                identity = await asyncio.to_thread(self._identify, source)
                 if identity == self._identities[name]:
                     self.errors.pop(name, None)  # the bundle that is served is back
                     continue
@@ -127,6 +138,6 @@ class Models:
         return Model(name, runtime, self._make_batcher(name, runtime), now)
 
 
-def _identity(source: str) -> FileIdentity | None:
-    """Return what tells a replaced manifest; None where there is none to look at, as on the hub."""
+def identity(source: str) -> FileIdentity | None:
+    """Return the identity of a bundle's manifest; None where there is none to look at, as on the hub."""
     return file_identity(Path(source) / MANIFEST)

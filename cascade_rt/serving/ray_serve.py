@@ -11,26 +11,30 @@ import asyncio
 import logging
 import math
 import os
-from collections.abc import Mapping
 from contextlib import ExitStack, redirect_stdout, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
 
+import ray
 from ray import cluster_resources, serve
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ..bundle.files import FileIdentity
+from ..bundle.hub import repository
 from ..cluster import RemoteBundle, cluster, shared
+from ..engine.execution import Execution
 from ..errors import CascadeError, InputError, InvalidOption, first_line
 from ..runtime import CascadeRuntime
 from .app import create_app
 from .envelope import PROBES
+from .metrics import Measured
+from .models import identity, opened
 from .responses import error_response
 from .server import KEEP_ALIVE, Setup, announce, listen, log_json
 from .service import Service
-from .settings import Settings
 
 APPLICATION = "cascade-rt"
 """Name of the application in Serve."""
@@ -62,14 +66,38 @@ class Scaling:
             raise InvalidOption("target_requests", self.target_requests, "a number above 0")
 
 
+class Bundles:
+    """The bundles on the machine where the server was started, for replicas on any machine; an actor."""
+
+    def __init__(self) -> None:
+        self._shared: dict[str, tuple[FileIdentity | None, RemoteBundle]] = {}
+
+    def identity(self, source: str) -> FileIdentity | None:
+        """Return the identity of the bundle that is there now."""
+        return identity(source)
+
+    def recipe(self, source: str) -> RemoteBundle:
+        """Put the bundle that is there now into the object store, once; return how to open it anywhere."""
+        found = identity(source)
+        if source not in self._shared or self._shared[source][0] != found:
+            self._shared[source] = found, shared(CascadeRuntime(source))
+        return self._shared[source][1]
+
+
 @serve.ingress()
 class Replica:
     """The server of one machine, behind Serve's proxy."""
 
-    def __init__(self, setup: Setup, remotes: Mapping[str, RemoteBundle]) -> None:
-        """Open the bundles; `remotes`: how to open each, by its source."""
+    def __init__(self, setup: Setup, bundles: Any) -> None:
+        """Open the bundles that an actor, `Bundles`, has."""
+
+        def open_runtime(source: str, execution: Execution) -> CascadeRuntime:
+            remote: RemoteBundle = _got(bundles.recipe.remote(source))
+            return remote.open(execution)
+
         log_json()
-        self._service = setup.open(partial(_open, remotes))
+        self._service = setup.open(open_runtime, lambda source: _got(bundles.identity.remote(source)))
+        self._service.measure = self._measure
         app = create_app(self._service, token=setup.token, cors_origins=setup.cors_origins)
         self._app = _DrainMiddleware(app, self._service)
 
@@ -84,9 +112,23 @@ class Replica:
         while self._app.open and monotonic() < until:
             await asyncio.sleep(0.05)
 
+    async def measured(self) -> tuple[str, Measured]:
+        """Return this replica's name and metrics."""
+        return serve.get_replica_context().replica_id.unique_id, await self._service.measured()
 
-def _open(remotes: Mapping[str, RemoteBundle], source: str, **settings: Any) -> CascadeRuntime:
-    return remotes[source].open(**settings)
+    async def _measure(self) -> Measured:
+        """Return the metrics of all replicas; of those that end meanwhile, none."""
+        asked = serve.get_app_handle(APPLICATION).broadcast("measured")
+        found = await asked.results_async(timeout_s=_HEALTH_SECONDS, return_exceptions=True)
+        return Measured.of_replicas(sorted(one for one in found if not isinstance(one, Exception)))
+
+
+def _got(reference: Any) -> Any:
+    """Return what an actor answered, or raise its own error."""
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
 
 
 class _DrainMiddleware:
@@ -129,15 +171,11 @@ def serve_on_cluster(setup: Setup, scaling: Scaling, address: str | None) -> Non
 
     `address`: see `cluster`. Raises InputError where Serve runs already, and the errors of `CascadeRuntime`.
     """
-    if setup.settings.threads is None:
-        setup = replace(setup, settings=replace(setup.settings, threads=1))
-    settings = setup.settings
-    runtimes = {
-        name: CascadeRuntime(
-            source, provider=settings.provider, threads=settings.threads, provider_options=settings.provider_options
-        )
-        for name, source in setup.sources.items()
-    }
+    execution = setup.settings.execution
+    if execution.threads is None:
+        execution = replace(execution, threads=1)
+        setup = replace(setup, settings=replace(setup.settings, execution=execution))
+    runtimes = {name: opened(source, execution) for name, source in setup.sources.items()}
     with listen(setup.host, setup.port) as free:  # raises the error of a port that is taken
         setup = replace(setup, port=free.getsockname()[1])
     with ExitStack() as ending, cluster(address):
@@ -148,8 +186,8 @@ def serve_on_cluster(setup: Setup, scaling: Scaling, address: str | None) -> Non
                 "none; stop it with: serve shutdown, or name the address of another cluster"
             )
         try:
-            plan = _Plan.of(settings, scaling)
-            _deploy(setup, runtimes, plan)
+            plan = _Plan.of(execution, scaling)
+            _deploy(setup, plan)
             announce([*(f"{name}: {runtime}" for name, runtime in runtimes.items()), str(plan)], setup, setup.port)
             _watch()
         finally:
@@ -172,13 +210,13 @@ class _Plan:
     threads: int
 
     @classmethod
-    def of(cls, settings: Settings, scaling: Scaling) -> _Plan:
+    def of(cls, execution: Execution, scaling: Scaling) -> _Plan:
         """Reserve a replica's threads, or a GPU; less where the cluster has no room for the fewest."""
-        found, threads = cluster_resources(), settings.threads or 1
-        on_gpu = "cuda" in settings.provider.lower()
+        found, threads = cluster_resources(), execution.threads or 1
+        on_gpu = "cuda" in execution.provider.lower()
         room = found.get("GPU" if on_gpu else "CPU", 0)
         if on_gpu and not room:
-            raise InvalidOption("provider", settings.provider, "cpu: the cluster has no GPU")
+            raise InvalidOption("provider", execution.provider, "cpu: the cluster has no GPU")
         least = scaling.min_replicas
         each = _share(1 if on_gpu else threads, room / least)
         most = scaling.max_replicas or max(least, int(room / each) if each else 0)
@@ -211,7 +249,7 @@ def _share(wanted: float, room: float) -> float:
     return math.floor(room) if room >= 1 else math.floor(100 * room) / 100
 
 
-def _deploy(setup: Setup, runtimes: Mapping[str, CascadeRuntime], plan: _Plan) -> None:
+def _deploy(setup: Setup, plan: _Plan) -> None:
     """Start Serve and the application; raise CascadeError where it cannot start."""
     options = plan.deployment()
     if setup.traces:
@@ -224,12 +262,16 @@ def _deploy(setup: Setup, runtimes: Mapping[str, CascadeRuntime], plan: _Plan) -
         max_constructor_retry_count=1,
         **options,
     )
-    # in the object store as long as this process, for replicas that start later
-    remotes = {setup.sources[name]: shared(runtime) for name, runtime in runtimes.items()}
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor: Any = ray.remote(Bundles)
+    bundles = actor.options(num_cpus=0, scheduling_strategy=here, max_restarts=-1, max_task_retries=-1).remote()
+    sources = {
+        name: source if repository(source) else str(Path(source).absolute()) for name, source in setup.sources.items()
+    }
     http = {"host": setup.host, "port": setup.port, "keep_alive_timeout_s": KEEP_ALIVE}
     try:
         serve.start(http_options=http, logging_config=_QUIET)
-        serve.run(replica.bind(setup, remotes), name=APPLICATION, logging_config=_QUIET)
+        serve.run(replica.bind(replace(setup, sources=sources), bundles), name=APPLICATION, logging_config=_QUIET)
     except (RuntimeError, TimeoutError) as error:
         raise CascadeError(f"the replicas cannot start on the cluster ({_reason(error)})") from error
 
@@ -262,4 +304,5 @@ def _drain(seconds: float) -> None:
     """Let open requests finish, if there may be some."""
     with suppress(Exception):  # the application did not start, or the cluster is gone
         if serve.status().applications[APPLICATION].deployments[_REPLICA].status == "HEALTHY":
-            serve.get_app_handle(APPLICATION).drain.remote(seconds).result(timeout_s=seconds + _LAST_SECONDS)
+            asked = serve.get_app_handle(APPLICATION).broadcast("drain", seconds)
+            asked.results(timeout_s=seconds + _LAST_SECONDS, return_exceptions=True)

@@ -7,7 +7,7 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from time import monotonic
 from types import FrameType
@@ -19,8 +19,8 @@ from pythonjsonlogger.json import JsonFormatter
 from starlette.types import ASGIApp
 
 from ..errors import InputError, InvalidOption, MissingExtraError
-from ..runtime import CascadeRuntime
 from .app import create_app
+from .models import Identify, Open, identity, opened
 from .service import Service
 from .settings import Settings
 from .upgrades import Http11Protocol
@@ -49,18 +49,18 @@ class Setup:
     traces: bool = False
     """Whether requests are traced: see `tracing`."""
 
-    def open(self, open_runtime: Callable[..., CascadeRuntime] = CascadeRuntime) -> Service:
+    def open(self, open_runtime: Open = opened, identify: Identify = identity) -> Service:
         """Open the bundles; raise MissingExtraError where traces need packages that are not installed.
 
-        `open_runtime`: see `Service`.
+        The arguments are those of `Service`.
         """
         if not self.traces:
-            return Service(self.sources, self.settings, open_runtime=open_runtime)
+            return Service(self.sources, self.settings, None, open_runtime, identify)
         try:
             from .tracing import Tracing  # noqa: PLC0415
         except ImportError as error:
             raise MissingExtraError("--traces", "traces", error) from error
-        return Service(self.sources, self.settings, Tracing(), open_runtime)
+        return Service(self.sources, self.settings, Tracing(), open_runtime, identify)
 
 
 def listen(host: str, port: int, *, shared: bool = False) -> socket.socket:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -19,8 +20,8 @@ from ..errors import CascadeError, InvalidOption
 from ..runtime import CascadeRuntime
 from ..types import Text
 from .batcher import Answer, Batcher, Draining
-from .metrics import Metrics
-from .models import Model, Models
+from .metrics import Measured, Metrics
+from .models import Identify, Model, Models, Open, identity, opened
 from .settings import Settings
 
 if TYPE_CHECKING:  # of an extra
@@ -50,33 +51,30 @@ class Service:
         sources: dict[str, str],
         settings: Settings,
         tracing: Tracing | None = None,
-        open_runtime: Callable[..., CascadeRuntime] = CascadeRuntime,
+        open_runtime: Open = opened,
+        identify: Identify = identity,
     ) -> None:
         """Open the bundles; `sources`: folder, or "hf:org/name", by name.
 
-        `open_runtime`: called with a source and settings of `CascadeRuntime`.
+        `open_runtime`: opens a source. `identify`: tells a replaced bundle.
         """
         self.settings = settings
         self.tracing = tracing
         self.metrics = Metrics()
         self.draining = False
+        self.measure: Callable[[], Awaitable[Measured]] = self.measured
+        """Returns the metrics of all that serve together; a replica asks the others too."""
         self._open_runtime = open_runtime
         self._tokenizing = asyncio.Semaphore(1)
         self._drifts: dict[str, tuple[float, float | None]] = {}
         self._gauges: set[tuple[Gauge, tuple[str, ...]]] = set()  # all that were ever set, by their labels
-        self.models = Models(sources, self._open, self._batcher, self.metrics)
+        self.models = Models(sources, self._open, self._batcher, self.metrics, identify)
 
     def _open(self, name: str, source: str) -> CascadeRuntime:
         """Load all members, and run each once: a first run takes longer."""
-        settings = self.settings
-        runtime = self._open_runtime(
-            source,
-            provider=settings.provider,
-            threads=settings.threads,
-            provider_options=settings.provider_options,
-            preload=True,
-            spin_us=_SPIN_US,
-        )
+        runtime = self._open_runtime(source, replace(self.settings.execution, spin_us=_SPIN_US))
+        for stage in runtime.plan.stages:
+            stage.load()
         runtime.member_logits([("a", "a") if runtime.bundle.pair else "a"])
         return runtime
 
@@ -171,6 +169,11 @@ class Service:
             value = model.runtime.stats().p_value
             self._drifts[model.name] = monotonic() + _DRIFT_SECONDS, value
         return value
+
+    async def measured(self) -> Measured:
+        """Return the metrics of this server."""
+        self.update_gauges()
+        return self.metrics.measured()
 
     def update_gauges(self) -> None:
         """Set the metrics that say how things are now."""

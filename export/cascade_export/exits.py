@@ -73,7 +73,7 @@ def export_exits(
         with guarded(source, "cannot be exported to ONNX", "expected a multi-exit model of BERT or its like"):
             members = [_fused(checkpoint, segment, Path(work), index) for index, segment in enumerate(segments)]
         if EXIT_RULES[rule].parameter == "thresholds":
-            members[:-1] = [replace(member, threshold=threshold) for member in members[:-1]]
+            members = [replace(member, threshold=threshold) for member in members[:-1]] + members[-1:]
         bundle = replace(bundle_of([checkpoint], members, folder), exit_rule=settings)
         bundle = _written(bundle, Path(work), folder, "fp32")
         differences = _compared(checkpoint, folder, texts, expected)
@@ -90,10 +90,10 @@ def export_exits(
                 for fact, member, ours, theirs in zip(facts, bundle.members, finished, original, strict=True):
                     fact["check"] = report = compare(theirs, ours, data.labels)
                     check_drop(member.name, precision, report, check.max_accuracy_drop)
-        members = tuple(
+        noted = (
             replace(member, other={**member.other, **fact}) for member, fact in zip(bundle.members, facts, strict=True)
         )
-        bundle = replace(bundle, members=members)
+        bundle = replace(bundle, members=tuple(noted))
         write_manifest(folder, bundle)
     return bundle
 

@@ -40,7 +40,7 @@ def serving(*options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
             with suppress(httpx.TransportError):
                 if httpx.get(f"{address}/health").status_code == 200:
                     break
-            assert process.poll() is None
+            assert process.poll() is None, process.stderr.read()  # type: ignore[union-attr]
             assert time.monotonic() < until
             time.sleep(0.05)
         try:
