@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
@@ -30,14 +30,15 @@ from ray.cluster_utils import Cluster
 
 from cascade_rt import CascadeRuntime
 from cascade_rt.benchmark.machine import describe
-from cascade_rt.cluster import RemoteRuntime, shared
-from cascade_rt.engine.journey import Journey
+from cascade_rt.cluster import RemoteBundle, shared
+from cascade_rt.engine.execution import Execution
 from cascade_rt.engine.stage import Stage
+from cascade_rt.engine.step import Journey
 from cascade_rt.io.readers import read_examples
 from cascade_rt.io.writers import write_json
 from cascade_rt.jobs import ray_job
 from cascade_rt.jobs.answering import CHUNK, Counts
-from cascade_rt.jobs.ray_job import Pool, predict_on_cluster
+from cascade_rt.jobs.ray_job import JobSettings, Pool, predict_on_cluster
 from cascade_rt.types import Text
 
 _CPUS = 2  # of a simulated machine
@@ -91,15 +92,18 @@ class Simulated(CascadeRuntime):
 
 
 @dataclass(frozen=True)
-class SimulatedRemote(RemoteRuntime):
+class SimulatedRemote(RemoteBundle):
     """Opens a simulated runtime."""
 
     costs: Costs | None = None
 
-    def open(self, **settings: Any) -> CascadeRuntime:
+    def open(
+        self, execution: Execution, *, verify: bool = True, members: Sequence[str] | None = None
+    ) -> CascadeRuntime:
         """Open it; no member is loaded."""
-        runtime = Simulated(self.folder, members=self.members, thresholds=self.thresholds, **settings)
+        runtime = replace(self.recipe, execution=execution, verify=verify).open(Simulated)
         assert self.costs is not None
+        assert isinstance(runtime, Simulated)
         runtime.costs = self.costs
         return runtime
 
@@ -199,8 +203,7 @@ def run(
             str(source),
             str(Path(folder) / "out"),
             counts,
-            pools=pools,
-            shard_rows=shard_rows,
+            JobSettings(pools=pools, shard_rows=shard_rows),
             progress=lambda: marks.append((counts.records, time.perf_counter(), _busy())),
         )
         seconds = time.perf_counter() - started
@@ -231,7 +234,7 @@ def _machines(nodes: int, cpus: int) -> Iterator[None]:
 def _members_as(costs: Costs | None) -> Iterator[None]:
     """Let jobs in the block open simulated runtimes; None for the real ones."""
 
-    def simulated(runtime: CascadeRuntime) -> RemoteRuntime:
+    def simulated(runtime: CascadeRuntime) -> RemoteBundle:
         return SimulatedRemote(**vars(shared(runtime)), costs=costs)
 
     with nullcontext() if costs is None else patch.object(ray_job, "shared", simulated):

@@ -8,14 +8,13 @@ import sys
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from time import perf_counter
 from typing import Any, TypeVar
 
-import numpy as np
 from cascade_train.tasks import GLUE, Examples, TaskData, hold_out, load_evaluation, load_file, load_task, reserve
 
 from cascade_rt import CascadeError, CascadeRuntime
 from cascade_rt.benchmark.machine import describe
+from cascade_rt.benchmark.turns import batch_by_batch, in_turns
 from cascade_rt.benchmark.workload import Spread, spread
 from cascade_rt.io.readers import Reading, read_examples
 from cascade_rt.types import Text
@@ -118,17 +117,10 @@ def race(
 
     Returns milliseconds per text and the speed-up over `base`, each round's ratio on its own.
     """
-    seconds: dict[Way, list[tuple[float, float]]] = {way: [] for way in ways}
-    for _ in range(1 + rounds):
-        for way, runtime in ways.items():
-            started = perf_counter()
-            for text in texts[:single]:
-                runtime.predict([text])
-            alone = perf_counter() - started
-            started = perf_counter()
-            runtime.predict(texts)
-            seconds[way].append((alone / len(texts[:single]), (perf_counter() - started) / len(texts)))
-    times = {way: 1000 * np.array(measured[1:]) for way, measured in seconds.items()}
+    calls: list[Sequence[Sequence[Text]]] = [[[text] for text in texts[:single]], [texts]]
+    contestants = {way: batch_by_batch(runtime) for way, runtime in ways.items()}
+    timed = in_turns(contestants, calls, rounds)
+    times = {way: 1000 * own.seconds / [len(calls[0]), len(texts)] for way, own in timed.items()}
     return {
         way: {
             "single_ms": spread(found[:, 0]),

@@ -29,6 +29,7 @@ from cascade_rt import read_bundle
 from cascade_rt.benchmark.machine import describe
 from cascade_rt.bundle import MemberEntry
 from cascade_rt.engine.batching import TOKEN_BUDGET, by_length, micro_batches
+from cascade_rt.engine.execution import Execution
 from cascade_rt.engine.stage import Stage
 from cascade_rt.engine.tokenization import Encoded, TextTokenizer
 from cascade_rt.io.readers import read_examples
@@ -94,7 +95,7 @@ def _profiled(
     made = onnxruntime.SessionOptions
 
     def stage() -> Stage:
-        return Stage(entry, folder / entry.file, labels, "CPUExecutionProvider", options.threads)
+        return Stage(entry, folder / entry.file, labels, Execution("CPUExecutionProvider", options.threads))
 
     def run(member: Stage) -> Run:
         return lambda: [member.run(encoded.batch(rows)) for rows in batches]
@@ -112,7 +113,7 @@ def _profiled(
         with mock.patch("onnxruntime.SessionOptions", profiling):
             member = stage()
             _seconds(run(member), options.rounds)
-            events = json.loads(Path(member.load().end_profiling()).read_text("utf-8"))
+            events = json.loads(Path(member.load().session.end_profiling()).read_text("utf-8"))
     spent, counts, runs = _by_operator(events, skip=len(batches))
     total = sum(spent.values())
     kinds = {kind: sum(spent[name] for name in names) / total for kind, names in KINDS.items()}

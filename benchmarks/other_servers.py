@@ -10,7 +10,8 @@ def apart(options: argparse.Namespace) -> None:
     """Serve our server, but texts of different requests never run together."""
     from cascade_rt.serving.batcher import Batcher
     from cascade_rt.serving.server import Setup, listen, serve
-    from cascade_rt.serving.service import Service, Settings
+    from cascade_rt.serving.service import Service
+    from cascade_rt.serving.settings import Settings
 
     take = Batcher._take
 

@@ -1,4 +1,4 @@
-"""What would an engineer pick instead? The same texts and the same biggest model, everyone in one run.
+"""The libraries that an engineer would pick instead: the same texts and biggest model, all in one run.
 
     python benchmarks/peers.py --random 2x768 --random 12x768
     python benchmarks/peers.py --member members/2L --member members/6L --data dev.tsv
@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -23,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from cascade_export.check import Check
 from cascade_export.export import export_bundle
 from cascade_export.random_weights import parse_shape, write_random_members
 from common import RESULTS, run_command
@@ -30,6 +29,7 @@ from tqdm import tqdm
 
 from cascade_rt import CascadeRuntime
 from cascade_rt.benchmark.machine import describe
+from cascade_rt.benchmark.turns import in_turns
 from cascade_rt.benchmark.workload import (
     peak_memory_mb,
     predict_command,
@@ -73,7 +73,7 @@ def main() -> None:
             folder,
             max_length=options.max_length,
             precision=precision,
-            max_accuracy_drop=100,
+            check=Check(max_accuracy_drop=100),
             overwrite=folder.exists(),
         )
     cascade = CascadeRuntime(bundle, threads=options.threads, preload=True)
@@ -220,44 +220,35 @@ def _openvino(graph: Any, precision: str, reader: TextTokenizer, labels: list[st
 
 
 def _measured(contestants: dict[str, Answer], texts: list[Text], rounds: int) -> dict[str, Any]:
-    """Everyone in turn, block by block; the first call of a block wakes the contestant's threads and is dropped."""
-    single: dict[str, list[float]] = defaultdict(list)
-    bulk: dict[str, list[float]] = defaultdict(list)
+    """Time all in turn, block by block; a smaller call before each wakes the contestant's threads."""
+
+    def one_by_one(answer: Answer) -> Callable[[list[Text]], object]:
+        return lambda block: [answer([text]) for text in block]
+
     blocks = [texts[start : start + BLOCK] for start in range(0, len(texts), BLOCK)]
-    names = list(contestants)
-    with tqdm(total=(rounds + 1) * (len(blocks) + 1), unit=" blocks", file=sys.stderr) as progress:
-        for round_ in range(rounds + 1):
-            totals: dict[str, float] = defaultdict(float)
-            for number, block in enumerate(blocks):
-                turn = (number + round_) % len(names)
-                for name in names[turn:] + names[:turn]:
-                    answer = contestants[name]
-                    answer(block[:1])
-                    start = time.perf_counter()
-                    for text in block:
-                        answer([text])
-                    totals[name] += time.perf_counter() - start
-                progress.update()
-            for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
-                contestants[name](texts[:BULK_BATCH])
-                start = time.perf_counter()
-                contestants[name](texts)
-                if round_:
-                    bulk[name].append(time.perf_counter() - start)
-            progress.update()
-            if round_:  # the first round warms up
-                for name in names:
-                    single[name].append(totals[name])
-    fastest = names[0]
+    with tqdm(total=2 * (rounds + 1), unit=" rounds", file=sys.stderr) as progress:
+        single = in_turns(
+            {name: one_by_one(answer) for name, answer in contestants.items()},
+            blocks,
+            rounds,
+            wake=lambda block: block[:1],
+            progress=progress.update,
+        )
+        bulk = in_turns(contestants, [texts], rounds, wake=lambda call: call[:BULK_BATCH], progress=progress.update)
+    fastest, *_ = contestants
+    seconds = {
+        kind: {name: own.seconds.sum(axis=1) for name, own in timed.items()}
+        for kind, timed in (("single", single), ("bulk", bulk))
+    }
     return {
         name: {
             kind: {
-                "ms_per_text": spread(1e3 * np.array(seconds[name]) / len(texts)),
-                "times_faster_than_transformers": spread(np.array(seconds[fastest]) / np.array(seconds[name])),
+                "ms_per_text": spread(1e3 * own[name] / len(texts)),
+                "times_faster_than_transformers": spread(own[fastest] / own[name]),
             }
-            for kind, seconds in (("single", single), ("bulk", bulk))
+            for kind, own in seconds.items()
         }
-        for name in names
+        for name in contestants
     }
 
 

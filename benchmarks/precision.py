@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +17,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from cascade_export.check import compare, probabilities
+from cascade_export.check import Check, compare, probabilities
 from cascade_export.export import export_bundle
-from cascade_export.precision import PRECISIONS
 from cascade_export.random_weights import parse_shape, write_random_members
 from cascade_train import VALIDATION
 from common import run_command
@@ -28,14 +26,19 @@ from numpy.typing import NDArray
 
 from cascade_rt import read_bundle
 from cascade_rt.benchmark.machine import describe
+from cascade_rt.benchmark.turns import in_turns
+from cascade_rt.bundle.precisions import PRECISIONS
 from cascade_rt.engine.batching import TOKEN_BUDGET, by_length, micro_batches
-from cascade_rt.engine.probabilities import confidence, softmax
+from cascade_rt.engine.execution import Execution
 from cascade_rt.engine.providers import CPU, OPENVINO
 from cascade_rt.engine.stage import Stage
+from cascade_rt.engine.task import SingleLabel
 from cascade_rt.engine.tokenization import Encoded, TextTokenizer
 from cascade_rt.io.readers import read_examples
 from cascade_rt.io.writers import write_json
 from cascade_rt.tuning.evaluation import label_ids
+
+_TASK = SingleLabel()
 
 SHAPES = ((1, 8), (1, 32), (32, 32))  # (texts, tokens) of the timed batches
 NEAREST = "int8, nearest"
@@ -57,7 +60,7 @@ class Candidate:
         bundle = read_bundle(self.folder)
         (entry,) = bundle.members
         file, labels = self.folder / entry.file, len(bundle.labels)
-        return Stage(entry, file, labels, self.provider, threads, self.properties)
+        return Stage(entry, file, labels, Execution(self.provider, threads, self.properties))
 
 
 def main() -> None:
@@ -84,7 +87,7 @@ def _exported(source: Path, work: Path, options: argparse.Namespace) -> dict[str
     """Export a member in fp32 and the wanted precisions, and in int8 without texts if it has any."""
     rows = {name: Candidate(work / f"{source.name}-{name}") for name in dict.fromkeys(["fp32", *options.precision])}
     for precision, row in rows.items():
-        export_bundle([str(source)], row.folder, precision=precision, max_accuracy_drop=100)
+        export_bundle([str(source)], row.folder, precision=precision, check=Check(max_accuracy_drop=100))
     if (source / VALIDATION).is_file():
         bare = shutil.copytree(source, work / "bare" / source.name, ignore=shutil.ignore_patterns(VALIDATION))
         rows[NEAREST] = Candidate(work / f"{source.name}-nearest")
@@ -125,13 +128,8 @@ def _add_answers(found: dict[str, Any], rows: dict[str, Candidate], options: arg
 def _timed(members: dict[str, Stage], texts: int, tokens: int, rounds: int) -> dict[str, list[float]]:
     ids = np.random.default_rng(0).integers(1000, 30_000, (texts, tokens))
     batch = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
-    times: dict[str, list[float]] = {precision: [] for precision in members}
-    for _ in range(rounds + 1):  # the first warms up
-        for precision, member in members.items():
-            start = time.perf_counter()
-            member.run(batch)
-            times[precision].append(time.perf_counter() - start)
-    return {precision: spent[1:] for precision, spent in times.items()}
+    timed = in_turns({precision: member.run for precision, member in members.items()}, [batch], rounds)
+    return {precision: own.seconds[:, 0].tolist() for precision, own in timed.items()}
 
 
 def _batch_composition(member: Stage, encoded: Encoded, batchings: int) -> dict[str, Any]:
@@ -146,7 +144,7 @@ def _batch_composition(member: Stage, encoded: Encoded, batchings: int) -> dict[
         largest = max(largest, float(np.abs(other - usual).max()))
         labels += int(np.sum(other.argmax(axis=1) != usual.argmax(axis=1)))
         for tau in TAUS:
-            exits += int(np.sum((confidence(other) > tau) != (confidence(usual) > tau)))
+            exits += int(np.sum((_TASK.confidence(other) > tau) != (_TASK.confidence(usual) > tau)))
     return {
         "batchings": batchings,
         "texts": len(usual),
@@ -158,7 +156,7 @@ def _batch_composition(member: Stage, encoded: Encoded, batchings: int) -> dict[
 
 
 def _answers(member: Stage, encoded: Encoded, batches: list[NDArray[np.intp]]) -> NDArray[np.float64]:
-    answers = softmax(np.concatenate([member.run(encoded.batch(rows)).logits for rows in batches]))
+    answers = _TASK.probabilities(np.concatenate([member.run(encoded.batch(rows)).logits for rows in batches]))
     return answers[np.argsort(np.concatenate(batches))]
 
 

@@ -22,11 +22,12 @@ from typing import Any
 
 import numpy as np
 import transformers
+from cascade_export.check import Check
 from cascade_export.export import export_bundle
 from cascade_export.temperature import fit_temperature
 from cascade_train import RECORD
 from cascade_train.analysis import draw_curves, speedup_curve
-from cascade_train.difficulty import label_difficulty, read_difficulty
+from cascade_train.difficulty import Splits, label_difficulty, read_difficulty
 from cascade_train.finetune import Objective, Recipe, finetune, logits_of
 from cascade_train.tasks import Examples, TaskData
 from common import RESULTS, Parts, joined, race, read_parts, run_command, training_parser
@@ -34,8 +35,8 @@ from numpy.typing import NDArray
 
 from cascade_rt import CascadeRuntime
 from cascade_rt.bundle import MANIFEST, MemberEntry
-from cascade_rt.engine.exit_rules import Thresholds, exits
-from cascade_rt.engine.probabilities import confidence, softmax
+from cascade_rt.engine.exit_rules import MaximumProbability, replay
+from cascade_rt.engine.task import SingleLabel
 from cascade_rt.errors import InputError, InvalidOption
 from cascade_rt.io.writers import write_json
 from cascade_rt.tuning.collect import Collected, collect, open_whole
@@ -44,6 +45,8 @@ from cascade_rt.tuning.metrics import ece
 from cascade_rt.tuning.operating_points import threshold_for_speedup
 from cascade_rt.tuning.report import Question
 from cascade_rt.tuning.tune import tune
+
+_TASK = SingleLabel()
 
 EPOCHS = {"sst-2": 2, "rte": 8, "mrpc": 5, "sick": 6, "banking77": 8, "clinc150": 5}
 SPEEDUPS = (2.0, 3.0, 4.0)
@@ -187,9 +190,8 @@ def _difficulty(kind: Kind, data: TaskData, work: Path, recipe: Recipe, options:
     labels = work / "difficulty"
     if not labels.exists():
         recipe = replace(recipe, epochs=recipe.epochs * options.label_epochs)
-        label_difficulty(
-            kind.base, data, labels, layers=kind.layers, recipe=recipe, folds=options.folds, seeds=options.label_seeds
-        )
+        splits = Splits(options.folds, options.label_seeds)
+        label_difficulty(kind.base, data, labels, layers=kind.layers, recipe=recipe, splits=splits)
     return read_difficulty(labels, data.train)
 
 
@@ -203,6 +205,11 @@ def _logits(folder: Path, data: TaskData, examples: Examples, part: str, work: P
         np.save(part_file := kept.with_suffix(".part.npy"), logits)
         part_file.rename(kept)
     return np.asarray(np.load(kept))
+
+
+def _confidences(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    task = SingleLabel()
+    return task.confidence(task.probabilities(logits))
 
 
 def _figures(kinds: Sequence[Kind], folders: Mapping[str, Path], parts: Parts, work: Path) -> dict[str, Any]:
@@ -229,25 +236,26 @@ def _figures(kinds: Sequence[Kind], folders: Mapping[str, Path], parts: Parts, w
         members = [MemberEntry(name, "", "", layers[name], 1, 1, "fp32", None) for name in names]
         logits = np.stack([seen[name] for name in names])
         # A tau for a speed-up needs no labels, so the texts that chose the checkpoints serve too.
-        sure = [confidence(softmax(np.concatenate([validation[name], tuning[name]]))) for name in names]
+        sure = [_confidences(np.concatenate([validation[name], tuning[name]])) for name in names]
         for speedup in SPEEDUPS:
             if speedup > members[-1].layers / members[0].layers:
                 continue
             taus = [threshold_for_speedup(members, np.stack(sure), speedup)] * (len(members) - 1)
-            row = evaluate(members, Thresholds(taus), logits, labels, lengths).to_json()
+            rule = MaximumProbability(tuple(taus))
+            row = evaluate(members, rule, logits, labels, lengths).to_json()
             found["alone"] |= {member["name"]: member for member in row["members"]}
             found["cascades"].setdefault(" + ".join(names), {})[f"{speedup:g}"] = row["cascade"]
             if OUT_OF_SCOPE in parts.data.labels:
-                left_at = exits(np.stack([confidence(softmax(seen[name])) for name in names]), taus)
+                left_at = replay(rule, np.stack([_confidences(seen[name]) for name in names]))
                 chosen = logits.argmax(axis=-1)[left_at, np.arange(len(labels))]
                 row["cascade"] |= _scope(chosen, labels, parts.data.labels.index(OUT_OF_SCOPE))
         if not any(kind.for_comparison for kind in kinds if kind.name in names):
-            found["curves"][" + ".join(names)] = speedup_curve(members, softmax(logits), labels)
+            found["curves"][" + ".join(names)] = speedup_curve(members, _TASK.probabilities(logits), labels)
     for name, figures in found["alone"].items():
         temperature = fit_temperature(validation[name].astype(np.float64), np.array(parts.data.validation.labels))
-        scaled = softmax(seen[name] / temperature)
+        scaled = _TASK.probabilities(seen[name] / temperature)
         figures["temperature"] = temperature
-        figures["ece_scaled"] = ece(scaled.argmax(axis=-1) == labels, confidence(scaled))
+        figures["ece_scaled"] = ece(scaled.argmax(axis=-1) == labels, _TASK.confidence(scaled))
         if OUT_OF_SCOPE in parts.data.labels:
             figures.update(_scope(scaled.argmax(axis=-1), labels, parts.data.labels.index(OUT_OF_SCOPE)))
     return found
@@ -272,9 +280,8 @@ def _deployed(kinds: Sequence[Kind]) -> list[Kind]:
 def _exported(folders: Sequence[Path], parts: Parts, model_dir: Path, precision: str) -> dict[str, Any]:
     """Export members, and measure on the clock: each alone, and the cascade at each speed-up, by layers and latency."""
     if not (model_dir / MANIFEST).is_file():
-        export_bundle(
-            [str(folder) for folder in folders], model_dir, precision=precision, calibrate=True, max_accuracy_drop=100
-        )
+        check = Check(max_accuracy_drop=100, calibrate=True)
+        export_bundle([str(folder) for folder in folders], model_dir, precision=precision, check=check)
     runtime = open_whole(model_dir, preload=True)
     names = [member.name for member in runtime.bundle.members]
     tuning = _collected(runtime, parts.tuning)

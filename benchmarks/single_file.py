@@ -1,4 +1,4 @@
-"""What does one ONNX file cost? The same texts through `CascadeRuntime`, with a session a member, and through one file.
+"""The cost of one ONNX file: the same texts through it and through `CascadeRuntime`, with a session a member.
 
     python benchmarks/single_file.py --model-dir BUNDLE --data dev.tsv
 
@@ -8,7 +8,6 @@ Both take turns on single texts and on batches, with the same threads and the sa
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,6 +19,7 @@ from common import RESULTS, run_command
 
 from cascade_rt import CascadeRuntime
 from cascade_rt.benchmark.machine import describe
+from cascade_rt.benchmark.turns import in_turns
 from cascade_rt.benchmark.workload import spread, taus_for, texts_for
 from cascade_rt.engine.tokenization import Encoded
 from cascade_rt.io.writers import write_json
@@ -38,7 +38,7 @@ def main() -> None:
         (tau,) = taus_for(opened, logits, [options.speedup]).values()
         runtime = opened.with_thresholds(tau)
         timed = texts[: options.timed]
-        encoded = runtime.chain.tokenizer.encode(texts)
+        encoded = runtime.plan.tokenizer.encode(texts)
         report: dict[str, Any] = {
             "machine": describe(),
             "bundle": str(options.model_dir),
@@ -82,20 +82,15 @@ def _equality(runtime: CascadeRuntime, session: Any, texts: list[Any], encoded: 
 
 
 def _ratios(runtime: CascadeRuntime, session: Any, texts: list[Any], size: int, rounds: int) -> Any:
-    """Time both on the same calls in turn, tokenization included; return the ratio of each round after the first."""
-    tokenizer = runtime.chain.tokenizer
-    ratios = []
-    for _ in range(rounds + 1):
-        seconds = np.zeros(2)
-        for start in range(0, len(texts), size):
-            some = texts[start : start + size]
-            before = time.perf_counter()
-            _answers(runtime, session, tokenizer.encode(some), np.arange(len(some)))
-            between = time.perf_counter()
-            runtime.predict(some)
-            seconds += between - before, time.perf_counter() - between
-        ratios.append(seconds[0] / seconds[1])
-    return np.array(ratios[1:])
+    """Time both on the same calls in turn, tokenization included; return the ratio of each round."""
+    tokenizer = runtime.plan.tokenizer
+
+    def one_file(some: list[Any]) -> Any:
+        return _answers(runtime, session, tokenizer.encode(some), np.arange(len(some)))
+
+    calls = [texts[start : start + size] for start in range(0, len(texts), size)]
+    timed = in_turns({"file": one_file, "runtime": runtime.predict}, calls, rounds)
+    return timed["file"].seconds.sum(axis=1) / timed["runtime"].seconds.sum(axis=1)
 
 
 def _parser() -> argparse.ArgumentParser:

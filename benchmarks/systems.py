@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import transformers
+from cascade_export.check import Check
 from cascade_export.exits import export_exits
 from cascade_export.export import export_bundle
 from cascade_train import RECORD
@@ -35,8 +36,8 @@ from numpy.typing import NDArray
 from cascade_rt import CascadeRuntime, MemberEntry
 from cascade_rt.bundle import MANIFEST
 from cascade_rt.engine.cost import cumulative_layers
-from cascade_rt.engine.exit_rules import exits_under
-from cascade_rt.engine.probabilities import confidence, softmax
+from cascade_rt.engine.exit_rules import replay
+from cascade_rt.engine.task import SingleLabel
 from cascade_rt.errors import InputError, InvalidOption
 from cascade_rt.io.writers import write_json
 from cascade_rt.tuning.collect import collect, open_whole
@@ -183,9 +184,9 @@ def _exported(system: System, folders: Mapping[str, Path], bundles: Path, seed: 
     target = bundles / _file_name(system.name, seed)
     if not (target / MANIFEST).is_file():
         if system.name in NAMES.values():
-            export_exits(str(folders[system.name]), target, max_accuracy_drop=100)
+            export_exits(str(folders[system.name]), target, check=Check(max_accuracy_drop=100))
         else:
-            export_bundle([str(folders[name]) for name in system.models], target, max_accuracy_drop=100)
+            export_bundle([str(folders[name]) for name in system.models], target, check=Check(max_accuracy_drop=100))
     return open_whole(target, preload=True)
 
 
@@ -212,9 +213,8 @@ def _measured(
         times = race(ways, (BIG, ALONE), [reported.texts[row] for row in rows], TIMED, ROUNDS)
         for (name, speed), row in times.items():
             found[name][speed] |= row
-    emitted = exits_under(
-        ways.get((DEEBERT_NAME, "3x"), runtimes[DEEBERT_NAME]).exit_rule, softmax(answers[DEEBERT_NAME][0])
-    )
+    task, rule = SingleLabel(), ways.get((DEEBERT_NAME, "3x"), runtimes[DEEBERT_NAME]).exit_rule
+    emitted = replay(rule, rule.observed(task, task.probabilities(answers[DEEBERT_NAME][0])))
     deebert_layers = cumulative_layers(runtimes[DEEBERT_NAME].bundle.members)
     by_layer: dict[str, dict[str, Any]] = {}
     for system in systems:
@@ -223,7 +223,7 @@ def _measured(
         layers = cumulative_layers(runtimes[system.name].bundle.members).tolist()
         for depth, logits in zip(layers, answers[system.name][0], strict=True):
             there = deebert_layers[emitted] == depth
-            by_layer.setdefault(system.row, {})[str(depth)] = _by_layer(softmax(logits), labels, there)
+            by_layer.setdefault(system.row, {})[str(depth)] = _by_layer(task.probabilities(logits), labels, there)
     return {"systems": found, "by_layer": by_layer}
 
 
@@ -240,8 +240,10 @@ def _points(runtime: CascadeRuntime, parts: Parts) -> dict[str, CascadeRuntime]:
             continue
         if chosen is not None:
             way = runtime.with_members(chosen.members)
-            patience, taus = chosen.patience, chosen.thresholds
-            points[f"{speedup:g}x"] = way.with_patience(patience) if patience else way.with_thresholds(taus or None)
+            patience = chosen.exit_rule.get("patience")
+            points[f"{speedup:g}x"] = (
+                way.with_patience(patience) if patience else way.with_thresholds(chosen.thresholds or None)
+            )
     return points
 
 
@@ -257,15 +259,17 @@ def _quality(
     names = [member.name for member in way.bundle.members]
     rows = [row for row, member in enumerate(whole.bundle.members) if member.name in names]
     measured = evaluate(way.bundle.members, way.exit_rule, logits[rows], labels, lengths, original)
-    return asdict(measured.cascade) | {"patience": way.bundle.exit_rule.get("patience")}
+    return asdict(measured.cascade) | {"patience": way.exit_rule.settings.get("patience")}
 
 
 def _by_layer(
     probabilities: NDArray[np.float64], labels: NDArray[np.intp], emitted: NDArray[np.bool_]
 ) -> dict[str, Any]:
     """Return what one classifier does on all texts, and its accuracy on those that DeeBERT emits after its layers."""
-    found = quality(labels, probabilities.argmax(axis=-1), confidence(probabilities), probabilities.shape[-1])
-    right = probabilities.argmax(axis=-1) == labels
+    task = SingleLabel()
+    answers = task.answers(probabilities)
+    found = quality(task, labels, answers, task.confidence(probabilities), probabilities.shape[-1])
+    right = answers == labels
     return asdict(found) | {
         "emitted_texts": int(emitted.sum()),
         "emitted_accuracy": float(right[emitted].mean()) if emitted.any() else None,

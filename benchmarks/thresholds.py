@@ -1,4 +1,4 @@
-"""What `cascade-rt tune` promises and what comes of it on texts that it never saw.
+"""The promises of `cascade-rt tune`, and what comes of them on texts that it never saw.
 
     python benchmarks/thresholds.py --task sst-2 --data DATA/sst2 --model-dir runs/results/sst-2/bundle-fp32
 
@@ -14,21 +14,19 @@ import argparse
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import numpy as np
 from cascade_train.tasks import Examples
-from common import RESULTS, TASKS, joined, read_parts, run_command
+from common import RESULTS, TASKS, joined, race, read_parts, run_command
 from numpy.typing import NDArray
 
 from cascade_rt import CascadeRuntime
 from cascade_rt.benchmark.machine import describe
-from cascade_rt.benchmark.workload import spread
 from cascade_rt.bundle import Bundle
+from cascade_rt.engine.exit_rules import MaximumProbability
 from cascade_rt.io.writers import write_json
 from cascade_rt.tuning.collect import Collected, cache_folder, collect, open_whole
-from cascade_rt.tuning.operating_points import measure
 from cascade_rt.tuning.plot import draw_front
 from cascade_rt.tuning.report import COSTS, Question
 from cascade_rt.tuning.tune import tune
@@ -104,10 +102,11 @@ def _tuned(
     report = tune(bundle, seen.take(tuned_on), question)
     chosen = report.chosen or report.alone[-1]
     names = [member.name for member in bundle.members]
-    members = [names.index(name) for name in chosen.members]
+    members = tuple(names.index(name) for name in chosen.members)
+    rule = MaximumProbability(tuple(chosen.thresholds))
     other = seen.take(test)
-    found = {kind: measure(other.answers[kind], members, chosen.thresholds) for kind in COSTS}
-    whole = {kind: measure(other.answers[kind], [len(names) - 1], []) for kind in COSTS}
+    found = {kind: other.answers[kind].measure(members, rule) for kind in COSTS}
+    whole = {kind: other.answers[kind].alone(len(names) - 1) for kind in COSTS}
     return {
         "members": chosen.members,
         "thresholds": chosen.thresholds,
@@ -141,38 +140,16 @@ def _timed(
     texts: list[Text],
     options: argparse.Namespace,
 ) -> list[dict[str, Any]]:
-    """Time each choice against the last member alone, interleaved: texts one by one, and all in one call."""
-    ways = dict.fromkeys([((last,), ()), *choices])
+    """Time each choice against the last member alone, in turn: texts one by one, and all in one call."""
+    base = ((last,), ())
     runtimes = {
         way: CascadeRuntime(
             model_dir, members=list(way[0]), thresholds=list(way[1]), threads=options.threads, preload=True
         )
-        for way in ways
+        for way in dict.fromkeys([base, *choices])
     }
-    single = texts[: options.timed]
-    seconds: dict[Any, list[tuple[float, float]]] = {way: [] for way in ways}
-    for _ in range(1 + options.rounds):
-        for way, runtime in runtimes.items():
-            started = perf_counter()
-            for text in single:
-                runtime.predict([text])
-            alone = perf_counter() - started
-            started = perf_counter()
-            runtime.predict(texts)
-            seconds[way].append((alone / len(single), (perf_counter() - started) / len(texts)))
-    found = {way: 1000 * np.array(rounds[1:]) for way, rounds in seconds.items()}
-    base = next(iter(found.values()))
-    return [
-        {
-            "members": list(way[0]),
-            "thresholds": list(way[1]),
-            "single_ms": spread(times[:, 0]),
-            "bulk_ms": spread(times[:, 1]),
-            "single_speedup": spread(base[:, 0] / times[:, 0]),
-            "bulk_speedup": spread(base[:, 1] / times[:, 1]),
-        }
-        for way, times in found.items()
-    ]
+    times = race(runtimes, base, texts, options.timed, options.rounds)
+    return [{"members": list(way[0]), "thresholds": list(way[1]), **row} for way, row in times.items()]
 
 
 def _show(report: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # else requests to the hub describe the machine
 
 from .bundle import Bundle, MemberEntry, read_bundle
+from .engine.exit_rules import Entropy, ExitRule, MaximumProbability, Patience
 from .errors import (
     BundleError,
     CascadeError,
@@ -42,11 +43,15 @@ __all__ = [
     "BundleError",
     "CascadeError",
     "CascadeRuntime",
+    "Entropy",
+    "ExitRule",
     "InferenceError",
     "InputError",
     "InvalidOption",
+    "MaximumProbability",
     "MemberEntry",
     "MissingExtraError",
+    "Patience",
     "Prediction",
     "StageRun",
     "Stats",

@@ -14,15 +14,16 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from . import __version__
 from .bundle.manifest import read_manifest
 from .bundle.storage import bundle_files
+from .engine.execution import Execution
 from .errors import BundleError, CascadeError, InputError, MissingExtraError, first_line
-from .runtime import CascadeRuntime
+from .runtime import CascadeRuntime, Recipe
 
 _CONNECT_SECONDS = 10.0
 
@@ -52,7 +53,7 @@ def cluster(address: str | None = None) -> Iterator[Any]:
             signal.signal(signal.SIGTERM, handler)  # Ray ends the process with a stack trace
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(
-            f"cannot connect to the cluster {named or 'auto'} ({first_line(error)}); check the `address`"
+            f"cannot connect to the cluster {named or 'auto'} ({first_line(error)}); check the address"
         ) from error
     try:
         yield ray
@@ -73,22 +74,24 @@ def _new(address: str | None) -> bool | None:
 
 
 @dataclass(frozen=True)
-class RemoteRuntime:
-    """How to open the same runtime on any machine of a cluster."""
+class RemoteBundle:
+    """A runtime's recipe and its bundle, to open the same runtime on any machine of a cluster."""
 
-    folder: str
-    """The bundle's, on the machine of `shared`."""
-    sha256: str
-    """Of the bundle."""
+    recipe: Recipe
+    """With the bundle's folder on the machine of `shared`."""
     files: Mapping[str, Any]
     """The bundle's files, as references to bytes in the object store, by their relative path."""
-    members: Sequence[str]
-    thresholds: Sequence[float] | None
-    patience: int | None
     version: str = __version__
 
-    def open(self, **settings: Any) -> CascadeRuntime:
-        """Open the runtime; `settings`: provider, threads and others of `CascadeRuntime`.
+    @property
+    def members(self) -> Sequence[str]:
+        """Names of the members that answer."""
+        return self.recipe.members
+
+    def open(
+        self, execution: Execution, *, verify: bool = True, members: Sequence[str] | None = None
+    ) -> CascadeRuntime:
+        """Open the runtime, or one of some of its members alone, by name.
 
         Raises CascadeError where another version of cascade-rt is installed, and the errors of `CascadeRuntime`.
         """
@@ -97,21 +100,18 @@ class RemoteRuntime:
                 f"found cascade-rt {__version__} on a machine of the cluster, expected {self.version}, as here; "
                 "install the same version everywhere"
             )
-        runtime = CascadeRuntime(
-            self._folder(),
-            expected_sha256=self.sha256,
-            members=self.members,
-            thresholds=self.thresholds,
-            **settings,
-        )
-        return runtime if self.patience is None else runtime.with_patience(self.patience)
+        recipe = replace(self.recipe, model_dir=str(self._folder()), execution=execution, verify=verify)
+        if members is not None:
+            rule = recipe.rule.without_exits(len(members))
+            recipe = replace(recipe, opened=tuple(members), members=tuple(members), rule=rule)
+        return recipe.open()
 
     def _folder(self) -> Path:
         """Return a folder of this machine that has the bundle; one for all processes and jobs."""
-        here = Path(self.folder)
+        here = Path(self.recipe.model_dir)
         if self._is_in(here):
             return here
-        kept = Path(tempfile.gettempdir()) / f"cascade-rt-{getpass.getuser()}" / self.sha256[:32]
+        kept = Path(tempfile.gettempdir()) / f"cascade-rt-{getpass.getuser()}" / self.recipe.sha256[:32]
         if not self._is_in(kept):
             shutil.rmtree(kept, ignore_errors=True)  # of old files in it, a system may have deleted some
             self._unpack(kept)
@@ -119,7 +119,9 @@ class RemoteRuntime:
 
     def _is_in(self, folder: Path) -> bool:
         try:
-            return read_manifest(folder).sha256 == self.sha256 and all((folder / file).is_file() for file in self.files)
+            return read_manifest(folder).sha256 == self.recipe.sha256 and all(
+                (folder / file).is_file() for file in self.files
+            )
         except BundleError:
             return False
 
@@ -142,18 +144,11 @@ class RemoteRuntime:
             shutil.rmtree(work, ignore_errors=True)
 
 
-def shared(runtime: CascadeRuntime) -> RemoteRuntime:
+def shared(runtime: CascadeRuntime) -> RemoteBundle:
     """Put a runtime's bundle into the object store, and return how to open the runtime anywhere."""
     import ray  # noqa: PLC0415 - an extra
 
-    bundle = runtime.bundle
-    folder, sha256 = bundle.folder, bundle.sha256
-    assert folder is not None and sha256 is not None, "a runtime's bundle was read from a folder"
-    return RemoteRuntime(
-        folder=str(folder.absolute()),
-        sha256=sha256,
-        files={file: ray.put((folder / file).read_bytes()) for file in bundle_files(bundle)},
-        members=[member.name for member in bundle.members],
-        thresholds=runtime.thresholds or None,
-        patience=bundle.exit_rule.get("patience"),
-    )
+    recipe = runtime.recipe()
+    folder = (runtime.bundle.folder or Path(recipe.model_dir)).absolute()
+    files = {file: ray.put((folder / file).read_bytes()) for file in bundle_files(runtime.bundle)}
+    return RemoteBundle(replace(recipe, model_dir=str(folder), opened=recipe.members), files)

@@ -8,23 +8,19 @@
     ├── InferenceError          a model failed while it ran, or memory ran out
     └── MissingExtraError       an optional dependency is not installed
 
-A message says what was found, what was expected and what to do. It names parameters in backticks, as the library
-spells them; the command line replaces them by its options (`CascadeError.spelled`). Errors of other libraries are kept
-as `__cause__`.
+A message says what was found, what was expected and what to do, in words that are right for a call and for a command.
+Only `InvalidOption` names its parameter, which the command line replaces by its option. Errors of other libraries are
+kept as `__cause__`.
 """
 
 from __future__ import annotations
-
-import re
-from collections.abc import Mapping
 
 
 class CascadeError(Exception):
     """Base of every error that cascade-rt raises on purpose."""
 
-    def spelled(self, names: Mapping[str, str]) -> str:
-        """Return the message with every parameter in backticks replaced by its name in `names`, else by itself."""
-        return re.sub(r"`(\w+)`", lambda field: names.get(field[1], field[1]), str(self))
+    __notes__: list[str]
+    """Remarks that the command line adds to the message (PEP 678); absent where there are none."""
 
 
 class BundleError(CascadeError):
@@ -42,14 +38,17 @@ class InvalidOption(InputError):
     """
 
     def __init__(self, field: str, found: object, expected: str) -> None:
-        super().__init__(f"`{field}`: found {_shown(found)}, expected {expected}")
+        super().__init__(field, found, expected)  # errors are pickled by these
         self.field = field
         self.found = found
         self.expected = expected
 
-    def __reduce__(self) -> tuple[type[InvalidOption], tuple[str, object, str]]:
-        """Pickle by the arguments of the constructor, not by the message."""
-        return type(self), (self.field, self.found, self.expected)
+    def __str__(self) -> str:
+        return self.named(f"`{self.field}`")
+
+    def named(self, name: str) -> str:
+        """Return the message with another name for the parameter."""
+        return f"{name}: found {_shown(self.found)}, expected {self.expected}"
 
 
 class TextError(InputError):
@@ -57,14 +56,13 @@ class TextError(InputError):
 
     def __init__(self, index: int, reason: str, where: str | None = None) -> None:
         """Name the text by `index`, or by `where` when its file and line are known."""
-        super().__init__(f"{where or f'text {index}'}: {reason}")
+        super().__init__(index, reason, where)
         self.index = index
         self.reason = reason
         self.where = where
 
-    def __reduce__(self) -> tuple[type[TextError], tuple[int, str, str | None]]:
-        """Pickle by the arguments of the constructor, not by the message."""
-        return type(self), (self.index, self.reason, self.where)
+    def __str__(self) -> str:
+        return f"{self.where or f'text {self.index}'}: {self.reason}"
 
 
 class InferenceError(CascadeError):
@@ -76,17 +74,16 @@ class MissingExtraError(CascadeError):
 
     def __init__(self, what: str, extra: str, cause: ImportError) -> None:
         """Name what was asked for, the extra that provides it, and the import that failed."""
-        super().__init__(
-            f"{what} needs packages that are not installed ({cause}); "
-            f"install them with: pip install 'cascade-rt[{extra}]'"
-        )
+        super().__init__(what, extra, cause)
         self.what = what
         self.extra = extra
         self.cause = cause
 
-    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str, ImportError]]:
-        """Pickle by the arguments of the constructor, not by the message."""
-        return type(self), (self.what, self.extra, self.cause)
+    def __str__(self) -> str:
+        return (
+            f"{self.what} needs packages that are not installed ({self.cause}); "
+            f"install them with: pip install 'cascade-rt[{self.extra}]'"
+        )
 
 
 def first_line(error: BaseException) -> str:

@@ -7,7 +7,7 @@ texts -> token ids (once) -> micro-batches by length -> stage 1 -> exit rule -> 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from numbers import Integral
 from pathlib import Path
@@ -19,19 +19,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bundle import Bundle, MemberEntry
-from .bundle.manifest import HIDDEN_STATES, PATIENCE, THRESHOLD_RULES, TOKENS
-from .engine.batching import bulk_batches, by_length
-from .engine.chain import Chain
-from .engine.cost import cumulative_layers, whole_model
+from .bundle.manifest import HIDDEN_STATES, TOKENS
+from .engine.batching import by_length
+from .engine.cost import whole_model
 from .engine.drift import exit_shift
-from .engine.exit_rules import ExitRule, checked_thresholds, exit_rule
+from .engine.execution import Execution
+from .engine.exit_rules import ExitRule, exit_rule
 from .engine.forks import FORKS
 from .engine.hidden_states import HiddenStates
 from .engine.inputs import check_types, iterated, listed, unwrapped
-from .engine.journey import Journey, StageCall
-from .engine.opened import Opened
-from .engine.probabilities import softmax, softmax_row
+from .engine.plan import OpenBundle, Plan
 from .engine.stage import Stage
+from .engine.step import Journey, run_rows, shape
+from .engine.task import Task
 from .engine.tokenization import Encoded
 from .errors import BundleError, CascadeError, InvalidOption, TextError
 from .types import Prediction, StageRun, Stats, Text, Trace
@@ -52,14 +52,14 @@ _BEST: Any = _LeftOut()
 class CascadeRuntime:
     """A bundle, ready to classify: each text is answered by the smallest member that is confident enough.
 
-    Immutable, and safe to use from several threads. `with_thresholds`, `with_members` and `with_trace` return another
-    runtime that shares the sessions. A context manager: `close` releases the sessions. Pickling stores the bundle's
+    Immutable, and safe to use from several threads. `with_thresholds`, `with_members` and others return another runtime
+    that shares the sessions. A context manager: `close` releases the sessions. Pickling stores the bundle's
     path, the settings and the manifest's hash; unpickling opens the bundle again.
     """
 
     def __init__(
         self,
-        model_dir: str | Path,
+        model_dir: str | Path | Plan,
         *,
         provider: str = "cpu",
         threads: int | None = None,
@@ -75,7 +75,8 @@ class CascadeRuntime:
         """Read and verify a bundle; each member is loaded when a text first needs it.
 
         Args:
-            model_dir: A folder, or "hf:org/name" or "hf:org/name@revision" on the Hugging Face hub.
+            model_dir: A folder, or "hf:org/name" or "hf:org/name@revision" on the Hugging Face hub. Or the `plan` of
+                another runtime, perhaps changed, whose sessions are shared; other arguments then have no effect.
             provider: "cpu", "cuda", any provider name of the installed ONNX Runtime, or "openvino".
             threads: Threads for each member's computation; None for all CPUs that this process may use.
             thresholds: None for the bundle's; a float in [0, 1] for one tau at every member; a list for one per member
@@ -95,68 +96,68 @@ class CascadeRuntime:
             BundleError: The bundle cannot be used.
             InvalidOption: An argument cannot be used.
         """
-        check_types(
-            model_dir=model_dir,
-            members=members,
-            preload=preload,
-            provider_options=provider_options,
-            verify=verify,
-            expected_sha256=expected_sha256,
-            trace=trace,
-        )
-        opened = Opened.open(model_dir, members, provider, threads, provider_options, spin_us, verify, expected_sha256)
-        bundle = opened.bundle.tuned() if members is None and thresholds is None else opened.bundle
-        self._become(opened, bundle, thresholds, trace)
-        if preload:
-            for stage in self._stages:
-                stage.load()
-
-    def _become(
-        self,
-        opened: Opened,
-        bundle: Bundle,
-        thresholds: float | Sequence[float] | None,
-        trace: Callable[[Trace], object] | None,
-    ) -> None:
-        """Set the state of a new runtime: what it shares, the members that it uses, and how texts leave."""
-        if bundle.exit_rule["kind"] not in THRESHOLD_RULES and thresholds is not None:
-            expected = f"none: the exit rule {bundle.exit_rule['kind']} has no thresholds"
-            raise InvalidOption("thresholds", thresholds, expected)
-        self._opened = opened
-        self._bundle = bundle
-        self._stages = tuple(opened.stages[member.name] for member in bundle.members)
-        self._thresholds = checked_thresholds(thresholds, bundle.thresholds, len(bundle.members))
-        self._rule = exit_rule(bundle.exit_rule, self._thresholds, len(bundle.members))
-        self._layers: list[int] = cumulative_layers(bundle.members).tolist()
-        self._trace = trace
-        self._exits = [0] * len(bundle.members)
         self._counting = Lock()
+        if isinstance(model_dir, Plan):
+            self._plan = model_dir
+        else:
+            check_types(
+                model_dir=model_dir,
+                members=members,
+                preload=preload,
+                provider_options=provider_options,
+                verify=verify,
+                expected_sha256=expected_sha256,
+                trace=trace,
+            )
+            execution = Execution(provider, threads, provider_options, spin_us)
+            opened = OpenBundle.open(
+                model_dir, execution, members=members, verify=verify, expected_sha256=expected_sha256
+            )
+            bundle = opened.bundle.tuned() if members is None and thresholds is None else opened.bundle
+            rule = exit_rule(bundle)
+            if thresholds is not None:
+                rule = _changed(rule, "thresholds", thresholds, len(bundle.members))
+            self._plan = Plan(opened, bundle, rule, trace)
+            if preload:
+                for stage in self._plan.stages:
+                    stage.load()
+        self._exits = [0] * len(self._plan.bundle.members)
+
+    @property
+    def plan(self) -> Plan:
+        """The members, their stages, the tokenizer and the exit rule, for what drives them otherwise than `predict`.
+
+        Raises CascadeError if the runtime is closed.
+        """
+        plan = self._plan  # another thread's `close` does not take its stages away
+        if not plan.stages:
+            raise CascadeError("this runtime is closed; open the bundle again")
+        return plan
 
     @property
     def bundle(self) -> Bundle:
         """The manifest, with the members that this runtime uses."""
-        return self._bundle
+        return self._plan.bundle
+
+    @property
+    def task(self) -> Task:
+        """The meaning of logits."""
+        return self._plan.task
 
     @property
     def original(self) -> Sequence[MemberEntry]:
         """The members that speed-up ratios compare with: the last model among the members that were opened."""
-        return whole_model(self._opened.bundle.members)
+        return whole_model(self._plan.opened.bundle.members)
 
     @property
     def thresholds(self) -> list[float]:
         """The threshold of each member but the last; empty under exit rules without thresholds."""
-        return list(self._thresholds)
+        return list(self._plan.rule.thresholds)
 
     @property
     def exit_rule(self) -> ExitRule:
-        """What decides which texts leave after each member."""
-        return self._rule
-
-    @property
-    def chain(self) -> Chain:
-        """What drives the stages otherwise than `predict` does: the server regroups the texts of many requests."""
-        stages = self._open_stages()
-        return Chain(self._opened.tokenizer, stages, self._rule, stages[0].budget, self._prediction)
+        """The rule that decides which texts leave after each member."""
+        return self._plan.rule
 
     def predict(self, texts: Iterable[Text]) -> list[Prediction]:
         """Classify texts, or (text, text pair) tuples for a bundle on pairs; answers are in input order.
@@ -165,13 +166,13 @@ class CascadeRuntime:
         not matter: in int8 logits are bit-identical, in fp32 probabilities are within 1e-5. Raises InputError for
         anything that is not a text (or pair), and InferenceError if a member fails.
         """
-        stages = self._open_stages()
-        encoded = self._opened.tokenizer.encode(list(iterated(texts)))
+        plan = self.plan
+        encoded = plan.tokenizer.encode(list(iterated(texts)))
         if len(encoded.lengths) == 1:
-            return [self._predict_one(encoded, stages)]
-        journey = self._begun(encoded)
-        for index, stage in enumerate(stages):
-            self._advance(journey, index, stage)
+            return [self._predict_one(plan, encoded)]
+        journey = _begun(plan, encoded)
+        for index in range(len(plan.stages)):
+            journey.advance(plan, index)
         return self.finish(journey)
 
     def begin(self, texts: Iterable[Text]) -> Journey:
@@ -180,20 +181,8 @@ class CascadeRuntime:
         Step by step, `predict` is `begin`, `advance` to each member in turn, and `finish`. A journey can be pickled;
         only the tokens of texts that have not left go with it.
         """
-        self._open_stages()
-        return self._begun(self._opened.tokenizer.encode(list(iterated(texts))))
-
-    def _begun(self, encoded: Encoded) -> Journey:
-        texts = len(encoded.lengths)
-        return Journey(
-            probabilities=np.empty((texts, len(self._bundle.labels))),
-            exits=np.empty(texts, dtype=np.intp),
-            waiting=by_length(encoded.lengths),
-            truncated=[encoded.truncated(row) for row in range(texts)],
-            decisions=self._rule.begin(texts),
-            inputs={TOKENS: encoded},
-            tokenization_seconds=encoded.seconds,
-        )
+        plan = self.plan
+        return _begun(plan, plan.tokenizer.encode(list(iterated(texts))))
 
     def advance(self, journey: Journey, member: int, stage: Stage | None = None) -> None:
         """Run a member on the texts of a journey that have not left.
@@ -201,49 +190,38 @@ class CascadeRuntime:
         `member`: its 0-based position. `stage`: what runs it, for instance that of a runtime on another provider; None
         for this runtime's own.
         """
-        self._advance(journey, member, stage or self._open_stages()[member])
-
-    def _advance(self, journey: Journey, index: int, stage: Stage) -> None:
-        waiting = journey.waiting
-        if not waiting.size:
-            return
-        logits, journey.inputs[HIDDEN_STATES] = self._run(
-            index, stage, journey.inputs[stage.reads], waiting, journey.runs
-        )
-        journey.probabilities[waiting] = answers = softmax(logits)
-        leaving = journey.decisions.leaving(index, waiting, answers)
-        journey.exits[waiting[leaving]] = index
-        journey.waiting = waiting[~leaving]
+        journey.advance(self.plan, member, stage)
 
     def finish(self, journey: Journey) -> list[Prediction]:
         """Return the answers to a journey's texts in input order, after all members; counted in `stats`."""
+        plan = self._plan
         exits, winners = journey.exits.tolist(), journey.probabilities.argmax(axis=1).tolist()
-        counts = np.bincount(journey.exits, minlength=len(self._bundle.members)).tolist()
+        counts = np.bincount(journey.exits, minlength=len(plan.bundle.members)).tolist()
         self._record(counts, journey.tokenization_seconds, journey.runs)
         rows = zip(journey.probabilities.tolist(), winners, exits, journey.truncated, strict=True)
-        return [self._prediction(*row) for row in rows]
+        return [plan.prediction(*row) for row in rows]
 
-    def _predict_one(self, encoded: Encoded, stages: Sequence[Stage]) -> Prediction:
+    def _predict_one(self, plan: Plan, encoded: Encoded) -> Prediction:
         """The same journey for one text: there is nothing to order, and all members read the same arrays."""
         inputs: dict[str, dict[str, Any]] = {TOKENS: encoded.batch(_FIRST)}
-        decisions = self._rule.begin(1)
-        runs: list[StageCall] = []
-        for index, stage in enumerate(stages):
+        state = plan.rule.begin(1)
+        runs: list[StageRun] = []
+        for index, stage in enumerate(plan.stages):
             batch = inputs[stage.reads]
             logits, hidden_states, seconds = stage.run(batch)
-            runs.append((index, batch["attention_mask"].shape, seconds))
-            probabilities = softmax_row(logits[0])
-            if decisions.leaves_alone(index, probabilities):
+            runs.append(StageRun(index, stage.entry.name, *shape(batch), seconds))
+            probabilities = plan.task.probabilities_of_one(logits[0])
+            if stage is plan.stages[-1] or plan.rule.leaves_alone(state, index, plan.task, probabilities):
                 break
             inputs[HIDDEN_STATES] = {"hidden_states": hidden_states, "attention_mask": batch["attention_mask"]}
-        self._record([int(at == index) for at in range(len(stages))], encoded.seconds, runs)
-        return self._prediction(probabilities, probabilities.index(max(probabilities)), index, encoded.truncated(0))
+        self._record([int(at == index) for at in range(len(plan.stages))], encoded.seconds, runs)
+        return plan.prediction(probabilities, probabilities.index(max(probabilities)), index, encoded.truncated(0))
 
     def predict_iter(self, texts: Iterable[Text], chunk_size: int = 1024) -> Iterator[Prediction]:
         """Classify a stream in constant memory, `chunk_size` texts at a time; answers are in input order."""
         if isinstance(chunk_size, bool) or not isinstance(chunk_size, Integral) or chunk_size < 1:
             raise InvalidOption("chunk_size", chunk_size, "a whole number from 1")
-        self._open_stages()
+        self.plan  # noqa: B018 - fails now, not at the first text
         return self._stream(iterated(texts), chunk_size)
 
     def _stream(self, texts: Iterator[Text], chunk_size: int) -> Iterator[Prediction]:
@@ -281,13 +259,13 @@ class CascadeRuntime:
 
         Returns the logits, float32 of shape (members, texts, labels), and each text's length in tokens, (texts,).
         """
-        stages = self._open_stages()
-        encoded = self._opened.tokenizer.encode(list(iterated(texts)))
+        plan = self.plan
+        encoded = plan.tokenizer.encode(list(iterated(texts)))
         rows = by_length(encoded.lengths)
-        logits = np.empty((len(stages), len(rows), len(self._bundle.labels)), dtype=np.float32)
+        logits = np.empty((len(plan.stages), len(rows), len(plan.bundle.labels)), dtype=np.float32)
         inputs: dict[str, Encoded | HiddenStates] = {TOKENS: encoded}
-        for index, stage in enumerate(stages):
-            answers, inputs[HIDDEN_STATES] = self._run(index, stage, inputs[stage.reads], rows, [])
+        for index, stage in enumerate(plan.stages):
+            answers, inputs[HIDDEN_STATES], _ = run_rows(stage, index, inputs[stage.reads], rows, stage.at_once)
             logits[index, rows] = answers
         return logits, encoded.lengths
 
@@ -301,11 +279,11 @@ class CascadeRuntime:
             if reset:
                 self._exits = [0] * len(seen)
         texts = sum(seen)
-        executed = sum(count * layers for count, layers in zip(seen, self._layers, strict=True))
+        executed = sum(count * layers for count, layers in zip(seen, self._plan.layers, strict=True))
         mean_layers = executed / texts if texts else float("nan")
-        tuning = self._bundle.tuning
-        names = [entry.name for entry in self._bundle.members]
-        if tuning is None or tuning.thresholds != self._thresholds or tuning.members != names:
+        tuning = self.bundle.tuning
+        names = [entry.name for entry in self.bundle.members]
+        if tuning is None or tuning.thresholds != self.thresholds or tuning.members != names:
             return Stats(texts, seen, mean_layers, None, None, None)
         rates = [count / sum(tuning.exits) for count in tuning.exits]
         distance, p_value = exit_shift(tuning.exits, seen) if texts else (None, None)
@@ -316,56 +294,56 @@ class CascadeRuntime:
         with FORKS, self._counting:
             self._exits = [one + other for one, other in zip(self._exits, exits, strict=True)]
 
-    def with_thresholds(self, thresholds: float | Sequence[float] | None) -> CascadeRuntime:
-        """Return a runtime with other thresholds and the same members, which shares the sessions.
+    def with_exit_rule(self, rule: ExitRule) -> CascadeRuntime:
+        """Return a runtime with another exit rule, of any kind, which shares the sessions.
 
-        `thresholds`: a float, a list, or None for the bundle's. The counts of `stats` start from zero.
+        Raises InvalidOption for a rule with thresholds for another number of members. The counts of `stats` start from
+        zero, as for all runtimes that are returned here.
         """
-        return self._with(self._bundle, thresholds, self._trace)
+        if not isinstance(rule, ExitRule):
+            raise InvalidOption("rule", rule, "an exit rule, for instance Patience(3)")
+        if rule.parameter == "thresholds":
+            rule = rule.changed(rule.thresholds, len(self.bundle.members))
+        return self._with(rule=rule)
+
+    def with_thresholds(self, thresholds: float | Sequence[float] | None) -> CascadeRuntime:
+        """Return a runtime with other thresholds and the same members: a float, a list, or None for the bundle's."""
+        if thresholds is None:
+            return self._with(rule=exit_rule(self.bundle))
+        return self.changed("thresholds", thresholds)
 
     def with_patience(self, patience: int) -> CascadeRuntime:
-        """Return a runtime with another patience, which shares the sessions; for bundles with that exit rule.
-
-        `patience`: how many members in a row must agree with the one before them. The counts of `stats` start from
-        zero.
-        """
-        rule = self._bundle.exit_rule
-        if rule["kind"] != PATIENCE:
-            raise InvalidOption("patience", patience, f"none: the exit rule {rule['kind']} has thresholds")
-        if isinstance(patience, bool) or not isinstance(patience, Integral) or patience < 1:
-            raise InvalidOption("patience", patience, "a whole number from 1")
-        return self._with(replace(self._bundle, exit_rule={**rule, "patience": int(patience)}), None, self._trace)
+        """Return a runtime with another patience: so many members in a row must agree with the one before them."""
+        return self.changed("patience", patience)
 
     def without_exits(self) -> CascadeRuntime:
         """Return a runtime in which no text leaves before the last member, which shares the sessions."""
-        if self._bundle.exit_rule["kind"] == PATIENCE:
-            return self.with_patience(len(self._stages))
-        return self.with_thresholds(1.0)
+        return self._with(rule=self.exit_rule.without_exits(len(self.bundle.members)))
 
     def with_members(self, members: Sequence[str] | None) -> CascadeRuntime:
         """Return a runtime with other members, by name, which shares the sessions; None for all that were opened.
 
-        Members that this runtime uses keep their thresholds; the others take the bundle's. The counts of `stats` start
-        from zero.
+        Members that this runtime uses keep their thresholds; the others take the bundle's.
         """
-        whole = self._opened.bundle
-        bundle = whole if members is None else whole.only(members)
-        ours = dict(zip((entry.name for entry in self._bundle.members), self._thresholds, strict=False))
-        kept = [ours.get(entry.name, entry.threshold) for entry in bundle.members[:-1]]
-        thresholds = [threshold for threshold in kept if threshold is not None]
-        return self._with(bundle, thresholds or None, self._trace)
+        return type(self)(self.plan.only(members))
 
     def with_trace(self, trace: Callable[[Trace], object] | None) -> CascadeRuntime:
-        """Return a runtime that shares the sessions and calls `trace` after each call of `predict`.
+        """Return a runtime that shares the sessions and calls `trace` after each call of `predict`."""
+        return self._with(trace=trace)
 
-        The counts of `stats` start from zero.
+    def changed(self, parameter: str, value: Any) -> CascadeRuntime:
+        """Return a runtime with another value of its exit rule's parameter: the general `with_patience`.
+
+        Raises InvalidOption if the rule has another parameter, or for a value that cannot be used.
         """
-        return self._with(self._bundle, self._thresholds or None, trace)
+        return self._with(rule=_changed(self.exit_rule, parameter, value, len(self.bundle.members)))
+
+    def _with(self, **changes: Any) -> CascadeRuntime:
+        return type(self)(replace(self.plan, **changes))
 
     def close(self) -> None:
         """Release the sessions; those that another runtime shares stay until that one is closed too."""
-        self._stages = ()
-        self._opened = self._opened.without_stages()
+        self._plan = replace(self._plan, opened=replace(self._plan.opened, stages={}))
 
     def __enter__(self) -> CascadeRuntime:
         """Return the runtime itself; `close` is called at the end of the block."""
@@ -378,102 +356,89 @@ class CascadeRuntime:
         self.close()
 
     def __repr__(self) -> str:
-        """Show what was opened and how it runs."""
-        members = ", ".join(f"{entry.name} ({entry.layers}L {entry.precision})" for entry in self._bundle.members)
-        rule = f"thresholds={self._thresholds}" if self._thresholds else f"exit_rule={self._bundle.exit_rule['kind']!r}"
-        closed = "" if self._stages else ", closed"
+        """Show the bundle, its members, the exit rule and where they run."""
+        plan = self._plan
+        members = ", ".join(f"{entry.name} ({entry.layers}L {entry.precision})" for entry in plan.bundle.members)
+        rule = f"thresholds={self.thresholds}" if self.thresholds else f"exit_rule={plan.rule.kind!r}"
+        closed = "" if plan.stages else ", closed"
+        execution = plan.opened.execution
         return (
-            f"CascadeRuntime({str(self._opened.model_dir)!r}, members=[{members}], {rule}, "
-            f"provider={self._opened.provider!r}, threads={self._opened.threads}{closed})"
+            f"CascadeRuntime({str(plan.opened.model_dir)!r}, members=[{members}], {rule}, "
+            f"provider={execution.provider!r}, threads={execution.threads}{closed})"
+        )
+
+    def recipe(self) -> Recipe:
+        """Return how to open the same runtime again; a trace hook and the counts of `stats` are left out."""
+        plan = self.plan
+        opened = plan.opened
+        return Recipe(
+            model_dir=str(opened.model_dir),
+            sha256=plan.bundle.sha256 or "",
+            opened=tuple(entry.name for entry in opened.bundle.members),
+            members=tuple(entry.name for entry in plan.bundle.members),
+            rule=plan.rule,
+            execution=opened.execution,
+            verify=opened.verify,
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle by path, settings and the manifest's hash; a trace hook and the counts of `stats` are left out."""
-        self._open_stages()
-        opened = self._opened
-        settings = {
-            "provider": opened.provider,
-            "threads": opened.threads,
-            "members": [entry.name for entry in opened.bundle.members],
-            "provider_options": opened.provider_options,
-            "spin_us": opened.spin_us,
-            "verify": opened.verify,
-        }
-        members = [entry.name for entry in self._bundle.members]
-        state = (str(opened.model_dir), opened.bundle.sha256, settings, members, self._thresholds or None)
-        return _reopened, (type(self), *state, self._bundle.exit_rule.get("patience"))
+        """Pickle by the recipe."""
+        return _reopened, (type(self), self.recipe())
 
-    def _with(
-        self,
-        bundle: Bundle,
-        thresholds: float | Sequence[float] | None,
-        trace: Callable[[Trace], object] | None,
-    ) -> CascadeRuntime:
-        self._open_stages()
-        other = object.__new__(type(self))
-        other._become(self._opened, bundle, thresholds, trace)
-        return other
-
-    def _open_stages(self) -> tuple[Stage, ...]:
-        """Return the stages, which another thread's `close` then does not take away; raise CascadeError if closed."""
-        stages = self._stages
-        if not stages:
-            raise CascadeError("this runtime is closed; open the bundle again")
-        return stages
-
-    def _run(
-        self,
-        index: int,
-        stage: Stage,
-        inputs: Encoded | HiddenStates,
-        rows: NDArray[np.intp],
-        runs: list[StageCall],
-    ) -> tuple[NDArray[np.float32], HiddenStates]:
-        """Run one stage on `rows`, in micro-batches: logits in the order of `rows`, and the hidden states it left."""
-        logits = np.empty((len(rows), len(self._bundle.labels)), dtype=np.float32)
-        left = HiddenStates(inputs.lengths)
-        done = 0
-        groups, share_threads = bulk_batches(rows, inputs.lengths, stage.budget, stage.at_once)
-        outputs = stage.run_each(groups, inputs.batch, share_threads=share_threads)
-        for some, (batch, (answers, hidden_states, seconds)) in zip(groups, outputs, strict=True):
-            logits[done : done + len(some)] = answers
-            left.put(some, batch["attention_mask"], hidden_states)
-            runs.append((index, batch["attention_mask"].shape, seconds))
-            done += len(some)
-        return logits, left
-
-    def _record(self, exits: list[int], tokenization_seconds: float, runs: list[StageCall]) -> None:
+    def _record(self, exits: list[int], tokenization_seconds: float, runs: list[StageRun]) -> None:
         self.count(exits)
-        if self._trace is not None:
-            names = [entry.name for entry in self._bundle.members]
-            stage_runs = [
-                StageRun(index, names[index], rows, tokens, seconds) for index, (rows, tokens), seconds in runs
-            ]
-            self._trace(Trace(sum(exits), tokenization_seconds, stage_runs))
-
-    def _prediction(self, probabilities: list[float], winner: int, exit: int, truncated: bool) -> Prediction:
-        label, score = self._bundle.labels[winner], probabilities[winner]
-        return Prediction(label, score, tuple(probabilities), exit, self._layers[exit], truncated)
+        if self._plan.trace is not None:
+            self._plan.trace(Trace(sum(exits), tokenization_seconds, runs))
 
     def _ranked(self, prediction: Prediction, top_k: int | None) -> Any:
         if top_k is _BEST:
             return {"label": prediction.label, "score": prediction.score}
-        ranked = sorted(zip(self._bundle.labels, prediction.probabilities, strict=True), key=lambda pair: -pair[1])
+        ranked = sorted(zip(self.bundle.labels, prediction.probabilities, strict=True), key=lambda pair: -pair[1])
         return [{"label": label, "score": score} for label, score in ranked[:top_k]]
 
 
-def _reopened(
-    kind: type[CascadeRuntime],
-    model_dir: str,
-    sha256: str | None,
-    settings: Mapping[str, Any],
-    members: Sequence[str],
-    thresholds: Sequence[float] | None,
-    patience: int | None,
-) -> CascadeRuntime:
-    """Open a pickled runtime's bundle again; raise BundleError if another one is there now."""
-    runtime = kind(model_dir, **settings)
-    if runtime.bundle.sha256 != sha256:
-        raise BundleError(f"{model_dir}: replaced since the runtime was pickled; open the bundle again")
-    runtime = runtime.with_members(members)
-    return runtime.with_thresholds(thresholds) if patience is None else runtime.with_patience(patience)
+@dataclass(frozen=True)
+class Recipe:
+    """The way to open the same runtime again, perhaps in another process or on another machine."""
+
+    model_dir: str
+    sha256: str
+    """Of the manifest."""
+    opened: tuple[str, ...]
+    """Names of all members that were opened."""
+    members: tuple[str, ...]
+    """Names of the members that answer."""
+    rule: ExitRule
+    execution: Execution
+    verify: bool
+
+    def open(self, kind: type[CascadeRuntime] = CascadeRuntime) -> CascadeRuntime:
+        """Open the runtime; raise BundleError if another bundle is there now."""
+        whole = kind(self.model_dir, **self.execution.arguments(), members=self.opened, verify=self.verify)
+        if whole.bundle.sha256 != self.sha256:
+            raise BundleError(f"{self.model_dir}: replaced since the runtime was pickled; open the bundle again")
+        return whole.with_members(self.members).with_exit_rule(self.rule)
+
+
+def _reopened(kind: type[CascadeRuntime], recipe: Recipe) -> CascadeRuntime:
+    return recipe.open(kind)
+
+
+def _changed(rule: ExitRule, parameter: str, value: Any, members: int) -> ExitRule:
+    """Return a rule with another value of its parameter; raise InvalidOption if it has another one."""
+    if rule.parameter != parameter:
+        raise InvalidOption(parameter, value, f"none: the exit rule {rule.kind} has no {parameter}")
+    return rule.changed(value, members)
+
+
+def _begun(plan: Plan, encoded: Encoded) -> Journey:
+    texts = len(encoded.lengths)
+    return Journey(
+        probabilities=np.empty((texts, len(plan.bundle.labels))),
+        exits=np.empty(texts, dtype=np.intp),
+        waiting=by_length(encoded.lengths),
+        truncated=[encoded.truncated(row) for row in range(texts)],
+        state=plan.rule.begin(texts),
+        inputs={TOKENS: encoded},
+        tokenization_seconds=encoded.seconds,
+    )

@@ -1,4 +1,4 @@
-"""What goes into a runtime and what comes out of it."""
+"""Texts, answers and counts of a runtime."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ class Prediction(NamedTuple):
     label: str
     """Name of the most probable class."""
     score: float
-    """Its probability: the confidence of the member that answered."""
+    """Its probability."""
     probabilities: tuple[float, ...]
     """Probability of each class, index = class id."""
     exit: int
-    """Which member answered, 0-based."""
+    """The member that answered, 0-based."""
     layers: int
     """Encoder layers executed for this text, by all members that it ran."""
     truncated: bool
-    """Whether the text was longer than the bundle's `max_length` tokens and was cut."""
+    """True if the text was longer than the bundle's `max_length` tokens and was cut."""
+    labels: tuple[str, ...]
+    """The label alone; with several labels per text all that are above their cut, possibly none."""
 
 
 class StageRun(NamedTuple):
-    """One run of one stage on one micro-batch."""
+    """A run: one execution of a stage on a micro-batch."""
 
     stage: int
     """0-based index of the stage."""
@@ -41,7 +43,7 @@ class StageRun(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What one call of `CascadeRuntime.predict` executed."""
+    """The runs of one call of `CascadeRuntime.predict`."""
 
     texts: int
     """Texts in the call."""
@@ -52,7 +54,7 @@ class Trace(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """What a runtime has answered so far."""
+    """Counts of a runtime's answers so far."""
 
     texts: int
     """Texts answered."""

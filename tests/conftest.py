@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -129,7 +130,15 @@ class _Options(dict[str, str]):
 @pytest.fixture(autouse=True)
 def _messages_name_options(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no command that a test calls print a parameter of the library as if it were its own."""
+    from cascade_rt import cli
     from cascade_rt.cli.parser import CommandParser
 
+    complain = cli._complain
+
+    def checked(message: str) -> int:
+        assert not re.search(r"`\w+`", message), f"a command printed the name of a parameter: {message}"
+        return complain(message)
+
+    monkeypatch.setattr(cli, "_complain", checked)
     names = CommandParser.option_names
     monkeypatch.setattr(CommandParser, "option_names", lambda parser: _Options(names(parser)))

@@ -1,4 +1,4 @@
-"""What the tests of js/ compare with: bundles in one file, texts, and the answers of the Python package.
+"""References for the tests of js/: bundles in one file, texts, and the answers of the Python package.
 
 python -m tests.js_fixture js/test/fixture
 """

@@ -32,10 +32,12 @@ from numpy.typing import NDArray
 from cascade_rt import CascadeRuntime, InputError, Prediction
 from cascade_rt.benchmark.machine import describe
 from cascade_rt.bundle import write_bundle
-from cascade_rt.engine.probabilities import softmax
+from cascade_rt.engine.task import SingleLabel
 from cascade_rt.io.writers import write_json
 
 from .toy import WORDS, write_cascade
+
+TASK = SingleLabel()
 
 TOLERANCE = 1e-5
 BAD: list[Any] = [None, 3, b"bytes", ("a", "b"), "half \ud83d", ["a"], 1.5, {"text": "a"}]
@@ -62,7 +64,7 @@ class Soak:
     def _reference(self, source: Path) -> NDArray[np.float64]:
         """Return the probabilities of all members, (members, texts, labels), each text alone."""
         with CascadeRuntime(source, threads=1) as runtime:
-            return np.concatenate([softmax(runtime.member_logits([text])[0]) for text in self.texts], axis=1)
+            return np.concatenate([TASK.probabilities(runtime.member_logits([text])[0]) for text in self.texts], axis=1)
 
     def rows(self, most: int) -> list[int]:
         """Draw texts."""

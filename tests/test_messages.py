@@ -33,29 +33,21 @@ TRAINS = "build difficulty train train-exits"
 
 SHOWN_BY = {
     "actors": "predict",
-    "address": "predict serve",
-    "agreement": "tune",
     "augment": "build",
     "budget_ms": "tune",
-    "calibrate": "export",
-    "check_data": "export",
     "columns": READS,
     "confidence": "build tune",
     "cost": "build tune",
     "count": "benchmark",
-    "data": TRAINS,
     "delimiter": READS,
-    "dry_run": "tune",
     "encoding": READS,
-    "engine": "predict serve",
     "every": "train-exits",
     "exit_rule": "export",
-    "export_check": "distil train train-exits",
     "folds": "difficulty",
     "format": READS,
     "holdout": TRAINS,
+    "jobs": "difficulty",
     "kind": "train-exits",
-    "label_column": TRAINS,
     "layers": "difficulty distil train",
     "max_accuracy_drop": "build export",
     "max_drop": "build tune",
@@ -63,9 +55,7 @@ SHOWN_BY = {
     "max_replicas": "serve",
     "max_wait_ms": "serve",
     "min_replicas": "serve",
-    "module_replacing": "train",
     "on_error": "predict",
-    "overwrite": "build export pack",
     "p95": "tune",
     "patience": "evaluate predict",
     "patient": "train",
@@ -75,11 +65,9 @@ SHOWN_BY = {
     "provider": f"export {RUNS}",
     "provider_options": f"export {RUNS}",
     "random": "export",
-    "relations": "distil",
     "reload_seconds": "serve",
     "repository": "push",
     "reserve": "build",
-    "resume": "predict",
     "root_path": "serve",
     "shard_format": "predict",
     "shard_rows": "predict",
@@ -96,9 +84,34 @@ SHOWN_BY = {
     "words": "benchmark",
     "workers": "serve",
 }
-"""Parameters that messages name in backticks, or `InvalidOption` as its field -> the commands that may print them."""
+"""Parameters that `InvalidOption` names -> the commands that may print them."""
 
-OF_PYTHON_ALONE = {"chunk_size", "members", "spin_us"}
+REMEDIES = {
+    "address": ("address", "predict serve"),
+    "agreement": ("agreement", "tune"),
+    "another encoding": ("encoding", READS),
+    "another precision": ("precision", "build export"),
+    "calibration": ("calibrate", "export"),
+    "check data": ("check_data", "export"),
+    "column of the labels": ("label_column", TRAINS),
+    "delimiter": ("delimiter", READS),
+    "dry run": ("dry_run", "tune"),
+    "holdout": ("holdout", TRAINS),
+    "its column": ("columns", READS),
+    "larger drop": ("max_accuracy_drop", "build export"),
+    "larger reserve": ("reserve", "build"),
+    "module replacing": ("module_replacing", "train"),
+    "overwrite": ("overwrite", "build export pack"),
+    "relations": ("relations", "distil"),
+    "resume": ("resume", "predict"),
+    "set one for all": ("max_length", "build export"),
+    "split seed": ("split_seed", TRAINS),
+    "their folder as the data": ("data", TRAINS),
+    "the format": ("format", READS),
+}
+"""Words of messages for what to do -> the parameter that does it, and the commands that may print them."""
+
+OF_PYTHON_ALONE = {"chunk_size", "members", "rule", "spin_us"}
 """Parameters of the library that no command passes on."""
 
 
@@ -127,10 +140,7 @@ def messages() -> list[tuple[str, str]]:
 
 
 def fields() -> Iterator[tuple[str, str]]:
-    """Yield the parameters that messages name, with their places."""
-    for where, text in messages():
-        for name in re.findall(r"`(\w+)`", text):
-            yield where, name
+    """Yield the parameters that errors name, with their places."""
     for path in modules():
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "InvalidOption":
@@ -151,6 +161,19 @@ def options(command: str) -> set[str]:
 COMMANDS = sorted({*BUILT_IN, *OFFLINE})
 
 
+def test_only_an_invalid_option_names_its_parameter() -> None:
+    """The command line replaces that name; others would reach the user as they are."""
+    assert [(where, text) for where, text in messages() if re.search(r"`\w+`", text)] == []
+
+
+def test_what_a_message_says_to_do_is_possible_in_each_command_that_may_print_it() -> None:
+    texts = [text for _, text in messages()]
+    for words, (name, commands) in REMEDIES.items():
+        assert any(words in text for text in texts), f"no message says {words!r}"
+        for command in commands.split():
+            assert name in parser(command).option_names(), f"{words!r} of cascade-rt {command}"
+
+
 def test_every_parameter_in_a_message_is_listed() -> None:
     """A new one belongs into SHOWN_BY, with the commands that may print it."""
     unlisted = [f"{where}: `{name}`" for where, name in fields() if name not in SHOWN_BY.keys() | OF_PYTHON_ALONE]
@@ -158,7 +181,7 @@ def test_every_parameter_in_a_message_is_listed() -> None:
     assert (SHOWN_BY.keys() | OF_PYTHON_ALONE) - {name for _, name in fields()} == DYNAMIC
 
 
-DYNAMIC: set[str] = set()
+DYNAMIC = {"max_drop"}
 """Listed parameters whose names are put together where they are raised."""
 
 

@@ -13,7 +13,9 @@ from cascade_train.tasks import load_evaluation, load_task
 
 from cascade_rt import CascadeRuntime, read_bundle
 from cascade_rt.cli import main
-from cascade_rt.engine.probabilities import confidence, softmax
+from cascade_rt.engine.task import SingleLabel
+
+TASK = SingleLabel()
 
 pytestmark = pytest.mark.real_data
 
@@ -41,7 +43,9 @@ def test_rte_goes_the_whole_way(
     assert all(member.other["max_probability_difference"] <= 1e-4 for member in bundle.members)
     dev = real_data("rte") / "dev.tsv"
     logits, _ = CascadeRuntime(rte_bundle).member_logits(load_evaluation("rte", dev.parent)["dev"].texts)
-    median = float(np.median(confidence(softmax(logits[0]))))  # so that about half leave at the first member
+    median = float(
+        np.median(TASK.confidence(TASK.probabilities(logits[0])))
+    )  # so that about half leave at the first member
     running = ["--model-dir", str(rte_bundle), "--input", str(dev), "--threshold", str(median)]
     assert main(["predict", *running, "--output", "out.jsonl"]) == 0
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text("utf-8").splitlines()]

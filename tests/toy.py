@@ -112,7 +112,8 @@ def write_model(
 ) -> dict[str, int]:
     """Write a classifier, or a segment that runs some `layers`, as an ONNX file; return its sizes for the manifest.
 
-    `from_hidden`: it reads `hidden_states`, not tokens. `hidden_out`: it also returns `last_hidden_state`.
+    Without layers it is a bag of words. `from_hidden`: it reads `hidden_states`, not tokens. `hidden_out`: it also
+    returns `last_hidden_state`.
     """
     if layers is None:
         layers = range(sum(name.endswith("intermediate.dense.bias") for name in weights))
@@ -124,7 +125,12 @@ def write_model(
     mask = graph.node("Mul", absent, np.finfo(np.float32).min)
     for index in layers:
         states = graph.layer(f"bert.encoder.layer.{index}", states, mask)
-    pooled = graph.node("Tanh", graph.dense("bert.pooler.dense", graph.node("Gather", states, np.array(0), axis=1)))
+    first = graph.node("Gather", states, np.array(0), axis=1)
+    if not layers:  # a bag of words: the mean of the embeddings
+        weight = graph.node("Unsqueeze", graph.node("Cast", "attention_mask", to=TensorProto.FLOAT), np.array([2]))
+        total = graph.node("ReduceSum", graph.node("Mul", states, weight), np.array([1]), keepdims=0)
+        first = graph.node("Div", total, graph.node("ReduceSum", weight, np.array([1]), keepdims=0))
+    pooled = graph.node("Tanh", graph.dense("bert.pooler.dense", first))
     graph.node("Identity", graph.dense("classifier", pooled), output="logits")
     if hidden_out:
         graph.node("Identity", states, output="last_hidden_state")

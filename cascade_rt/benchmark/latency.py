@@ -1,4 +1,4 @@
-"""Measure a bundle on this machine: how much of the layer speed-up is realised on the clock?
+"""Measure a bundle on this machine: the part of the layer speed-up that is realised on the clock.
 
 For each layer speed-up that the bundle can reach, tau is chosen on the given texts; then the cascade and its biggest
 member alone answer the same texts in turn, on the same engine, threads and micro-batches.
@@ -6,25 +6,26 @@ member alone answer the same texts in turn, on the same engine, threads and micr
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..bundle import Bundle
 from ..engine.cost import flops_speedup, layer_speedup
 from ..engine.cpus import usable_threads
-from ..errors import InvalidOption
-from ..io.readers import AS_USUAL, Reading
+from ..engine.execution import Execution
 from ..runtime import CascadeRuntime
 from ..tuning.collect import check_thresholds, open_whole
 from ..tuning.plot import pyplot
-from ..types import Text, Trace
+from ..types import Prediction, Text, Trace
 from .alone import alone
 from .machine import describe
-from .workload import peak_memory_mb, predict_command, reachable, seconds_of, spread, taus_for, texts_for
+from .turns import Timed, in_turns
+from .workload import Workload, peak_memory_mb, predict_command, reachable, seconds_of, spread, taus_for, texts_for
 
 BULK = "bulk"
 BIG = "big"
@@ -32,39 +33,27 @@ BIG = "big"
 
 def measure_latency(
     model_dir: str | Path,
+    workload: Workload,
+    execution: Execution,
     *,
-    threads: int | None = None,
-    provider: str = "cpu",
-    provider_options: Mapping[str, str] | None = None,
     verify: bool = True,
     expected_sha256: str | None = None,
-    data: Path | None = None,
-    reading: Reading = AS_USUAL,
-    words: str = "16:8",
-    count: int = 256,
-    speedups: Sequence[float] = (1.5, 2, 3, 4, 5),
-    batch_sizes: Sequence[int] = (1, 8, 32),
-    rounds: int = 5,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Return a report as plain values for JSON; keys of `batches` are texts per call, then layer speed-ups.
 
-    All members of the bundle take part, whatever tuning chose; thresholds are those that reach the speed-ups. `data`:
-    file of texts, read as `reading` says, None for synthetic ones with `words` words ("MEAN:SD"); `count`: how many
-    texts; `rounds`: after one that warms up; `progress` is called with the rounds done and their total. Raises
-    InvalidOption for a value out of range, and InputError for a bundle without thresholds.
+    All members of the bundle take part, whatever tuning chose; thresholds are those that reach the speed-ups.
+    `progress` is called with the rounds done and their total. Raises InputError for a bundle without thresholds.
     """
-    for field, least in (("rounds", rounds), ("batch_sizes", min(batch_sizes, default=1))):
-        if least < 1:
-            raise InvalidOption(field, least, "at least 1")
-    settings: dict[str, Any] = {"provider": provider, "threads": threads, "provider_options": provider_options}
-    cascade = open_whole(model_dir, preload=True, verify=verify, expected_sha256=expected_sha256, **settings)
+    cascade = open_whole(
+        model_dir, preload=True, verify=verify, expected_sha256=expected_sha256, **execution.arguments()
+    )
     bundle = cascade.bundle
-    check_thresholds(bundle)
+    check_thresholds(cascade.exit_rule)
     name = (bundle.folder or Path(model_dir)).resolve().name
-    texts = texts_for(bundle, data, words, count, reading=reading)
+    texts = texts_for(bundle, workload.data, workload.words, workload.count, reading=workload.reading)
     logits, lengths = cascade.member_logits(texts)
-    taus = taus_for(cascade, logits, reachable(bundle, list(speedups)))
+    taus = taus_for(cascade, logits, reachable(bundle, list(workload.speedups)))
     contestants = {BIG: alone(cascade, len(bundle.members) - 1)}
     contestants |= {str(speedup): cascade.with_thresholds(tau) for speedup, tau in taus.items()}
     report: dict[str, Any] = {
@@ -73,86 +62,62 @@ def measure_latency(
             "name": name,
             "members": [f"{member.layers}L-{member.hidden_size} {member.precision}" for member in bundle.members],
         },
-        "threads": usable_threads(threads),
-        "provider": provider,
+        "threads": usable_threads(execution.threads),
+        "provider": execution.provider,
         "texts": {
             "count": len(texts),
-            "from": data.name if data else f"synthetic, words {words}",
+            "from": workload.data.name if workload.data else f"synthetic, words {workload.words}",
             "tokens": {f"p{q}": float(np.percentile(lengths, q)) for q in (5, 50, 95)},
         },
-        "rounds": rounds,
+        "rounds": workload.rounds,
         "taus": {str(speedup): tau for speedup, tau in taus.items()},
         "batches": {},
     }
-    sizes = [*batch_sizes, len(texts)]
-    steps = iter(range(1, 1 + len(sizes) * (rounds + 1)))
+    sizes = [*workload.batch_sizes, len(texts)]
+    total = len(sizes) * (workload.rounds + 1)
+    done = itertools.count(1)
     for size in sizes:
-        report["batches"][BULK if size == len(texts) else str(size)] = _compared(
-            contestants, texts, lengths, size, rounds, lambda: progress(next(steps), len(sizes) * (rounds + 1))
+        timed = in_turns(
+            {name: runtime.predict for name, runtime in contestants.items()},
+            [texts[start : start + size] for start in range(0, len(texts), size)],
+            workload.rounds,
+            progress=lambda: progress(next(done), total),
         )
+        report["batches"][BULK if size == len(texts) else str(size)] = _compared(bundle, timed, lengths)
     report["overhead"] = _overhead(cascade.with_thresholds(0.0), texts)
-    options = ["--provider", provider, "--threads", str(usable_threads(threads))]
-    for key, value in (provider_options or {}).items():
+    options = ["--provider", execution.provider, "--threads", str(usable_threads(execution.threads))]
+    for key, value in (execution.provider_options or {}).items():
         options += ["--provider-option", f"{key}={value}"]
     report["cold_start"] = _cold_start(model_dir, texts[0], options)
     return report
 
 
-def _compared(
-    contestants: dict[str, CascadeRuntime],
-    texts: list[Text],
-    lengths: np.ndarray,
-    size: int,
-    rounds: int,
-    progress: Callable[[], object],
-) -> dict[str, Any]:
-    """Time every contestant on the same calls of `size` texts, in turn; the first round warms up."""
-    names = list(contestants)
-    calls = [texts[start : start + size] for start in range(0, len(texts), size)]
-    seconds: dict[str, list[list[float]]] = defaultdict(list)
-    exits: dict[str, list[int]] = {}
-    for round_ in range(rounds + 1):
-        measured: dict[str, list[float]] = defaultdict(list)
-        exits = defaultdict(list)
-        for number, call in enumerate(calls):
-            turn = (number + round_) % len(names)  # so that none always runs after the same other
-            for name in names[turn:] + names[:turn]:
-                start = time.perf_counter()
-                answers = contestants[name].predict(call)
-                measured[name].append(time.perf_counter() - start)
-                exits[name] += [answer.exit for answer in answers]
-        if round_:
-            for name, durations in measured.items():
-                seconds[name].append(durations)
-        progress()
-    total = {name: np.sum(durations, axis=1) for name, durations in seconds.items()}  # per round
-    outcome: dict[str, Any] = {BIG: _latency(seconds[BIG], total[BIG], len(texts))}
-    for name in names[1:]:
-        members = contestants[name].bundle.members
-        left = np.array(exits[name], dtype=np.intp)
-        ratios = total[BIG] / total[name]
-        layers = layer_speedup(members, left)
-        outcome[name] = _latency(seconds[name], total[name], len(texts)) | {
-            "exits": np.bincount(left, minlength=len(members)).tolist(),
+def _compared(bundle: Bundle, timed: Mapping[str, Timed[list[Prediction]]], lengths: np.ndarray) -> dict[str, Any]:
+    """Return the times of every contestant, and its speed-ups over the biggest member alone."""
+    outcome: dict[str, Any] = {}
+    for name, own in timed.items():
+        waits, total = 1e3 * own.seconds, own.seconds.sum(axis=1)
+        outcome[name] = {
+            "ms_per_call": {f"p{q}": float(np.percentile(waits, q)) for q in (50, 95, 99)},
+            "texts_per_second": spread(len(lengths) / total),
+        }
+        if name == BIG:
+            continue
+        left = np.array([answer.exit for answers in own.answers for answer in answers], dtype=np.intp)
+        ratios = timed[BIG].seconds.sum(axis=1) / total
+        layers = layer_speedup(bundle.members, left)
+        outcome[name] |= {
+            "exits": np.bincount(left, minlength=len(bundle.members)).tolist(),
             "layer_speedup": layers,
-            "flops_speedup": flops_speedup(members, left, lengths),
+            "flops_speedup": flops_speedup(bundle.members, left, lengths),
             "wall_speedup": spread(ratios),
             "realised": spread(ratios / layers),
         }
     return outcome
 
 
-def _latency(rounds: list[list[float]], totals: np.ndarray, texts: int) -> dict[str, Any]:
-    """Milliseconds that a text waits for its call, and texts per second."""
-    waits = 1e3 * np.array(rounds).ravel()
-    return {
-        "ms_per_call": {f"p{q}": float(np.percentile(waits, q)) for q in (50, 95, 99)},
-        "texts_per_second": spread(texts / totals),
-    }
-
-
 def _overhead(runtime: CascadeRuntime, texts: list[Text]) -> dict[str, Any]:
-    """Time of `predict` over the sum of its calls of the tokenizers library and ONNX Runtime; first member only."""
+    """Return the time of `predict` over the sum of its calls of tokenizers and ONNX Runtime; first member only."""
     traces: list[Trace] = []
     traced = runtime.with_trace(traces.append)
     traced.predict(texts)  # warms up
@@ -170,7 +135,7 @@ def _overhead(runtime: CascadeRuntime, texts: list[Text]) -> dict[str, Any]:
 
 
 def _cold_start(model_dir: str | Path, text: Text, options: Sequence[str], runs: int = 5) -> dict[str, Any]:
-    """Seconds from process start to the answer of `cascade-rt predict`, and peak memory: small member, and all."""
+    """Return seconds from process start to the answer of `cascade-rt predict`, and peak memory: small member, all."""
     outcome = {}
     for name, tau in (("first member answers", 0), ("all members run", 1)):
         command = predict_command(model_dir, tau, text, options)

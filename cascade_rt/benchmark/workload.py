@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
@@ -15,13 +16,40 @@ from tokenizers import Tokenizer
 
 from ..bundle import Bundle
 from ..engine.cost import whole_model
-from ..engine.exit_rules import SCORES
-from ..engine.probabilities import softmax
 from ..errors import InputError, InvalidOption
 from ..io.readers import AS_USUAL, Reading, read_examples
 from ..runtime import CascadeRuntime
 from ..tuning.operating_points import threshold_for_speedup
 from ..types import Text
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The calls to measure: texts, the speed-ups to aim at, and how many texts a call has.
+
+    Raises InvalidOption for a value out of range.
+    """
+
+    data: Path | None = None
+    """File of texts; None for synthetic ones."""
+    reading: Reading = AS_USUAL
+    """How `data` is read."""
+    words: str = "16:8"
+    """Words per synthetic text, "MEAN:SD"."""
+    count: int = 256
+    """Number of texts."""
+    speedups: Sequence[float] = (1.5, 2, 3, 4, 5)
+    """Layer speed-ups to aim at."""
+    batch_sizes: Sequence[int] = (1, 8, 32)
+    """Texts per call; all at once are measured too."""
+    rounds: int = 5
+    """After one that warms up."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers that the measurement counts by."""
+        for field, least in (("rounds", self.rounds), ("batch_sizes", min(self.batch_sizes, default=1))):
+            if least < 1:
+                raise InvalidOption(field, least, "at least 1")
 
 
 class Spread(TypedDict):
@@ -65,15 +93,14 @@ def texts_for(
 
 def reachable(bundle: Bundle, wanted: list[float]) -> list[float]:
     """Return the layer speed-ups below that of the first member alone."""
-    fastest = sum(member.layers for member in whole_model(bundle.members)) / bundle.members[0].layers
-    return [speedup for speedup in wanted if speedup < fastest]
+    whole = sum(member.layers for member in whole_model(bundle.members))
+    return [speedup for speedup in wanted if speedup * bundle.members[0].layers < whole]
 
 
 def taus_for(runtime: CascadeRuntime, logits: np.ndarray, speedups: list[float]) -> dict[float, float]:
     """Return the tau that reaches each layer speed-up, from the logits of `CascadeRuntime.member_logits`."""
-    bundle = runtime.bundle
-    scores = SCORES[bundle.exit_rule["kind"]](softmax(logits))
-    return {speedup: threshold_for_speedup(bundle.members, scores, speedup) for speedup in speedups}
+    scores = runtime.exit_rule.observed(runtime.task, runtime.task.probabilities(logits))
+    return {speedup: threshold_for_speedup(runtime.bundle.members, scores, speedup) for speedup in speedups}
 
 
 def spread(values: np.ndarray) -> Spread:

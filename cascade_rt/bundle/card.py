@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from .manifest import Bundle, MemberEntry
+from .manifest import MULTI_LABEL, Bundle, MemberEntry
 
 _SHOWN_LABELS = 12
 
@@ -19,7 +19,8 @@ def model_card(bundle: Bundle, name: str) -> str:
     sections = [
         "---\nlibrary_name: cascade-rt\npipeline_tag: text-classification\ntags: [cascade, early-exit, onnx]\n---",
         f"# {name.rpartition('/')[2]}",
-        f"{_kind(bundle)} It takes {texts} of up to {bundle.max_length} tokens; {len(bundle.labels)} labels: {shown}.",
+        f"{_kind(bundle)} It takes {texts} of up to {bundle.max_length} tokens; {len(bundle.labels)} labels"
+        f"{', of which a text has any number' if bundle.task == MULTI_LABEL else ''}: {shown}.",
         "## Members\n\n"
         + _table(
             ["member", "layers", "hidden size", "weights", "precision", "threshold"],

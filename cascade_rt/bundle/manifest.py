@@ -1,7 +1,9 @@
 """The manifest `cascade.json`: its schema as data classes, read with one clear error for whatever is wrong.
 
 Version 1 describes cascades of complete members with maximum probability as their exit rule. Version 2 adds segments,
-which read the hidden states of the member before them, and other exit rules; it is written only where one is used.
+which read the hidden states of the member before them, and other exit rules. Version 3 adds tasks other than
+`single_label`, and members that are ordered by cost and not by layers, of which they may have 0. A bundle is written in
+the lowest version that can express it.
 """
 
 from __future__ import annotations
@@ -14,9 +16,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..errors import BundleError, InvalidOption
 from .files import FileIdentity
 from .paths import checked_relative
+from .precisions import known_precision
 
 MANIFEST = "cascade.json"
 TUNING = "tuning"
@@ -26,21 +32,25 @@ BATCH_TOLERANCE = 1e-4
 """Largest difference of a class probability between two batchings that counts as none."""
 
 TOKENS, HIDDEN_STATES = "tokens", "hidden_states"
-"""What a member reads: token ids, or the hidden states that the member before it left."""
+"""Inputs of a member: token ids, or the hidden states that the member before it left."""
 
 MAXIMUM_PROBABILITY, ENTROPY, PATIENCE = "maximum_probability", "entropy", "patience"
 """Kinds of exit rules."""
 
-THRESHOLD_RULES = (MAXIMUM_PROBABILITY, ENTROPY)
-"""Those that compare a score with a threshold for each member."""
+EXIT_RULES: dict[str, Any] = {}
+"""The classes of all exit rules by their kind, which `engine.exit_rules.register` fills."""
 
-EXIT_RULES = (*THRESHOLD_RULES, PATIENCE)
+SINGLE_LABEL, MULTI_LABEL = "single_label", "multi_label"
+"""Tasks: one label per text, or several."""
 
-_VERSIONS = (1, 2)
+TASKS = (SINGLE_LABEL, MULTI_LABEL)
+
+_VERSIONS = (1, 2, 3)
 _SEAL = "sha256"  # of the manifest without this key; manifests of other writers may have none
 _MANIFEST_BYTES = 16 * 2**20  # far above any real manifest
 _LONGEST_NAME = 1000  # characters of a label, or of a member's name
-_THRESHOLDS = {"kind": MAXIMUM_PROBABILITY}
+_PAPER = {"kind": MAXIMUM_PROBABILITY}
+_TYPICAL_TOKENS = 128  # at which members are compared by cost
 
 
 @dataclass(frozen=True)
@@ -53,7 +63,7 @@ class WeightFile:
 
 @dataclass(frozen=True)
 class MemberEntry:
-    """What the manifest says about one member."""
+    """The manifest's entry of one member."""
 
     name: str
     file: str
@@ -69,13 +79,31 @@ class MemberEntry:
     data: tuple[WeightFile, ...] = ()
     """External data of the ONNX file."""
     reads: str = TOKENS
-    """What it starts from: "tokens", or "hidden_states" for a segment of a multi-exit model."""
+    """Its input: "tokens", or "hidden_states" for a segment of a multi-exit model."""
     positions: int | None = None
-    """How many tokens it can take; None where that is not known."""
+    """The most tokens that it can take; None where that is not known."""
     exit_flops: tuple[int, ...] = ()
     """FLOPs of a segment's exit for a text of n tokens: the factors of 1, n and n^2; () where they are not counted."""
+    flops: tuple[int, ...] = ()
+    """FLOPs of the whole member for a text of n tokens, as `exit_flops`; () for those of its encoder layers."""
     other: Mapping[str, Any] = field(default_factory=dict)
     """Keys unknown to this version, kept as they are."""
+
+    def cost(self, tokens: NDArray[Any] | float) -> Any:
+        """FLOPs of the member for texts with this many tokens, float64, in the shape of `tokens`.
+
+        A layer of hidden size h and inner size i does 4 h^2 + 2 h i multiply-adds per token in its projections, and
+        2 h per pair of tokens in its attention, at two FLOPs each. For h = 768 and 128 tokens the projections take
+        1811.9M (the paper quotes 1809.9M a layer). Embeddings, pooler and classifier are left out, as in the paper; the
+        exits of a multi-exit model before its last are counted. A member that states its own FLOPs has these.
+        """
+        n = np.asarray(tokens, dtype=np.float64)
+        if self.flops:
+            return np.polynomial.polynomial.polyval(n, self.flops)
+        hidden = float(self.hidden_size)
+        inner = float(self.intermediate_size or 4 * hidden)
+        encoder = 2 * self.layers * (n * (4 * hidden**2 + 2 * hidden * inner) + 2 * hidden * n**2)
+        return encoder + np.polynomial.polynomial.polyval(n, self.exit_flops or (0,))
 
 
 @dataclass(frozen=True)
@@ -101,8 +129,12 @@ class Bundle:
     tokenizer_sha256: str
     members: tuple[MemberEntry, ...]
     provenance: Mapping[str, Any]
-    exit_rule: Mapping[str, Any] = field(default_factory=lambda: dict(_THRESHOLDS))
+    exit_rule: Mapping[str, Any] = field(default_factory=lambda: dict(_PAPER))
     """Kind of exit rule and its settings; maximum probability unless the manifest says otherwise."""
+    task: str = SINGLE_LABEL
+    """The meaning of logits, one of TASKS."""
+    cuts: tuple[float, ...] = ()
+    """With several labels per text: the probability above which a text has each label; () for 0.5."""
     other: Mapping[str, Any] = field(default_factory=dict)
     """Keys unknown to this version, kept as they are."""
 
@@ -116,11 +148,14 @@ class Bundle:
     @property
     def format_version(self) -> int:
         """The lowest version of the format that can express this bundle."""
+        layers = [sum(member.layers for member in model) for model in models(self.members)]
+        if self.task != SINGLE_LABEL or 0 in layers or sorted(layers) != layers:
+            return 3
         return 1 if self.is_cascade else 2
 
     @property
     def is_cascade(self) -> bool:
-        """Whether all members are complete models and texts leave by maximum probability."""
+        """True if all members are complete models and texts leave by maximum probability."""
         return self.exit_rule["kind"] == MAXIMUM_PROBABILITY and all(member.reads == TOKENS for member in self.members)
 
     @property
@@ -138,7 +173,7 @@ class Bundle:
 
     @property
     def tuning(self) -> Tuning | None:
-        """What tuning chose; None where nothing was tuned."""
+        """The choice of tuning; None where nothing was tuned."""
         found = self.other.get(TUNING)
         return Tuning(found["members"], found["thresholds"], found["exits"]) if isinstance(found, dict) else None
 
@@ -170,7 +205,9 @@ class Bundle:
             "pair": self.pair,
             "max_length": self.max_length,
             "tokenizer": {"file": self.tokenizer_file, "sha256": self.tokenizer_sha256},
-            **({} if self.exit_rule == _THRESHOLDS else {"exit_rule": dict(self.exit_rule)}),
+            **({} if self.exit_rule == _PAPER else {"exit_rule": dict(self.exit_rule)}),
+            **({} if self.task == SINGLE_LABEL else {"task": self.task}),
+            **({"cuts": list(self.cuts)} if self.cuts else {}),
             "members": [
                 {
                     "name": member.name,
@@ -186,6 +223,7 @@ class Bundle:
                     **({"data": [vars(file) for file in member.data]} if member.data else {}),
                     **({} if member.reads == TOKENS else {"reads": member.reads}),
                     **({"exit_flops": list(member.exit_flops)} if member.exit_flops else {}),
+                    **({"flops": list(member.flops)} if member.flops else {}),
                     **member.other,
                 }
                 for member in self.members
@@ -194,6 +232,16 @@ class Bundle:
             **self.other,
         }
         return manifest | {_SEAL: _digest(manifest)}
+
+
+def models(members: Sequence[MemberEntry]) -> list[list[MemberEntry]]:
+    """Return the models of which a bundle consists: each a member, or a chain of segments."""
+    found: list[list[MemberEntry]] = []
+    for member in members:
+        if member.reads == TOKENS:
+            found.append([])
+        found[-1].append(member)
+    return found
 
 
 def read_manifest(folder: Path) -> Bundle:
@@ -233,12 +281,12 @@ def _load(folder: Path) -> dict[str, Any]:
 
 
 def _parse(manifest: dict[str, Any]) -> Bundle:
-    top = _Fields(manifest, MANIFEST)
+    top = ManifestFields(manifest, MANIFEST)
     top.rest.pop(_SEAL, None)
     version = top.take("format_version", int)
     if version not in _VERSIONS:
         remedy = "install a newer cascade-rt" if version > max(_VERSIONS) else "export the bundle again"
-        known = " and ".join(map(str, _VERSIONS))
+        known = ", ".join(map(str, _VERSIONS[:-1])) + f" and {_VERSIONS[-1]}"
         raise BundleError(f"{MANIFEST}: found format_version {version}, this cascade-rt reads {known}; {remedy}")
     labels = top.take("labels", list)
     if len(labels) < 2 or not all(isinstance(label, str) for label in labels) or len(set(labels)) != len(labels):
@@ -248,12 +296,13 @@ def _parse(manifest: dict[str, Any]) -> Bundle:
             f"{MANIFEST}: labels: found one of {len(longest[0]):,} characters ({longest[0][:40]!r}...), expected at "
             f"most {_LONGEST_NAME:,}; give it a shorter name"
         )
-    tokenizer = _Fields(top.take("tokenizer", dict), f"{MANIFEST}: tokenizer")
-    exit_rule = _parse_exit_rule(top.rest.pop("exit_rule", _THRESHOLDS)) if version > 1 else dict(_THRESHOLDS)
+    task, cuts = _parse_task(top, len(labels)) if version > 2 else (SINGLE_LABEL, ())
+    tokenizer = ManifestFields(top.take("tokenizer", dict), f"{MANIFEST}: tokenizer")
+    exit_rule = _parse_exit_rule(top.rest.pop("exit_rule", _PAPER)) if version > 1 else dict(_PAPER)
     entries = top.take("members", list)
     if not entries:
         raise BundleError(f"{MANIFEST}: members: found none, expected at least one")
-    has_thresholds = exit_rule["kind"] in THRESHOLD_RULES
+    has_thresholds = EXIT_RULES[exit_rule["kind"]].parameter == "thresholds"
     with_thresholds = [has_thresholds and index < len(entries) - 1 for index in range(len(entries))]
     members = tuple(
         _parse_member(entry, f"{MANIFEST}: members[{index}]", version, thresholds)
@@ -265,13 +314,11 @@ def _parse(manifest: dict[str, Any]) -> Bundle:
         raise BundleError(f"{MANIFEST}: members: two members share a name; expected different names")
     if members[0].reads != TOKENS:
         raise BundleError(f"{MANIFEST}: members[0]: reads hidden states, but no member is before it; expected tokens")
-    layers: list[int] = []  # of each model: a member, or a chain of segments
-    for member in members:
-        if member.reads == TOKENS:
-            layers.append(0)
-        layers[-1] += member.layers
-    if sorted(layers) != layers:
-        raise BundleError(f"{MANIFEST}: members: expected ascending numbers of layers, small to big")
+    layers = [sum(member.layers for member in model) for model in models(members)]
+    costs = [sum(float(member.cost(_TYPICAL_TOKENS)) for member in model) for model in models(members)]
+    if sorted(layers) != layers and (version < 3 or sorted(costs) != costs):
+        expected = "ascending numbers of layers" if version < 3 else "ascending numbers of layers, or ascending FLOPs"
+        raise BundleError(f"{MANIFEST}: members: expected {expected}, small to big")
     max_length = top.take("max_length", int, at_least=3)
     for member in members:
         if member.positions is not None and max_length > member.positions:
@@ -289,6 +336,8 @@ def _parse(manifest: dict[str, Any]) -> Bundle:
         members=members,
         provenance=top.take("provenance", dict),
         exit_rule=exit_rule,
+        task=task,
+        cuts=cuts,
         other=top.rest,
     )
 
@@ -297,22 +346,35 @@ def _parse_exit_rule(entry: Any) -> dict[str, Any]:
     where = f"{MANIFEST}: exit_rule"
     if not isinstance(entry, dict):
         raise BundleError(f"{where}: found a {type(entry).__name__}, expected an object; export the bundle again")
-    fields = _Fields(entry, where)
+    fields = ManifestFields(entry, where)
     kind = fields.take("kind", str)
-    if kind in THRESHOLD_RULES:
-        return {"kind": kind, **fields.rest}
-    if kind == PATIENCE:
-        return {"kind": kind, "patience": fields.take("patience", int, at_least=1), **fields.rest}
-    raise BundleError(
-        f"{where}: found the kind {kind[:80]!r}, this cascade-rt knows {', '.join(EXIT_RULES)}; "
-        "install a newer cascade-rt"
-    )
+    if kind not in EXIT_RULES:
+        raise BundleError(
+            f"{where}: found the kind {kind[:80]!r}, this cascade-rt knows {', '.join(EXIT_RULES)}; "
+            "install a newer cascade-rt"
+        )
+    return {"kind": kind, **EXIT_RULES[kind].read(fields), **fields.rest}
+
+
+def _parse_task(top: ManifestFields, labels: int) -> tuple[str, tuple[float, ...]]:
+    task = top.take("task", str) if "task" in top.rest else SINGLE_LABEL
+    if task not in TASKS:
+        raise BundleError(
+            f"{MANIFEST}: task: found {task[:80]!r}, this cascade-rt knows {', '.join(TASKS)}; install a newer "
+            "cascade-rt"
+        )
+    cuts = top.take("cuts", list) if task == MULTI_LABEL and "cuts" in top.rest else []
+    if cuts and (len(cuts) != labels or not all(type(cut) in (int, float) and 0 <= cut <= 1 for cut in cuts)):
+        raise BundleError(
+            f"{MANIFEST}: cuts: found {str(cuts)[:80]}, expected {labels} numbers from 0 to 1, one a label"
+        )
+    return task, tuple(map(float, cuts))
 
 
 def _parse_member(entry: Any, where: str, version: int, with_threshold: bool) -> MemberEntry:
     if not isinstance(entry, dict):
         raise BundleError(f"{where}: found a {type(entry).__name__}, expected an object; export the bundle again")
-    fields = _Fields(entry, where)
+    fields = ManifestFields(entry, where)
     threshold = fields.take("threshold", float, type(None))
     if (threshold is not None) != with_threshold:
         wanted = "a number" if with_threshold else "null, as this member has no threshold"
@@ -325,23 +387,23 @@ def _parse_member(entry: Any, where: str, version: int, with_threshold: bool) ->
     reads = fields.take("reads", str) if version > 1 and "reads" in entry else TOKENS
     if reads not in (TOKENS, HIDDEN_STATES):
         raise BundleError(f"{where}: reads: found {reads[:80]!r}, expected {TOKENS!r} or {HIDDEN_STATES!r}")
-    exit_flops = fields.take("exit_flops", list) if version > 1 and "exit_flops" in entry else []
-    if len(exit_flops) > 3 or not all(type(factor) is int and 0 <= factor < 2**63 for factor in exit_flops):
-        raise BundleError(f"{where}: exit_flops: found {str(exit_flops)[:80]}, expected at most three whole numbers")
+    exit_flops = fields.factors("exit_flops") if version > 1 else ()
+    flops = fields.factors("flops") if version > 2 else ()
     return MemberEntry(
         name=fields.take("name", str),
         file=checked_relative(fields.take("file", str), MANIFEST),
         sha256=fields.take("sha256", str),
-        layers=fields.take("layers", int, at_least=1),
+        layers=fields.take("layers", int, at_least=1 if version < 3 else 0),
         hidden_size=fields.take("hidden_size", int, at_least=1),
         parameters=fields.take("parameters", int, at_least=1),
-        precision=fields.take("precision", str),
+        precision=known_precision(fields.take("precision", str), where),
         threshold=threshold,
         intermediate_size=fields.take("intermediate_size", int, at_least=1) if "intermediate_size" in entry else None,
         data=tuple(_parse_data(file, where) for file in fields.take("data", list)) if "data" in entry else (),
         reads=reads,
         positions=fields.take("positions", int, at_least=3) if "positions" in entry else None,
-        exit_flops=tuple(exit_flops),
+        exit_flops=exit_flops,
+        flops=flops,
         other=fields.rest,
     )
 
@@ -349,7 +411,7 @@ def _parse_member(entry: Any, where: str, version: int, with_threshold: bool) ->
 def _parse_data(entry: Any, where: str) -> WeightFile:
     if not isinstance(entry, dict):
         raise BundleError(f"{where}: data: found a {type(entry).__name__}, expected an object; export the bundle again")
-    fields = _Fields(entry, f"{where}: data")
+    fields = ManifestFields(entry, f"{where}: data")
     return WeightFile(checked_relative(fields.take("file", str), MANIFEST), fields.take("sha256", str))
 
 
@@ -360,7 +422,7 @@ def _check_tuning(tuning: Any, members: Sequence[MemberEntry]) -> None:
     where = f"{MANIFEST}: {TUNING}"
     if not isinstance(tuning, dict):
         raise BundleError(f"{where}: found a {type(tuning).__name__}, expected an object; tune the bundle again")
-    fields = _Fields(tuning, where)
+    fields = ManifestFields(tuning, where)
     names, taus, counts = (fields.take(key, list) for key in ("members", "thresholds", "exits"))
     chosen = [member for member in members if member.name in names]
     if not names or names != [member.name for member in chosen]:
@@ -375,14 +437,22 @@ def _check_tuning(tuning: Any, members: Sequence[MemberEntry]) -> None:
         raise BundleError(f"{where}: exits: found {str(counts)[:80]}, expected one count of texts per member")
 
 
-class _Fields:
+class ManifestFields:
     """Takes known fields out of a JSON object and checks their types; what remains is unknown and kept."""
 
     def __init__(self, fields: dict[str, Any], where: str) -> None:
         self.rest = dict(fields)
         self._where = where
 
+    def factors(self, key: str) -> tuple[int, ...]:
+        """Take at most three factors of a polynomial; () where there are none."""
+        found = self.take(key, list) if key in self.rest else []
+        if len(found) > 3 or not all(type(factor) is int and 0 <= factor < 2**63 for factor in found):
+            raise BundleError(f"{self._where}: {key}: found {str(found)[:80]}, expected at most three whole numbers")
+        return tuple(found)
+
     def take(self, key: str, *types: type, at_least: int | None = None) -> Any:
+        """Take a value of one of these types; raise BundleError for any other."""
         if key not in self.rest:
             raise BundleError(f"{self._where}: has no {key!r}; export the bundle again")
         value = self.rest.pop(key)

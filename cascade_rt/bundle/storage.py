@@ -119,7 +119,7 @@ def check_target(target: Path, *, overwrite: bool) -> bool:
     if not (target / MANIFEST).is_file():
         raise BundleError(f"{target} exists and is not a bundle; choose another output folder")
     if not overwrite:
-        raise BundleError(f"{target} exists; choose another output folder, or replace that bundle with `overwrite`")
+        raise BundleError(f"{target} exists; choose another output folder, or overwrite that bundle")
     return True
 
 

@@ -21,7 +21,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from .. import __version__
-from ..errors import CascadeError, InputError, first_line
+from ..errors import CascadeError, InputError, InvalidOption, first_line
 from .parser import Command, CommandParser
 from .rendering import printable
 from .signals import Termination, termination
@@ -35,7 +35,7 @@ _ENVIRONMENT = {
     "Could not determine home directory": _HOME,
     "uid not found": _HOME,  # the caches of libraries
 }
-"""What to do about errors of Python's own that the process's environment causes, by a part of their message."""
+"""Remedies for errors of Python's own that the process's environment causes, by a part of their message."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,7 +66,8 @@ def _main(argv: Sequence[str]) -> int:
                     command.run(options)
         _flush()
     except CascadeError as error:
-        return _complain(error.spelled(names))
+        message = error.named(names.get(error.field, error.field)) if isinstance(error, InvalidOption) else str(error)
+        return _complain("; ".join([message, *getattr(error, "__notes__", ())]))
     except BrokenPipeError:  # the reader of our output has closed it
         _leave_output()
         return 1

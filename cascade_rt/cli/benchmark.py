@@ -12,15 +12,18 @@ import sys
 from pathlib import Path
 
 from ..benchmark.latency import draw_latency, measure_latency
+from ..benchmark.workload import Workload
+from ..engine.execution import Execution
 from ..errors import MissingExtraError
 from ..io.writers import check_ending, output_folder, output_path, write_json
-from .options import add_bundle, add_reading, add_running, reading, settings
+from .options import add_bundle, add_reading, add_running, provider_options, reading
 from .parser import CommandParser
 from .rendering import latency_summary, printable
 
 SUMMARY = "measure a bundle's speed on this machine"
 EXAMPLE = "cascade-rt benchmark --model-dir bundle/"
 PICTURE = ".png"
+_DEFAULTS = Workload()
 
 
 def add_arguments(parser: CommandParser) -> None:
@@ -30,14 +33,14 @@ def add_arguments(parser: CommandParser) -> None:
     add("--data", type=Path, metavar="FILE", help="texts to measure on (default: synthetic, from the vocabulary)")
     parser.reads("data")
     add_reading(parser, of="--data")
-    add("--words", default="16:8", metavar="MEAN:SD", help="words per synthetic text")
-    add("--texts", dest="count", type=int, default=256, metavar="N", help="number of texts")
+    add("--words", default=_DEFAULTS.words, metavar="MEAN:SD", help="words per synthetic text")
+    add("--texts", dest="count", type=int, default=_DEFAULTS.count, metavar="N", help="number of texts")
     add(
         "--speedup",
         dest="speedups",
         type=float,
         nargs="+",
-        default=[1.5, 2, 3, 4, 5],
+        default=_DEFAULTS.speedups,
         metavar="X",
         help="layer speed-ups to aim at",
     )
@@ -46,17 +49,12 @@ def add_arguments(parser: CommandParser) -> None:
         dest="batch_sizes",
         type=int,
         nargs="+",
-        default=[1, 8, 32],
+        default=_DEFAULTS.batch_sizes,
         metavar="N",
         help="texts per call, and all at once",
     )
-    add("--rounds", type=int, default=5, help="rounds after one that warms up")
-    add(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="write the report as JSON, and a picture beside it (extra: plot)",
-    )
+    add("--rounds", type=int, default=_DEFAULTS.rounds, help="rounds after one that warms up")
+    add("--output", type=Path, metavar="FILE", help="write the report as JSON, and a picture beside it (extra: plot)")
     parser.writes("output", paths=lambda path: [path, path.parent / f"{path.stem}{PICTURE}"])
     add("--json", action="store_true", help="print the report as JSON")
     add_running(parser)
@@ -71,6 +69,15 @@ def run(options: argparse.Namespace) -> None:
         check_ending(options.output, ".json")
         output_folder(options.output.parent)
         output_path(options.output)
+    workload = Workload(
+        data=options.data,
+        reading=reading(options),
+        words=options.words,
+        count=options.count,
+        speedups=options.speedups,
+        batch_sizes=options.batch_sizes,
+        rounds=options.rounds,
+    )
     with tqdm(unit=" rounds", file=sys.stderr, disable=None) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -79,14 +86,10 @@ def run(options: argparse.Namespace) -> None:
 
         report = measure_latency(
             options.model_dir,
-            **settings(options),
-            data=options.data,
-            reading=reading(options),
-            words=options.words,
-            count=options.count,
-            speedups=options.speedups,
-            batch_sizes=options.batch_sizes,
-            rounds=options.rounds,
+            workload,
+            Execution(options.provider, options.threads, provider_options(options)),
+            verify=options.verify,
+            expected_sha256=options.expected_sha256,
             progress=progress,
         )
     print(json.dumps(report) if options.json else printable(latency_summary(report)))

@@ -14,14 +14,14 @@ import numpy as np
 from ..benchmark.alone import time_alone
 from ..errors import InputError
 from ..jobs.answering import CHUNK
-from ..tuning.evaluation import evaluate, label_ids
+from ..tuning.evaluation import evaluate, true_answers
 from ..types import Text
 from .options import (
     add_bundle,
+    add_exit_rule,
     add_input,
     add_label_column,
     add_running,
-    add_threshold,
     examples,
     located,
     open_runtime,
@@ -46,7 +46,7 @@ def add_arguments(parser: CommandParser) -> None:
         "--timed", action="store_true", help="time each member alone and the cascade too, on up to 100 single texts"
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    add_threshold(parser)
+    add_exit_rule(parser)
     add_running(parser)
 
 
@@ -60,8 +60,7 @@ def run(options: argparse.Namespace) -> None:
     records = examples(options, bundle.pair, labelled=True)
     with progress_bar() as progress:
         while chunk := list(islice(records, CHUNK)):
-            written = [(how.label_of(example), example.where) for example in chunk]
-            labels.append(label_ids(written, bundle.labels))
+            labels.append(true_answers(runtime.task, chunk, how, bundle.labels))
             with located(chunk, runtime):
                 logits, tokens = runtime.member_logits(example.text for example in chunk)
             timed += [example.text for example in chunk[: _TIMED - len(timed)]]
@@ -77,6 +76,7 @@ def run(options: argparse.Namespace) -> None:
         np.concatenate(labels),
         np.concatenate(lengths),
         runtime.original,
+        task=runtime.task,
     )
     seconds = time_alone(runtime, timed) if options.timed else None
     if options.json:

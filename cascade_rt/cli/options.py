@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import InferenceError, InputError, TextError
+from ..bundle.manifest import EXIT_RULES
+from ..engine.execution import Execution
+from ..errors import InferenceError, InputError, InvalidOption, TextError
 from ..io.readers import FORMATS, LABEL, Example, Reading, Reject, read_examples
 from ..jobs.answering import CHUNK, answered, chunks
 from ..runtime import CascadeRuntime
@@ -37,17 +39,16 @@ def add_bundle(parser: CommandParser) -> None:
 def add_model_dir(parser: CommandParser) -> None:
     """Add the bundle."""
     parser.add_argument(
-        "--model-dir",
-        required=True,
-        metavar="BUNDLE",
-        help="the bundle's folder, or hf:org/name[@revision] on the hub",
+        "--model-dir", required=True, metavar="BUNDLE", help="the bundle's folder, or hf:org/name[@revision] on the hub"
     )
     parser.reads("model_dir")
 
 
 def add_running(parser: CommandParser) -> None:
     """Add where and how members run."""
-    parser.add_argument("--provider", default="cpu", help="cpu, cuda, openvino or the name of an ONNX Runtime provider")
+    parser.add_argument(
+        "--provider", default=Execution.provider, help="cpu, cuda, openvino or the name of an ONNX Runtime provider"
+    )
     add_provider_option(parser)
     parser.add_argument("--threads", type=int, help="threads per member (default: the CPUs that the process may use)")
 
@@ -77,21 +78,18 @@ def add_engine(parser: CommandParser) -> Any:
     return group
 
 
-def add_threshold(parser: CommandParser) -> None:
-    """Add one threshold for all members, or another patience."""
-    parser.add_argument(
-        "--threshold",
-        dest="thresholds",
-        type=float,
-        metavar="TAU",
-        help="one threshold for all members, also those that tuning left out (default: the bundle's)",
-    )
-    parser.add_argument(
-        "--patience",
-        type=int,
-        metavar="N",
-        help="for bundles with this exit rule: how many members in a row must agree (default: the bundle's)",
-    )
+def refuse_without_ray(options: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
+    """Raise InvalidOption for an option of clusters that differs from its default on one machine."""
+    for name, default in defaults.items():
+        if (found := getattr(options, name)) != default:
+            raise InvalidOption(name, found, "none without --engine ray")
+
+
+def add_exit_rule(parser: CommandParser) -> None:
+    """Add an option for the parameter of each kind of exit rule."""
+    for rule in EXIT_RULES.values():
+        if rule.parameter not in parser.option_names():
+            parser.add_argument(rule.flag, dest=rule.parameter, **rule.option)
 
 
 def add_input(parser: CommandParser, *, required: bool, help: str) -> None:
@@ -104,11 +102,7 @@ def add_input(parser: CommandParser, *, required: bool, help: str) -> None:
 def add_reading(parser: CommandParser, *, of: str, group: Any = None, pair: bool = True) -> None:
     """Add how files of texts are read, which `of` names: the same options for all commands that read any."""
     add = (group or parser).add_argument
-    add(
-        "--format",
-        choices=FORMATS,
-        help=f"format of {of} (default: by the file's extension; txt for standard input)",
-    )
+    add("--format", choices=FORMATS, help=f"format of {of} (default: by the file's extension; txt for standard input)")
     add("--text-column", metavar="NAME", help="column of the text (default: text, sentence, sentence1, premise, ...)")
     if pair:
         add("--pair-column", metavar="NAME", help="column of the second text of a pair")
@@ -151,9 +145,14 @@ def provider_options(options: argparse.Namespace) -> dict[str, str]:
 
 
 def open_runtime(options: argparse.Namespace) -> CascadeRuntime:
-    """Open the bundle with the settings and the threshold or patience of the options."""
-    runtime = CascadeRuntime(options.model_dir, thresholds=options.thresholds, **settings(options))
-    return runtime if options.patience is None else runtime.with_patience(options.patience)
+    """Open the bundle with the settings of the options, and the exit rule's parameter if it is given."""
+    asked = {rule.parameter: getattr(options, rule.parameter) for rule in EXIT_RULES.values()}
+    thresholds = asked.pop("thresholds")
+    runtime = CascadeRuntime(options.model_dir, thresholds=thresholds, **settings(options))
+    for parameter, value in asked.items():
+        if value is not None:
+            runtime = runtime.changed(parameter, value)
+    return runtime
 
 
 def examples(options: argparse.Namespace, pair: bool, *, labelled: bool = False) -> Iterator[Example]:
@@ -183,7 +182,7 @@ def located(rows: list[Example], runtime: CascadeRuntime) -> Iterator[None]:
     try:
         yield
     except InferenceError as error:
-        for chunk, _ in chunks(rows, CHUNK):
+        for chunk in chunks(rows, CHUNK):
             for records, _ in answered(chunk, runtime, runtime.member_logits):
                 for record in records:
                     if isinstance(record, Reject):

@@ -1,4 +1,4 @@
-"""What a command is, and its argument parser.
+"""The interface of a command, and its argument parser.
 
 Errors in one line, defaults shown once, option names for error messages; and what is true of every command: an option
 has one value, and no output is an input.
@@ -23,7 +23,7 @@ class Command(Protocol):
     """A module that is a command."""
 
     SUMMARY: str
-    """What it does, in a few words."""
+    """Its purpose in a few words."""
     EXAMPLE: str
     """One command line that a user can try."""
 
@@ -74,7 +74,7 @@ class CommandParser(argparse.ArgumentParser):
         options, others = self.parse_known_args(args)
         if others:
             self.error(expanded(others) or f"unrecognized arguments: {' '.join(others)}")
-        check_apart(_paths(options, self.inputs), _paths(options, self.outputs))
+        check_apart(self._paths(options, self.inputs), self._paths(options, self.outputs))
         return options
 
     def option_names(self) -> dict[str, str]:
@@ -89,6 +89,14 @@ class CommandParser(argparse.ArgumentParser):
         """Raise InputError instead of printing the usage."""
         raise InputError(f"{message} (see: {self.prog} --help)")
 
+    def _paths(self, options: argparse.Namespace, declared: Mapping[str, Paths]) -> dict[str, list[str | Path]]:
+        found: dict[str, list[str | Path]] = {}
+        names = self.option_names()
+        for dest, paths in declared.items():
+            values = list(_listed(getattr(options, dest)))
+            found[names[dest]] = [path for value in values for path in ([value] if value == "-" else paths(value))]
+        return found
+
 
 def expanded(arguments: Sequence[str]) -> str | None:
     """Return a message if arguments that no option takes are files, as when a shell has expanded a pattern."""
@@ -96,14 +104,6 @@ def expanded(arguments: Sequence[str]) -> str | None:
     if file is None:
         return None
     return f"found a further file, {file}, where one is expected; put a pattern in quotes, or name a folder"
-
-
-def _paths(options: argparse.Namespace, declared: Mapping[str, Paths]) -> dict[str, list[str | Path]]:
-    found: dict[str, list[str | Path]] = {}
-    for dest, paths in declared.items():
-        values = list(_listed(getattr(options, dest)))
-        found[dest] = [path for value in values for path in ([value] if value == "-" else paths(value))]
-    return found
 
 
 def _listed(value: Any) -> Iterator[Any]:
@@ -138,7 +138,7 @@ class _Formatter(argparse.HelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
         default = action.default
-        if default is None or isinstance(default, bool) or default in ([], argparse.SUPPRESS):
+        if default is None or isinstance(default, bool) or default in ("", [], argparse.SUPPRESS):
             return text
         shown = " ".join(map(str, default)) if isinstance(default, list) else default
         return f"{text} (default: {shown})"

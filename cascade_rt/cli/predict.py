@@ -6,9 +6,10 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ..errors import CascadeError, InputError
 from ..io.readers import FORMATS, Example, Reject, read_records
@@ -17,19 +18,21 @@ from ..io.writers import is_stream, open_output
 from ..jobs.answering import ON_ERROR, SKIP, STOP, Counts, answer, described
 from ..jobs.files import JobFiles
 from ..jobs.shards import ENDINGS as SHARD_FORMATS
+from ..jobs.shards import SHARD_ROWS
 from ..runtime import CascadeRuntime
 from ..types import Text
 from .options import (
     RAY,
     add_bundle,
     add_engine,
+    add_exit_rule,
     add_input,
     add_running,
-    add_threshold,
     open_runtime,
     progress_bar,
     provider_options,
     reading,
+    refuse_without_ray,
     rows_of,
 )
 from .parser import CommandParser, expanded
@@ -37,7 +40,13 @@ from .rendering import exits_line, printable
 from .signals import Termination
 
 SUMMARY = "classify texts"
-_FOR_RAY: dict[str, Any] = {"address": None, "actors": None, "pools": [], "shard_rows": None, "shard_format": None}
+_FOR_RAY: dict[str, Any] = {
+    **dict.fromkeys(("address", "actors")),
+    "pools": [],
+    "shard_rows": SHARD_ROWS,
+    "shard_format": SHARD_FORMATS[0],
+}
+"""Options for clusters alone, and their defaults."""
 EXAMPLE = 'cascade-rt predict --model-dir bundle/ "a text" "another text"'
 
 
@@ -72,7 +81,7 @@ def add_arguments(parser: CommandParser) -> None:
         "--rejects", metavar="FILE", help="file for such rows, with the reason; formats as for --output"
     )
     parser.writes("rejects", paths=lambda path: [path, f"{path}.partial"])
-    add_threshold(parser)
+    add_exit_rule(parser)
     add_running(parser)
     _add_cluster(parser)
 
@@ -86,16 +95,12 @@ def _add_cluster(parser: CommandParser) -> None:
         "--pool",
         dest="pools",
         action="append",
-        default=[],
         metavar="MEMBER=ACTORS[:PROVIDER]",
         help="give a member processes of its own; once for each member, instead of --actors",
     )
-    cluster.add_argument("--shard-rows", type=int, metavar="N", help="rows in each file of the output (default: 10240)")
-    cluster.add_argument(
-        "--shard-format",
-        choices=SHARD_FORMATS,
-        help=f"format of the files of the output (default: {SHARD_FORMATS[0]})",
-    )
+    cluster.add_argument("--shard-rows", type=int, metavar="N", help="rows in each file of the output")
+    cluster.add_argument("--shard-format", choices=SHARD_FORMATS, help="format of the files of the output")
+    parser.set_defaults(**_FOR_RAY)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -114,25 +119,34 @@ def run(options: argparse.Namespace) -> None:
     if options.engine == RAY:
         _on_cluster(options)
         return
-    if alone := [name for name, default in _FOR_RAY.items() if getattr(options, name) != default]:
-        raise InputError(f"found `{alone[0]}` alone, expected --engine ray with it")
-    output = None if options.output == "-" else Path(options.output)
-    to_file = output is not None and (output.is_file() or not output.exists())  # not a device, a pipe or a folder
+    refuse_without_ray(options, _FOR_RAY)
+    to_file = not is_stream(options.output)
     if options.resume and not (to_file and options.input):
         raise InputError("found --resume alone, expected --input and --output FILE with it")
-    if output is not None and to_file:
-        output_format(output)  # before the bundle is opened
+    if to_file:
+        output_format(options.output)  # before the bundle is opened
     runtime = open_runtime(options)
+    _report(runtime, options, (_to_file if to_file else _to_stream)(runtime, options))
+
+
+def _to_stream(runtime: CascadeRuntime, options: argparse.Namespace) -> Counts:
+    """Write the answers to standard output, a device or a pipe."""
     counts = Counts()
-    if output is not None and to_file:
-        _to_file(runtime, output, options, counts)
-    else:
-        rejects = open_rows(options.rejects) if options.rejects else nullcontext()
-        with rejects as rejected, open_output(options.output) as out, _progress(options) as progress:
-            records = _records(runtime, options)
-            for _ in answer(runtime, records, out, counts, on_error=options.on_error, rejects=rejected):
-                progress(counts, runtime)
-    _report(runtime, options, counts)
+    with _rejects(options) as rejects, open_output(options.output) as output, _progress(options) as progress:
+        answer(
+            runtime,
+            _records(runtime, options),
+            output,
+            counts,
+            on_error=options.on_error,
+            rejects=rejects,
+            progress=lambda: progress(counts, runtime),
+        )
+    return counts
+
+
+def _rejects(options: argparse.Namespace) -> AbstractContextManager[TextIO | None]:
+    return open_rows(options.rejects) if options.rejects else nullcontext()
 
 
 def _report(runtime: CascadeRuntime, options: argparse.Namespace, counts: Counts) -> None:
@@ -154,41 +168,35 @@ def _on_cluster(options: argparse.Namespace) -> None:
         raise InputError("found --engine ray alone, expected --input with files and --output with a folder")
     if options.pools and options.actors is not None:
         raise InputError("found --actors and --pool, expected one of them")
-    from ..jobs.ray_job import SHARD_ROWS, predict_on_cluster  # noqa: PLC0415 - not needed elsewhere
+    from ..jobs.ray_job import JobSettings, predict_on_cluster  # noqa: PLC0415 - not needed elsewhere
 
-    pools = _pools(options)
+    settings = JobSettings(
+        pools=_pools(options),
+        shard_rows=options.shard_rows,
+        shard_format=options.shard_format,
+        on_error=options.on_error,
+        resume=options.resume,
+        verify=options.verify,
+        reading=reading(options),
+    )
     options.provider, options.provider_options, options.threads = "cpu", [], None  # no member runs in this process
     runtime = open_runtime(options)
     counts = Counts()
-    try:
-        with (
-            open_rows(options.rejects) if options.rejects else nullcontext() as rejects,
-            _progress(options) as progress,
-        ):
-            predict_on_cluster(
-                runtime,
-                options.input,
-                options.output,
-                counts,
-                address=options.address,
-                pools=pools,
-                shard_rows=SHARD_ROWS if options.shard_rows is None else options.shard_rows,
-                shard_format=options.shard_format or SHARD_FORMATS[0],
-                on_error=options.on_error,
-                rejects=rejects,
-                resume=options.resume,
-                verify=options.verify,
-                reading=reading(options),
-                progress=lambda: progress(counts, runtime),
-            )
-    except CascadeError as error:
-        if counts.records:
-            kept = f"the answers before it are in {options.output}, and `resume` goes on after {counts.records:,} rows"
-            raise CascadeError(f"{error}; {kept}") from error
-        raise
-    except (KeyboardInterrupt, Termination):
-        print(f"cascade-rt: stopped; --resume goes on after {counts.records:,} rows", file=sys.stderr)
-        raise
+    with (
+        _resumable(options.output, counts, lambda: counts.records),
+        _rejects(options) as rejects,
+        _progress(options) as progress,
+    ):
+        predict_on_cluster(
+            runtime,
+            options.input,
+            options.output,
+            counts,
+            settings,
+            address=options.address,
+            rejects=rejects,
+            progress=lambda: progress(counts, runtime),
+        )
     _report(runtime, options, counts)
 
 
@@ -211,33 +219,48 @@ def _pools(options: argparse.Namespace) -> Any:
     return pools
 
 
-def _to_file(runtime: CascadeRuntime, output: Path, options: argparse.Namespace, counts: Counts) -> None:
+def _to_file(runtime: CascadeRuntime, options: argparse.Namespace) -> Counts:
     """Write the answers to a file that a killed run leaves resumable."""
     stream = options.rejects if options.rejects and is_stream(options.rejects) else None
     rejects = Path(options.rejects) if options.rejects and not stream else None
     job = described(runtime, options.on_error) | {"rejects": rejects and str(rejects)}
-    files = JobFiles(output, rejects, job, resume=options.resume)
-    counts.answered, counts.rejected = files.done["answered"], files.done["rejected"]
-    try:
+    files = JobFiles(Path(options.output), rejects, job, resume=options.resume)
+    counts = replace(files.done)
+    with closing(files), _resumable(f"{options.output}.partial", counts, lambda: files.done.records):
         with open_output(stream) if stream else nullcontext(files.rejects) as rejected, _progress(options) as progress:
-            records = files.remaining(_records(runtime, options))
+
+            def commit() -> None:
+                files.commit(counts)
+                progress(counts, runtime)
+
             with files.disk_errors():
-                for _ in answer(runtime, records, files.lines, counts, on_error=options.on_error, rejects=rejected):
-                    files.commit(counts.records, counts.answered, counts.rejected)
-                    progress(counts, runtime)
+                answer(
+                    runtime,
+                    files.remaining(_records(runtime, options)),
+                    files.lines,
+                    counts,
+                    on_error=options.on_error,
+                    rejects=rejected,
+                    progress=commit,
+                )
         files.finish()
+    return counts
+
+
+@contextmanager
+def _resumable(place: str, counts: Counts, done: Callable[[], int]) -> Iterator[None]:
+    """Say where the answers are, and after how many rows `--resume` goes on, where the block ends before the input."""
+    try:
+        yield
     except CascadeError as error:
         if counts.answered:
-            kept, done = f"the answers before it are in {options.output}.partial", files.done["records"]
-            goes_on = f", and `resume` goes on after {done:,} rows" if done else ""
-            raise CascadeError(f"{error}; {kept}{goes_on}") from error
+            goes_on = f", and --resume goes on after {done():,} rows" if done() else ""
+            error.__notes__ = [f"the answers before it are in {place}{goes_on}"]
         raise
     except (KeyboardInterrupt, Termination):
-        done = files.done["records"]
-        print(f"cascade-rt: stopped{f'; --resume goes on after {done:,} rows' if done else ''}", file=sys.stderr)
+        goes_on = f"; --resume goes on after {done():,} rows" if done() else ""
+        print(f"cascade-rt: stopped{goes_on}", file=sys.stderr)
         raise
-    finally:
-        files.close()
 
 
 def _records(runtime: CascadeRuntime, options: argparse.Namespace) -> Iterator[Example | Reject]:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..bundle import BATCH_TOLERANCE, TUNING, Bundle, MemberEntry
+from ..bundle.manifest import SINGLE_LABEL
+from ..bundle.precisions import PRECISIONS
 from ..engine.drift import SIGNIFICANT
 from ..types import Stats
 
@@ -48,6 +50,11 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f}"
 
 
+def times(ratio: float | None) -> str:
+    """Return a speed-up ratio, "-" for one that has no meaning."""
+    return "-" if ratio is None else f"{ratio:.2f}x"
+
+
 def exits_line(stats: Stats) -> str:
     """Return exits, layers, and whether the texts are still of the kind of tuning, in one line."""
     if not stats.texts:
@@ -67,7 +74,9 @@ def bundle_summary(bundle: Bundle) -> str:
         f"labels      {len(bundle.labels)}: {printable(shown, keep='')}",
         f"texts       {'pairs' if bundle.pair else 'single'}, up to {bundle.max_length} tokens",
     ]
-    if bundle.format_version > 1:
+    if bundle.task != SINGLE_LABEL:
+        lines.append(f"task        {bundle.task}, cuts {_cuts(bundle)}")
+    if not bundle.is_cascade:
         settings = ", ".join(f"{key} {value}" for key, value in bundle.exit_rule.items() if key != "kind")
         lines.append(f"exit rule   {bundle.exit_rule['kind']}" + (f" ({settings})" if settings else ""))
     lines.append(
@@ -101,6 +110,11 @@ def bundle_summary(bundle: Bundle) -> str:
     return "\n".join(lines)
 
 
+def _cuts(bundle: Bundle) -> str:
+    cuts = sorted(set(bundle.cuts)) or [0.5]
+    return " to ".join(f"{cut:g}" for cut in (cuts[0], *cuts[-1:][: len(cuts) - 1]))
+
+
 def evaluation_summary(report: Evaluation, seconds: Sequence[float] | None = None) -> str:
     """Return the quality of each member and of the cascade, and the seconds per text of each if they were measured."""
     cascade = report.cascade
@@ -116,6 +130,10 @@ def evaluation_summary(report: Evaluation, seconds: Sequence[float] | None = Non
         ]
     ]
     header = ["", "layers", "exits", "accuracy", "F1", "DIS", "ECE"]
+    if cascade.f1_micro is not None:
+        header.append("micro F1")
+        for row, quality in zip(cells, [*report.members, cascade], strict=True):
+            row.append(percent(quality.f1_micro))
     if seconds is not None:
         header += ["ms per text", "speed-up"]
         for row, own in zip(cells, seconds, strict=True):
@@ -123,8 +141,8 @@ def evaluation_summary(report: Evaluation, seconds: Sequence[float] | None = Non
     lines = table(header, cells)
     taus = ", ".join(f"{tau:.4f}" for tau in cascade.thresholds) or "none"
     return (
-        f"{lines}\n{report.texts} texts, thresholds {taus}; layer speed-up {cascade.layer_speedup:.2f}x, "
-        f"FLOPs speed-up {cascade.flops_speedup:.2f}x; figures in %, F1 {report.f1}"
+        f"{lines}\n{report.texts} texts, thresholds {taus}; layer speed-up {times(cascade.layer_speedup)}, "
+        f"FLOPs speed-up {times(cascade.flops_speedup)}; figures in %, F1 {report.f1}"
     )
 
 
@@ -160,7 +178,7 @@ def latency_summary(report: Mapping[str, Any]) -> str:
                 continue
             realised = "{median:.2f} ({min:.2f}-{max:.2f})".format(**row["realised"])
             ratios = [row["layer_speedup"], row["flops_speedup"], row["wall_speedup"]["median"]]
-            rows.append([size, f"{name}x", *(f"{ratio:.2f}x" for ratio in ratios), realised, *cells])
+            rows.append([size, f"{name}x", *map(times, ratios), realised, *cells])
     header = ["batch", "", "layers", "FLOPs", "wall", "realised", "p50 ms", "p95 ms", "p99 ms", "texts/s"]
     lines.append(table(header, rows))
     for size, ratio in report["overhead"].items():
@@ -174,16 +192,17 @@ def latency_summary(report: Mapping[str, Any]) -> str:
 def _choice_cells(choice: Choice) -> list[str]:
     return [
         "+".join(choice.members),
-        " ".join(f"{tau:.4f}" for tau in choice.thresholds) or _patience(choice),
+        " ".join(f"{tau:.4f}" for tau in choice.thresholds) or _settings(choice),
         *map(percent, (choice.accuracy, choice.drop, choice.risk)),
-        *(f"{choice.speedup(cost):.2f}x" for cost in _COSTS),
+        *(times(choice.speedup(cost)) for cost in _COSTS),
         f"{choice.latency_ms:.2f}",
         f"{choice.latency_p95_ms:.2f}",
     ]
 
 
-def _patience(choice: Choice) -> str:
-    return "-" if choice.patience is None or choice.alone else f"patience {choice.patience}"
+def _settings(choice: Choice) -> str:
+    found = ", ".join(f"{key} {value}" for key, value in choice.exit_rule.items() if key != "kind")
+    return "-" if choice.alone or not found else found
 
 
 def _guarantee(found: Guarantee) -> str:
@@ -229,7 +248,7 @@ def _rates(rates: Sequence[float]) -> str:
 def _batch_invariant(member: MemberEntry) -> str:
     """Return what the export measured: yes, no, or ? if it did not."""
     difference = _share(member.other.get("batch_difference"))
-    if member.precision == "int8-tensor" or (difference is not None and difference > BATCH_TOLERANCE):
+    if not PRECISIONS[member.precision].batch_invariant or (difference is not None and difference > BATCH_TOLERANCE):
         return "no"
     return "?" if difference is None else "yes"
 

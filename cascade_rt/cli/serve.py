@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError, InvalidOption, MissingExtraError
-from .options import RAY, add_engine, add_running, provider_options
+from ..serving.settings import Settings
+from .options import RAY, add_engine, add_running, provider_options, refuse_without_ray
 from .parser import CommandParser
 from .signals import Termination
 
@@ -36,13 +37,13 @@ def add_arguments(parser: CommandParser) -> None:
     add(
         "--max-wait-ms",
         type=float,
-        default=0.0,
+        default=Settings.max_wait_ms,
         help="how long a batch that is not full may wait while other members have texts",
     )
-    add("--max-queue", type=int, default=1000, help="texts accepted and not yet answered, per bundle")
-    add("--max-texts", type=int, default=1000, help="texts in one request")
-    add("--max-body-mb", type=float, default=8.0, help="size of a request's body")
-    add("--timeout", type=float, default=30.0, help="seconds for a request without X-Deadline-Ms")
+    add("--max-queue", type=int, default=Settings.max_queue, help="texts accepted and not yet answered, per bundle")
+    add("--max-texts", type=int, default=Settings.max_texts, help="texts in one request")
+    add("--max-body-mb", type=float, default=Settings.max_body / 2**20, help="size of a request's body")
+    add("--timeout", type=float, default=Settings.timeout, help="seconds for a request without X-Deadline-Ms")
     add(
         "--degrade",
         action="store_true",
@@ -51,14 +52,19 @@ def add_arguments(parser: CommandParser) -> None:
     add("--allow-thresholds", action="store_true", help="let requests set their own thresholds")
     add("--log-texts", action="store_true", help="log texts and answers too, not only requests")
     add("--traces", action="store_true", help="send OpenTelemetry traces to what OTEL_EXPORTER_OTLP_ENDPOINT names")
-    add("--reload-seconds", type=float, default=1.0, help="how often to look for a replaced bundle; 0 for never")
+    add(
+        "--reload-seconds",
+        type=float,
+        default=Settings.reload_seconds,
+        help="how often to look for a replaced bundle; 0 for never",
+    )
     add("--grace", type=float, default=30.0, help="seconds for open requests after SIGTERM")
     add("--workers", type=int, default=1, help="processes that serve side by side, each on CPUs of its own")
     add("--token-file", metavar="FILE", help="file with the bearer token that requests must carry")
     parser.reads("token_file")
     add(
         "--root-path",
-        default="",
+        default=Settings.root_path,
         metavar="PATH",
         help="prefix of the server's paths behind a proxy, for instance /sentiment",
     )
@@ -84,7 +90,6 @@ def run(options: argparse.Namespace) -> None:
     """Open the bundles and serve."""
     try:
         from ..serving.server import Setup, announce, described, listen, serve  # noqa: PLC0415
-        from ..serving.service import Settings  # noqa: PLC0415
         from ..serving.workers import serve_with_workers  # noqa: PLC0415
     except ImportError as error:
         raise MissingExtraError("serving", "serve", error) from error
@@ -117,7 +122,7 @@ def run(options: argparse.Namespace) -> None:
         if options.engine == RAY:
             _serve_on_cluster(setup, options)
             return
-        _refuse_for_local(options)
+        refuse_without_ray(options, dict.fromkeys(("address", *_SCALING)))
         if options.workers != 1:
             serve_with_workers(setup, options.workers)
             return
@@ -133,15 +138,9 @@ def _serve_on_cluster(setup: Setup, options: argparse.Namespace) -> None:
     except ImportError as error:
         raise MissingExtraError("--engine ray", "ray", error) from error
     if options.workers != 1:
-        raise InvalidOption("workers", options.workers, "1 with `engine` ray, where `max_replicas` is what counts")
+        raise InvalidOption("workers", options.workers, "1 with --engine ray, where --max-replicas is what counts")
     scaling = {name: getattr(options, name) for name in _SCALING if getattr(options, name) is not None}
     serve_on_cluster(setup, Scaling(**scaling), options.address)
-
-
-def _refuse_for_local(options: argparse.Namespace) -> None:
-    for name in ("address", *_SCALING):
-        if (found := getattr(options, name)) is not None:
-            raise InvalidOption(name, found, "none without `engine` ray")
 
 
 def _sources(options: argparse.Namespace) -> dict[str, str]:

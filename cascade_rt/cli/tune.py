@@ -15,7 +15,7 @@ from pathlib import Path
 from ..errors import InputError
 from ..io.writers import output_folder, write_json
 from ..tuning.collect import cache_folder, collect, open_whole
-from ..tuning.evaluation import label_ids
+from ..tuning.evaluation import true_answers
 from ..tuning.plot import draw_front, pyplot
 from ..tuning.report import COSTS, Question
 from ..tuning.tune import local_folder, tune, write_tuning
@@ -74,12 +74,16 @@ def add_arguments(parser: CommandParser) -> None:
     asked.add_argument(
         "--fall-back", action="store_true", help="if nothing can be guaranteed, write the last member alone"
     )
-    asked.add_argument("--cost", choices=COSTS, default="layers", help="how speed is measured; latency is timed here")
+    asked.add_argument(
+        "--cost", choices=COSTS, default=Question.cost, help="how speed is measured; latency is timed here"
+    )
     asked.add_argument(
         "--shared-threshold", dest="shared", action="store_true", help="one threshold for all members, as in the paper"
     )
     asked.add_argument("--all-members", dest="subsets", action="store_false", help="leave no member out")
-    asked.add_argument("--seed", type=int, default=0, help="random seed of the split: one half proposes, one certifies")
+    asked.add_argument(
+        "--seed", type=int, default=Question.seed, help="random seed of the split: one half proposes, one certifies"
+    )
     parser.add_argument("--output", type=Path, metavar="FOLDER", help=f"write {REPORT} and {PICTURE} (extra: plot)")
     parser.writes("output", paths=lambda folder: [folder / REPORT, folder / PICTURE])
     parser.add_argument("--dry-run", action="store_true", help="write nothing into the bundle")
@@ -112,8 +116,7 @@ def run(options: argparse.Namespace) -> None:
     records = list(examples(options, bundle.pair, labelled=not options.agreement))
     labels = None
     if not options.agreement:
-        how = reading(options)
-        labels = label_ids([(how.label_of(row), row.where) for row in records], bundle.labels)
+        labels = true_answers(runtime.task, records, reading(options), bundle.labels)
     cache = None if options.no_cache else cache_folder()
     with progress_bar() as progress, located(records, runtime):
         data = collect(runtime, [row.text for row in records], labels, cache=cache, progress=progress.update)

@@ -1,4 +1,4 @@
-"""What a cascade executes, in layers and in FLOPs, and its speed-up ratios over always running the whole big model."""
+"""Costs of a cascade, in layers and in FLOPs, and its speed-up ratios over always running the whole big model."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..bundle import MemberEntry
-from ..bundle.manifest import TOKENS
+from ..bundle.manifest import models
 
 
 def whole_model(members: Sequence[MemberEntry]) -> Sequence[MemberEntry]:
-    """Return what a cascade is compared with: its last member, or all segments of the last model."""
-    first = max(index for index, member in enumerate(members) if member.reads == TOKENS)
-    return members[first:]
+    """Return the members that a cascade is compared with: its last member, or all segments of the last model."""
+    return models(members)[-1]
 
 
 def cumulative_layers(members: Sequence[MemberEntry]) -> NDArray[np.int64]:
@@ -22,33 +21,27 @@ def cumulative_layers(members: Sequence[MemberEntry]) -> NDArray[np.int64]:
     return np.cumsum([member.layers for member in members], dtype=np.int64)
 
 
+def ratio(whole: float, executed: float) -> float | None:
+    """Return a speed-up ratio; None where nothing was executed, so that it has no meaning."""
+    return whole / executed if executed else None
+
+
 def layer_speedup(
     members: Sequence[MemberEntry], exits: NDArray[np.intp], original: Sequence[MemberEntry] | None = None
-) -> float:
+) -> float | None:
     """Speed-up ratio by layers (paper, section 4.1): N times the layers of the original, over the layers executed.
 
     `exits`: the exit of each text, int, shape (texts,). `original`: the members to compare with, None for the last
-    member, or for segments their whole model.
+    member, or for segments their whole model. None where no layer was executed.
     """
     whole = sum(member.layers for member in original or whole_model(members))
-    return float(len(exits) * whole / cumulative_layers(members)[exits].sum())
+    return ratio(float(len(exits) * whole), float(cumulative_layers(members)[exits].sum()))
 
 
 def member_flops(member: MemberEntry, lengths: NDArray[np.intp]) -> NDArray[np.float64]:
-    """FLOPs of the member's encoder for each text, shape (texts,); `lengths`: tokens without padding, (texts,).
-
-    A layer of hidden size h and inner size i does 4 h^2 + 2 h i multiply-adds per token in its projections, and
-    2 h per pair of tokens in its attention, at two FLOPs each. For h = 768 and 128 tokens the projections take
-    1811.9M (the paper quotes 1809.9M a layer). Embeddings, pooler and classifier are left out, as in the paper; the
-    exits of a multi-exit model before its last are counted.
-    """
-    hidden = float(member.hidden_size)
-    inner = float(member.intermediate_size or 4 * hidden)
-    tokens = lengths.astype(np.float64)
-    flops: NDArray[np.float64] = (
-        2 * member.layers * (tokens * (4 * hidden**2 + 2 * hidden * inner) + 2 * hidden * tokens**2)
-    )
-    return flops + np.polynomial.polynomial.polyval(tokens, member.exit_flops or (0,))
+    """FLOPs of the member for each text, shape (texts,); `lengths`: tokens without padding, (texts,)."""
+    flops: NDArray[np.float64] = member.cost(lengths)
+    return flops
 
 
 def flops_speedup(
@@ -56,9 +49,9 @@ def flops_speedup(
     exits: NDArray[np.intp],
     lengths: NDArray[np.intp],
     original: Sequence[MemberEntry] | None = None,
-) -> float:
+) -> float | None:
     """Speed-up ratio by FLOPs; arguments as for `layer_speedup`, and `lengths`: tokens, int (texts,)."""
-    path = np.cumsum([member_flops(member, lengths) for member in members], axis=0)
+    path = np.cumsum([member.cost(lengths) for member in members], axis=0)
     executed = path[exits, np.arange(len(exits))].sum()
-    whole = sum(member_flops(member, lengths).sum() for member in original or whole_model(members))
-    return float(whole / executed)
+    whole = sum(float(member.cost(lengths).sum()) for member in original or whole_model(members))
+    return ratio(whole, float(executed))

@@ -1,160 +1,320 @@
-"""Exit rules: after each stage, which texts leave with its answer.
+"""Exit rules: after each stage, which texts leave with its answer. At the last stage every text leaves.
 
-A rule is immutable and shared. `begin` returns what decides for the texts of one call, which may keep a state per text.
-At the last stage every text leaves.
+A rule is an immutable value that owns its settings, what it looks at, its state, its candidates for tuning and its
+option on the command line. `register` makes a manifest and the command line know it.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from numbers import Real
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from numbers import Integral, Real
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..bundle.manifest import ENTROPY, MAXIMUM_PROBABILITY, PATIENCE
+from ..bundle import Bundle, MemberEntry
+from ..bundle.manifest import ENTROPY, EXIT_RULES, MAXIMUM_PROBABILITY, PATIENCE, ManifestFields
 from ..errors import InvalidOption
-from .probabilities import certainty, confidence
+from .task import Task
 
-SCORES = {MAXIMUM_PROBABILITY: confidence, ENTROPY: certainty}
-"""What a rule with thresholds compares with them: float64 (texts,) from 0 to 1, from probabilities (texts, labels)."""
-
-
-class Decisions(Protocol):
-    """The decisions of an exit rule for the texts of one call."""
-
-    def leaving(self, stage: int, rows: NDArray[np.intp], probabilities: NDArray[np.float64]) -> NDArray[np.bool_]:
-        """Return which texts leave after `stage`, bool (rows,).
-
-        `rows`: positions of the texts in the call, (rows,). `probabilities`: of the classes, (rows, labels).
-        """
-
-    def leaves_alone(self, stage: int, probabilities: list[float]) -> bool:
-        """Return whether the only text of a call leaves after `stage`."""
+_FIRST = np.zeros(1, dtype=np.intp)
+_TAUS = 200  # tried for one member at most
+_CAREFUL = 12  # rules before one, each more careful than the next
 
 
-class ExitRule(Protocol):
+class ExitRule(ABC):
     """Decides after each stage which texts leave."""
 
-    def begin(self, texts: int) -> Decisions:
-        """Return the decisions for a call with this many texts."""
+    kind: ClassVar[str]
+    """As the manifest writes it."""
+    parameter: ClassVar[str]
+    """The setting that `CascadeRuntime` and the command line can change."""
+    flag: ClassVar[str]
+    """The command-line option for it."""
+    option: ClassVar[Mapping[str, Any]]
+    """Further arguments of argparse's `add_argument` for that option."""
+    chooses_members: ClassVar[bool] = True
+    """Whether tuning may leave members out."""
+    thresholds: tuple[float, ...] = ()
+    """One for each member but the last; empty under rules without thresholds."""
 
+    @classmethod
+    @abstractmethod
+    def read(cls, fields: ManifestFields) -> Mapping[str, Any]:
+        """Take the settings out of a manifest's `exit_rule`; raise BundleError for what cannot be."""
 
-class Thresholds:
-    """Leave where a score exceeds the stage's threshold, strictly.
+    @classmethod
+    @abstractmethod
+    def of(cls, bundle: Bundle) -> ExitRule:
+        """Return the rule of a bundle of this kind."""
 
-    "maximum_probability": the largest class probability (paper, Algorithm 1). "entropy": the certainty, 1 minus the
-    normalised entropy (DeeBERT, FastBERT).
-    """
+    @property
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What the manifest's `exit_rule` says besides the kind."""
 
-    def __init__(self, thresholds: Sequence[float], kind: str = MAXIMUM_PROBABILITY) -> None:
-        """`thresholds`: one for each stage but the last."""
-        self.thresholds = tuple(thresholds)
-        self.score = SCORES[kind]
-        self._largest = kind == MAXIMUM_PROBABILITY
-        self._all = (*self.thresholds, -math.inf)
+    @abstractmethod
+    def changed(self, value: Any, members: int) -> ExitRule:
+        """Return the rule with another value of its parameter; raise InvalidOption for one that cannot be."""
 
-    def begin(self, texts: int) -> Thresholds:
-        """Return the rule itself: it keeps no state."""
+    @abstractmethod
+    def without_exits(self, members: int) -> ExitRule:
+        """Return a rule of this kind under which no text leaves before the last of this many members."""
+
+    @abstractmethod
+    def observed(self, task: Task, probabilities: NDArray[np.float64]) -> NDArray[Any]:
+        """Return what decisions are made from, (..., texts, ...), from probabilities (..., texts, labels)."""
+
+    def begin(self, texts: int) -> Any:
+        """Return the state for a call with this many texts; None for a rule that keeps none."""
+        return None
+
+    @abstractmethod
+    def leaving(self, state: Any, stage: int, rows: NDArray[np.intp], observed: NDArray[Any]) -> NDArray[np.bool_]:
+        """Return which texts leave after `stage`, which is not the last: bool (rows,).
+
+        `rows`: positions of the texts in the call, (rows,). `observed`: what `observed` returns for them, (rows, ...).
+        """
+
+    def leaves_alone(self, state: Any, stage: int, task: Task, probabilities: list[float]) -> bool:
+        """Return whether the only text of a call leaves after `stage`, which is not the last."""
+        return bool(self.leaving(state, stage, _FIRST, self.observed(task, np.array([probabilities])))[0])
+
+    def among(self, own: Sequence[MemberEntry], members: Sequence[MemberEntry]) -> ExitRule:
+        """Return the rule for other members than its `own`."""
         return self
 
-    def leaving(self, stage: int, rows: NDArray[np.intp], probabilities: NDArray[np.float64]) -> NDArray[np.bool_]:
-        """Return which texts leave after `stage`, bool (rows,)."""
-        decisions: NDArray[np.bool_] = self.score(probabilities) > self._all[stage]
-        return decisions
+    def candidates(self, observed: NDArray[Any], *, shared: bool, points: int) -> Iterator[ExitRule]:
+        """Yield about so many rules that are worth trying on recorded texts.
 
-    def leaves_alone(self, stage: int, probabilities: list[float]) -> bool:
-        """Return whether the only text of a call leaves after `stage`."""
-        score = max(probabilities) if self._largest else float(self.score(np.array(probabilities)))
-        return score > self._all[stage]
+        `observed`: what `observed` returns, (members, texts, ...). `shared`: one setting for all members, where each
+        may have its own.
+        """
+        yield self
 
+    def more_careful(self, observed: NDArray[Any]) -> Iterator[ExitRule]:
+        """Yield rules under which fewer texts leave early, from where almost none does."""
+        yield from ()
 
-class Patience:
-    """Leave when this many stages in a row have chosen the class of the one before them (PABEE; Zhou et al., 2020)."""
-
-    def __init__(self, patience: int, stages: int) -> None:
-        """`patience`: how many stages must agree with the one before them; `stages`: number of stages."""
-        self.patience = patience
-        self._last = stages - 1
-
-    def begin(self, texts: int) -> Decisions:
-        """Return counts for a call with this many texts."""
-        return _Agreements(self.patience, self._last, texts)
+    def __str__(self) -> str:
+        """Return the settings for a person."""
+        return ", ".join(f"{name} {value}" for name, value in self.settings.items())
 
 
-class _Agreements:
-    """Counts, for each text, how many stages in a row have agreed with the one before them."""
-
-    def __init__(self, patience: int, last: int, texts: int) -> None:
-        self._patience = patience
-        self._last = last
-        self._classes = np.full(texts, -1, dtype=np.intp)
-        self._counts = np.zeros(texts, dtype=np.intp)
-
-    def leaving(self, stage: int, rows: NDArray[np.intp], probabilities: NDArray[np.float64]) -> NDArray[np.bool_]:
-        classes = probabilities.argmax(axis=-1)
-        self._counts[rows] = np.where(classes == self._classes[rows], self._counts[rows] + 1, 0)
-        self._classes[rows] = classes
-        decisions: NDArray[np.bool_] = (self._counts[rows] >= self._patience) | (stage == self._last)
-        return decisions
-
-    def leaves_alone(self, stage: int, probabilities: list[float]) -> bool:
-        return bool(self.leaving(stage, np.zeros(1, dtype=np.intp), np.array([probabilities]))[0])
+def register(rule: type[ExitRule]) -> type[ExitRule]:
+    """Make manifests and the command line know a kind of exit rule; a decorator."""
+    EXIT_RULES[rule.kind] = rule
+    return rule
 
 
-def exit_rule(settings: Mapping[str, Any], thresholds: Sequence[float], stages: int) -> ExitRule:
-    """Return the rule that a manifest's `exit_rule` describes, for this many stages."""
-    if settings["kind"] == PATIENCE:
-        return Patience(settings["patience"], stages)
-    return Thresholds(thresholds, settings["kind"])
+def exit_rule(bundle: Bundle) -> ExitRule:
+    """Return the exit rule that a manifest describes."""
+    rule: ExitRule = EXIT_RULES[bundle.exit_rule["kind"]].of(bundle)
+    return rule
 
 
-def exits_under(rule: ExitRule, probabilities: NDArray[np.float64]) -> NDArray[np.intp]:
-    """Return the exit of each text, int (texts,), from all probabilities, float64 (stages, texts, labels)."""
-    texts = probabilities.shape[1]
-    decisions = rule.begin(texts)
-    exits = np.full(texts, len(probabilities) - 1, dtype=np.intp)
+def replay(rule: ExitRule, observed: NDArray[Any]) -> NDArray[np.intp]:
+    """Return the exit of each text, int (texts,), from what a rule has observed at all stages, (stages, texts, ...)."""
+    last, texts = len(observed) - 1, observed.shape[1]
+    state = rule.begin(texts)
+    exits = np.full(texts, last, dtype=np.intp)
     waiting = np.arange(texts)
-    for stage, answers in enumerate(probabilities[:-1]):
-        leaving = decisions.leaving(stage, waiting, answers[waiting])
+    for stage in range(last):
+        leaving = rule.leaving(state, stage, waiting, observed[stage][waiting])
         exits[waiting[leaving]] = stage
         waiting = waiting[~leaving]
     return exits
 
 
-def exits(scores: NDArray[np.float64], thresholds: Sequence[float]) -> NDArray[np.intp]:
-    """Return the exit of each text, int (texts,), from the scores that thresholds are compared with, (members, texts).
+@dataclass(frozen=True)
+class Thresholds(ExitRule):
+    """Leave where a score exceeds the stage's threshold, strictly."""
 
-    `thresholds`: one per member but the last, which always answers.
-    """
-    leaving = [row > threshold for row, threshold in zip(scores[:-1], thresholds, strict=True)]
-    everyone = np.ones(scores.shape[1], dtype=bool)
-    first: NDArray[np.intp] = np.argmax(np.stack([*leaving, everyone]), axis=0)
-    return first
+    thresholds: tuple[float, ...]
+
+    parameter: ClassVar[str] = "thresholds"
+    flag: ClassVar[str] = "--threshold"
+    option: ClassVar[Mapping[str, Any]] = {
+        "type": float,
+        "metavar": "TAU",
+        "help": "one threshold for all members, also those that tuning left out (default: the bundle's)",
+    }
+
+    @classmethod
+    def read(cls, fields: ManifestFields) -> Mapping[str, Any]:
+        """Take no settings: the thresholds are those of the members."""
+        return {}
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> Thresholds:
+        """Return the rule with the thresholds of a bundle's members."""
+        return cls(tuple(bundle.thresholds))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the manifest's `exit_rule` says besides the kind: nothing."""
+        return {}
+
+    def changed(self, value: float | Sequence[float], members: int) -> Thresholds:
+        """Return the rule with one number for all members, or a list of one per member but the last."""
+        return replace(self, thresholds=tuple(checked_thresholds(value, members)))
+
+    def without_exits(self, members: int) -> Thresholds:
+        """Return the rule with threshold 1, which no score exceeds."""
+        return replace(self, thresholds=(1.0,) * (members - 1))
+
+    def leaving(self, state: Any, stage: int, rows: NDArray[np.intp], observed: NDArray[Any]) -> NDArray[np.bool_]:
+        """Return which scores exceed the threshold of the stage."""
+        decisions: NDArray[np.bool_] = observed > self.thresholds[stage]
+        return decisions
+
+    def among(self, own: Sequence[MemberEntry], members: Sequence[MemberEntry]) -> Thresholds:
+        """Return the rule for other members: those that it has keep their thresholds, others take the bundle's."""
+        ours = dict(zip((entry.name for entry in own), self.thresholds, strict=False))
+        kept = [ours.get(entry.name, entry.threshold) for entry in members[:-1]]
+        return replace(self, thresholds=tuple(threshold for threshold in kept if threshold is not None))
+
+    def candidates(self, observed: NDArray[Any], *, shared: bool, points: int) -> Iterator[Thresholds]:
+        """Yield rules with quantiles of the members' scores as thresholds."""
+        early = observed[:-1]
+        if shared and len(early):
+            for tau in _quantiles(early.ravel(), min(_TAUS, points)):
+                yield replace(self, thresholds=(tau,) * len(early))
+            return
+        each = min(_TAUS, max(2, int(points ** (1 / max(1, len(early))))))
+        for taus in product(*(_quantiles(scores, each) for scores in early)):
+            yield replace(self, thresholds=taus)
+
+    def more_careful(self, observed: NDArray[Any]) -> Iterator[Thresholds]:
+        """Yield rules with higher thresholds, the highest first."""
+        early = list(zip(observed[:-1], self.thresholds, strict=True))
+        stay = [float(np.mean(scores <= tau)) for scores, tau in early]
+        for step in range(_CAREFUL if early else 0, 0, -1):
+            levels = [share + (1 - share) * step / (_CAREFUL + 1) for share in stay]
+            taus = (float(np.quantile(scores, level)) for (scores, _), level in zip(early, levels, strict=True))
+            yield replace(self, thresholds=tuple(taus))
+
+    def __str__(self) -> str:
+        """Return the thresholds for a person."""
+        return f"thresholds {list(self.thresholds)}"
 
 
-def patient_exits(classes: NDArray[np.intp], patience: int) -> NDArray[np.intp]:
-    """Return the exit of each text, int (texts,), under patience, from the class of each stage, int (stages, texts)."""
-    last = len(classes) - 1
-    found = np.full(classes.shape[1], last, dtype=np.intp)
-    counts = np.zeros(classes.shape[1], dtype=np.intp)
-    for stage in range(1, last):
-        counts = np.where(classes[stage] == classes[stage - 1], counts + 1, 0)
-        found = np.where((counts >= patience) & (found == last), stage, found)
-    return found
+@register
+class MaximumProbability(Thresholds):
+    """Leave where the confidence exceeds the stage's threshold (paper, Algorithm 1)."""
+
+    kind = MAXIMUM_PROBABILITY
+
+    def observed(self, task: Task, probabilities: NDArray[np.float64]) -> NDArray[Any]:
+        """Return the confidence of each text."""
+        return task.confidence(probabilities)
+
+    def leaves_alone(self, state: Any, stage: int, task: Task, probabilities: list[float]) -> bool:
+        """Return whether the confidence exceeds the threshold."""
+        return task.confidence_of_one(probabilities) > self.thresholds[stage]
 
 
-def checked_thresholds(
-    thresholds: float | Sequence[float] | None, stored: Sequence[float], members: int
-) -> list[float]:
-    """Return one threshold per member but the last: the bundle's own for None, one number for all, or a list.
+@register
+class Entropy(Thresholds):
+    """Leave where the certainty, 1 minus the normalised entropy, exceeds the threshold (DeeBERT, FastBERT)."""
+
+    kind = ENTROPY
+
+    def observed(self, task: Task, probabilities: NDArray[np.float64]) -> NDArray[Any]:
+        """Return the certainty of each text."""
+        return task.certainty(probabilities)
+
+
+@register
+@dataclass(frozen=True)
+class Patience(ExitRule):
+    """Leave when this many stages in a row have given the answer of the one before them (PABEE; Zhou et al., 2020)."""
+
+    patience: int
+
+    kind: ClassVar[str] = PATIENCE
+    parameter: ClassVar[str] = "patience"
+    flag: ClassVar[str] = "--patience"
+    option: ClassVar[Mapping[str, Any]] = {
+        "type": int,
+        "metavar": "N",
+        "help": "for bundles with this exit rule: how many members in a row must agree (default: the bundle's)",
+    }
+    chooses_members: ClassVar[bool] = False
+
+    @classmethod
+    def read(cls, fields: ManifestFields) -> Mapping[str, Any]:
+        """Take the number out of a manifest's `exit_rule`."""
+        return {"patience": fields.take("patience", int, at_least=1)}
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> Patience:
+        """Return the rule of a bundle of this kind."""
+        return cls(bundle.exit_rule["patience"])
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The number."""
+        return {"patience": self.patience}
+
+    def changed(self, value: int, members: int) -> Patience:
+        """Return the rule with another number, from 1."""
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+            raise InvalidOption("patience", value, "a whole number from 1")
+        return Patience(int(value))
+
+    def without_exits(self, members: int) -> Patience:
+        """Return the rule with as many as there are members: at most one fewer can agree with the one before."""
+        return Patience(members)
+
+    def observed(self, task: Task, probabilities: NDArray[np.float64]) -> NDArray[Any]:
+        """Return the answers, with one more axis where they have none: (..., texts, labels or 1)."""
+        answers = task.answers(probabilities)
+        return answers if task.several else answers[..., None]
+
+    def begin(self, texts: int) -> _Agreements:
+        """Return counts for a call with this many texts."""
+        return _Agreements(np.zeros(texts, dtype=np.intp))
+
+    def leaving(
+        self, state: _Agreements, stage: int, rows: NDArray[np.intp], observed: NDArray[Any]
+    ) -> NDArray[np.bool_]:
+        """Return for which texts enough stages in a row have agreed."""
+        decisions: NDArray[np.bool_] = state.counted(stage, rows, observed) >= self.patience
+        return decisions
+
+    def candidates(self, observed: NDArray[Any], *, shared: bool, points: int) -> Iterator[Patience]:
+        """Yield each number."""
+        yield from map(Patience, range(1, len(observed) - 1))
+
+
+class _Agreements:
+    """Counts, for each text, of the stages in a row that have agreed with the one before them."""
+
+    def __init__(self, counts: NDArray[np.intp]) -> None:
+        self._counts = counts
+        self._before: NDArray[Any] | None = None
+
+    def counted(self, stage: int, rows: NDArray[np.intp], answers: NDArray[Any]) -> NDArray[np.intp]:
+        """Take a stage's answers, (rows, ...), and return the counts, (rows,)."""
+        if self._before is None:
+            self._before = np.empty((len(self._counts), answers.shape[-1]), dtype=answers.dtype)
+        if stage:
+            agree = (answers == self._before[rows]).all(axis=-1)
+            self._counts[rows] = np.where(agree, self._counts[rows] + 1, 0)
+        self._before[rows] = answers
+        return self._counts[rows]
+
+
+def checked_thresholds(thresholds: float | Sequence[float], members: int) -> list[float]:
+    """Return one threshold per member but the last, from one number for all or a list.
 
     Raises InvalidOption for a wrong count or a value outside [0, 1].
     """
-    if thresholds is None:
-        return list(stored)
     if isinstance(thresholds, Real):
         return [_checked(thresholds)] * (members - 1)
     if isinstance(thresholds, str | bytes | Mapping) or np.ndim(thresholds) != 1:
@@ -169,3 +329,12 @@ def _checked(threshold: object) -> float:
     if isinstance(threshold, bool) or not isinstance(threshold, Real) or not 0 <= float(threshold) <= 1:
         raise InvalidOption("thresholds", threshold, "a number from 0 to 1")
     return float(threshold)
+
+
+def _quantiles(scores: NDArray[np.float64], count: int) -> list[float]:
+    """Return values between the scores of texts, so that no text's score equals a threshold."""
+    values = np.unique(scores)
+    places = np.searchsorted(values, np.quantile(scores, np.linspace(0, 1, count), method="lower"))
+    middles = (values + np.append(values[1:], values[-1])) / 2
+    found: list[float] = middles[np.unique(places)].tolist()
+    return found

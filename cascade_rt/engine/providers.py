@@ -12,6 +12,7 @@ import numpy as np
 import onnxruntime
 
 from ..bundle.onnx_file import scan
+from ..bundle.precisions import PRECISIONS
 from ..errors import BundleError, InvalidOption
 
 CPU = "CPUExecutionProvider"
@@ -20,13 +21,8 @@ OPENVINO = "openvino"
 """The package of that name, not ONNX Runtime's provider, which is a build of its own."""
 
 _SHORT_NAMES = {"cpu": CPU, "cuda": CUDA}
+_ON_CPU = {CPU, "DnnlExecutionProvider", "OpenVINOExecutionProvider", "XnnpackExecutionProvider"}
 _FIXED_OPTIONS = {CUDA: {"arena_extend_strategy": "kSameAsRequested"}}  # the default doubles the arena as it grows
-_PRODUCTS_OF_BYTES = {"int8", "int8-tensor", "int8-static"}
-# Precisions that a provider cannot run, and the one to export instead. CUDA's products would silently run on the CPU.
-_NO_KERNELS = {
-    CUDA: (_PRODUCTS_OF_BYTES, "fp16"),
-    OPENVINO: ({"int8", "int8-tensor"}, "int8-static"),
-}
 _EXACT_SINCE = (1, 30)
 _PRODUCTS = {"Attention", "FusedGemm", "FusedMatMul", "Gemm", "MatMul", "MultiHeadAttention", "QAttention"}
 
@@ -55,15 +51,31 @@ def provider_name(provider: str) -> str:
     return wanted
 
 
+def needs_gpu(provider: str) -> bool:
+    """Return whether a cluster reserves a GPU for what runs on a provider; raise InvalidOption for an unknown name.
+
+    Which providers are installed is known on the machines that run members.
+    """
+    name = provider.lower()
+    if name not in (*_SHORT_NAMES, OPENVINO) and not provider.endswith("ExecutionProvider"):
+        raise InvalidOption("provider", provider, "cpu, cuda, openvino or ONNX Runtime's name of a provider")
+    return name not in ("cpu", OPENVINO) and provider not in _ON_CPU
+
+
 def is_installed(package: str) -> bool:
     """Return whether a package can be imported."""
     return find_spec(package) is not None
 
 
+def instead_of(precision: str, provider: str) -> str | None:
+    """Return the precision to export where the provider has no kernels for one; None where it has them."""
+    by_name = {_SHORT_NAMES.get(name, name): instead for name, instead in PRECISIONS[precision].instead.items()}
+    return by_name.get(provider)
+
+
 def check_precision(name: str, precision: str, provider: str) -> None:
     """Raise InvalidOption if the provider has no kernels for the member's precision."""
-    refused, instead = _NO_KERNELS.get(provider, ((), ""))
-    if precision in refused:
+    if instead := instead_of(precision, provider):
         raise InvalidOption(
             "provider",
             provider,
@@ -91,7 +103,7 @@ def products_on_cpu(session: Any, provider: str) -> set[str]:
 
 def saturates(precision: str) -> bool:
     """Return whether ONNX Runtime's default kernels compute a precision wrongly on this CPU."""
-    return precision in _PRODUCTS_OF_BYTES and int8_saturates()
+    return PRECISIONS[precision].products_of_bytes and int8_saturates()
 
 
 def check_exact_kernels(path: Path) -> None:

@@ -24,14 +24,14 @@ _HUB = "hf:"
 class _Place:
     """A file or folder, there already or not."""
 
-    field: str
+    name: str
     shown: str
     paths: tuple[PurePath, ...]
     """As it is spelled, and without links; both absolute."""
     identity: _Identity | None
     """None if nothing is there yet."""
     around: frozenset[_Identity]
-    """Of itself and of the folders that it is in; for a link, also of those that its target is in."""
+    """Identities of itself and of the folders that it is in; for a link, also of those that its target is in."""
 
     def within(self, other: _Place) -> bool:
         """Return whether this is the other, or lies in it."""
@@ -44,66 +44,65 @@ class _Place:
 def check_apart(inputs: Mapping[str, Iterable[str | Path]], outputs: Mapping[str, Iterable[str | Path]]) -> None:
     """Raise InputError if an output is also an input or another output, or if one of the two lies in the other.
 
-    Both have paths by the names of parameters. Inputs are files, folders, patterns or URIs, "-" for standard input, or
+    Both have paths by the names of options. Inputs are files, folders, patterns or URIs, "-" for standard input, or
     names on the hub, which are left out; outputs are files, folders or URIs, "-" for standard output. What is there is
     compared by its identity, so links and other spellings make no difference. A device or a pipe may be anything.
     """
-    written = [place for field, paths in outputs.items() for path in paths if (place := _place(field, path, 1))]
+    written = [place for name, paths in outputs.items() for path in paths if (place := _place(name, path, 1))]
     for one, other in combinations(written, 2):
-        if one.field != other.field:
+        if one.name != other.name:
             _check(one, other)
-    for field, sources in inputs.items():
+    for name, sources in inputs.items():
         for output, source in product(written, sources):
             if not str(source).startswith(_HUB):
-                _check_input(output, field, _without_scheme(str(source)))
+                _check_input(output, name, _without_scheme(str(source)))
 
 
-def _check_input(output: _Place, field: str, source: str) -> None:
+def _check_input(output: _Place, name: str, source: str) -> None:
     pattern = _is_pattern(source)
     if pattern and any(_matches(path.parts, asked.parts) for path, asked in product(output.paths, _patterns(source))):
-        raise InputError(f"`{output.field}` {output.shown} is among `{field}` {source}; name another place")
-    if not pattern and (read := _place(field, source, 0)):
+        raise InputError(f"{output.name} {output.shown} is among {name} {source}; name another place")
+    if not pattern and (read := _place(name, source, 0)):
         _check(output, read)
     if output.identity is None or is_uri(source):
         return
     files = glob.glob(source, recursive=True) if pattern else _files(source)  # noqa: PTH207 - absolute patterns too
     for file in files:
-        if _identity(file) == output.identity or (pattern and _place_of(field, file).within(output)):
+        if _identity(file) == output.identity or (pattern and _place_of(name, file).within(output)):
             raise InputError(
-                f"`{output.field}` {output.shown} is, or holds, {file} of `{field}`, which would be lost; name another "
-                "place"
+                f"{output.name} {output.shown} is, or holds, {file} of {name}, which would be lost; name another place"
             )
 
 
 def _check(output: _Place, other: _Place) -> None:
     inside, around = output.within(other), other.within(output)
-    pair = f"`{output.field}` {output.shown} {{}} `{other.field}` {other.shown}"
+    one, two = (f"{place.name} {place.shown}" for place in (output, other))
     if inside and around:
-        raise InputError(f"{pair.format('and')} are the same; one would be lost, name another place")
+        raise InputError(f"{one} and {two} are the same; one would be lost, name another place")
     if inside or around:
-        raise InputError(f"{pair.format('lies in' if inside else 'holds')}; name places apart from each other")
+        raise InputError(f"{one} {'lies in' if inside else 'holds'} {two}; name places apart from each other")
 
 
-def _place(field: str, path: str | Path, stream: int) -> _Place | None:
+def _place(name: str, path: str | Path, stream: int) -> _Place | None:
     """Return a place; None for a device, a pipe or a terminal. `stream`: the descriptor that "-" stands for."""
     if str(path) != "-":
-        found = _place_of(field, path)
+        found = _place_of(name, path)
         return found if found.identity is None or _is_kept(Path(_without_scheme(str(path))).stat()) else None
     try:
         status = os.fstat(stream)
     except OSError:  # closed
         return None
     identity = (status.st_dev, status.st_ino) if _is_kept(status) else None
-    return _Place(field, "-", (PurePath(f"-{stream}"),), identity, frozenset([identity] if identity else []))
+    return _Place(name, "-", (PurePath(f"-{stream}"),), identity, frozenset([identity] if identity else []))
 
 
-def _place_of(field: str, path: str | Path) -> _Place:
+def _place_of(name: str, path: str | Path) -> _Place:
     written = _without_scheme(str(path))
     if is_uri(written):
-        return _Place(field, written, (_path_of_uri(written),), None, frozenset())
+        return _Place(name, written, (_path_of_uri(written),), None, frozenset())
     paths = (Path(os.path.abspath(written)), Path(os.path.realpath(written)))  # noqa: PTH100 - links are kept
     around = {found for one in paths for place in (one, *one.parents) if (found := _identity(place))}
-    return _Place(field, str(path), paths, _identity(written), frozenset(around))
+    return _Place(name, str(path), paths, _identity(written), frozenset(around))
 
 
 def _identity(path: str | Path) -> _Identity | None:

@@ -32,7 +32,7 @@ class Header(NamedTuple):
     fields: list[str]
     delimiter: str
     spaced: bool
-    """Whether a space follows each delimiter."""
+    """A space follows each delimiter."""
 
 
 class Lines:
@@ -80,7 +80,7 @@ def read_header(lines: Lines, name: str, delimiter: str | None, finds: Callable[
     if len(split) > 1:
         found = " and ".join(DELIMITERS[header.delimiter] for header in split)
         raise InputError(
-            f"{where}: found {found} in the header, expected one of them between the columns; name the `delimiter`"
+            f"{where}: found {found} in the header, expected one of them between the columns; name the delimiter"
         )
     header = split[0]
     next(_records(lines, header))

@@ -5,10 +5,12 @@ The same rules hold for every format and every command.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import unicodedata
 from collections.abc import Iterable
+from contextlib import suppress
 from decimal import Decimal, DecimalException
 
 from ..types import Text
@@ -34,6 +36,15 @@ def label(value: object) -> str:
     if isinstance(value, float | Decimal) and math.isfinite(value) and value == (whole := int(value)):
         return str(whole)
     return str(value).strip()
+
+
+def labels(value: object) -> list[str]:
+    """Return all labels that a value spells: a list, a JSON list, or labels between commas; [] where it spells none."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with suppress(ValueError):
+            value = json.loads(value)
+    found = value if isinstance(value, list | tuple | set) else label(value).split(",")
+    return [name for name in map(label, found) if name]
 
 
 def number(label: str) -> Decimal | None:

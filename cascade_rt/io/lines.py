@@ -37,7 +37,7 @@ class Line(NamedTuple):
     text: str
     """With its end; bytes that cannot be decoded are lone surrogates (PEP 383). Empty if the line is too long."""
     problem: str | None
-    """Why it cannot be used; None if it can."""
+    """The reason why it cannot be used; None if it can."""
 
 
 class Record(NamedTuple):
@@ -50,7 +50,7 @@ class Record(NamedTuple):
     content: Any
     """A line, or the fields."""
     problem: str | None = None
-    """Why it cannot be used; None if nothing is known."""
+    """The reason why it cannot be used; None if none is known."""
     cause: Exception | None = None
     """Another library's error."""
 
@@ -71,7 +71,7 @@ def read_lines(source: str | Path, *, encoding: str | None = None, newline: str 
             except UnicodeError as error:  # only of encodings that cannot mark single bytes
                 raise InputError(
                     f"{source_name(source)}:{number + 1}: cannot be decoded at or after this line ({error}); name "
-                    "another `encoding`"
+                    "another encoding"
                 ) from error
             except (OSError, *DAMAGED) as error:
                 raise InputError(f"{source_name(source)}:{number + 1}: cannot be read further ({error})") from error

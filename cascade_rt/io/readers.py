@@ -14,21 +14,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import CascadeError, InputError, InvalidOption, MissingExtraError
+from ..errors import CascadeError, InputError, InvalidOption
 from ..types import Text
-from .compression import without_compression
+from .compression import ending
 from .csv_rows import Lines, read_header, read_rows, stripped
-from .fields import label
+from .fields import label, labels
 from .lines import Line, Record, read_lines, source_name
-from .remote import files_behind, is_uri, located
+from .remote import files_behind, import_parquet, is_uri, located
 
 FORMATS = ("jsonl", "json", "csv", "tsv", "txt", "parquet")
-_ALIASES = {"ndjson": "jsonl"}
+_BY_ENDING = {**{name: name for name in FORMATS}, "ndjson": "jsonl"}
 _TABLES = ("csv", "tsv", "parquet")
-LABEL = "label"
+LABEL, LABELS = "label", "labels"
 """The usual column of the labels."""
 
-_ARRAY = "expected an array of objects; for one object per line name the `format` jsonl"
+_ARRAY = "expected an array of objects; for one object per line name the format jsonl"
 _USUAL_COLUMNS: dict[bool, tuple[tuple[str, ...], ...]] = {
     False: (("text",), ("sentence",)),
     True: (
@@ -44,7 +44,7 @@ _USUAL_COLUMNS: dict[bool, tuple[tuple[str, ...], ...]] = {
 
 @dataclass(frozen=True)
 class Reading:
-    """How files of texts are read."""
+    """Settings for reading files of texts."""
 
     format: str | None = None
     """One of FORMATS; None for that of the file's extension, txt for standard input."""
@@ -71,9 +71,13 @@ class Reading:
         """Return the label of an example; raise InputError if it has none."""
         return example.field(self.label_column or LABEL)
 
+    def labels_of(self, example: Example) -> list[str]:
+        """Return all labels of an example, by default in the column "labels" or "label"; errors as of `labels`."""
+        return example.labels(self.label_column or (LABELS if LABELS in example.fields else LABEL))
+
     def of_texts(self, source: str | Path) -> Reading:
         """Return how to read one of several files; for txt, which has no columns, without what is for tables."""
-        plain = (self.format or without_compression(source).suffix.lower().lstrip(".")) == "txt"
+        plain = (self.format or ending(source)) == "txt"
         return replace(self, columns=None, delimiter=None) if plain else self
 
 
@@ -90,7 +94,7 @@ class Example:
 
     @property
     def content(self) -> bytes:
-        """What the file has there, to tell whether it has changed."""
+        """The content of the record, to tell whether the file has changed."""
         return repr((self.text, self.fields)).encode("utf-8", "surrogatepass")
 
     def field(self, column: str) -> str:
@@ -98,20 +102,28 @@ class Example:
 
         Raises InputError if the record has none, an empty one, or several in one field.
         """
-        _check_column(self.fields, column, self.where, "label_column")
+        _check_column(self.fields, column, self.where)
         value = self.fields[column]
         try:
             found = label(value)
         except TypeError as error:
             raise InputError(
-                f"{self.where}: column {column!r} holds {error} ({_shortened(value)}), expected one label: several "
-                "labels per text are not supported; keep one of them, or train a classifier for each"
+                f"{self.where}: column {column!r} holds {error} ({_shortened(value)}), expected one label: only "
+                "bundles of the task multi_label take several; keep one of them"
             ) from error
         if not found:
             raise InputError(
                 f"{self.where}: column {column!r} is empty, expected a value; fill it, or leave the row out"
             )
         return found
+
+    def labels(self, column: str) -> list[str]:
+        """Return all labels of a field, possibly none; raise InputError if the record has no such field."""
+        _check_column(self.fields, column, self.where)
+        try:
+            return labels(self.fields[column])
+        except TypeError as error:
+            raise InputError(f"{self.where}: column {column!r} holds {error}, expected a list of labels") from error
 
 
 @dataclass(frozen=True)
@@ -124,13 +136,13 @@ class Reject:
     row: str
     """As the file has it; as JSON for parquet and json."""
     error: CascadeError
-    """What `read_examples` raises for it."""
+    """The error that `read_examples` raises for it."""
     fields: dict[str, Any] = field(default_factory=dict)
     """Its fields, where they are known."""
 
     @property
     def content(self) -> bytes:
-        """What the file has there, to tell whether it has changed."""
+        """The content of the record, to tell whether the file has changed."""
         return repr((self.row,)).encode("utf-8", "surrogatepass")
 
 
@@ -165,9 +177,9 @@ def read_records(source: str | Path, reading: Reading = AS_USUAL, *, pair: bool)
 def _check_used(reading: Reading, kind: str, name: str) -> None:
     """Raise InputError for settings of tables where a file is none."""
     if kind == "txt" and reading.columns:
-        raise InputError(f"{name}: found `columns` for txt, which has none; name the `format` if the file has columns")
+        raise InputError(f"{name}: found a column for txt, which has none; name the format if the file has columns")
     if reading.delimiter and (kind == "txt" or (kind == "tsv" and reading.delimiter != "\t")):
-        raise InputError(f"{name}: found a `delimiter` for {kind}, expected one for csv; name the `format`")
+        raise InputError(f"{name}: found a delimiter for {kind}, expected one for csv; name the format")
 
 
 def _checked(
@@ -210,9 +222,9 @@ def input_files(source: str | Path) -> Sequence[str | Path]:
         behind = files_behind(str(source))
         if behind is None:
             return [source]
-        found = [file for file in behind if _known(file)]
+        found = [file for file in behind if ending(file) in _BY_ENDING]
     elif path.is_dir():
-        found = sorted(file for file in path.iterdir() if _known(file) and not file.name.startswith("."))
+        found = sorted(file for file in path.iterdir() if ending(file) in _BY_ENDING and not file.name.startswith("."))
     elif glob.has_magic(str(source)) and not path.exists():
         matching = map(Path, glob.glob(str(source), recursive=True))  # noqa: PTH207 - absolute patterns too
         if not (found := sorted(file for file in matching if not file.is_dir())):
@@ -224,23 +236,18 @@ def input_files(source: str | Path) -> Sequence[str | Path]:
     return found
 
 
-def _known(file: str | Path) -> bool:
-    return without_compression(file).suffix.lower().lstrip(".") in {*FORMATS, *_ALIASES}
-
-
 def _format_of(source: str | Path) -> str:
     if str(source) == "-":
         return "txt"
-    written = without_compression(source).suffix.lower()
-    ending = _ALIASES.get(written.lstrip("."), written.lstrip("."))
-    if ending not in FORMATS and not is_uri(source) and not Path(source).exists():
+    written = ending(source)
+    if written in _BY_ENDING:
+        return _BY_ENDING[written]
+    if not is_uri(source) and not Path(source).exists():
         raise InputError(f"{source}: no such file; check the path")
-    if ending not in FORMATS:
-        raise InputError(
-            f"{source}: unknown format {written!r}; "
-            f"expected {', '.join('.' + known for known in FORMATS)}, or a `format`"
-        )
-    return ending
+    raise InputError(
+        f"{source}: unknown format {f'.{written}' if written else ''!r}; "
+        f"expected {', '.join('.' + known for known in FORMATS)}, or the name of its format"
+    )
 
 
 def _read_file(source: str | Path, kind: str, reading: Reading) -> Iterator[Record]:
@@ -317,11 +324,7 @@ def _check_header(header: list[str], name: str) -> None:
 
 
 def _read_parquet(source: str | Path, name: str) -> Iterator[Record]:
-    try:
-        import pyarrow as arrow  # noqa: PLC0415 - an extra
-        from pyarrow import parquet  # noqa: PLC0415
-    except ImportError as error:
-        raise MissingExtraError("reading parquet", "parquet", error) from error
+    arrow, parquet = import_parquet("reading parquet")
     if not is_uri(source) and not Path(source).is_file():
         raise InputError(f"{name}: no such file; parquet is read from a file, not from standard input")
     system, path = located(source)
@@ -400,7 +403,7 @@ def _find_columns(fields: dict[str, Any], pair: bool, where: str) -> tuple[str, 
                 return columns
             raise InputError(
                 f"{where}: found pairs ({' and '.join(map(repr, columns))}), expected single texts; "
-                "name one of them by `columns` if it is meant"
+                "name the column of one of them if it is meant"
             )
     for columns in _USUAL_COLUMNS[pair]:
         if all(column in fields for column in columns):
@@ -408,15 +411,15 @@ def _find_columns(fields: dict[str, Any], pair: bool, where: str) -> tuple[str, 
     wanted = ", ".join("+".join(columns) for columns in _USUAL_COLUMNS[pair])
     raise InputError(
         f"{where}: found the columns {_listed(fields)}, expected {'a pair' if pair else 'a text'} in {wanted}; "
-        f"name {'theirs' if pair else 'its column'} by `columns`"
+        f"name {'their columns' if pair else 'its column'}"
     )
 
 
-def _check_column(fields: dict[str, Any], column: str, where: str, field: str = "columns") -> None:
+def _check_column(fields: dict[str, Any], column: str, where: str) -> None:
     if not fields:
         raise InputError(f"{where}: no column {column!r}: found none; use csv, tsv, jsonl or parquet")
     if column not in fields:
-        raise InputError(f"{where}: no column {column!r}; found {_listed(fields)}; name one of these by `{field}`")
+        raise InputError(f"{where}: no column {column!r}; found {_listed(fields)}; name one of these")
 
 
 def _text_field(fields: dict[str, Any], column: str, where: str) -> str:

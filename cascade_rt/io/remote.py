@@ -1,4 +1,4 @@
-"""Files behind URIs (s3://, gs://, hdfs://, file://, ...), through the file systems of pyarrow."""
+"""pyarrow, where it is needed: for files behind URIs (s3://, gs://, hdfs://, file://, ...) and for parquet."""
 
 from __future__ import annotations
 
@@ -18,6 +18,16 @@ _MAGIC = re.compile(r"[*\[]")  # a question mark begins the URI's query
 def is_uri(source: str | Path) -> bool:
     """Return whether a source is a URI, not a path."""
     return isinstance(source, str) and _URI.match(source) is not None
+
+
+def import_parquet(purpose: str) -> tuple[Any, Any]:
+    """Return the modules `pyarrow` and `pyarrow.parquet`; raise MissingExtraError without them."""
+    try:
+        import pyarrow  # noqa: PLC0415 - an extra
+        from pyarrow import parquet  # noqa: PLC0415
+    except ImportError as error:
+        raise MissingExtraError(purpose, "parquet", error) from error
+    return pyarrow, parquet
 
 
 def located(target: str | Path) -> tuple[Any, str]:

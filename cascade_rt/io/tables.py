@@ -17,23 +17,25 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from ..errors import InputError, MissingExtraError
-from .compression import check_compression, without_compression, write_binary
+from ..errors import InputError
+from .compression import check_compression, ending, without_compression, write_binary
+from .remote import import_parquet
 from .writers import beside, is_stream, open_output, output_path
 
 FORMATS = ("jsonl", "json", "csv", "tsv", "parquet")
 """Formats of rows that are written."""
 
 MOST_COLUMNS = 4096
-"""Of a table; further fields go into one column, as a JSON object."""
+"""Limit of a table; further fields go into one column, as a JSON object."""
 
-_ALIASES = {"": "jsonl", "ndjson": "jsonl"}
+_BY_ENDING = {**{name: name for name in FORMATS}, "": "jsonl", "ndjson": "jsonl"}
 _OTHERS = "other_fields"
 _ROWS, _CELLS, _CHARACTERS = 10_000, 2**21, 2**26  # converted at a time, at most
 _EXACT = 2**53  # a float holds every whole number up to here
 _BREAKS = ("\t", "\n", "\r")  # a tsv file cannot hold them within a field
 
 _JSON = "json"
+_WRITING = "writing parquet"
 
 
 class Field(NamedTuple):
@@ -48,7 +50,7 @@ class Field(NamedTuple):
 
 @dataclass
 class Column:
-    """What decides the type of a column: the types of its values, and the range of its whole numbers."""
+    """The basis for the type of a column: the types of its values, and the range of its whole numbers."""
 
     types: set[str]
     least: int = 0
@@ -96,9 +98,8 @@ def output_format(target: str | Path) -> str:
     is not installed: call it before the work.
     """
     plain = without_compression(target)
-    ending = plain.suffix.lower().lstrip(".")
-    found = _ALIASES.get(ending, ending)
-    if found not in FORMATS:
+    found = _BY_ENDING.get(ending(target))
+    if found is None:
         raise InputError(
             f"cannot write {target}: unknown format {plain.suffix!r}, expected one of "
             f"{', '.join('.' + known for known in FORMATS)}, or no ending for JSON lines"
@@ -109,7 +110,7 @@ def output_format(target: str | Path) -> str:
                 f"cannot write {target}: parquet is compressed inside the file; name it {plain.name}, without "
                 f"{Path(target).suffix}"
             )
-        _parquet()
+        import_parquet(_WRITING)
     check_compression(target)
     return found
 
@@ -191,7 +192,7 @@ def convert(
 
 def write_parquet(rows: Iterable[tuple[dict[str, Any], int]], target: Path, fields: Sequence[Field]) -> None:
     """Write rows, each with about its number of characters, as parquet."""
-    arrow, parquet = _parquet()
+    arrow, parquet = import_parquet(_WRITING)
     kinds = {_JSON: arrow.string(), "string": arrow.string(), "null": arrow.null(), "bool": arrow.bool_()}
     kinds |= {"int64": arrow.int64(), "uint64": arrow.uint64(), "float64": arrow.float64()}
     schema = arrow.schema([(field.name, kinds[field.kind]) for field in fields])
@@ -217,7 +218,7 @@ def write_parquet(rows: Iterable[tuple[dict[str, Any], int]], target: Path, fiel
 
 def read_parquet(source: Path, fields: Sequence[Field]) -> Iterator[dict[str, Any]]:
     """Yield the rows that were written with these fields."""
-    _, parquet = _parquet()
+    _, parquet = import_parquet(_WRITING)
     with parquet.ParquetFile(source) as file:
         for batch in file.iter_batches(batch_size=max(1, min(_ROWS, _CELLS // max(1, len(fields))))):
             for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
@@ -296,12 +297,3 @@ def _typed(value: Any, kind: str) -> Any:
 def _encodable(text: str) -> str:
     """Return a text with half a surrogate pair, which UTF-8 cannot encode, as its escape."""
     return text.encode("utf-8", "backslashreplace").decode()
-
-
-def _parquet() -> tuple[Any, Any]:
-    try:
-        import pyarrow  # noqa: PLC0415 - an extra
-        from pyarrow import parquet  # noqa: PLC0415
-    except ImportError as error:
-        raise MissingExtraError("writing parquet", "parquet", error) from error
-    return pyarrow, parquet

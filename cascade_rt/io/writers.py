@@ -72,6 +72,15 @@ def check_ending(target: str | Path, ending: str) -> None:
         raise InputError(f"cannot write {target}: found a name that ends in {found}, expected {ending}")
 
 
+def new_path(target: str | Path, ending: str, *, overwrite: bool) -> Path:
+    """Return `output_path` for a file with this ending; raise InputError if it exists and is not to be replaced."""
+    check_ending(target, ending)
+    path = output_path(target)
+    if path.exists() and not overwrite:
+        raise InputError(f"{target}: exists already; name another file, or overwrite it")
+    return path
+
+
 def output_folder(target: str | Path) -> Path:
     """Make a folder to write to, where there is none, and return it; raise InputError where that is not possible."""
     path = Path(target)

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO, TypeVar
 
-from ..engine.stage import out_of_memory
+from ..engine.backends import out_of_memory
+from ..engine.task import Task
 from ..errors import CascadeError, InferenceError, InputError, InvalidOption, TextError
 from ..io.readers import Example, Reject
 from ..io.writers import json_line
@@ -16,7 +17,7 @@ from ..types import Prediction, Text
 
 STOP, SKIP, NULL = "stop", "skip", "null"
 ON_ERROR = (STOP, SKIP, NULL)
-"""What to do with a record that cannot be used."""
+"""Ways to treat a record that cannot be used."""
 
 CHUNK = 1024
 """Texts in memory at a time."""
@@ -24,14 +25,16 @@ CHUNK = 1024
 Record = Example | Reject
 Answers = TypeVar("Answers")
 FIELDS = ("label", "score", "exit", "layers", "truncated")
-"""What an answer adds to the fields of a record."""
+"""Fields that an answer adds to those of a record."""
+ALL_FIELDS = (*FIELDS, "labels")
+"""Those of a task with several labels per text."""
 
 _PROBES = 8  # texts that a member must fail on before it is taken to be broken
 
 
 @dataclass
 class Counts:
-    """How many records a job has seen so far."""
+    """Numbers of the records that a job has seen so far."""
 
     answered: int = 0
     rejected: int = 0
@@ -50,8 +53,9 @@ def answer(
     *,
     on_error: str = STOP,
     rejects: TextIO | None = None,
-) -> Iterator[None]:
-    """Write one line of JSON for each record, in order, and count it; yield after each chunk that was read in full.
+    progress: Callable[[], object] = lambda: None,
+) -> None:
+    """Write one line of JSON for each record, in order, and count it; call `progress` after each chunk of them.
 
     A record that cannot be used, or whose text a member cannot run, ends the job with its error, after everything
     before it was written (STOP), is left out (SKIP), or gets a line with nulls and the reason as `error` (NULL). Each
@@ -60,11 +64,10 @@ def answer(
     """
     if on_error not in ON_ERROR:
         raise InvalidOption("on_error", on_error, f"one of {', '.join(ON_ERROR)}")
-    for chunk, complete in chunks(records, CHUNK):
+    for chunk in chunks(records, CHUNK):
         for found, predictions in answered(chunk, runtime, runtime.predict):
-            write_answers(found, predictions, output, counts, on_error=on_error, rejects=rejects)
-        if complete:
-            yield
+            write_answers(found, predictions, output, counts, task=runtime.task, on_error=on_error, rejects=rejects)
+        progress()
 
 
 def write_answers(
@@ -73,6 +76,7 @@ def write_answers(
     output: TextIO,
     counts: Counts,
     *,
+    task: Task,
     on_error: str,
     rejects: TextIO | None,
 ) -> None:
@@ -80,19 +84,19 @@ def write_answers(
 
     Raises the error of the first record that cannot be used after those before it were written (STOP).
     """
-    answers = iter(predictions)
-    taken = (*FIELDS, "error") if on_error == NULL else FIELDS
+    answers, fields = iter(predictions), ALL_FIELDS if task.several else FIELDS
+    taken = (*fields, "error") if on_error == NULL else fields
     for record in records:
         if not isinstance(record, Reject):
             prediction = next(answers)
-            output.write(json_line(record.fields, {name: getattr(prediction, name) for name in FIELDS}, taken))
+            output.write(json_line(record.fields, {name: getattr(prediction, name) for name in fields}, taken))
             counts.answered += 1
             continue
         if on_error == STOP:
             raise record.error
         counts.rejected += 1
         if on_error == NULL:
-            output.write(json_line(record.fields, {**dict.fromkeys(FIELDS), "error": record.reason}))
+            output.write(json_line(record.fields, {**dict.fromkeys(fields), "error": record.reason}))
         if rejects is not None:
             line = {"where": record.where, "reason": record.reason, "row": record.row}
             rejects.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -104,25 +108,26 @@ def described(runtime: CascadeRuntime, on_error: str) -> dict[str, Any]:
         "bundle": runtime.bundle.sha256,
         "members": [member.name for member in runtime.bundle.members],
         "thresholds": runtime.thresholds,
-        "exit_rule": dict(runtime.bundle.exit_rule),
+        "exit_rule": {"kind": runtime.exit_rule.kind, **runtime.exit_rule.settings},
         "on_error": on_error,
     }
 
 
-def chunks(records: Iterable[Record], size: int) -> Iterator[tuple[list[Record], bool]]:
-    """Yield the records in chunks; where reading fails, those before it come first, with False."""
+def chunks(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
+    """Yield the records in chunks; where reading fails, those before it come first."""
     chunk: list[Record] = []
     try:
         for record in records:
             chunk.append(record)
             if len(chunk) == size:
-                yield chunk, True
+                yield chunk
                 chunk = []
     except InputError:
-        yield chunk, False
+        if chunk:
+            yield chunk
         raise
     if chunk:
-        yield chunk, True
+        yield chunk
 
 
 def answered(

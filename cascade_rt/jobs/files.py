@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
@@ -18,8 +19,8 @@ from typing import Any, TextIO
 from ..errors import InputError
 from ..io.readers import Example, Reject
 from ..io.tables import convert, output_format
-from ..io.writers import beside, is_stream, output_path, write_json
-from .answering import FIELDS
+from ..io.writers import beside, output_path, write_json
+from .answering import ALL_FIELDS, Counts
 
 
 class JobFiles:
@@ -35,14 +36,12 @@ class JobFiles:
         self._targets = [self.output] + ([] if rejects is None else [output_path(rejects)])
         for target in self._targets:
             output_format(target)  # fails before the work, not after
-            if is_stream(target):
-                raise InputError(f"cannot write {target}: it is a device or a pipe, expected a file")
         self._partials = [target.with_name(f"{target.name}.partial") for target in self._targets]
         self._checkpoint = self.output.with_name(f"{self.output.name}.checkpoint")
         self._job = dict(job)
         self._digest = hashlib.blake2b(digest_size=16)
-        self.done: dict[str, int] = {"records": 0, "answered": 0, "rejected": 0}
-        """What the files cover: as of the checkpoint, until the next one."""
+        self.done = Counts()
+        """Numbers of the records that the files cover: as of the checkpoint, until the next one."""
         state = self._found(resume)
         self._expected: str | None = state.get("digest")
         with self.disk_errors():
@@ -53,39 +52,37 @@ class JobFiles:
 
     @property
     def lines(self) -> TextIO:
-        """Where lines of the output go."""
+        """The stream for lines of the output."""
         return self._streams[0]
 
     @property
     def rejects(self) -> TextIO | None:
-        """Where lines of the rejects go."""
+        """The stream for lines of the rejects."""
         return self._streams[1] if len(self._streams) > 1 else None
 
     def remaining(self, records: Iterable[Example | Reject]) -> Iterator[Example | Reject]:
         """Yield the records that are still to be done; raise InputError if those before are not the ones that were."""
-        before, rest = self.done["records"], iter(records)
-        seen = sum(1 for record in islice(rest, before) if self._add(record))
+        before, seen, rest = self.done.records, 0, iter(records)
+        for record in islice(rest, before):
+            self._digest.update(record.content)
+            seen += 1
         if before and (seen < before or self._digest.hexdigest() != self._expected):
             raise InputError(
                 f"the first {before:,} rows of the input are not those of the interrupted run; delete "
                 f"{self._partials[0]} to start again"
             )
-        yield from (record for record in rest if self._add(record))
+        for record in rest:
+            self._digest.update(record.content)
+            yield record
 
-    def _add(self, record: Example | Reject) -> bool:
-        """Add a record to the digest of the input."""
-        self._digest.update(record.content)
-        return True
-
-    def commit(self, records: int, answered: int, rejected: int) -> None:
+    def commit(self, counts: Counts) -> None:
         """Put what was written on the disk, and note that it covers this many records."""
-        self.done = {"records": records, "answered": answered, "rejected": rejected}
+        self.done = replace(counts)
         with self.disk_errors():
             self._sync()
             sizes = [partial.stat().st_size for partial in self._partials]
-            write_json(
-                self._checkpoint, self.done | {"job": self._job, "bytes": sizes, "digest": self._digest.hexdigest()}
-            )
+            state = {"job": self._job, "bytes": sizes, "digest": self._digest.hexdigest()}
+            write_json(self._checkpoint, {"records": counts.records, **asdict(counts), **state})
 
     def finish(self) -> None:
         """Give the files their names."""
@@ -93,9 +90,9 @@ class JobFiles:
             self._sync()
             fresh = [beside(target, f"fresh-{place}") for place, target in enumerate(self._targets)]
             try:
-                converted = [convert(*files, kept=FIELDS) for files in zip(self._partials, fresh, strict=True)]
                 written = [
-                    new if done else old for new, old, done in zip(fresh, self._partials, converted, strict=True)
+                    new if convert(old, new, kept=ALL_FIELDS) else old
+                    for old, new in zip(self._partials, fresh, strict=True)
                 ]
                 for file, target in reversed(list(zip(written, self._targets, strict=True))):
                     file.replace(target)
@@ -130,8 +127,8 @@ class JobFiles:
             return {}
         if not resume:
             raise InputError(
-                f"{self._partials[0]} has the first {records:,} rows of an interrupted run; go on with `resume`, or "
-                "delete it to start again"
+                f"{self._partials[0]} has the first {records:,} rows of an interrupted run; resume it, or delete "
+                "that file to start again"
             )
         if differing:
             key = differing[0]
@@ -139,7 +136,7 @@ class JobFiles:
                 f"{self._partials[0]} is of a run with another {key} (found {job.get(key)}, expected "
                 f"{self._job[key]}); give the same command, or delete it to start again"
             )
-        self.done = {name: int(state[name]) for name in self.done}
+        self.done = Counts(int(state["answered"]), int(state["rejected"]))
         return state
 
     @contextmanager

@@ -24,20 +24,23 @@ from typing import Any, NamedTuple
 from ..errors import InputError, InvalidOption, first_line
 from ..io.remote import located
 from ..io.tables import Column, columns_of, convert, fields_of, output_format, read_parquet, write_parquet
-from .answering import FIELDS
+from .answering import ALL_FIELDS, CHUNK
 
 ENDINGS = ("jsonl", "jsonl.gz", "jsonl.zst", "parquet")
-"""Formats of shards."""
+"""Formats of shards; the first unless told."""
+
+SHARD_ROWS = 10 * CHUNK
+"""Records in a shard unless told."""
 
 _JOB, _SUCCESS, _RECEIPTS = "_JOB", "_SUCCESS", "_receipts"
 
 
 class Receipt(NamedTuple):
-    """What a shard covers."""
+    """The record of a shard: the part that it covers, and its counts."""
 
     part: str
     digest: str
-    """Of the part's records."""
+    """Digest of the part's records."""
     bytes: int
     """Size of the shard."""
     answered: int
@@ -47,7 +50,7 @@ class Receipt(NamedTuple):
     rejects: str
     """The lines of the rejects."""
     columns: dict[str, list[Any]] | None = None
-    """What decides the types of a parquet shard's columns: the values of `Column` by name; None for other shards."""
+    """The columns of a parquet shard: the values of `Column` by name; None for other shards."""
 
 
 class ShardFolder:
@@ -76,7 +79,7 @@ class ShardFolder:
             raise InputError(f"{self.target}: found other files there, expected a new or empty folder; name another")
         if not resume:
             raise InputError(
-                f"{self.target}: found the answers of an earlier run there; name another folder, or go on with `resume`"
+                f"{self.target}: found the answers of an earlier run there; resume it, or name another folder"
             )
         earlier = self._read(_JOB) or {}
         if differing := [key for key in job if job[key] != earlier.get(key)]:
@@ -169,7 +172,7 @@ class ShardFolder:
             source, target = Path(folder, "lines"), Path(folder, f"shard.{self._ending}")
             source.write_bytes(plain)
             columns = columns_of(source) if self._ending == "parquet" else None
-            convert(source, target, kept=FIELDS, columns=columns)
+            convert(source, target, kept=ALL_FIELDS, columns=columns)
             return target.read_bytes(), columns
 
     def _unify(self, receipts: Sequence[Receipt]) -> None:
@@ -178,9 +181,9 @@ class ShardFolder:
         for receipt in receipts:
             for name, column in _columns(receipt).items():
                 joined[name] = joined[name].joined(column) if name in joined else column
-        fields = fields_of(joined, FIELDS)
+        fields = fields_of(joined, ALL_FIELDS)
         for receipt in receipts:
-            if (own := fields_of(_columns(receipt), FIELDS)) == fields:
+            if (own := fields_of(_columns(receipt), ALL_FIELDS)) == fields:
                 continue
             shard, noted = self._shard(receipt.part), f"{_RECEIPTS}/{receipt.part}"
             with tempfile.TemporaryDirectory() as folder:

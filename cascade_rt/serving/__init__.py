@@ -5,6 +5,18 @@ request -> tokens (once) -> `batcher` (texts of all requests, regrouped before e
 
 from __future__ import annotations
 
-from .client import AsyncClient, Classification, Client, ServerError
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .client import AsyncClient, Classification, Client, ServerError
 
 __all__ = ["AsyncClient", "Classification", "Client", "ServerError"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the client when it is asked for: the settings of a server need no extra."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import client  # noqa: PLC0415
+
+    return getattr(client, name)

@@ -20,9 +20,9 @@ import numpy as np
 
 from ..bundle.manifest import HIDDEN_STATES, TOKENS
 from ..engine.batching import by_length, micro_batches
-from ..engine.exit_rules import Decisions, ExitRule
+from ..engine.exit_rules import ExitRule
 from ..engine.hidden_states import HiddenStates
-from ..engine.probabilities import softmax
+from ..engine.step import Call, step
 from ..engine.tokenization import Encoded
 from ..errors import CascadeError, InferenceError
 from ..runtime import CascadeRuntime
@@ -83,7 +83,10 @@ class RequestRun(NamedTuple):
 class Ticket:
     """The texts of one request, and their answers so far."""
 
-    def __init__(self, texts: int, deadline: float, on_done: Callable[[], object]) -> None:
+    def __init__(self, texts: int, rule: ExitRule, deadline: float, on_done: Callable[[], object]) -> None:
+        self.rule = rule
+        self.state = rule.begin(texts)
+        """State of the exit rule."""
         self.answers: list[Answer | None] = [None] * texts
         self.error: Exception | None = None
         self.deadline = deadline
@@ -143,7 +146,6 @@ class Waiting:
     queued: float
     length: int
     truncated: bool
-    decisions: Decisions
     inputs: dict[str, tuple[Any, int]]
     """Inputs of stages by their kind: the texts or states of a call, and the row there."""
     steps: tuple[tuple[float, ...], ...] = ()
@@ -180,12 +182,12 @@ class Batcher:
             observer: Told of batches and answers, in the thread.
         """
         self.runtime = runtime
-        self._chain = runtime.chain
+        self._plan = runtime.plan
         self._max_wait = max_wait
         self._max_queue = max_queue
         self._degrade = degrade
         self._observer = observer
-        self._queues: list[list[Waiting]] = [[] for _ in self._chain.stages]
+        self._queues: list[list[Waiting]] = [[] for _ in self._plan.stages]
         self._accepted = 0
         self._seconds_per_token = [0.0] * len(self._queues)
         self._draining = False
@@ -220,16 +222,14 @@ class Batcher:
         thread, when the ticket is finished, unless it was cancelled. Raises Overloaded and Draining.
         """
         count = len(encoded.lengths)
-        ticket = Ticket(count, deadline, on_done)
-        rule = self._chain.rule if rule is None else rule
+        ticket = Ticket(count, self._plan.rule if rule is None else rule, deadline, on_done)
         with self._wake:
             self._check_room(count)
             now = monotonic()
             texts = []
             for row, length in enumerate(encoded.lengths.tolist()):
                 inputs: dict[str, tuple[Any, int]] = {TOKENS: (encoded, row)}
-                decisions = rule.begin(1)
-                texts.append(Waiting(ticket, row, now, now, max(1, length), encoded.truncated(row), decisions, inputs))
+                texts.append(Waiting(ticket, row, now, now, max(1, length), encoded.truncated(row), inputs))
             if count:
                 self._queues[0] += texts
                 self._accepted += count
@@ -313,18 +313,12 @@ class Batcher:
         pace = self._seconds_per_token
         pace[stage] += (_SMOOTHING if pace[stage] else 1.0) * (seconds / tokens - pace[stage])
 
-    def _answered(self, stage: int, text: Waiting, logits: list[float], probabilities: list[float]) -> bool:
-        """Note a stage's answer to a text, and return whether the text leaves with it."""
+    def _answer(self, stage: int, text: Waiting, logits: list[float], probabilities: list[float]) -> Answer:
+        """Return a stage's answer to a text."""
         text.steps += (tuple(probabilities),)
         winner = probabilities.index(max(probabilities))
-        prediction = self._chain.prediction(probabilities, winner, stage, text.truncated)
-        answer = Answer(prediction, tuple(logits), text.steps)
-        leaves = text.decisions.leaves_alone(stage, probabilities)
-        if leaves:
-            self._settle(text.ticket, text.row, answer)
-        else:
-            text.ticket.note(text.row, answer)
-        return leaves
+        prediction = self._plan.prediction(probabilities, winner, stage, text.truncated)
+        return Answer(prediction, tuple(logits), text.steps)
 
     def _settle(self, ticket: Ticket, row: int, answer: Answer) -> None:
         ticket.settle(row, answer)
@@ -364,7 +358,7 @@ class Batcher:
             stage
             for stage in waiting
             if now - min(text.queued for text in self._queues[stage][:_WINDOW]) >= self._max_wait
-            or sum(text.length for text in self._queues[stage]) >= self._chain.budget
+            or sum(text.length for text in self._queues[stage]) >= self._plan.budget
         ]
         return min(ready, key=lambda stage: self._queues[stage][0].arrived) if ready else waiting[0]
 
@@ -372,7 +366,7 @@ class Batcher:
         """Take the text that arrived first, and waiting texts of similar length, out of a stage's queue."""
         queue = self._queues[stage]
         lengths = np.array([text.length for text in queue[:_WINDOW]], dtype=np.intp)
-        for rows in micro_batches(by_length(lengths), lengths, self._chain.budget):
+        for rows in micro_batches(by_length(lengths), lengths, self._plan.budget):
             if 0 in rows:
                 break
         taken = [queue[row] for row in rows]
@@ -382,43 +376,47 @@ class Batcher:
 
     def _execute(self, index: int, texts: list[Waiting]) -> None:
         """Run one stage on a micro-batch, and move every text on: out, or to the next stage's queue."""
-        stage = self._chain.stages[index]
+        stage = self._plan.stages[index]
         picks = [text.inputs[stage.reads] for text in texts]
-        gathered: Encoded | HiddenStates = (
+        inputs: Encoded | HiddenStates = (
             Encoded.gathered(picks) if stage.reads == TOKENS else HiddenStates.gathered(picks)
         )
-        rows = np.arange(len(texts))
+        places: dict[Ticket, list[int]] = {}
+        for place, text in enumerate(texts):
+            places.setdefault(text.ticket, []).append(place)
+        calls = [
+            Call(ticket.rule, ticket.state, np.array([texts[place].row for place in own]), np.array(own))
+            for ticket, own in places.items()
+        ]
         started = monotonic()
         try:
-            batch = gathered.batch(rows)
-            logits, hidden, seconds = stage.run(batch)
+            done = step(self._plan, index, inputs, calls, rows=np.arange(len(texts)), at_once=1)
         except Exception as error:
             self._isolate(index, texts, error)
             return
-        tokens = batch["attention_mask"].size
-        left = HiddenStates(gathered.lengths)
-        left.put(rows, batch["attention_mask"], hidden)
-        probabilities = softmax(logits).tolist()
+        seconds, tokens = sum(run.seconds for run in done.runs), sum(run.rows * run.tokens for run in done.runs)
         if self._observer is not None:
             self._observer.batch(index, [started - text.queued for text in texts], tokens, seconds)
-        queued: dict[Ticket, list[float]] = {}
-        for text in texts:
-            queued.setdefault(text.ticket, []).append(text.queued)
+        answers = zip(texts, done.logits.tolist(), done.probabilities.tolist(), done.leaving.tolist(), strict=True)
         finished: list[Ticket] = []
         with self._wake:
-            for ticket, times in queued.items():
-                ticket.runs.append(RequestRun(index, min(times), started, seconds, len(times), len(texts)))
+            for ticket, own in places.items():
+                queued = min(texts[place].queued for place in own)
+                ticket.runs.append(RequestRun(index, queued, started, seconds, len(own), len(texts)))
             self._timed(index, tokens, seconds)
             now = monotonic()
-            for row, text in enumerate(texts):
+            for place, (text, logits, probabilities, leaves) in enumerate(answers):
                 ticket = text.ticket
                 if ticket.finished:
                     continue
-                if self._answered(index, text, logits[row].tolist(), probabilities[row]):
+                answer = self._answer(index, text, logits, probabilities)
+                if leaves:
+                    self._settle(ticket, text.row, answer)
                     if ticket.finished:
                         finished.append(ticket)
                     continue
-                text.inputs[HIDDEN_STATES] = left, row
+                ticket.note(text.row, answer)
+                text.inputs[HIDDEN_STATES] = done.hidden_states, place
                 text.queued = now
                 insort(self._queues[index + 1], text, key=_by_arrival)
         for ticket in finished:

@@ -55,6 +55,9 @@ class Classified(BaseModel):
     member: str = Field(description="Its name.")
     layers: int = Field(description="Encoder layers executed, by all members that the text ran.")
     truncated: bool = Field(description="Whether the text was longer than max_length tokens.")
+    labels: list[str] | None = Field(
+        None, description="Of bundles with several labels per text: all that are above their cut."
+    )
     degraded: bool = Field(description="Whether a deadline kept it from the next member.")
     steps: list[dict[str, float]] | None = Field(None, description="Probabilities by member, where asked for.")
 
@@ -81,6 +84,7 @@ class ServedModel(BaseModel):
     name: str
     version: str
     labels: list[str]
+    task: str = Field(description="single_label or multi_label.")
     pair: bool
     members: list[ServedMember]
     thresholds: list[float]
@@ -143,6 +147,7 @@ def _served(service: Service, model: Model, texts: Mapping[tuple[str, str], int]
         name=model.name,
         version=model.version,
         labels=list(bundle.labels),
+        task=bundle.task,
         pair=bundle.pair,
         members=[ServedMember(name=one.name, layers=one.layers, precision=one.precision) for one in bundle.members],
         thresholds=model.runtime.thresholds,
@@ -159,10 +164,13 @@ def _described(model: Model, answers: list[Answer], steps: bool) -> Iterator[dic
     for answer in answers:
         found = answer.prediction
         row = found._asdict() | {
+            "labels": list(found.labels),
             "probabilities": dict(zip(labels, found.probabilities, strict=True)),
             "member": members[found.exit].name,
             "degraded": answer.degraded,
         }
+        if not model.runtime.task.several:
+            del row["labels"]
         if steps:
             row["steps"] = [dict(zip(labels, step, strict=True)) for step in answer.steps]
         yield row

@@ -26,8 +26,8 @@ class Parameters(BaseModel):
 
     top_k: Annotated[int, Field(ge=1, strict=True)] | None = Field(None, description="Only the most probable labels.")
     return_all_scores: StrictBool | None = Field(None, description="Without top_k, false is top_k 1.")
-    function_to_apply: Annotated[Literal["softmax", "none"] | None, BeforeValidator(_lower)] = Field(
-        None, description="softmax for probabilities, the default; none for logits."
+    function_to_apply: Annotated[Literal["softmax", "sigmoid", "none"] | None, BeforeValidator(_lower)] = Field(
+        None, description="none for logits; for probabilities, the default, the bundle's own: softmax or sigmoid."
     )
     truncation: Literal[True, False, "longest_first", "only_first", "do_not_truncate"] | None = Field(
         None, description="false refuses texts that are too long; the default cuts them."
@@ -66,6 +66,10 @@ def hugging_face_router(service: Service) -> APIRouter:
         own = service.models.get(name).runtime.bundle.max_length
         if wanted.max_length is not None and wanted.max_length < own:
             raise BadField("parameters.max_length", wanted.max_length, f"at least {own}, where the bundle cuts texts")
+        function = service.models.get(name).runtime.task.function
+        if wanted.function_to_apply not in (None, "none", function):
+            expected = f"{function} or none, for this bundle's labels"
+            raise BadField("parameters.function_to_apply", wanted.function_to_apply, expected)
         truncate = wanted.truncation not in (False, "do_not_truncate")
         model, answers = await service.classify(request, name, texts, truncate=truncate)
         labels, raw = model.runtime.bundle.labels, wanted.function_to_apply == "none"

@@ -36,7 +36,7 @@ _OUTPUTS: Mapping[str, tuple[str, Callable[[Answer], Any]]] = {
     "degraded": ("BOOL", lambda answer: answer.degraded),
 }
 _TYPES = {"FP32": "<f4", "INT32": "<i4", "BOOL": "?"}
-_PER_LABEL = ("probabilities", "logits")
+_PER_LABEL = ("probabilities", "logits", "labels")
 
 Texts = Annotated[list[str], Field(fail_fast=True)]
 Data = Annotated[
@@ -120,7 +120,7 @@ def inference_router(service: Service) -> APIRouter:
             "inputs": [{"name": name, "datatype": "BYTES", "shape": [-1]} for name in names],
             "outputs": [
                 {"name": name, "datatype": kind, "shape": [-1, labels] if name in _PER_LABEL else [-1]}
-                for name, (kind, _) in _OUTPUTS.items()
+                for name, (kind, _) in _outputs_of(model).items()
             ],
         }
 
@@ -140,11 +140,11 @@ def inference_router(service: Service) -> APIRouter:
     @router.post("/models/{name}/versions/{version}/infer", summary="Classify by a version", include_in_schema=False)
     async def infer(name: str, request: Request, version: str | None = None) -> Response:
         """Answer the inputs `text` (and `text_pair`) with the outputs asked for, or with all of them."""
-        _model(service, name, version)
+        known = _outputs_of(_model(service, name, version))
         try:
             wanted, binary = _read(request.headers, await request.body())
             texts = _texts(wanted, binary)
-            names = _outputs(wanted)
+            names = _wanted(wanted, list(known))
         except ValidationError as error:
             raise RequestValidationError(error.errors()) from error
         model, answers = await service.classify(request, name, texts)
@@ -236,22 +236,30 @@ def _strings(data: bytes, at: int) -> Iterator[str]:
         place += length
 
 
-def _outputs(wanted: InferRequest) -> dict[str, bool]:
+def _outputs_of(model: Model) -> Mapping[str, tuple[str, Callable[[Answer], Any]]]:
+    """Return all outputs of a model: with several labels per text also which labels each has."""
+    if not model.runtime.task.several:
+        return _OUTPUTS
+    names = model.runtime.bundle.labels
+    return {**_OUTPUTS, "labels": ("BOOL", lambda answer: [name in answer.prediction.labels for name in names])}
+
+
+def _wanted(wanted: InferRequest, known: Sequence[str]) -> dict[str, bool]:
     """Return which outputs are wanted, and which of them as binary data."""
     all_binary = (wanted.parameters or {}).get("binary_data_output") is True
     if not wanted.outputs:
-        return dict.fromkeys(_OUTPUTS, all_binary)
+        return dict.fromkeys(known, all_binary)
     for at, output in enumerate(wanted.outputs):
-        if output.name not in _OUTPUTS:
-            raise BadField(f"outputs.{at}.name", output.name, f"one of {', '.join(_OUTPUTS)}")
+        if output.name not in known:
+            raise BadField(f"outputs.{at}.name", output.name, f"one of {', '.join(known)}")
     return {output.name: (output.parameters or {}).get("binary_data", all_binary) is True for output in wanted.outputs}
 
 
 def _written(model: Model, answers: Sequence[Answer], wanted: InferRequest, names: Mapping[str, bool]) -> Response:
-    labels = model.runtime.bundle.labels
+    labels, known = model.runtime.bundle.labels, _outputs_of(model)
     outputs, parts = [], []
     for name, binary in names.items():
-        kind, value = _OUTPUTS[name]
+        kind, value = known[name]
         values = [value(answer) for answer in answers]
         shape = [len(values), len(labels)] if name in _PER_LABEL else [len(values)]
         output: dict[str, Any] = {"name": name, "datatype": kind, "shape": shape}

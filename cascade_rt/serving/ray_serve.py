@@ -24,7 +24,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..bundle.files import FileIdentity
 from ..bundle.hub import repository
-from ..cluster import RemoteRuntime, cluster, shared
+from ..cluster import RemoteBundle, cluster, shared
+from ..engine.execution import Execution
+from ..engine.providers import needs_gpu
 from ..errors import CascadeError, InputError, InvalidOption, first_line
 from ..runtime import CascadeRuntime
 from .app import create_app
@@ -33,7 +35,8 @@ from .metrics import Measured
 from .models import identity
 from .responses import error_response
 from .server import KEEP_ALIVE, Setup, announce, listen, log_json
-from .service import Service, Settings
+from .service import Service, open_runtime
+from .settings import Settings
 
 APPLICATION = "cascade-rt"
 """Name of the application in Serve."""
@@ -60,7 +63,7 @@ class Scaling:
         if self.min_replicas < 1:
             raise InvalidOption("min_replicas", self.min_replicas, "at least 1")
         if self.max_replicas is not None and self.max_replicas < self.min_replicas:
-            raise InvalidOption("max_replicas", self.max_replicas, f"at least {self.min_replicas}, as `min_replicas`")
+            raise InvalidOption("max_replicas", self.max_replicas, f"at least {self.min_replicas}, the fewest")
         if not 0 < self.target_requests < math.inf:
             raise InvalidOption("target_requests", self.target_requests, "a number above 0")
 
@@ -69,13 +72,13 @@ class Bundles:
     """The bundles on the machine where the server was started, for replicas on any machine; an actor."""
 
     def __init__(self) -> None:
-        self._shared: dict[str, tuple[FileIdentity | None, RemoteRuntime]] = {}
+        self._shared: dict[str, tuple[FileIdentity | None, RemoteBundle]] = {}
 
     def identity(self, source: str) -> FileIdentity | None:
         """Return the identity of the bundle that is there now."""
         return identity(source)
 
-    def recipe(self, source: str) -> RemoteRuntime:
+    def get(self, source: str) -> RemoteBundle:
         """Put the bundle that is there now into the object store, once; return how to open it anywhere."""
         found = identity(source)
         if source not in self._shared or self._shared[source][0] != found:
@@ -90,12 +93,12 @@ class Replica:
     def __init__(self, setup: Setup, bundles: Any) -> None:
         """Open the bundles that an actor, `Bundles`, has."""
 
-        def open_runtime(source: str, **settings: Any) -> CascadeRuntime:
-            recipe: RemoteRuntime = _got(bundles.recipe.remote(source))
-            return recipe.open(**settings)
+        def fetched(source: str, execution: Execution) -> CascadeRuntime:
+            remote: RemoteBundle = _got(bundles.get.remote(source))
+            return remote.open(execution)
 
         log_json()
-        self._service = setup.open(open_runtime, lambda source: _got(bundles.identity.remote(source)))
+        self._service = setup.open(fetched, lambda source: _got(bundles.identity.remote(source)))
         self._service.measure = self._measure
         app = create_app(self._service, token=setup.token, cors_origins=setup.cors_origins)
         self._app = _DrainMiddleware(app, self._service)
@@ -173,12 +176,8 @@ def serve_on_cluster(setup: Setup, scaling: Scaling, address: str | None) -> Non
     if setup.settings.threads is None:
         setup = replace(setup, settings=replace(setup.settings, threads=1))
     settings = setup.settings
-    runtimes = {
-        name: CascadeRuntime(
-            source, provider=settings.provider, threads=settings.threads, provider_options=settings.provider_options
-        )
-        for name, source in setup.sources.items()
-    }
+    execution = Execution(settings.provider, settings.threads, settings.provider_options)
+    runtimes = {name: open_runtime(source, execution) for name, source in setup.sources.items()}
     with listen(setup.host, setup.port) as free:  # raises the error of a port that is taken
         setup = replace(setup, port=free.getsockname()[1])
     with ExitStack() as ending, cluster(address):
@@ -186,7 +185,7 @@ def serve_on_cluster(setup: Setup, scaling: Scaling, address: str | None) -> Non
         if serve.status().proxies:
             raise InputError(
                 "found Ray Serve at work on this cluster, where it listens on one port for all applications, expected "
-                "none; stop it with: serve shutdown, or name another cluster by `address`"
+                "none; stop it with: serve shutdown, or name the address of another cluster"
             )
         try:
             plan = _Plan.of(settings, scaling)
@@ -216,7 +215,7 @@ class _Plan:
     def of(cls, settings: Settings, scaling: Scaling) -> _Plan:
         """Reserve a replica's threads, or a GPU; less where the cluster has no room for the fewest."""
         found, threads = cluster_resources(), settings.threads or 1
-        on_gpu = "cuda" in settings.provider.lower()
+        on_gpu = needs_gpu(settings.provider)
         room = found.get("GPU" if on_gpu else "CPU", 0)
         if on_gpu and not room:
             raise InvalidOption("provider", settings.provider, "cpu: the cluster has no GPU")

@@ -7,7 +7,7 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from time import monotonic
 from types import FrameType
@@ -19,10 +19,10 @@ from pythonjsonlogger.json import JsonFormatter
 from starlette.types import ASGIApp
 
 from ..errors import InputError, InvalidOption, MissingExtraError
-from ..runtime import CascadeRuntime
 from .app import create_app
 from .models import Identify, identity
-from .service import Service, Settings
+from .service import OpenRuntime, Service, open_runtime
+from .settings import Settings
 from .upgrades import Http11Protocol
 
 _BACKLOG = 2048
@@ -49,9 +49,7 @@ class Setup:
     traces: bool = False
     """Whether requests are traced: see `tracing`."""
 
-    def open(
-        self, open_runtime: Callable[..., CascadeRuntime] = CascadeRuntime, identify: Identify = identity
-    ) -> Service:
+    def open(self, open_runtime: OpenRuntime = open_runtime, identify: Identify = identity) -> Service:
         """Open the bundles; raise MissingExtraError where traces need packages that are not installed.
 
         The arguments are those of `Service`.

@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING
 
 from prometheus_client import Gauge
 from starlette.requests import Request
 
+from ..engine.execution import Execution
 from ..engine.exit_rules import ExitRule
 from ..engine.tokenization import Encoded
 from ..errors import CascadeError, InvalidOption
@@ -23,6 +22,7 @@ from ..types import Text
 from .batcher import Answer, Batcher, Draining
 from .metrics import Measured, Metrics
 from .models import Identify, Model, Models, identity
+from .settings import Settings
 
 if TYPE_CHECKING:  # of an extra
     from .tracing import Tracing
@@ -35,65 +35,21 @@ _UNWATCHED = 0.05  # seconds before the server looks whether a client is still t
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How a server answers."""
-
-    provider: str = "cpu"
-    threads: int | None = None
-    provider_options: Mapping[str, str] | None = None
-    max_wait_ms: float = 0.0
-    """How long a text may wait for its micro-batch to fill, while other texts keep the machine busy."""
-    max_queue: int = 1000
-    """Texts that may be accepted and not yet answered, for each bundle."""
-    max_texts: int = 1000
-    """Texts in one request."""
-    max_body: int = 8 * 2**20
-    """Bytes in the body of a request."""
-    timeout: float = 30.0
-    """Seconds for a request that names no deadline."""
-    degrade: bool = False
-    allow_thresholds: bool = False
-    log_texts: bool = False
-    """Whether texts and answers are logged."""
-    reload_seconds: float = 1.0
-    """How often to look for a replaced bundle; 0 for never."""
-    root_path: str = ""
-    """Prefix of all paths before a proxy, whether it strips it or not."""
-
-    def __post_init__(self) -> None:
-        """Raise InvalidOption for a value that is out of range."""
-        for field in ("max_queue", "max_texts", "max_body"):
-            if getattr(self, field) < 1:
-                raise InvalidOption(field, getattr(self, field), "at least 1")
-        for field in ("max_wait_ms", "reload_seconds"):
-            if not 0 <= getattr(self, field) < math.inf:
-                raise InvalidOption(field, getattr(self, field), "a number from 0")
-        if not 0 < self.timeout < math.inf:
-            raise InvalidOption("timeout", self.timeout, "seconds, more than 0")
-        if self.root_path:
-            _check_root_path(self.root_path)
-
-
-OWN_PATHS = (
-    "docs", "health", "info", "metrics", "models", "openapi.json", "predict", "static-offline-docs", "v1", "v2",
-)  # fmt: skip
-"""What the paths of the server begin with."""
-
-
-def _check_root_path(found: str) -> None:
-    if not re.fullmatch(r"(/[\w-][\w.~-]*)+", found, re.ASCII):
-        raise InvalidOption("root_path", found, "a path such as /sentiment, of letters, digits and -._~")
-    if (first := found.split("/")[1]) in OWN_PATHS:
-        raise InvalidOption("root_path", found, f"another one than /{first}, which is a path of the server itself")
-
-
 class BadField(InvalidOption):
     """A field, header or path of a request has a value that cannot be used."""
 
 
 class TooManyTexts(CascadeError):
     """A request has more texts than are allowed."""
+
+
+OpenRuntime = Callable[[str, Execution], CascadeRuntime]
+"""Opens the bundle of a source."""
+
+
+def open_runtime(source: str, execution: Execution) -> CascadeRuntime:
+    """Open the bundle of a folder, or of "hf:org/name"."""
+    return CascadeRuntime(source, **execution.arguments())
 
 
 class Service:
@@ -104,13 +60,10 @@ class Service:
         sources: dict[str, str],
         settings: Settings,
         tracing: Tracing | None = None,
-        open_runtime: Callable[..., CascadeRuntime] = CascadeRuntime,
+        open_runtime: OpenRuntime = open_runtime,
         identify: Identify = identity,
     ) -> None:
-        """Open the bundles; `sources`: folder, or "hf:org/name", by name.
-
-        `open_runtime`: called with a source and settings of `CascadeRuntime`. `identify`: tells a replaced bundle.
-        """
+        """Open the bundles; `sources`: folder, or "hf:org/name", by name. `identify`: tells a replaced bundle."""
         self.settings = settings
         self.tracing = tracing
         self.metrics = Metrics()
@@ -125,15 +78,9 @@ class Service:
 
     def _open(self, name: str, source: str) -> CascadeRuntime:
         """Load all members, and run each once: a first run takes longer."""
-        settings = self.settings
-        runtime = self._open_runtime(
-            source,
-            provider=settings.provider,
-            threads=settings.threads,
-            provider_options=settings.provider_options,
-            preload=True,
-            spin_us=_SPIN_US,
-        )
+        found = self.settings
+        execution = Execution(found.provider, found.threads, found.provider_options, _SPIN_US)
+        runtime = self._open_runtime(source, execution)
         runtime.member_logits([("a", "a") if runtime.bundle.pair else "a"])
         return runtime
 
@@ -190,7 +137,7 @@ class Service:
         deadline: float,
     ) -> list[Answer]:
         rule = None if thresholds is None else self._rule(model, thresholds)
-        tokenizer = model.runtime.chain.tokenizer
+        tokenizer = model.runtime.plan.tokenizer
         encode = tokenizer.encode
         short = sum(len(text) if isinstance(text, str) else sum(map(len, text)) for text in texts) <= _INLINE
         model.batcher.check_room(len(texts))
@@ -271,7 +218,7 @@ def _log_answers(request: Request, model: Model, texts: Sequence[Text], answers:
             "model": model.name,
             "version": model.version,
             "texts": list(texts),
-            "labels": [one.label for one in found],
+            "labels": [list(one.labels) if model.runtime.task.several else one.label for one in found],
             "scores": [one.score for one in found],
             "exits": [one.exit for one in found],
         },

@@ -96,12 +96,13 @@ def describe(service: Service, model: Model) -> dict[str, Any]:
         "max_input_length": bundle.max_length,
         "max_client_batch_size": service.settings.max_texts,
         "max_concurrent_requests": service.settings.max_queue,
-        "max_batch_tokens": model.runtime.chain.budget,
+        "max_batch_tokens": model.runtime.plan.budget,
         "auto_truncate": True,
         "version": __version__,
         "loaded": model.loaded,
         "pair": bundle.pair,
-        "exit_rule": bundle.exit_rule["kind"],
+        "task": bundle.task,
+        "exit_rule": model.runtime.exit_rule.kind,
         "thresholds": model.runtime.thresholds,
         "members": [
             {"name": member.name, "layers": member.layers, "precision": member.precision} for member in bundle.members
@@ -120,6 +121,6 @@ def _scores(model: Model, answer: Answer, raw: bool) -> list[dict[str, Any]]:
 
 
 def _check_direction(model: Model, wanted: str | None) -> None:
-    own = "Left" if model.runtime.chain.tokenizer.cuts_left else "Right"
+    own = "Left" if model.runtime.plan.tokenizer.cuts_left else "Right"
     if wanted is not None and wanted.title() != own:
         raise BadField("truncation_direction", wanted, f"{own}: the bundle's own")

@@ -7,19 +7,16 @@ Points proposed by one part of the texts are tested on the other with exact bino
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from .operating_points import Answers, OperatingPoint, measure, operating_points, pareto_front
-
-_CAREFUL = 12  # points before the first of the front, each more careful than the next
+from .operating_points import OperatingPoint, Recorded, operating_points, pareto_front
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """What Learn then Test found.
+    """The result of Learn then Test.
 
     `tested` of `sequence` points were tested on `texts` texts, and `certified` of them passed. `losses`: texts that the
     chosen point answers wrongly and the last member rightly; `bound`: exact upper confidence bound (Clopper-Pearson) of
@@ -39,8 +36,8 @@ class Certificate:
 
 
 def certify(
-    search: Answers,
-    test: Answers,
+    search: Recorded,
+    test: Recorded,
     max_risk: float,
     confidence: float,
     *,
@@ -56,17 +53,22 @@ def certify(
     `max_risk` is at most 1 - `confidence`, whatever the texts. Returns None if not even the first is certified; the
     last member alone needs no test and is never returned.
     """
-    last_alone = (len(search.scores) - 1,)
+    last_alone = search.alone(len(search.right) - 1)
     points = operating_points(search, shared=shared, subsets=subsets)
-    cost = measure(search, last_alone, ()).cost
-    front = pareto_front((point for point in points if point.members != last_alone and point.cost < cost), by="risk")
-    sequence = [point for point in _more_careful(search, front[:1]) if point.cost < cost] + front
+    faster = (point for point in points if point.members != last_alone.members and point.cost < last_alone.cost)
+    front = pareto_front(faster, by="risk")
+    careful = [
+        careful
+        for first in front[:1]
+        for careful in search.measured(first.members, first.rule.more_careful(search.observed[list(first.members)]))
+    ]
+    sequence = [point for point in careful if point.cost < last_alone.cost] + front
     texts = len(test.overhead)
     chosen, certified, tested = None, 0, 0
     losses, p_value = 0, 1.0
     for point in sequence:
         tested += 1
-        found = measure(test, *point.way)
+        found = test.measure(point.members, point.rule)
         now = round(found.risk * texts)
         p = binomial_cdf(now, texts, max_risk)
         if tested == 1 or p <= 1 - confidence:
@@ -124,18 +126,3 @@ def texts_needed(risk: float, max_risk: float, confidence: float) -> int | None:
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)
     return high
-
-
-def _more_careful(answers: Answers, first: Sequence[OperatingPoint]) -> Iterator[OperatingPoint]:
-    """Yield points with the same members and decreasing thresholds, from where almost no text leaves early."""
-    for point in first:
-        early = list(zip(point.members[:-1], point.thresholds, strict=True))
-        stay = [float(np.mean(answers.scores[member] <= tau)) for member, tau in early]
-        for step in range(_CAREFUL, 0, -1):
-            levels = [share + (1 - share) * step / (_CAREFUL + 1) for share in stay]
-            taus = tuple(
-                float(np.quantile(answers.scores[member], level))
-                for (member, _), level in zip(early, levels, strict=True)
-            )
-            if taus:
-                yield measure(answers, point.members, taus)

@@ -18,15 +18,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..bundle import Bundle, read_bundle
-from ..bundle.manifest import THRESHOLD_RULES
+from ..bundle import read_bundle
 from ..engine.cost import member_flops
-from ..engine.exit_rules import Thresholds
-from ..engine.probabilities import confidence, softmax
+from ..engine.exit_rules import ExitRule
 from ..errors import InputError, TextError
 from ..runtime import CascadeRuntime
 from ..types import Text, Trace
-from .operating_points import Answers
+from .operating_points import Recorded
 
 FEWEST_TEXTS = 50
 _CHUNK = 1024
@@ -38,7 +36,7 @@ _ROUNDS = 3
 class Collected:
     """The members' answers to the texts, once for each kind of cost: layers, FLOPs and milliseconds."""
 
-    answers: dict[str, Answers]
+    answers: dict[str, Recorded]
     digest: str
     """sha256 of texts and labels."""
     labelled: bool
@@ -54,13 +52,10 @@ def open_whole(model_dir: str | Path, **settings: Any) -> CascadeRuntime:
     return CascadeRuntime(model_dir, members=names, **settings)
 
 
-def check_thresholds(bundle: Bundle) -> None:
-    """Raise InputError for a bundle whose exit rule has no thresholds."""
-    if bundle.exit_rule["kind"] not in THRESHOLD_RULES:
-        raise InputError(
-            f"found a bundle with the exit rule {bundle.exit_rule['kind']}, expected one with thresholds "
-            f"({', '.join(THRESHOLD_RULES)})"
-        )
+def check_thresholds(rule: ExitRule) -> None:
+    """Raise InputError for an exit rule without thresholds."""
+    if rule.parameter != "thresholds":
+        raise InputError(f"found a bundle with the exit rule {rule.kind}, expected one with thresholds")
 
 
 def cache_folder() -> Path:
@@ -71,49 +66,61 @@ def cache_folder() -> Path:
 def collect(
     runtime: CascadeRuntime,
     texts: Sequence[Text],
-    labels: NDArray[np.intp] | None,
+    labels: NDArray[Any] | None,
     *,
     cache: Path | None,
     progress: Callable[[int], object] = lambda _: None,
 ) -> Collected:
     """Run every member on every text, and time some texts.
 
-    `labels`: class ids, (texts,), or None to compare with the last member's answers. `cache`: folder to cache logits
-    in, None for no cache. Raises InputError for too few texts, and for a class without a text.
+    `labels`: right answers as the task gives them (see `evaluation.true_answers`), or None to compare with the last
+    member's. `cache`: folder to cache logits in, None for no cache. Raises InputError for too few texts, and for a
+    class without a text.
     """
     if len(texts) < FEWEST_TEXTS:
         raise InputError(f"found {len(texts)} texts, expected at least {FEWEST_TEXTS} to choose thresholds from")
-    names = runtime.bundle.labels
-    if labels is not None and (absent := sorted(set(range(len(names))) - set(labels.tolist()))):
+    names, task, rule = runtime.bundle.labels, runtime.task, runtime.exit_rule
+    known = None if labels is None else task.indicators(labels, len(names))
+    if known is not None and (absent := np.flatnonzero(~known.any(axis=0)).tolist()):
         shown = ", ".join(repr(names[index]) for index in absent[:5]) + (", ..." if len(absent) > 5 else "")
         raise InputError(
             f"found no text of {len(absent)} of the {len(names)} classes ({shown}), expected some of each: accuracy "
-            "would say nothing about them; add texts, or compare with the last member (`agreement`)"
+            "would say nothing about them; add texts, or measure agreement with the last member"
         )
     logits, lengths = _logits(runtime, texts, cache, progress)
-    probabilities = softmax(logits)
-    predictions = probabilities.argmax(axis=-1)
+    probabilities = task.probabilities(logits)
+    answers = task.answers(probabilities)
     members = runtime.bundle.members
     tokenization, seconds, noise = _latencies(runtime, texts, lengths)
-    right = predictions == (predictions[-1] if labels is None else labels)
-    rule = runtime.exit_rule
-    scores = rule.score(probabilities) if isinstance(rule, Thresholds) else confidence(probabilities)
-    shared: dict[str, Any] = {"classes": None if isinstance(rule, Thresholds) else predictions}
-    if runtime.bundle.chains != list(range(len(members))):
-        shared["chains"] = runtime.bundle.chains
-    nothing = np.zeros(len(texts))
     layers = np.repeat([[float(member.layers)] for member in members], len(texts), axis=1)
+    complete = runtime.bundle.chains == list(range(len(members)))
+    by_layers = Recorded(
+        rule,
+        rule.observed(task, probabilities),
+        task.equal(answers, answers[-1] if labels is None else labels),
+        costs=layers,
+        overhead=np.zeros(len(texts)),
+        chains=None if complete else runtime.bundle.chains,
+    )
     flops = np.stack([member_flops(member, lengths) for member in members])
-    written = [None] * len(texts) if labels is None else [names[label] for label in labels.tolist()]
     return Collected(
         {
-            "layers": Answers(scores, right, layers, nothing, **shared),
-            "flops": Answers(scores, right, flops, nothing, **shared),
-            "latency": Answers(scores, right, 1000 * seconds, 1000 * tokenization, noise, **shared),
+            "layers": by_layers,
+            "flops": replace(by_layers, costs=flops),
+            "latency": replace(by_layers, costs=1000 * seconds, overhead=1000 * tokenization, noise=noise),
         },
-        _digest(zip(texts, written, strict=True)),
+        _digest(zip(texts, _written(labels, names, len(texts)), strict=True)),
         labels is not None,
     )
+
+
+def _written(labels: NDArray[Any] | None, names: Sequence[str], texts: int) -> list[Any]:
+    """Return the label of each text by name, or a list of those that it has, or None."""
+    if labels is None:
+        return [None] * texts
+    if labels.ndim == 1:
+        return [names[label] for label in labels.tolist()]
+    return [[name for name, has in zip(names, row, strict=True) if has] for row in labels.tolist()]
 
 
 def _logits(

@@ -11,22 +11,27 @@ from numpy.typing import NDArray
 
 from ..bundle import MemberEntry
 from ..engine.cost import cumulative_layers, flops_speedup, layer_speedup
-from ..engine.exit_rules import ExitRule, Thresholds, exits_under
-from ..engine.probabilities import confidence, softmax
+from ..engine.exit_rules import ExitRule, replay
+from ..engine.task import SingleLabel, Task
 from ..errors import InputError
 from ..io.fields import nearest_label, number, same_label
-from .metrics import accuracy, dis, ece, f1
+from ..io.readers import Example, Reading
+from .metrics import dis, ece, f1, f1_of_sets
+
+_ONE_LABEL = SingleLabel()
 
 
 @dataclass(frozen=True)
 class Quality:
-    """How good some answers are."""
+    """The quality of some answers."""
 
     accuracy: float
     f1: float
     dis: float | None
     """None where no text, or every text, is answered rightly."""
     ece: float
+    f1_micro: float | None
+    """Over all labels together, with several labels per text; else None, as it is the accuracy."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,9 @@ class CascadeQuality(Quality):
     thresholds: list[float]
     exits: list[int]
     mean_layers: float
-    layer_speedup: float
-    flops_speedup: float
+    layer_speedup: float | None
+    """None where no layer was executed."""
+    flops_speedup: float | None
 
 
 @dataclass(frozen=True)
@@ -54,13 +60,17 @@ class Evaluation:
 
     texts: int
     f1: str
-    """Which F1 is given."""
+    """The F1 that is given."""
     members: list[MemberQuality]
     cascade: CascadeQuality
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as plain values for JSON."""
-        return asdict(self)
+        """Return it as plain values for JSON; `f1_micro` only with several labels per text."""
+        report = asdict(self)
+        for found in (*report["members"], report["cascade"]):
+            if found["f1_micro"] is None:
+                del found["f1_micro"]
+        return report
 
 
 def label_ids(
@@ -98,54 +108,72 @@ def _unknown(label: str, labels: Sequence[str], known_by: str) -> str:
     return f"found the label {label[:80]!r}, expected one that {known_by}: {shown}{hint}"
 
 
+def true_answers(task: Task, rows: Sequence[Example], how: Reading, labels: Sequence[str]) -> NDArray[Any]:
+    """Return the right answers as the task gives them, from rows of a file: int (texts,) or bool (texts, labels).
+
+    Raises InputError for a row without a label, where there has to be one, and for a label that is not among `labels`.
+    """
+    if not task.several:
+        return label_ids([(how.label_of(row), row.where) for row in rows], labels)
+    found = [how.labels_of(row) for row in rows]
+    ids = label_ids([(name, row.where) for row, names in zip(rows, found, strict=True) for name in names], labels)
+    answers = np.zeros((len(rows), len(labels)), dtype=bool)
+    answers[np.repeat(np.arange(len(rows)), list(map(len, found))), ids] = True
+    return answers
+
+
 def evaluate(
     members: Sequence[MemberEntry],
     rule: ExitRule,
     logits: NDArray[np.float32],
-    labels: NDArray[np.intp],
+    labels: NDArray[Any],
     lengths: NDArray[np.intp],
     original: Sequence[MemberEntry] | None = None,
+    *,
+    task: Task = _ONE_LABEL,
 ) -> Evaluation:
     """Measure each member alone, and the cascade under an exit rule, on labelled texts.
 
     `logits`: float32 (members, texts, labels), and `lengths`: tokens (texts,), both from
-    `CascadeRuntime.member_logits`; `labels`: class ids (texts,). Speed-up ratios are over `original`, None for the last
-    member (or the whole model of the last segment).
+    `CascadeRuntime.member_logits`; `labels`: right answers as the task gives them, for instance by `true_answers`.
+    Speed-up ratios are over `original`, None for the last member (or the whole model of the last segment).
     """
-    probabilities = softmax(logits)
-    confidences = confidence(probabilities)
-    predictions = probabilities.argmax(axis=-1)
+    probabilities = task.probabilities(logits)
+    confidences = task.confidence(probabilities)
+    answers = task.answers(probabilities)
     classes = logits.shape[-1]
-    exits = exits_under(rule, probabilities)
+    exits = replay(rule, rule.observed(task, probabilities))
     rows = np.arange(len(labels))
     alone = [
         MemberQuality(
-            **vars(quality(labels, predictions[index], confidences[index], classes)),
+            **vars(quality(task, labels, answers[index], confidences[index], classes)),
             name=member.name,
             layers=member.layers,
         )
         for index, member in enumerate(members)
     ]
     cascade = CascadeQuality(
-        **vars(quality(labels, predictions[exits, rows], confidences[exits, rows], classes)),
-        thresholds=list(rule.thresholds) if isinstance(rule, Thresholds) else [],
+        **vars(quality(task, labels, answers[exits, rows], confidences[exits, rows], classes)),
+        thresholds=list(rule.thresholds),
         exits=np.bincount(exits, minlength=len(members)).tolist(),
         mean_layers=float(cumulative_layers(members)[exits].mean()),
         layer_speedup=layer_speedup(members, exits, original),
         flops_speedup=flops_speedup(members, exits, lengths, original),
     )
-    return Evaluation(len(labels), "of class 1" if classes == 2 else "mean over the classes", alone, cascade)
+    only_one = classes == 2 and not task.several
+    return Evaluation(len(labels), "of class 1" if only_one else "mean over the classes", alone, cascade)
 
 
 def quality(
-    labels: NDArray[np.intp], predictions: NDArray[np.intp], confidences: NDArray[np.float64], classes: int
+    task: Task, labels: NDArray[Any], answers: NDArray[Any], confidences: NDArray[np.float64], classes: int
 ) -> Quality:
-    """Return accuracy, F1, DIS and ECE of answers, all arrays of shape (texts,)."""
-    correct = labels == predictions
+    """Return accuracy, F1, DIS and ECE of answers, against right ones; `confidences`: (texts,)."""
+    correct = task.equal(labels, answers)
     inversion_score = dis(correct, confidences)
     return Quality(
-        accuracy=accuracy(labels, predictions),
-        f1=f1(labels, predictions, classes),
+        accuracy=float(np.mean(correct)),
+        f1=f1_of_sets(labels, answers) if task.several else f1(labels, answers, classes),
         dis=None if np.isnan(inversion_score) else inversion_score,
         ece=ece(correct, confidences),
+        f1_micro=f1_of_sets(labels, answers, micro=True) if task.several else None,
     )

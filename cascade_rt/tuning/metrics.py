@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from ..errors import InputError
 
@@ -21,12 +21,20 @@ def f1(labels: ArrayLike, predictions: ArrayLike, classes: int = 2) -> float:
     counts as 0, as in scikit-learn with `zero_division=0`.
     """
     truth, predicted = _aligned(labels, predictions)
-    scores = []
-    for label in [1] if classes == 2 else range(classes):
-        hits = np.sum((truth == label) & (predicted == label))
-        total = np.sum(truth == label) + np.sum(predicted == label)
-        scores.append(2 * hits / total if total else 0.0)
-    return float(np.mean(scores))
+    shown = np.array([1]) if classes == 2 else np.arange(classes)
+    return f1_of_sets(truth[:, None] == shown, predicted[:, None] == shown)
+
+
+def f1_of_sets(labels: NDArray[np.bool_], predictions: NDArray[np.bool_], *, micro: bool = False) -> float:
+    """F1 of answers with several labels, bool (texts, labels): the unweighted mean over labels, or `micro`: of all.
+
+    A label that neither occurs nor is predicted counts as 0.
+    """
+    hits = (labels & predictions).sum(axis=0)
+    total = labels.sum(axis=0) + predictions.sum(axis=0)
+    if micro:
+        hits, total = hits.sum(keepdims=True), total.sum(keepdims=True)
+    return float(np.mean(2 * hits / np.maximum(total, 1)))
 
 
 def dis(correct: ArrayLike, confidence: ArrayLike) -> float:

@@ -1,39 +1,41 @@
-"""Operating points: where texts may leave, and with which thresholds, measured on texts that every member has answered.
+"""Operating points: members and exit rules, measured on texts that every member has answered.
 
 `operating_points` measures the ways to run a bundle; `fastest` and `most_accurate` choose one by what was measured. The
-paper's case, one tau for all members, is `shared`. Of a cascade, members that answer nothing do not run; of a chain of
-segments, those before the last exit do.
+paper's case, one threshold for all members, is `shared`. Of a cascade, members that answer nothing do not run; of a
+chain of segments, those before the last exit do.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations, product
+from itertools import combinations
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..bundle import MemberEntry
-from ..engine.cost import layer_speedup, whole_model
-from ..engine.exit_rules import exits, patient_exits
+from ..engine.cost import cumulative_layers, ratio, whole_model
+from ..engine.exit_rules import ExitRule, MaximumProbability, replay
 from ..errors import InvalidOption
 
 _POINTS = 10_000  # tried for each number of members
-_TAUS = 200  # tried for one member at most
 _LARGEST = 4  # members of a subset
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What every member answers to some texts, and the cost of each answer.
+class Recorded:
+    """Some texts that every member has answered, with the cost of each answer.
 
-    `scores`: float64 (members, texts), what the exit rule compares with thresholds; `right`: bool (members, texts),
-    against the labels or, without labels, against the last member's answers; `costs`: float64 (members, texts), of
-    running a member on a text, in any unit; `overhead`: float64 (texts,), the cost of a text apart from its members.
+    `rule`: the bundle's exit rule. `observed`: (members, texts, ...), what it looks at. `right`: bool (members, texts),
+    against the labels or, without labels, against the last member's answers. `costs`: float64 (members, texts), of
+    running a member on a text, in any unit. `overhead`: float64 (texts,), the cost of a text apart from its members.
     """
 
-    scores: NDArray[np.float64]
+    rule: ExitRule
+    observed: NDArray[Any]
     right: NDArray[np.bool_]
     costs: NDArray[np.float64]
     overhead: NDArray[np.float64]
@@ -41,19 +43,20 @@ class Answers:
     """Measured p95 over fitted time; 1.0 if not timed."""
     chains: Sequence[int] | None = None
     """For each member, the first segment of its model; None where all are complete models."""
-    classes: NDArray[np.intp] | None = None
-    """What each member answers, int (members, texts), under patience; None under rules with thresholds."""
 
-    def take(self, rows: NDArray[np.intp]) -> Answers:
-        """Return the answers to some of the texts."""
+    def take(self, rows: NDArray[np.intp]) -> Recorded:
+        """Return some of the texts."""
         return replace(
             self,
-            scores=self.scores[:, rows],
+            observed=self.observed[:, rows],
             right=self.right[:, rows],
             costs=self.costs[:, rows],
             overhead=self.overhead[rows],
-            classes=None if self.classes is None else self.classes[:, rows],
         )
+
+    def exits(self, members: Sequence[int], rule: ExitRule) -> NDArray[np.intp]:
+        """Return the exit of each text as an index into `members`, int (texts,)."""
+        return replay(rule, self.observed[list(members)])
 
     def paths(self, members: Sequence[int]) -> NDArray[np.float64]:
         """Return the cost of each text if it leaves at each of these members, float64 (members, texts)."""
@@ -65,69 +68,74 @@ class Answers:
         paths: NDArray[np.float64] = self.overhead + np.cumsum(steps, axis=0)
         return paths
 
+    def alone(self, member: int) -> OperatingPoint:
+        """Measure a member that answers every text."""
+        return self.measure((member,), self.rule.without_exits(1))
+
+    def measure(self, members: tuple[int, ...], rule: ExitRule) -> OperatingPoint:
+        """Measure one way to run the bundle."""
+        return next(self.measured(members, [rule]))
+
+    def measured(self, members: tuple[int, ...], rules: Iterable[ExitRule]) -> Iterator[OperatingPoint]:
+        """Measure some members under several rules."""
+        rows = np.arange(len(self.overhead))
+        observed, right, last = self.observed[list(members)], self.right[list(members)], self.right[-1]
+        paths = self.paths(members)
+        quantile = (95 * len(rows)) // 100
+        for rule in rules:
+            place = replay(rule, observed)
+            answered, costs = right[place, rows], paths[place, rows]
+            yield OperatingPoint(
+                members,
+                rule,
+                float(answered.mean()),
+                float((last & ~answered).mean()),
+                float(costs.mean()),
+                self.noise * float(np.partition(costs, quantile)[quantile]),
+            )
+
 
 @dataclass(frozen=True)
 class OperatingPoint:
     """A way to run a bundle, measured on some texts.
 
-    `members`: ascending indices of the bundle's members that may answer; the last of them always answers. `thresholds`:
-    one for each but the last, none under patience. `risk`: share of texts that the point answers wrongly and the
-    bundle's last member rightly; the drop of accuracy is never larger.
+    `members`: ascending indices of the bundle's members that may answer; the last of them always answers. `risk`: share
+    of texts that the point answers wrongly and the bundle's last member rightly; the drop of accuracy is never larger.
     """
 
     members: tuple[int, ...]
-    thresholds: tuple[float, ...]
+    rule: ExitRule
     accuracy: float
     risk: float
     cost: float
     cost_p95: float
-    patience: int | None = None
-    """Of the exit rule; None under rules with thresholds."""
-
-    @property
-    def way(self) -> tuple[tuple[int, ...], tuple[float, ...], int | None]:
-        """The way alone, without what was measured: the arguments of `left_at` and `measure`."""
-        return self.members, self.thresholds, self.patience
 
 
-def left_at(
-    answers: Answers, members: Sequence[int], thresholds: Sequence[float], patience: int | None = None
-) -> NDArray[np.intp]:
-    """Return the exit of each text as an index into `members`, int (texts,)."""
-    if patience is not None and answers.classes is not None:
-        return patient_exits(answers.classes[list(members)], patience)
-    return exits(answers.scores[list(members)], thresholds)
-
-
-def measure(
-    answers: Answers, members: Sequence[int], thresholds: Sequence[float], patience: int | None = None
-) -> OperatingPoint:
-    """Measure one way to run the bundle."""
-    return next(_measured(answers, tuple(members), [tuple(thresholds)], patience))
-
-
-def operating_points(answers: Answers, *, shared: bool = False, subsets: bool = True) -> list[OperatingPoint]:
+def operating_points(recorded: Recorded, *, shared: bool = False, subsets: bool = True) -> list[OperatingPoint]:
     """Measure the ways to run the bundle that are worth trying, each member alone among them.
 
-    `shared`: one tau for all members. `subsets=False`: all members, or the last one alone; else up to four members
-    where texts may leave. Thresholds are quantiles of the members' scores, as many per member as give about 10,000
-    points for each number of members. With segments, one tau for all of them is tried too. Under patience, each number
-    is tried.
+    `shared`: one threshold for all members. `subsets=False`: all members, or the last one alone; else up to four
+    members where texts may leave. The exit rule names its candidates, about 10,000 for each number of members. With
+    segments, one threshold for all of them is tried too.
     """
-    count = len(answers.scores)
-    found = list(_measured(answers, (count - 1,), [()]))
-    if answers.classes is not None:
-        for patience in range(1, count - 1):
-            found += _measured(answers, tuple(range(count)), [()], patience)
+    count = len(recorded.right)
+    everyone = tuple(range(count))
+    found = [recorded.alone(count - 1)]
+
+    def try_all(members: tuple[int, ...], shared: bool, points: int) -> None:
+        candidates = recorded.rule.candidates(recorded.observed[list(members)], shared=shared, points=points)
+        found.extend(recorded.measured(members, candidates))
+
+    if not recorded.rule.chooses_members:
+        try_all(everyone, shared, _POINTS)
         return found
-    if answers.chains is not None and count > _LARGEST:
-        everyone = tuple(range(count))
-        found += _measured(answers, everyone, _candidates(answers, everyone, True, _POINTS))
+    if recorded.chains is not None and count > _LARGEST:
+        try_all(everyone, True, _POINTS)
     for size in range(1, min(count, _LARGEST) + 1) if subsets else [count]:
-        chosen = list(combinations(range(count), size))
+        chosen = list(combinations(everyone, size))
         for members in chosen:
             if members != (count - 1,):
-                found += _measured(answers, members, _candidates(answers, members, shared, _POINTS // len(chosen)))
+                try_all(members, shared, _POINTS // len(chosen))
     return found
 
 
@@ -165,58 +173,18 @@ def threshold_for_speedup(members: Sequence[MemberEntry], scores: NDArray[np.flo
     leave early, so this is the most careful cascade of that speed. Raises InvalidOption for a speed-up that the members
     cannot reach.
     """
-    fastest = sum(member.layers for member in whole_model(members)) / members[0].layers
+    whole, layers = sum(member.layers for member in whole_model(members)), cumulative_layers(members)
+    fastest = ratio(whole, members[0].layers) or math.inf
     if not 0 < speedup <= fastest:
         raise InvalidOption("speedup", speedup, f"a number above 0 and up to {fastest:.2f}: the first member's alone")
     candidates = np.unique(np.concatenate([[0.0, 1.0], scores[:-1].ravel()]))
     low, high = 0, len(candidates) - 1  # the speed-up falls as tau rises; candidates[0] = 0 sends everyone out first
     while low < high:
         middle = (low + high + 1) // 2
-        taus = [float(candidates[middle])] * (len(members) - 1)
-        if layer_speedup(members, exits(scores, taus)) >= speedup:
+        taus = (float(candidates[middle]),) * (len(members) - 1)
+        executed = layers[replay(MaximumProbability(taus), scores)].sum()
+        if (ratio(scores.shape[1] * whole, executed) or math.inf) >= speedup:
             low = middle
         else:
             high = middle - 1
     return float(candidates[low])
-
-
-def _candidates(answers: Answers, members: tuple[int, ...], shared: bool, points: int) -> Iterator[tuple[float, ...]]:
-    early = members[:-1]
-    if shared and early:
-        for tau in _quantiles(answers.scores[list(early)].ravel(), min(_TAUS, points)):
-            yield (tau,) * len(early)
-        return
-    each = min(_TAUS, max(2, int(points ** (1 / max(1, len(early))))))
-    yield from product(*(_quantiles(answers.scores[member], each) for member in early))
-
-
-def _quantiles(scores: NDArray[np.float64], count: int) -> list[float]:
-    """Return values between the scores of texts, so that no text's score equals a threshold."""
-    values = np.unique(scores)
-    places = np.searchsorted(values, np.quantile(scores, np.linspace(0, 1, count), method="lower"))
-    middles = (values + np.append(values[1:], values[-1])) / 2
-    found: list[float] = middles[np.unique(places)].tolist()
-    return found
-
-
-def _measured(
-    answers: Answers,
-    members: tuple[int, ...],
-    thresholds: Iterable[tuple[float, ...]],
-    patience: int | None = None,
-) -> Iterator[OperatingPoint]:
-    rows = np.arange(len(answers.overhead))
-    right, last = answers.right[list(members)], answers.right[-1]
-    paths = answers.paths(members)
-    for taus in thresholds:
-        place = left_at(answers, members, taus, patience)
-        answered, costs = right[place, rows], paths[place, rows]
-        yield OperatingPoint(
-            members,
-            taus,
-            float(answered.mean()),
-            float((last & ~answered).mean()),
-            float(costs.mean()),
-            answers.noise * float(np.partition(costs, (95 * len(costs)) // 100)[(95 * len(costs)) // 100]),
-            patience,
-        )

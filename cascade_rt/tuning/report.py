@@ -1,4 +1,4 @@
-"""What `tune` is asked and what it answers, as data classes; `TuningReport.to_json` is what `--json` prints."""
+"""Questions to `tune` and its answers, as data classes; `TuningReport.to_json` is what `--json` prints."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..errors import InputError, InvalidOption
+from ..errors import InvalidOption
 from .certify import Certificate
 
 COSTS = ("layers", "flops", "latency")
@@ -14,7 +14,7 @@ COSTS = ("layers", "flops", "latency")
 
 @dataclass(frozen=True)
 class Question:
-    """What to look for: at most one of `max_drop`, `speedup` and `budget_ms`; none for the front alone.
+    """The objective: at most one of `max_drop`, `speedup` and `budget_ms`; none for the front alone.
 
     Raises InvalidOption for a value out of range, and InputError for options that exclude each other.
     """
@@ -26,23 +26,23 @@ class Question:
     budget_ms: float | None = None
     """The most accurate point that takes at most this many milliseconds per text."""
     p95: bool = False
-    """Whether the budget is for the 95th percentile; else for the mean."""
+    """True if the budget is for the 95th percentile; else for the mean."""
     confidence: float | None = None
     """Guarantee `max_drop` with this confidence."""
     cost: str = "layers"
-    """What speed-up is measured by: one of COSTS."""
+    """The measure of speed-up: one of COSTS."""
     shared: bool = False
     """One tau for all members, as in the paper."""
     subsets: bool = True
-    """Whether members may be left out."""
+    """True if members may be left out."""
     seed: int = 0
-    """Of the split into the half that proposes and the half that certifies."""
+    """Seed of the split into the half that proposes and the half that certifies."""
 
     def __post_init__(self) -> None:
         """Check the values."""
         asked = [name for name in ("max_drop", "speedup", "budget_ms") if getattr(self, name) is not None]
-        if len(asked) > 1:
-            raise InputError(f"found {' and '.join(f'`{name}`' for name in asked)}, expected one question at a time")
+        for name in asked[1:]:
+            raise InvalidOption(name, getattr(self, name), "one objective: a maximum drop, a speed-up or a budget")
         for name, lowest, highest, expected in (
             ("max_drop", 0.0, 1.0, "a share from 0 to below 1"),
             ("speedup", 1e-9, math.inf, "a number above 0"),
@@ -54,9 +54,9 @@ class Question:
             if value is not None and not lowest <= value < highest:
                 raise InvalidOption(name, value, expected)
         if self.confidence is not None and self.max_drop is None:
-            raise InputError("found `confidence` alone, expected `max_drop` with it: that is what can be guaranteed")
+            raise InvalidOption("confidence", self.confidence, "a maximum drop with it: that is what can be guaranteed")
         if self.p95 and self.budget_ms is None:
-            raise InputError("found `p95` alone, expected `budget_ms` with it")
+            raise InvalidOption("p95", self.p95, "a budget in ms with it")
         if self.cost not in COSTS:
             raise InvalidOption("cost", self.cost, f"one of {', '.join(COSTS)}")
 
@@ -67,7 +67,7 @@ class Question:
 
     @property
     def asks(self) -> bool:
-        """Whether anything is asked; else only the front is shown."""
+        """True if anything is asked; else only the front is shown."""
         return (self.max_drop, self.speedup, self.budget_ms) != (None, None, None)
 
 
@@ -85,23 +85,22 @@ class Choice:
     risk: float
     """Share of texts answered wrongly here and rightly by the last member."""
     exits: list[int]
-    layers_speedup: float
-    flops_speedup: float
+    layers_speedup: float | None
+    """None where no layer is executed."""
+    flops_speedup: float | None
     latency_speedup: float
     latency_ms: float
     latency_p95_ms: float
-    patience: int | None = None
-    """Of the exit rule; None under rules with thresholds."""
+    exit_rule: dict[str, Any]
+    """Kind and settings, as the manifest writes them."""
 
     @property
     def alone(self) -> bool:
-        """Whether the last of the members answers every text."""
-        if self.patience is not None:
-            return self.patience >= len(self.members)
-        return all(threshold >= 1 for threshold in self.thresholds)
+        """True if the last of the members answered every text."""
+        return not any(self.exits[:-1])
 
-    def speedup(self, cost: str) -> float:
-        """Return the speed-up ratio by one of COSTS."""
+    def speedup(self, cost: str) -> float | None:
+        """Return the speed-up ratio by one of COSTS; None where it has no meaning."""
         return {"layers": self.layers_speedup, "flops": self.flops_speedup, "latency": self.latency_speedup}[cost]
 
 
@@ -116,7 +115,7 @@ class MoreTexts:
 
 @dataclass(frozen=True)
 class Guarantee(Certificate):
-    """What Learn then Test found on this file, and what more texts would certify."""
+    """The result of Learn then Test on this file, and points that more texts would certify."""
 
     searched_on: int
     with_more_texts: list[MoreTexts]

@@ -16,20 +16,12 @@ import numpy as np
 
 from ..bundle import MANIFEST, TUNING, Bundle, write_manifest
 from ..bundle.files import file_identity
-from ..bundle.manifest import PATIENCE
+from ..engine.cost import ratio
+from ..engine.exit_rules import ExitRule
 from ..errors import BundleError, InputError, InvalidOption
 from .certify import certify, texts_needed
 from .collect import Collected
-from .operating_points import (
-    Answers,
-    OperatingPoint,
-    fastest,
-    left_at,
-    measure,
-    most_accurate,
-    operating_points,
-    pareto_front,
-)
+from .operating_points import OperatingPoint, Recorded, fastest, most_accurate, operating_points, pareto_front
 from .report import Choice, Data, Guarantee, MoreTexts, Question, TuningReport, verdict
 
 
@@ -41,10 +33,9 @@ def tune(bundle: Bundle, data: Collected, question: Question, *, held_out: Colle
     speed-up or a budget that no point reaches.
     """
     answers = data.answers[question.measured_cost]
-    last = len(bundle.members) - 1
     options = {"shared": question.shared, "subsets": question.subsets}
     points = operating_points(answers, **options)
-    whole = measure(answers, (last,), ())
+    whole = answers.alone(len(bundle.members) - 1)
     guarantee: Guarantee | None = None
     point: OperatingPoint | None = None
     if question.confidence is not None and question.max_drop is not None:
@@ -54,7 +45,7 @@ def tune(bundle: Bundle, data: Collected, question: Question, *, held_out: Colle
         point = fastest(points, whole.accuracy - question.max_drop)
     elif question.speedup is not None:
         if whole.cost / question.speedup < (least := min(point.cost for point in points)):
-            highest = f"at most {whole.cost / least:.2f}: the fastest member's"
+            highest = f"at most {ratio(whole.cost, least) or math.inf:.2f}: the fastest member's"
             raise InvalidOption("speedup", question.speedup, highest)
         point = most_accurate(points, whole.cost / question.speedup)
     elif question.budget_ms is not None:
@@ -62,9 +53,9 @@ def tune(bundle: Bundle, data: Collected, question: Question, *, held_out: Colle
         if point is None:
             least = min(point.cost_p95 if question.p95 else point.cost for point in points)
             raise InvalidOption("budget_ms", question.budget_ms, f"at least {least:.3g}: the fastest member's here")
-    chosen = None if point is None else choice(bundle, data, *point.way)
+    chosen = None if point is None else choice(bundle, data, point.members, point.rule)
     alone = members_alone(bundle, data)
-    confirmed = None if point is None or held_out is None else choice(bundle, held_out, *point.way)
+    confirmed = None if point is None or held_out is None else choice(bundle, held_out, point.members, point.rule)
     judged = (chosen, alone) if confirmed is None or held_out is None else (confirmed, members_alone(bundle, held_out))
     return TuningReport(
         question=question,
@@ -74,43 +65,38 @@ def tune(bundle: Bundle, data: Collected, question: Question, *, held_out: Colle
         chosen=chosen,
         held_out=confirmed,
         guarantee=guarantee,
-        front=[choice(bundle, data, *point.way) for point in pareto_front(points)],
+        front=[choice(bundle, data, point.members, point.rule) for point in pareto_front(points)],
         verdict=verdict(*judged, guarantee),
     )
 
 
-def choice(
-    bundle: Bundle,
-    data: Collected,
-    members: tuple[int, ...],
-    thresholds: tuple[float, ...],
-    patience: int | None = None,
-) -> Choice:
+def choice(bundle: Bundle, data: Collected, members: tuple[int, ...], rule: ExitRule) -> Choice:
     """Return what one way to run the bundle does on the data: quality, exits, and speed-ups over its last member.
 
     `members`: those that may answer. A choice lists those that run: a segment that no text leaves has the threshold 1.
     """
     latency = data.answers["latency"]
-    whole = measure(latency, (len(bundle.members) - 1,), ())
-    point = measure(latency, members, thresholds, patience)
-    place = left_at(latency, members, thresholds, patience)
+    whole, point = latency.alone(len(bundle.members) - 1), latency.measure(members, rule)
+    place = latency.exits(members, rule)
     rows = np.arange(len(place))
     lost = latency.right[-1].astype(int) - latency.right[list(members)][place, rows]
-    speedups = {}
+    speedups: dict[str, Any] = {}
     for kind, answers in data.answers.items():
         executed, (alone,) = answers.paths(members), answers.paths([len(bundle.members) - 1])
-        speedups[f"{kind}_speedup"] = float(alone.sum() / executed[place, rows].sum())
+        speedups[f"{kind}_speedup"] = ratio(float(alone.sum()), float(executed[place, rows].sum()))
     chains = bundle.chains
     running = sorted({index for member in members for index in range(chains[member], member + 1)})
-    if bundle.exit_rule["kind"] == PATIENCE:
-        thresholds, patience = (), patience or len(running)
-    else:
-        taus = dict(zip(members, thresholds, strict=False))
-        thresholds = tuple(taus.get(index, 1.0) for index in running[:-1])
+    taus: tuple[float, ...] = ()
+    if len(members) == 1:
+        rule = rule.without_exits(len(running))
+        taus = rule.thresholds
+    elif rule.thresholds:
+        own = dict(zip(members, rule.thresholds, strict=False))
+        taus = tuple(own.get(index, 1.0) for index in running[:-1])
     counts = dict(zip(members, np.bincount(place, minlength=len(members)).tolist(), strict=True))
     return Choice(
         members=[bundle.members[index].name for index in running],
-        thresholds=list(thresholds),
+        thresholds=list(taus),
         accuracy=point.accuracy,
         drop=whole.accuracy - point.accuracy,
         drop_error=float(np.std(lost) / math.sqrt(len(lost))),
@@ -119,13 +105,14 @@ def choice(
         **speedups,
         latency_ms=point.cost,
         latency_p95_ms=point.cost_p95,
-        patience=patience,
+        exit_rule={"kind": rule.kind, **rule.settings},
     )
 
 
 def members_alone(bundle: Bundle, data: Collected) -> list[Choice]:
     """Return what each member does alone on the data."""
-    return [choice(bundle, data, (place,), ()) for place in range(len(bundle.members))]
+    rule = data.answers["latency"].rule.without_exits(1)
+    return [choice(bundle, data, (place,), rule) for place in range(len(bundle.members))]
 
 
 def write_tuning(folder: Path, bundle: Bundle, report: TuningReport) -> None:
@@ -139,10 +126,8 @@ def write_tuning(folder: Path, bundle: Bundle, report: TuningReport) -> None:
         raise InputError("found a report without a chosen point, expected one to write")
     if file_identity(folder / MANIFEST) != bundle.identity:
         raise BundleError(f"{folder}: replaced while it was tuned; tune it again")
-    members, rule = bundle.members, dict(bundle.exit_rule)
-    if report.chosen.patience is not None:
-        rule["patience"] = report.chosen.patience
-    else:
+    members, rule = bundle.members, {**bundle.exit_rule, **report.chosen.exit_rule}
+    if bundle.thresholds:
         taus = dict(zip(report.chosen.members, [*report.chosen.thresholds, 0.0], strict=True))
         *others, last = members
         members = (*(replace(member, threshold=taus.get(member.name, 1.0)) for member in others), last)
@@ -156,14 +141,14 @@ def local_folder(model_dir: str) -> Path:
     """Return the folder of a local bundle that can be written; raise BundleError for any other."""
     folder = Path(model_dir)
     if not (folder / MANIFEST).is_file():
-        raise BundleError(f"{model_dir}: not a local bundle; tune a copy, or write nothing (`dry_run`)")
+        raise BundleError(f"{model_dir}: not a local bundle; tune a copy, or make it a dry run")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise BundleError(f"{model_dir}: the folder cannot be written; tune a copy, or write nothing (`dry_run`)")
+        raise BundleError(f"{model_dir}: the folder cannot be written; tune a copy, or make it a dry run")
     return folder
 
 
 def _guaranteed(
-    search: Answers, test: Answers | None, question: Question, options: dict[str, bool]
+    search: Recorded, test: Recorded | None, question: Question, options: dict[str, bool]
 ) -> tuple[OperatingPoint | None, Guarantee]:
     """Certify on other texts what some propose; without other texts, on one half what the other half proposes."""
     confidence, max_risk = question.confidence or 0.0, question.max_drop or 0.0
@@ -173,10 +158,10 @@ def _guaranteed(
         half = len(rows) // 2
         search, test = search.take(rows[:half]), search.take(rows[half:])
     chosen, certificate, sequence = certify(search, test, max_risk, confidence, **options)
-    last = measure(test, (len(test.scores) - 1,), ())
+    last = test.alone(len(test.right) - 1)
     promising = []
     for point in sequence:
-        seen = measure(test, *point.way)  # points look better on the half that proposed them
+        seen = test.measure(point.members, point.rule)  # points look better on the half that proposed them
         needed = texts_needed(seen.risk, max_risk, confidence)
         if needed is not None and needed > certificate.texts and (chosen is None or seen.cost < chosen.cost):
             promising.append(MoreTexts(last.cost / seen.cost, seen.risk, halves * needed))

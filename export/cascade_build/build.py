@@ -18,7 +18,9 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-from cascade_export.export import AUTO, export_bundle
+from cascade_export.check import Check
+from cascade_export.export import export_bundle
+from cascade_export.member import AUTO
 from cascade_train import RECORD
 from cascade_train.finetune import Objective, finetune, logits_of
 from cascade_train.tasks import Examples, TaskData, write_examples
@@ -90,13 +92,8 @@ def build(plan: Plan, output: Path, *, overwrite: bool = False) -> BuildReport:
     with journal.step("export", bundle, {"members": settings, "precision": plan.precision}) as todo:
         if todo:
             sources = [str(folder) for folder in folders.values()]
-            export_bundle(
-                sources,
-                bundle,
-                precision=plan.precision,
-                max_accuracy_drop=plan.max_accuracy_drop,
-                calibrate=True,
-            )
+            check = Check(max_accuracy_drop=plan.max_accuracy_drop, calibrate=True)
+            export_bundle(sources, bundle, precision=plan.precision, check=check)
     with journal.step("tune", None, None):
         runtime = open_whole(bundle, preload=True)
         found, measured = _tuned(runtime, plan)

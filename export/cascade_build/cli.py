@@ -120,7 +120,7 @@ def run(options: argparse.Namespace) -> None:
     need_training("build")
     try:
         from cascade_build.build import REPORT, build, work_folder  # noqa: PLC0415 - loads torch
-        from cascade_build.plan import Plan, plan_members, split, steps  # noqa: PLC0415
+        from cascade_build.plan import Asked, Plan, plan_members, split, steps  # noqa: PLC0415
     except ImportError as error:
         raise MissingExtraError("cascade-rt build", "build", error) from error
     from cascade_train.finetune import Recipe  # noqa: PLC0415
@@ -150,10 +150,8 @@ def run(options: argparse.Namespace) -> None:
         len(parts.data.train),
         len(parts.unlabelled),
         recipe=recipe,
-        epochs=options.epochs,
-        small_epochs=options.small_epochs,
-        learning_rate=options.learning_rate,
-        small_learning_rate=options.small_learning_rate,
+        of_big=Asked(options.epochs, options.learning_rate),
+        of_small=Asked(options.small_epochs, options.small_learning_rate),
     )
     plan = Plan(
         parts,

@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from cascade_export.check import MAX_ACCURACY_DROP, check_allowed
+from cascade_export.check import MAX_ACCURACY_DROP, Check
 from cascade_export.checkpoint import member_name
-from cascade_export.export import AUTO
-from cascade_export.precision import PRECISIONS
+from cascade_export.member import AUTO
 from cascade_train.finetune import (
     Objective,
     Recipe,
@@ -29,6 +28,7 @@ from cascade_train.tasks import Examples, TaskData, load_part, reserve
 from transformers import AutoConfig
 
 from cascade_build.augment import variants
+from cascade_rt.bundle.precisions import PRECISIONS
 from cascade_rt.errors import InputError, InvalidOption
 from cascade_rt.tuning.collect import FEWEST_TEXTS
 from cascade_rt.tuning.report import Question
@@ -51,6 +51,17 @@ class Parts:
     """A test set, used for no choice: it certifies and measures the result."""
     unlabelled: list[Text]
     """Texts to which small members learn the biggest one's answers: without labels, or variants of training texts."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Settings of a recipe that are asked for; None leaves the choice to the plan."""
+
+    epochs: float | None = None
+    learning_rate: float | None = None
+
+
+NOTHING_ASKED = Asked()
 
 
 @dataclass(frozen=True)
@@ -88,7 +99,7 @@ class Plan:
         Objective(temperature=self.temperature, distill_weight=self.distill_weight)
         if self.precision not in (*PRECISIONS, AUTO):
             raise InvalidOption("precision", self.precision, f"one of {', '.join((*PRECISIONS, AUTO))}")
-        check_allowed(self.max_accuracy_drop)
+        Check(max_accuracy_drop=self.max_accuracy_drop)
 
     def data_settings(self) -> dict[str, Any]:
         """Return what identifies the labelled data and their split."""
@@ -172,7 +183,7 @@ def _check_size(data: TaskData, share: float) -> None:
     if len(data.train) < least:
         raise InputError(
             f"found {len(data.train)} training texts, expected at least {least}, to set aside twice {FEWEST_TEXTS} for "
-            "thresholds and for the measurement; add texts, or set aside a larger `reserve`"
+            "thresholds and for the measurement; add texts, or set aside a larger reserve"
         )
     counts = np.bincount(data.train.labels, minlength=len(data.labels))
     least = math.ceil((1 - share) / share)
@@ -180,7 +191,7 @@ def _check_size(data: TaskData, share: float) -> None:
         some = ", ".join(f"{data.labels[index]!r} {counts[index]}" for index in rare[:5]) + ", ..." * (len(rare) > 5)
         raise InputError(
             f"found labels with few training texts ({some}), expected at least {least} of each, so that some are in "
-            "every part; add texts of these labels, merge them into others, or set aside a larger `reserve`"
+            "every part; add texts of these labels, merge them into others, or set aside a larger reserve"
         )
 
 
@@ -191,17 +202,14 @@ def plan_members(
     unlabelled: int,
     *,
     recipe: Recipe,
-    epochs: float | None = None,
-    small_epochs: float | None = None,
-    learning_rate: float | None = None,
-    small_learning_rate: float | None = None,
+    of_big: Asked = NOTHING_ASKED,
+    of_small: Asked = NOTHING_ASKED,
 ) -> tuple[MemberPlan, ...]:
     """Return the members, the biggest first, from bases written as DIR or DIR=LAYERS.
 
-    Without `epochs` a member takes about 3,000 steps, in at most 10 epochs, and the biggest in at least 2.
-    `small_epochs` and `small_learning_rate` are for the others. Without learning rates deeper and wider members get
-    lower ones. Raises InputError for a base that cannot be read, and InvalidOption for a small member that is not
-    smaller.
+    Unless epochs are asked for, a member takes about 3,000 steps, in at most 10 epochs, and the biggest in at least 2.
+    Without learning rates deeper and wider members get lower ones. Raises InputError for a base that cannot be read,
+    and InvalidOption for a small member that is not smaller.
     """
     read = [_base("big", big), *(_base("small", written) for written in small)]
     shared = read[1][0] if len(read) > 1 else read[0][0]  # the bundle's tokenizer: that of a small member, as in export
@@ -213,11 +221,11 @@ def plan_members(
             biggest = size
         elif size[0] > biggest[0] or size[1] >= biggest[1]:
             raise InvalidOption("small", base, f"an encoder that is smaller than {read[0][0]} ({biggest[0]} layers)")
-        asked_rate, asked_epochs = (learning_rate, epochs) if not members else (small_learning_rate, small_epochs)
+        asked = of_small if members else of_big
         rate = min(_HIGHEST_RATE, _RATE * (12 / layers) * (384 / config.hidden_size))
         each = -(-(train + (unlabelled if members else 0)) // recipe.batch_size)
         usual = float(np.clip(round(_STEPS / each), 1 if members else 2, _MOST_EPOCHS))
-        own = usual if asked_epochs is None else asked_epochs
+        own = usual if asked.epochs is None else asked.epochs
         members.append(
             MemberPlan(
                 name=_name(layers, base, members),
@@ -228,7 +236,7 @@ def plan_members(
                 recipe=replace(
                     recipe,
                     epochs=own,
-                    learning_rate=float(f"{rate:.2g}") if asked_rate is None else asked_rate,
+                    learning_rate=float(f"{rate:.2g}") if asked.learning_rate is None else asked.learning_rate,
                     evaluations_per_epoch=max(1, min(4, round(4 / own))) if own else 1,
                 ),
             )

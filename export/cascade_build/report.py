@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from cascade_rt import CascadeRuntime
 from cascade_rt.benchmark.machine import describe
-from cascade_rt.engine.exit_rules import Thresholds, exits
-from cascade_rt.engine.probabilities import confidence, softmax
+from cascade_rt.engine.exit_rules import MaximumProbability, replay
+from cascade_rt.engine.task import SingleLabel
 from cascade_rt.io.writers import open_output
 from cascade_rt.tuning.collect import Collected
 from cascade_rt.tuning.evaluation import CascadeQuality, MemberQuality, evaluate
@@ -24,6 +24,8 @@ from cascade_rt.tuning.plot import draw_front
 from cascade_rt.tuning.report import TuningReport
 from cascade_rt.tuning.tune import members_alone
 from cascade_rt.types import Text
+
+_TASK = SingleLabel()
 
 if TYPE_CHECKING:
     from cascade_build.plan import Plan
@@ -106,17 +108,17 @@ def make_report(
     members = runtime.bundle.members
     names = [member.name for member in members]
     chosen = [names.index(name) for name in found.chosen.members]
-    everything = evaluate(members, Thresholds([1.0] * (len(members) - 1)), logits, labels, lengths)
+    everything = evaluate(members, MaximumProbability((1.0,) * (len(members) - 1)), logits, labels, lengths)
     cascade = evaluate(
         [members[index] for index in chosen],
-        Thresholds(found.chosen.thresholds),
+        MaximumProbability(tuple(found.chosen.thresholds)),
         logits[chosen],
         labels,
         lengths,
         members[-1:],
     ).cascade
-    probabilities = softmax(logits)
-    sure, answers = confidence(probabilities), probabilities.argmax(axis=-1)
+    probabilities = _TASK.probabilities(logits)
+    sure, answers = _TASK.confidence(probabilities), probabilities.argmax(axis=-1)
     wrong = _wrong_early(chosen, found.chosen.thresholds, sure, answers != labels)
     report_members = [
         BuiltMember(
@@ -196,7 +198,7 @@ def _wrong_early(
 
     `sure` and `wrong`: (members, texts).
     """
-    left_at = exits(sure[chosen], thresholds)
+    left_at = replay(MaximumProbability(tuple(thresholds)), sure[chosen])
     early = [
         (chosen[place], int(row))
         for row, place in enumerate(left_at)

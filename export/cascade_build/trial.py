@@ -9,7 +9,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from cascade_export.check import MAX_ACCURACY_DROP
 from cascade_export.checkpoint import member_name
 from cascade_export.exits import export_exits
 from cascade_export.export import export_bundle
@@ -66,7 +65,7 @@ def try_export(
                 for folder, (tokenizer, model) in zip(folders, copies, strict=True):
                     _write(folder, tokenizer, _narrowed(model, folder.name) if narrow else model, record, exits)
                 if exits:
-                    export_exits(str(folders[0]), bundle, max_accuracy_drop=MAX_ACCURACY_DROP)
+                    export_exits(str(folders[0]), bundle)
                 else:
                     export_bundle([str(folder) for folder in folders], bundle, precision=precision)
                 return

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cascade_export.checkpoint import Checkpoint
+from cascade_rt.benchmark.turns import in_turns
+from cascade_rt.bundle import MemberEntry
+from cascade_rt.engine.backends import usable
 from cascade_rt.engine.batching import TOKEN_BUDGET, by_length, micro_batches
-from cascade_rt.engine.probabilities import confidence, softmax
+from cascade_rt.engine.execution import Execution
 from cascade_rt.engine.stage import Stage
+from cascade_rt.engine.task import SingleLabel
 from cascade_rt.engine.tokenization import Encoded
 from cascade_rt.errors import CascadeError, InputError, InvalidOption
 from cascade_rt.io.readers import AS_USUAL, LABEL, Reading, read_examples
 from cascade_rt.tuning.evaluation import label_ids, quality
 from cascade_rt.types import Text
+
+_TASK = SingleLabel()
 
 MAX_ACCURACY_DROP = 0.5
 """Percentage points of accuracy that a precision may cost, by default."""
@@ -30,6 +35,32 @@ _TIMED_TEXTS = 64
 _FEWEST_BATCHED = 8
 
 Probabilities = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Check:
+    """Settings of the check of finished members on texts, and the largest loss that it allows."""
+
+    data: Path | None = None
+    """Texts, with or without labels; None for those that training held out."""
+    reading: Reading = AS_USUAL
+    """How `data` is read."""
+    max_accuracy_drop: float = MAX_ACCURACY_DROP
+    """Percentage points that a member may lose."""
+    execution: Execution = field(default_factory=Execution)
+    """Where finished members are checked and timed."""
+    calibrate: bool = False
+    """Divide each member's logits by the temperature that fits the texts best; they need labels."""
+
+    def __post_init__(self) -> None:
+        """Raise InvalidOption for a loss that is not a number of percentage points."""
+        if not 0 <= self.max_accuracy_drop <= 100:
+            raise InvalidOption(
+                "max_accuracy_drop", self.max_accuracy_drop, "a number of percentage points from 0 to 100"
+            )
+
+
+USUAL_CHECK = Check()
 
 
 @dataclass(frozen=True)
@@ -63,11 +94,17 @@ def load_check_data(file: Path | None, checkpoint: Checkpoint, reading: Reading 
     return CheckData([example.text for example in examples], labels)
 
 
+def reference(checkpoint: Checkpoint, path: Path) -> Stage:
+    """Return the member in fp32 on the CPU, the reference for every provider and precision."""
+    entry = MemberEntry(checkpoint.name, path.name, "", checkpoint.layers, checkpoint.hidden_size, 1, "fp32", None)
+    return Stage(entry, path, len(checkpoint.labels), usable(Execution()))
+
+
 def probabilities(member: Stage, encoded: Encoded) -> Probabilities:
     """Return a member's class probabilities as the runtime computes them, float64 (texts, labels)."""
     rows = by_length(encoded.lengths)
     batches = list(micro_batches(rows, encoded.lengths, TOKEN_BUDGET))
-    answers = softmax(np.concatenate([member.run(encoded.batch(batch)).logits for batch in batches]))
+    answers = _TASK.probabilities(np.concatenate([member.run(encoded.batch(batch)).logits for batch in batches]))
     return answers[np.argsort(rows)]
 
 
@@ -83,7 +120,10 @@ def batch_difference(member: Stage, encoded: Encoded, answers: Probabilities, se
     for _ in range(_BATCHINGS):
         rows = draw.permutation(len(answers))[:_TIMED_TEXTS]
         for batch in np.array_split(rows, int(draw.integers(1, len(rows) + 1))):
-            worst = max(worst, float(np.abs(softmax(member.run(encoded.batch(batch)).logits) - answers[batch]).max()))
+            worst = max(
+                worst,
+                float(np.abs(_TASK.probabilities(member.run(encoded.batch(batch)).logits) - answers[batch]).max()),
+            )
     return worst
 
 
@@ -108,14 +148,8 @@ def compare(original: Probabilities | None, exported: Probabilities, labels: NDA
 
 
 def _quality(answers: Probabilities, labels: NDArray[np.intp]) -> dict[str, float | None]:
-    found = quality(labels, answers.argmax(axis=1), confidence(answers), answers.shape[1])
+    found = quality(SingleLabel(), labels, answers.argmax(axis=1), _TASK.confidence(answers), answers.shape[1])
     return {"accuracy": found.accuracy, "dis": found.dis, "ece": found.ece}
-
-
-def check_allowed(drop: float) -> None:
-    """Raise InvalidOption for a `max_accuracy_drop` that is not a number of percentage points."""
-    if not 0 <= drop <= 100:
-        raise InvalidOption("max_accuracy_drop", drop, "a number of percentage points from 0 to 100")
 
 
 def check_drop(name: str, precision: str, report: dict[str, Any], allowed: float) -> None:
@@ -135,7 +169,7 @@ def check_drop(name: str, precision: str, report: dict[str, Any], allowed: float
             f"member {name!r} in {precision} may lose {lost:.2f} points of accuracy, allowed are {allowed:g} ({found}; "
             f"{100 * report['labels_agree']:.2f}% of labels agree on {report['texts']} texts, probabilities differ by "
             f"up to {report['max_probability_difference']:.3f}, {report['mean_probability_difference']:.4f} in the "
-            "mean); choose another `precision`, or auto, or a larger `max_accuracy_drop`"
+            "mean); choose another precision, or auto, or allow a larger drop"
         )
 
 
@@ -151,19 +185,12 @@ def speeds(members: Mapping[str, Stage], encoded: Encoded) -> dict[str, Speed]:
     """Measure members against each other: they take turns on every text and micro-batch, after one round to warm up."""
     rows = by_length(encoded.lengths)
     rows = rows[:: -(-len(rows) // _TIMED_TEXTS)]
-    alone = _turns(members, encoded, [rows[at : at + 1] for at in range(len(rows))])
-    in_bulk = _turns(members, encoded, list(micro_batches(rows, encoded.lengths, TOKEN_BUDGET)))
-    return {name: Speed(float(np.median(alone[name])), float(sum(in_bulk[name]) / len(rows))) for name in members}
-
-
-def _turns(
-    members: Mapping[str, Stage], encoded: Encoded, batches: Sequence[NDArray[np.intp]]
-) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in members}
-    for rows in [*batches, *batches]:
-        batch = encoded.batch(rows)
-        for name, member in members.items():
-            start = time.perf_counter()
-            member.run(batch)
-            times[name].append(time.perf_counter() - start)
-    return {name: spent[len(batches) :] for name, spent in times.items()}
+    contestants = {name: member.run for name, member in members.items()}
+    alone, in_bulk = (
+        in_turns(contestants, [encoded.batch(batch) for batch in batches], 1)
+        for batches in (np.split(rows, len(rows)), micro_batches(rows, encoded.lengths, TOKEN_BUDGET))
+    )
+    return {
+        name: Speed(float(np.median(alone[name].seconds)), float(in_bulk[name].seconds.sum() / len(rows)))
+        for name in members
+    }

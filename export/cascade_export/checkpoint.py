@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from cascade_rt.errors import CascadeError, InputError, InvalidOption
 from cascade_rt.io.readers import Example, read_examples
+from cascade_rt.types import Text
 
 SHORTEST = 3  # a token between [CLS] and [SEP]
 
@@ -30,6 +31,11 @@ SENTENCES = (
     "a bowl of soup, and agreed that they would not have missed the walk along the ridge for anything in the world.",
 )
 """Texts for the check; with their repetitions they cover every length up to a model's maximum."""
+
+
+def built_in_texts(pair: bool) -> list[Text]:
+    """Return texts of many lengths, as pairs if wanted."""
+    return [(one, other) for one in SENTENCES for other in SENTENCES[:2]] if pair else [*SENTENCES, *SENTENCES[::-1]]
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ def check_fit(checkpoints: Sequence[Checkpoint]) -> None:
             raise CascadeError(f"{where} {kinds[first.pair]} against {kinds[other.pair]}")
         if first.max_length != other.max_length:
             raise CascadeError(
-                f"{where} maximum length {first.max_length} against {other.max_length} tokens; set `max_length`"
+                f"{where} maximum length {first.max_length} against {other.max_length} tokens; set one for all"
             )
 
 

@@ -12,17 +12,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from cascade_export.check import MAX_ACCURACY_DROP
+from cascade_export.check import MAX_ACCURACY_DROP, Check
 from cascade_export.checkpoint import training_record
-from cascade_export.export import AUTO, DEFAULT_THRESHOLD, FP32_ON_OPENVINO, export_bundle
-from cascade_export.pack import check_output, packed
+from cascade_export.export import DEFAULT_THRESHOLD, export_bundle
+from cascade_export.member import AUTO, FP32_ON_OPENVINO
+from cascade_export.pack import packed
 from cascade_rt.bundle import Bundle, MemberEntry
 from cascade_rt.bundle.manifest import EXIT_RULES
 from cascade_rt.cli.options import add_label_column, add_provider_option, add_reading, provider_options, reading
 from cascade_rt.cli.parser import CommandParser
 from cascade_rt.cli.rendering import table
+from cascade_rt.engine.execution import Execution
 from cascade_rt.errors import InputError, InvalidOption, MissingExtraError
 from cascade_rt.io.readers import LABEL
+from cascade_rt.io.writers import new_path
 
 SUMMARY = "export fine-tuned members as a bundle (extra: export)"
 EXAMPLE = "cascade-rt export --member members/2L --member members/12L --output bundle/"
@@ -112,11 +115,18 @@ def add_arguments(parser: CommandParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Export, and print a table: the members, and how they compare with their originals on the check data."""
     if options.single_file:
-        check_output(options.single_file, overwrite=options.overwrite)
+        new_path(options.single_file, ".onnx", overwrite=options.overwrite)
+    check = Check(
+        options.check_data,
+        reading(options),
+        options.max_accuracy_drop,
+        Execution(options.provider, provider_options=provider_options(options)),
+        options.calibrate,
+    )
     with TemporaryDirectory(prefix="cascade-export-") as folder:
         members = options.member or _random_members(options, Path(folder))
         if any("exits" in training_record(member) for member in members):
-            bundle = _segments(members, options)
+            bundle = _segments(members, options, check)
         else:
             if options.exit_rule:
                 raise InputError(f"found --exit-rule {options.exit_rule}, expected it with a multi-exit model alone")
@@ -127,12 +137,7 @@ def run(options: argparse.Namespace) -> None:
                 pair=options.pair,
                 max_length=options.max_length,
                 precision=_precisions(options.precision),
-                check_data=options.check_data,
-                reading=reading(options),
-                max_accuracy_drop=options.max_accuracy_drop,
-                provider=options.provider,
-                provider_options=provider_options(options),
-                calibrate=options.calibrate,
+                check=check,
                 overwrite=options.overwrite,
             )
     line = packed(options.output, options.single_file, overwrite=options.overwrite) if options.single_file else None
@@ -157,7 +162,7 @@ def run(options: argparse.Namespace) -> None:
         print(line)
 
 
-def _segments(members: Sequence[str], options: argparse.Namespace) -> Bundle:
+def _segments(members: Sequence[str], options: argparse.Namespace, check: Check) -> Bundle:
     """Export one multi-exit model as a bundle of segments."""
     unused = {
         "--pair": options.pair,
@@ -179,9 +184,7 @@ def _segments(members: Sequence[str], options: argparse.Namespace) -> Bundle:
         rule=options.exit_rule,
         threshold=options.threshold,
         precision=precisions.get("", "fp32"),
-        check_data=options.check_data,
-        reading=reading(options),
-        max_accuracy_drop=options.max_accuracy_drop,
+        check=check,
         overwrite=options.overwrite,
     )
 

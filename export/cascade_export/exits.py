@@ -16,23 +16,24 @@ from cascade_train.settings import guarded
 from cascade_train.tasks import Examples
 from numpy.typing import NDArray
 
-from cascade_export.check import check_drop, compare, load_check_data
+from cascade_export.check import USUAL_CHECK, Check, check_drop, compare, load_check_data
 from cascade_export.convert import convert_segment
 from cascade_export.export import DEFAULT_THRESHOLD, TOKENIZER_FILE, bundle_of
-from cascade_export.precision import PRECISIONS, write_precision
+from cascade_export.precision import WRITERS, write_precision
 from cascade_export.segments import Segment
 from cascade_export.torch_checkpoint import TorchCheckpoint, open_torch
 from cascade_export.verify import TOLERANCE, check_texts
 from cascade_rt import CascadeRuntime
 from cascade_rt.bundle import Bundle, MemberEntry, sha256_of, write_bundle, write_manifest
-from cascade_rt.bundle.manifest import ENTROPY, EXIT_RULES, HIDDEN_STATES, PATIENCE, THRESHOLD_RULES, TOKENS
-from cascade_rt.engine.probabilities import softmax
+from cascade_rt.bundle.manifest import ENTROPY, EXIT_RULES, HIDDEN_STATES, PATIENCE, TOKENS
+from cascade_rt.engine.task import SingleLabel
 from cascade_rt.errors import CascadeError, InvalidOption
-from cascade_rt.io.readers import AS_USUAL, Reading
 from cascade_rt.types import Text
 
-PRECISIONS_OF_SEGMENTS = tuple(name for name in PRECISIONS if name != "int8-static")
-"""All but the one that draws ranges from texts: a segment alone does not see any."""
+_TASK = SingleLabel()
+
+PRECISIONS_OF_SEGMENTS = tuple(name for name, writer in WRITERS.items() if not writer.needs_texts)
+"""All but those that need texts: a segment alone does not see any."""
 _TRACED = 16  # tokens
 _PATIENCE = 2  # until tuning finds a better one
 
@@ -44,20 +45,18 @@ def export_exits(
     rule: str | None = None,
     threshold: float = DEFAULT_THRESHOLD,
     precision: str = "fp32",
-    check_data: Path | None = None,
-    reading: Reading = AS_USUAL,
-    max_accuracy_drop: float,
+    check: Check = USUAL_CHECK,
     overwrite: bool = False,
 ) -> Bundle:
     """Export a multi-exit model as a bundle of segments, one for each exit.
 
     `source`: a folder that `train_exits` wrote. `rule`: the exit rule, one of EXIT_RULES; None for that of its paper:
     patience for PABEE, else entropy. `threshold`: of each exit, until tuning finds better ones. `precision`: of all
-    segments. Every exit is compared with torch in one piece, and with itself in other batches. In other precisions than
-    fp32, none may lose more than `max_accuracy_drop` percentage points on `check_data`, which is read
-    as `reading` says (None: what training held out).
-    Raises CascadeError where a check fails; nothing is written then.
+    segments. Every exit is compared with torch in one piece, with itself in other batches, and with torch on the texts
+    of `check`, which calibrates no segments. Raises CascadeError where a check fails; nothing is written then.
     """
+    if check.calibrate:
+        raise InvalidOption("calibrate", check.calibrate, "False for segments, which share their layers")
     checkpoint = open_torch(source)
     whole = open_exits(source)
     rule = rule or (PATIENCE if whole.kind == PABEE else ENTROPY)
@@ -68,7 +67,7 @@ def export_exits(
     segments = [Segment(whole, index) for index in range(1 + len(whole.after))]
     settings: dict[str, Any] = {"kind": rule} | ({"patience": _PATIENCE} if rule == PATIENCE else {})
     texts = check_texts(checkpoint)
-    expected = softmax(_in_one_piece(checkpoint, whole, texts))
+    expected = _TASK.probabilities(_in_one_piece(checkpoint, whole, texts))
     with write_bundle(output, overwrite=overwrite) as folder, TemporaryDirectory(prefix="cascade-export-") as work:
         checkpoint.write_tokenizer(folder / TOKENIZER_FILE)
         with guarded(source, "cannot be exported to ONNX", "expected a multi-exit model of BERT or its like"):
@@ -80,7 +79,7 @@ def export_exits(
             members = []
             for index, segment in enumerate(segments):
                 write_precision(Path(work) / _file(index), folder / _file(index), kind)
-                early = index < len(segments) - 1 and rule in THRESHOLD_RULES
+                early = index < len(segments) - 1 and EXIT_RULES[rule].parameter == "thresholds"
                 members.append(
                     MemberEntry(
                         name=Path(_file(index)).stem,
@@ -106,17 +105,17 @@ def export_exits(
         differences = _compared(checkpoint, folder, texts, expected)
         if precision != "fp32":
             bundle = written(precision)
-        with CascadeRuntime(folder) as runtime:
+        with CascadeRuntime(folder, **check.execution.arguments()) as runtime:
             facts: list[dict[str, Any]] = [{"max_probability_difference": difference} for difference in differences]
             for fact, batched in zip(facts, _batch_differences(runtime, texts), strict=True):
                 fact["batch_difference"] = batched
-            data = load_check_data(check_data, checkpoint, reading)
+            data = load_check_data(check.data, checkpoint, check.reading)
             if data is not None:
-                original = softmax(_in_one_piece(checkpoint, whole, data.texts))
-                finished = softmax(runtime.member_logits(data.texts)[0])
+                original = _TASK.probabilities(_in_one_piece(checkpoint, whole, data.texts))
+                finished = _TASK.probabilities(runtime.member_logits(data.texts)[0])
                 for fact, member, ours, theirs in zip(facts, bundle.members, finished, original, strict=True):
                     fact["check"] = report = compare(theirs, ours, data.labels)
-                    check_drop(member.name, precision, report, max_accuracy_drop)
+                    check_drop(member.name, precision, report, check.max_accuracy_drop)
         members = tuple(
             replace(member, other={**member.other, **fact}) for member, fact in zip(bundle.members, facts, strict=True)
         )
@@ -145,7 +144,7 @@ def _compared(
 ) -> list[float]:
     """Return the largest difference of a probability from torch, for each exit; raise CascadeError beyond TOLERANCE."""
     with CascadeRuntime(folder) as runtime:
-        found = softmax(runtime.member_logits(texts)[0])
+        found = _TASK.probabilities(runtime.member_logits(texts)[0])
     differences = np.abs(found - expected).max(axis=(1, 2))
     if not differences.max() <= TOLERANCE:
         exit = int(differences.argmax())
@@ -158,6 +157,6 @@ def _compared(
 
 def _batch_differences(runtime: CascadeRuntime, texts: Sequence[Text]) -> list[float]:
     """Return how much a probability of each exit depends on the other texts of a call."""
-    together = softmax(runtime.member_logits(texts)[0])
-    alone = np.concatenate([softmax(runtime.member_logits([text])[0]) for text in texts], axis=1)
+    together = _TASK.probabilities(runtime.member_logits(texts)[0])
+    alone = np.concatenate([_TASK.probabilities(runtime.member_logits([text])[0]) for text in texts], axis=1)
     return [float(difference) for difference in np.abs(together - alone).max(axis=(1, 2))]

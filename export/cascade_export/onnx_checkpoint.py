@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -11,11 +11,14 @@ from typing import Any
 from cascade_train.settings import guarded, read_settings
 from tokenizers import Tokenizer
 
+from cascade_export.check import Probabilities, probabilities, reference
 from cascade_export.checkpoint import Checkpoint, checked_length, member_name, training_record
 from cascade_export.onnx_graph import OnnxGraph
 from cascade_export.tokenizer_file import bundled, check_same_tokens, longest, read_tokenizer
 from cascade_rt.bundle.onnx_file import OnnxFile, scan
+from cascade_rt.engine.tokenization import TextTokenizer
 from cascade_rt.errors import BundleError, InputError
+from cascade_rt.types import Text
 
 # The names that Optimum and transformers.js give to the files of each precision, in order of preference.
 FILES = {
@@ -37,7 +40,24 @@ class OnnxCheckpoint(Checkpoint):
     """A checkpoint that is an ONNX file, by precision."""
 
     files: dict[str, Path]
-    usual: str  # the default precision
+    usual: str
+    """The default precision."""
+
+    @property
+    def precisions(self) -> Sequence[str]:
+        """The precisions that there are files of."""
+        return tuple(self.files)
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """Nothing: the files are taken as they are."""
+        return {}
+
+    def original(self, texts: Sequence[Text], tokenizer: TextTokenizer) -> Probabilities | None:
+        """Return the class probabilities of the fp32 file, float64 (texts, labels); None if there is none."""
+        if "fp32" not in self.files:
+            return None
+        return probabilities(reference(self, self.files["fp32"]), tokenizer.encode(texts))
 
     def copy(self, precision: str, folder: Path) -> tuple[str, list[str]]:
         """Copy the file of a precision into a bundle's folder; return the paths there: its own, its external data's."""
@@ -56,7 +76,7 @@ class OnnxCheckpoint(Checkpoint):
 
 
 def is_onnx(source: str) -> bool:
-    """Whether `source` is an ONNX file, or a folder that holds one and no torch weights."""
+    """Return whether `source` is an ONNX file, or a folder that holds one and no torch weights."""
     path = Path(source)
     if path.is_file():
         return path.suffix == ".onnx"

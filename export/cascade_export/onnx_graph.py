@@ -13,8 +13,10 @@ from tokenizers import Tokenizer
 
 from cascade_rt.bundle.manifest import BATCH_TOLERANCE
 from cascade_rt.bundle.onnx_file import scan
-from cascade_rt.engine.probabilities import softmax
+from cascade_rt.engine.task import SingleLabel
 from cascade_rt.errors import InputError, first_line
+
+_TASK = SingleLabel()
 
 TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 """The inputs that the runtime has for a graph; the first is required."""
@@ -130,7 +132,7 @@ class OnnxGraph:
         if TOKEN_INPUTS[1] in self._names:
             return
         padded = np.pad(ids, ((0, 0), (0, 4)))
-        if np.abs(softmax(self._run(padded)) - softmax(self._run(ids))).max() > BATCH_TOLERANCE:
+        if np.abs(_TASK.probabilities(self._run(padded)) - _TASK.probabilities(self._run(ids))).max() > BATCH_TOLERANCE:
             raise InputError(
                 f"{self._path}: has no input attention_mask, and answers padded texts otherwise; expected one; {_AGAIN}"
             )

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from cascade_rt.cli.options import add_model_dir
 from cascade_rt.cli.parser import CommandParser
-from cascade_rt.errors import InputError, MissingExtraError
-from cascade_rt.io.writers import check_ending, output_path
+from cascade_rt.errors import MissingExtraError
 
 SUMMARY = "write a bundle as one ONNX file, for other languages and browsers (extra: export)"
 EXAMPLE = "cascade-rt pack --model-dir bundle/ --output cascade.onnx"
@@ -26,13 +25,6 @@ def add_arguments(parser: CommandParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Write the file, and print what it holds."""
     print(packed(options.model_dir, options.output, overwrite=options.overwrite))
-
-
-def check_output(output: str | Path, *, overwrite: bool) -> None:
-    """Raise InputError for a file that cannot be written, or that exists and is not to be replaced."""
-    check_ending(output, ".onnx")
-    if output_path(output).exists() and not overwrite:
-        raise InputError(f"{output}: exists already; name another file, or use `overwrite`")
 
 
 def packed(model_dir: str | Path, output: Path, *, overwrite: bool) -> str:

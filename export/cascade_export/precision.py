@@ -12,6 +12,7 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from cascade_rt.engine.tokenization import Encoded
 from cascade_rt.errors import InputError
 
 Write = Callable[[Path, Path, Encoded | None], None]
+"""Takes the fused fp32 graph, the file to write, and texts."""
 Weights = tuple[str, ...]
 """Names of matrices that multiply the same input."""
 
@@ -39,12 +41,12 @@ _BLOCK = 64  # weights per scale in int8-blocks and int8-weights
 
 
 def write_precision(source: Path, target: Path, precision: str, texts: Encoded | None = None) -> None:
-    """Write the fused fp32 graph `source` to `target` in one of `PRECISIONS`.
+    """Write the fused fp32 graph `source` to `target` in one of `WRITERS`.
 
     `texts` like those that the member will answer: `int8-static` needs some for the ranges of activations, `int8`
     rounds weights better with at least as many tokens as a product has input channels; others ignore them.
     """
-    PRECISIONS[precision](source, target, texts)
+    WRITERS[precision].write(source, target, texts)
 
 
 def _fp32(source: Path, target: Path, _: Encoded | None) -> None:
@@ -114,15 +116,25 @@ def _int8_static(source: Path, target: Path, texts: Encoded | None) -> None:
     onnx.save(graph.finished(), target)
 
 
-PRECISIONS: dict[str, Write] = {
-    "fp32": _fp32,
-    "fp16": _fp16,
-    "int8": _int8,
-    "int8-tensor": _int8_tensor,
-    "int8-blocks": _blocks(accuracy_level=4),
-    "int8-static": _int8_static,
-    "int8-weights": _blocks(accuracy_level=1),
+@dataclass(frozen=True)
+class Writer:
+    """The offline half of a precision: how files in it are made."""
+
+    write: Write
+    needs_texts: bool = False
+    """It draws ranges of activations from texts."""
+
+
+WRITERS = {
+    "fp32": Writer(_fp32),
+    "fp16": Writer(_fp16),
+    "int8": Writer(_int8),
+    "int8-tensor": Writer(_int8_tensor),
+    "int8-blocks": Writer(_blocks(accuracy_level=4)),
+    "int8-static": Writer(_int8_static, needs_texts=True),
+    "int8-weights": Writer(_blocks(accuracy_level=1)),
 }
+"""By the names in `cascade_rt.bundle.precisions`."""
 
 
 class _Graph:

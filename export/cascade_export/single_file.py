@@ -18,14 +18,13 @@ import onnxruntime
 from numpy.typing import ArrayLike
 from onnx import TensorProto, compose, helper, inliner, numpy_helper, version_converter
 
-from cascade_export.pack import check_output
 from cascade_rt import CascadeRuntime
 from cascade_rt.bundle import Bundle
 from cascade_rt.bundle.manifest import BATCH_TOLERANCE
 from cascade_rt.engine.cost import cumulative_layers
 from cascade_rt.engine.providers import saturates
 from cascade_rt.errors import BundleError, CascadeError, InputError, first_line
-from cascade_rt.io.writers import whole_file
+from cascade_rt.io.writers import new_path, whole_file
 from cascade_rt.types import Text
 
 METADATA = "cascade"
@@ -47,7 +46,7 @@ def pack(model_dir: str | Path, output: str | Path, *, overwrite: bool = False) 
     Raises BundleError for a bundle of segments or with another exit rule, or if the file does not answer as the
     runtime does, and InputError if the file exists or would be larger than 2 GB.
     """
-    check_output(output, overwrite=overwrite)
+    new_path(output, ".onnx", overwrite=overwrite)
     with CascadeRuntime(model_dir) as runtime:
         _write(runtime, model_dir, output)
         return runtime.bundle
@@ -104,7 +103,7 @@ def _check(file: Path, runtime: CascadeRuntime) -> None:
     texts: list[Text] = [("a", "b c"), ("b", "c")] if runtime.bundle.pair else ["a", "b c"]
     last = len(runtime.bundle.members) - 1
     session = onnxruntime.InferenceSession(str(file))
-    inputs = runtime.chain.tokenizer.encode(texts).batch(np.arange(len(texts)))
+    inputs = runtime.plan.tokenizer.encode(texts).batch(np.arange(len(texts)))
     for exit in range(last + 1):
         taus = [1.0] * exit + [0.0] * (last - exit)
         found, exits, _ = session.run(None, {**inputs, "thresholds": np.array(taus)})

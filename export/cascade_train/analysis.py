@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,16 @@ from numpy.typing import NDArray
 
 from cascade_rt.bundle import MemberEntry
 from cascade_rt.engine.cost import cumulative_layers, layer_speedup
-from cascade_rt.engine.exit_rules import exits
-from cascade_rt.engine.probabilities import confidence, softmax
+from cascade_rt.engine.exit_rules import MaximumProbability, replay
+from cascade_rt.engine.task import SingleLabel
 from cascade_rt.io.writers import write_json
 from cascade_rt.tuning.metrics import equal_width_bins
 from cascade_rt.tuning.plot import pyplot
 from cascade_rt.types import Text
 from cascade_train.finetune import last_linear
 from cascade_train.sources import load_tokenizer, pretrained
+
+_TASK = SingleLabel()
 
 _CURVE_POINTS = 60
 
@@ -50,16 +53,16 @@ def speedup_curve(
 
     `probabilities`: (members, texts, labels) of all members on all texts; `labels`: class ids, (texts,).
     """
-    sure, right = confidence(probabilities), probabilities.argmax(axis=-1) == labels
+    sure, right = _TASK.confidence(probabilities), probabilities.argmax(axis=-1) == labels
     taus = np.unique(np.quantile(np.append(sure[:-1].ravel(), [0.0, 1.0]), np.linspace(0, 1, _CURVE_POINTS)))
     rows = np.arange(len(labels))
     curve = []
     for tau in taus[::-1]:
-        left_at = exits(sure, [float(tau)] * (len(members) - 1))
+        left_at = replay(_shared(tau, members), sure)
         curve.append(
             {
                 "tau": float(tau),
-                "layer_speedup": layer_speedup(members, left_at),
+                "layer_speedup": layer_speedup(members, left_at) or math.inf,
                 "accuracy": float(right[left_at, rows].mean()),
             }
         )
@@ -80,9 +83,9 @@ def expected_gain(
     its accuracy on whatever it answers; `without` and `with` are what the two cascades answer rightly on these very
     texts, the one without it at the tau (one for all its members) that executes the closest number of layers.
     """
-    sure, right = confidence(probabilities), probabilities.argmax(axis=-1) == labels
+    sure, right = _TASK.confidence(probabilities), probabilities.argmax(axis=-1) == labels
     accuracies = right.mean(axis=1)
-    left_at = exits(sure, list(thresholds))
+    left_at = replay(MaximumProbability(tuple(thresholds)), sure)
     rows = np.arange(len(labels))
     layers = cumulative_layers(members)[left_at].sum()
     counts = np.bincount(left_at, minlength=len(members))
@@ -112,6 +115,10 @@ def expected_gain(
     return found
 
 
+def _shared(tau: float, members: Sequence[MemberEntry]) -> MaximumProbability:
+    return MaximumProbability((float(tau),) * (len(members) - 1))
+
+
 def _nearest(members: Sequence[MemberEntry], sure: NDArray[np.float64], layers: float) -> NDArray[np.intp]:
     """Return the exits at the tau whose executed layers come nearest to `layers`."""
     taus = np.unique(np.append(sure[:-1].ravel(), [0.0, 1.0]))
@@ -119,11 +126,11 @@ def _nearest(members: Sequence[MemberEntry], sure: NDArray[np.float64], layers: 
     each = cumulative_layers(members)
     while low < high:
         middle = (low + high) // 2
-        if each[exits(sure, [float(taus[middle])] * (len(members) - 1))].sum() >= layers:
+        if each[replay(_shared(taus[middle], members), sure)].sum() >= layers:
             high = middle
         else:
             low = middle + 1
-    tried = [exits(sure, [float(taus[at])] * (len(members) - 1)) for at in {max(0, low - 1), low}]
+    tried = [replay(_shared(taus[at], members), sure) for at in {max(0, low - 1), low}]
     return min(tried, key=lambda left_at: abs(float(each[left_at].sum()) - layers))
 
 
@@ -138,8 +145,8 @@ def write_analysis(
 
     `logits`: float32 (members, texts, labels), from `CascadeRuntime.member_logits`; `labels`: class ids (texts,).
     """
-    probabilities = softmax(logits)
-    sure, right = confidence(probabilities), probabilities.argmax(axis=-1) == labels
+    probabilities = _TASK.probabilities(logits)
+    sure, right = _TASK.confidence(probabilities), probabilities.argmax(axis=-1) == labels
     diagrams = {member.name: reliability(sure[at], right[at]) for at, member in enumerate(members)}
     curves = {_named(members): speedup_curve(members, probabilities, labels)}
     if len(members) > 2:

@@ -1,4 +1,4 @@
-"""Label which training instances are difficult for a member's architecture (paper, section 3.3), for DAR.
+"""Label the training instances that are difficult for a member's architecture (paper, section 3.3), for DAR.
 
 The training set is split into K folds; for each fold a member is trained on the other K - 1 and predicts it, and this
 is repeated for S seeds. An instance is easy only if every seed got it right. Each fold's predictions are stored as
@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,6 +33,7 @@ from cascade_train.finetune import (
     ObjectiveTrainer,
     Recipe,
     arguments,
+    check_ranges,
     claim,
     described_examples,
     load_base,
@@ -42,8 +43,38 @@ from cascade_train.tasks import Examples, TaskData
 
 LABELS_FILE = "difficulty.jsonl"
 SUMMARY_FILE = "summary.json"
-FOLDS = 8
-SEEDS = 5
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Splits of a training set into folds, one for each seed; the defaults are the paper's."""
+
+    folds: int = 8
+    seeds: int = 5
+
+    def __post_init__(self) -> None:
+        """Raise InvalidOption for a value out of range."""
+        check_ranges(self, {"folds": (2, 1e6), "seeds": (1, 1e6)})
+
+
+SPLITS = Splits()
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Settings that the training of every fold shares."""
+
+    base: str
+    data: TaskData
+    layers: int | None
+    tokenizer: str | None
+    recipe: Recipe
+    splits: Splits
+    work: Path
+
+    def part(self, seed: int, fold: int) -> Path:
+        """Return the file of a fold's predictions."""
+        return self.work / f"seed-{seed}-fold-{fold}.json"
 
 
 def label_difficulty(
@@ -54,8 +85,7 @@ def label_difficulty(
     layers: int | None = None,
     tokenizer: str | None = None,
     recipe: Recipe,
-    folds: int = FOLDS,
-    seeds: int = SEEDS,
+    splits: Splits = SPLITS,
     jobs: int = 1,
 ) -> dict[str, Any]:
     """Label every training instance of `data` as easy or difficult for `base`'s first `layers` layers.
@@ -67,38 +97,38 @@ def label_difficulty(
     """
     if output.exists():
         raise InputError(f"{output} exists; choose another output folder, or delete it to label again")
-    for field, value, least in (("folds", folds, 2), ("seeds", seeds, 1), ("jobs", jobs, 1)):
-        if value < least:
-            raise InvalidOption(field, value, f"at least {least}")
+    if jobs < 1:
+        raise InvalidOption("jobs", jobs, "at least 1")
     rarest = int(np.bincount(data.train.labels, minlength=len(data.labels)).min())
-    if rarest < folds:
-        raise InvalidOption("folds", folds, f"at most {rarest}, the training instances of the rarest class")
+    if rarest < splits.folds:
+        raise InvalidOption("folds", splits.folds, f"at most {rarest}, the training instances of the rarest class")
     work = output.with_name(output.name + ".labelling")
-    run = {
+    run = _Run(base, data, layers, tokenizer, recipe, splits, work)
+    settings = {
         "base": str(base),
         "layers": layers,
         "tokenizer": None if tokenizer is None else str(tokenizer),
         "task": data.name,
         "labels": list(data.labels),
         "recipe": asdict(recipe),
-        "folds": folds,
-        "seeds": seeds,
+        **asdict(splits),
         "train": described_examples(data.train),
     }
-    claim(work, run, "seed-*.json")
-    missing = [(seed, fold) for seed in range(seeds) for fold in range(folds) if not _part(work, seed, fold).is_file()]
+    claim(work, settings, "seed-*.json")
+    parts = [(seed, fold) for seed in range(splits.seeds) for fold in range(splits.folds)]
+    missing = [part for part in parts if not run.part(*part).is_file()]
     with tqdm(
-        total=folds * seeds,
-        initial=folds * seeds - len(missing),
+        total=len(parts),
+        initial=len(parts) - len(missing),
         unit=" folds",
         desc=f"labelling {output.name}",
         disable=None,
     ) as progress:
-        for _ in _trained(missing, jobs, (base, data, layers, tokenizer, recipe, folds, work)):
+        for _ in _trained(run, missing, jobs):
             progress.update()
     finished = work / "finished"
     finished.mkdir(exist_ok=True)
-    summary = run | _collected(work, data, folds, seeds, finished / LABELS_FILE)
+    summary = settings | _collected(run, finished / LABELS_FILE)
     write_json(finished / SUMMARY_FILE, summary)
     finished.rename(output)
     shutil.rmtree(work)
@@ -117,25 +147,21 @@ def read_difficulty(folder: Path, train: Examples) -> list[int]:
     if of != train.digest() or set(found) != set(range(len(train))) or not set(found.values()) <= {0, 1}:
         raise InputError(
             f"{folder}: labels of {len(found)} other training examples than these {len(train)}; use the same task, "
-            "`holdout` and `split_seed` as in cascade-rt difficulty"
+            "the holdout and split seed as in cascade-rt difficulty"
         )
     return [found[row] for row in range(len(train))]
 
 
-def _part(work: Path, seed: int, fold: int) -> Path:
-    return work / f"seed-{seed}-fold-{fold}.json"
-
-
-def _trained(missing: list[tuple[int, int]], jobs: int, shared: tuple[Any, ...]) -> Iterator[None]:
+def _trained(run: _Run, missing: list[tuple[int, int]], jobs: int) -> Iterator[None]:
     """Train these folds, in this process or in others; yield when each one ends."""
     if jobs == 1:
         for seed, fold in missing:
-            _train_fold(seed, fold, None, *shared)
+            _train_fold(run, seed, fold)
             yield
         return
     threads = max(1, usable_cpus() // jobs)
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        running = [pool.submit(_train_fold, seed, fold, threads, *shared) for seed, fold in missing]
+        running = [pool.submit(_train_fold, run, seed, fold, threads) for seed, fold in missing]
         try:
             for done in as_completed(running):
                 yield done.result()
@@ -144,53 +170,44 @@ def _trained(missing: list[tuple[int, int]], jobs: int, shared: tuple[Any, ...])
             raise
 
 
-def _train_fold(
-    seed: int,
-    fold: int,
-    threads: int | None,
-    base: str,
-    data: TaskData,
-    layers: int | None,
-    tokenizer: str | None,
-    recipe: Recipe,
-    folds: int,
-    work: Path,
-) -> None:
+def _train_fold(run: _Run, seed: int, fold: int, threads: int | None = None) -> None:
     """Train on all folds but one, and store the predictions of that one: [row, class id] pairs."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if threads:
         torch.set_num_threads(threads)
-    split = StratifiedKFold(folds, shuffle=True, random_state=seed)
-    kept, held = list(split.split(np.zeros(len(data.train)), data.train.labels))[fold]
-    recipe = replace(recipe, seed=recipe.seed + 1000 * seed + fold)
+    train = run.data.train
+    split = StratifiedKFold(run.splits.folds, shuffle=True, random_state=seed)
+    kept, held = list(split.split(np.zeros(len(train)), train.labels))[fold]
+    recipe = replace(run.recipe, seed=run.recipe.seed + 1000 * seed + fold)
     set_seed(recipe.seed)
-    member_tokenizer, model = load_base(base, data.labels, layers, tokenizer)
+    tokenizer, model = load_base(run.base, run.data.labels, run.layers, run.tokenizer)
     with TemporaryDirectory(prefix="cascade-fold-") as folder:
         trainer = ObjectiveTrainer(
             LABELS_ALONE,
             model=model,
             args=arguments(recipe, Path(folder), eval_strategy="no", save_strategy="no", logging_strategy="no"),
-            train_dataset=features(member_tokenizer, model, data.train.take(kept), recipe.max_length),
-            data_collator=collator(member_tokenizer),
-            processing_class=member_tokenizer,
+            train_dataset=features(tokenizer, model, train.take(kept), recipe.max_length),
+            data_collator=collator(tokenizer),
+            processing_class=tokenizer,
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    rows = features(member_tokenizer, model, data.train.take(held), recipe.max_length)
-    predictions: NDArray[np.intp] = answers(member_tokenizer, model, rows).argmax(axis=-1)
-    write_json(_part(work, seed, fold), np.column_stack([held, predictions]).tolist())
+    rows = features(tokenizer, model, train.take(held), recipe.max_length)
+    predictions: NDArray[np.intp] = answers(tokenizer, model, rows).argmax(axis=-1)
+    write_json(run.part(seed, fold), np.column_stack([held, predictions]).tolist())
 
 
-def _collected(work: Path, data: TaskData, folds: int, seeds: int, target: Path) -> dict[str, Any]:
+def _collected(run: _Run, target: Path) -> dict[str, Any]:
     """Write the labels of all instances; return their shares."""
-    predictions = np.full((len(data.train), seeds), -1)
-    for seed in range(seeds):
-        for fold in range(folds):
-            rows, answers = np.array(json.loads(_part(work, seed, fold).read_text("utf-8"))).T
+    data = run.data
+    predictions = np.full((len(data.train), run.splits.seeds), -1)
+    for seed in range(run.splits.seeds):
+        for fold in range(run.splits.folds):
+            rows, answers = np.array(json.loads(run.part(seed, fold).read_text("utf-8"))).T
             predictions[rows, seed] = answers
     if (predictions < 0).any():
-        raise CascadeError(f"{work}: some folds lack predictions; delete the folder and label again")
+        raise CascadeError(f"{run.work}: some folds lack predictions; delete the folder and label again")
     labels = np.array(data.train.labels)
     difficult = (predictions != labels[:, None]).any(axis=1)
     with target.open("w", encoding="utf-8", newline="\n") as stream:
@@ -207,5 +224,5 @@ def _collected(work: Path, data: TaskData, folds: int, seeds: int, target: Path)
         "difficult_by_class": {
             name: float(difficult[labels == index].mean()) for index, name in enumerate(data.labels)
         },
-        "accuracy_by_seed": [float(np.mean(predictions[:, seed] == labels)) for seed in range(seeds)],
+        "accuracy_by_seed": [float(np.mean(predictions[:, seed] == labels)) for seed in range(run.splits.seeds)],
     }

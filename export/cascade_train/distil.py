@@ -137,7 +137,24 @@ def distil(
     claim(work, run)
     recipe = replace(recipe, bf16=bf16_pays() if recipe.bf16 is None else recipe.bf16)
     resume = last_whole_checkpoint(work)
-    trainer = _trainer(student, teacher, tokenizer, train, validation, recipe, base, output, work, resume is None)
+    if not recipe.train_embeddings:
+        _freeze_embeddings(student)
+    pad = tokenizer.pad_token_id or 0  # hidden by the attention mask
+    trainer = DistillationTrainer(
+        teacher,
+        validation,
+        recipe,
+        pad,
+        base,
+        model=student,
+        args=_arguments(recipe, work, len(train), new=resume is None),
+        train_dataset=train,
+        eval_dataset=validation,
+        data_collator=lambda rows: collate(rows, pad),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Progress(output.name, "mse", "cosine"))
+    trainer.add_callback(_SaveByTime())
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
 
     def history() -> list[dict[str, Any]]:
@@ -220,8 +237,8 @@ def projections(model: Any, base: str) -> list[nn.Linear]:
             if all(name in found for name in names):
                 return [found[name] for name in names]
     raise InputError(
-        f"{base}: `relations` needs separate queries, keys and values, and a {type(model).__name__} has none; distil "
-        "without `relations`"
+        f"{base}: relations need separate queries, keys and values, and a {type(model).__name__} has none; distil "
+        "without relations"
     )
 
 
@@ -450,57 +467,29 @@ class _SaveByTime(TrainerCallback):  # type: ignore[misc]  # the library has no 
             control.should_save = True
 
 
-def _trainer(
-    student: Any,
-    teacher: Any,
-    tokenizer: PreTrainedTokenizerFast,
-    train: Tokenized,
-    validation: Tokenized,
-    recipe: Distillation,
-    base: str,
-    output: Path,
-    work: Path,
-    new: bool,
-) -> DistillationTrainer:
-    if not recipe.train_embeddings:
-        _freeze_embeddings(student)
-    pad = tokenizer.pad_token_id or 0  # hidden by the attention mask
-    total = recipe.steps or int(np.ceil(recipe.epochs * -(-len(train) // recipe.batch_size)))
+def _arguments(recipe: Distillation, work: Path, texts: int, *, new: bool) -> TrainingArguments:
+    """Return the Trainer's arguments; a `new` run is validated before its first step too."""
+    total = recipe.steps or int(np.ceil(recipe.epochs * -(-texts // recipe.batch_size)))
     interval = max(1, total // _EVALUATIONS)
-    trainer = DistillationTrainer(
-        teacher,
-        validation,
-        recipe,
-        pad,
-        base,
-        model=student,
-        args=TrainingArguments(
-            output_dir=str(work),
-            max_steps=total,
-            learning_rate=recipe.learning_rate,
-            lr_scheduler_type="linear",
-            optim=OPTIMIZER,
-            warmup_ratio=recipe.warmup_ratio,
-            weight_decay=recipe.weight_decay,
-            per_device_train_batch_size=recipe.batch_size,
-            seed=recipe.seed,
-            eval_strategy="steps",
-            eval_steps=interval,
-            eval_on_start=new,
-            save_strategy="steps",
-            save_steps=interval,
-            save_total_limit=1,
-            logging_steps=min(interval, _LOGGED),
-            use_cpu=not torch.cuda.is_available(),
-            report_to="none",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-        ),
-        train_dataset=train,
-        eval_dataset=validation,
-        data_collator=lambda rows: collate(rows, pad),
+    return TrainingArguments(
+        output_dir=str(work),
+        max_steps=total,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="linear",
+        optim=OPTIMIZER,
+        warmup_ratio=recipe.warmup_ratio,
+        weight_decay=recipe.weight_decay,
+        per_device_train_batch_size=recipe.batch_size,
+        seed=recipe.seed,
+        eval_strategy="steps",
+        eval_steps=interval,
+        eval_on_start=new,
+        save_strategy="steps",
+        save_steps=interval,
+        save_total_limit=1,
+        logging_steps=min(interval, _LOGGED),
+        use_cpu=not torch.cuda.is_available(),
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
     )
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Progress(output.name, "mse", "cosine"))
-    trainer.add_callback(_SaveByTime())
-    return trainer

@@ -218,7 +218,7 @@ def finish(
 
 def _module_replacing(base: str, labels: tuple[str, ...], model: Any, tokenizer: str | None) -> ModuleReplacing:
     if tokenizer is not None:
-        raise InvalidOption("tokenizer", tokenizer, "none with `module_replacing`: the member has its own")
+        raise InvalidOption("tokenizer", tokenizer, "none with module replacing: the member has its own")
     _, predecessor = load_member(base, labels, "base", attention=TRAINED_ATTENTION)  # as the successor's layers
     if model.config.num_hidden_layers >= predecessor.config.num_hidden_layers:
         deep = predecessor.config.num_hidden_layers

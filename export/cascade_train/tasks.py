@@ -173,7 +173,7 @@ def load_file(
             f"{path}: found {len(names):,} different labels in {len(rows):,} rows of the column "
             f"{reading.label_column or LABEL!r} "
             f"({', '.join(repr(name[:40]) for name in names[:3])}, ...), expected several texts of each; name the "
-            "column of the labels (`label_column`)"
+            "column of the labels"
         )
     if validation is None:
         train, held = hold_out(train, holdout, split_seed)
@@ -271,7 +271,7 @@ def _glue(name: str) -> GlueTask:
 
 def _read_glue(task: GlueTask, folder: Path | None, files: Sequence[str]) -> Examples:
     if folder is None:
-        raise InputError("this task reads its official files: give their folder (`data`)")
+        raise InputError("this task reads its official files: give their folder as the data")
     path = next((folder / file for file in files if (folder / file).is_file()), None)
     if path is None:
         raise InputError(f"{folder}: found no {' or '.join(files)}; expected the task's official files there")

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cascade_export.check import Check
 from cascade_export.checkpoint import tokenizer_differences
 from cascade_export.export import export_bundle
 from cascade_export.torch_checkpoint import align_checkpoint, open_torch
 from cascade_export.verify import torch_probabilities
 from cascade_train import RECORD
 from cascade_train.alignment import Aligned, align, check_alignment, usable_positions
-from cascade_train.difficulty import label_difficulty
+from cascade_train.difficulty import Splits, label_difficulty
 from cascade_train.finetune import Recipe, finetune
 from cascade_train.inference import text_logits
 from cascade_train.tasks import Examples, TaskData
@@ -35,12 +36,14 @@ from transformers import (
 
 from cascade_rt import CascadeRuntime
 from cascade_rt.cli import main
-from cascade_rt.engine.probabilities import softmax
+from cascade_rt.engine.task import SingleLabel
 from cascade_rt.errors import CascadeError, InputError
 from cascade_rt.types import Text
 
 from ..conftest import WORDS
 from .families import FAMILIES
+
+TASK = SingleLabel()
 
 LABELS = ("bad", "good")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -137,7 +140,7 @@ def big(root: Path) -> Path:
 @pytest.fixture(scope="module")
 def bundle(root: Path, small: Path, big: Path) -> Path:
     (root / "check.txt").write_text("\n".join(text for text in TEXTS if text))
-    export_bundle([str(big), str(small)], root / "bundle", check_data=root / "check.txt")
+    export_bundle([str(big), str(small)], root / "bundle", check=Check(root / "check.txt"))
     return root / "bundle"
 
 
@@ -310,7 +313,9 @@ def test_an_onnx_file_cannot_be_aligned(bundle: Path, small: Path, big: Path, tm
 def test_calibration_scales_the_original_too(small: Path, big: Path, tmp_path: Path) -> None:
     rows = [{"text": text, "label": LABELS[index % 2]} for index, text in enumerate(TEXTS)]
     (tmp_path / "check.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    made = export_bundle([str(small), str(big)], tmp_path / "made", check_data=tmp_path / "check.jsonl", calibrate=True)
+    made = export_bundle(
+        [str(small), str(big)], tmp_path / "made", check=Check(tmp_path / "check.jsonl", calibrate=True)
+    )
     member = made.members[1]
     assert abs(member.other["temperature"]["value"] - 1) > 0.1, "it changes the probabilities"
     assert member.other["check"]["max_probability_difference"] <= 1e-4
@@ -337,7 +342,7 @@ def test_a_member_fine_tuned_under_the_bundles_tokenizer_needs_no_alignment(
     made = export_bundle([str(small), str(tmp_path / "trained")], tmp_path / "made", pair=True)
     assert "alignment" not in made.members[1].other
     assert made.provenance["checkpoints"]["trained"]["training"]["tokenizer"] == "small"
-    answers = softmax(CascadeRuntime(tmp_path / "made").member_logits(PAIRS)[0][1])
+    answers = TASK.probabilities(CascadeRuntime(tmp_path / "made").member_logits(PAIRS)[0][1])
     np.testing.assert_allclose(answers, torch_probabilities(trained, PAIRS), atol=1e-4)
 
 
@@ -371,13 +376,17 @@ def test_difficulty_is_labelled_under_that_tokenizer_too(
         layers=1,
         tokenizer=str(small),
         recipe=Recipe(epochs=1, max_length=LENGTH),
-        folds=2,
-        seeds=1,
+        splits=Splits(2, 1),
     )
     assert summary["tokenizer"] == str(small)
     with pytest.raises(InputError, match="^no/such: no such folder"):
         label_difficulty(
-            str(big), pairs, tmp_path / "other", tokenizer="no/such", recipe=Recipe(max_length=LENGTH), folds=2, seeds=1
+            str(big),
+            pairs,
+            tmp_path / "other",
+            tokenizer="no/such",
+            recipe=Recipe(max_length=LENGTH),
+            splits=Splits(2, 1),
         )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cascade_export.check import Check
 from cascade_export.exits import export_exits
 from cascade_train import RECORD
 from cascade_train.exits import DEEBERT, FASTBERT, KINDS, PABEE, MultiExitClassifier, exit_loss, open_exits, train_exits
@@ -21,13 +22,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from cascade_rt import CascadeRuntime, InputError, InvalidOption, read_bundle
-from cascade_rt.engine.probabilities import softmax
+from cascade_rt.engine.task import SingleLabel
 from cascade_rt.types import Text
 
 from ..conftest import WORDS, make_member
 
+TASK = SingleLabel()
+
 RECIPE = Recipe(epochs=4, learning_rate=3e-3, batch_size=8, max_length=16)
 LAYERS = 3
+ANY_LOSS = Check(max_accuracy_drop=100)
 
 
 @pytest.fixture(scope="module")
@@ -74,14 +78,14 @@ def one_piece(folder: Path, texts: Sequence[Text]) -> np.ndarray:
     whole, tokenizer = open_exits(folder), AutoTokenizer.from_pretrained(folder)
     with torch.inference_mode():
         rows = [whole(**tokenizer(text, truncation=True, max_length=16, return_tensors="pt")) for text in texts]
-    return softmax(torch.cat(rows, dim=1).numpy())
+    return TASK.probabilities(torch.cat(rows, dim=1).numpy())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_exit_answers_as_torch_in_one_piece(kind: str, trained: dict[str, Path], tmp_path: Path) -> None:
-    bundle = export_exits(str(trained[kind]), tmp_path / "bundle", max_accuracy_drop=0.5)
+    bundle = export_exits(str(trained[kind]), tmp_path / "bundle")
     texts = ["a film", "", "good " * 30, *["so", "bad", "it", "is", "good", ",", "this", "film"], "never a dull cat"]
-    found = softmax(CascadeRuntime(tmp_path / "bundle").member_logits(texts)[0])
+    found = TASK.probabilities(CascadeRuntime(tmp_path / "bundle").member_logits(texts)[0])
     np.testing.assert_allclose(found, one_piece(trained[kind], texts), atol=1e-5)
     assert bundle.exit_rule["kind"] == ("patience" if kind == PABEE else "entropy")
     assert [entry.layers for entry in bundle.members] == [1, 1, 1]
@@ -119,14 +123,14 @@ def test_an_encoder_is_fine_tuned_first(base: str, data: TaskData, tmp_path: Pat
 
 def test_segments_have_several_layers(member: str, data: TaskData, tmp_path: Path) -> None:
     train_exits(member, data, tmp_path / "exits", kind=DEEBERT, every=2, recipe=RECIPE)
-    bundle = export_exits(str(tmp_path / "exits"), tmp_path / "bundle", max_accuracy_drop=0.5)
+    bundle = export_exits(str(tmp_path / "exits"), tmp_path / "bundle")
     assert [entry.layers for entry in bundle.members] == [2, 1]
-    found = softmax(CascadeRuntime(tmp_path / "bundle").member_logits(["a good film"])[0])
+    found = TASK.probabilities(CascadeRuntime(tmp_path / "bundle").member_logits(["a good film"])[0])
     np.testing.assert_allclose(found, one_piece(tmp_path / "exits", ["a good film"]), atol=1e-5)
 
 
 def test_in_int8_no_answer_depends_on_the_batch(trained: dict[str, Path], data: TaskData, tmp_path: Path) -> None:
-    bundle = export_exits(str(trained[FASTBERT]), tmp_path / "bundle", precision="int8", max_accuracy_drop=100)
+    bundle = export_exits(str(trained[FASTBERT]), tmp_path / "bundle", precision="int8", check=ANY_LOSS)
     assert [entry.other["batch_difference"] for entry in bundle.members] == [0.0] * LAYERS
     runtime, texts = CascadeRuntime(tmp_path / "bundle", thresholds=0.5), data.train.texts
     together = runtime.member_logits(texts)[0]
@@ -142,7 +146,7 @@ def test_in_int8_no_answer_depends_on_the_batch(trained: dict[str, Path], data: 
 def test_the_loss_is_that_of_the_papers(seed: int, kind: str) -> None:
     draw = np.random.default_rng(seed)
     logits, labels, after, layers = draw.normal(0, 2, (3, 5, 4)), draw.integers(0, 4, 5), [2, 4], 6
-    probabilities = softmax(logits)
+    probabilities = TASK.probabilities(logits)
     entropy = [-np.log(exit[range(5), labels]).mean() for exit in probabilities]
     last = probabilities[-1]
     divergence = [(last * (np.log(last) - np.log(exit))).sum(axis=-1).mean() for exit in probabilities]
@@ -165,5 +169,5 @@ def test_bad_settings_are_refused(member: str, data: TaskData, trained: dict[str
     with pytest.raises(InputError, match="cannot be opened .*train-exits"):
         open_exits(member)
     with pytest.raises(InvalidOption, match="`precision`: found 'int8-static', expected one of fp32, fp16, int8"):
-        export_exits(str(trained[PABEE]), tmp_path / "bundle", precision="int8-static", max_accuracy_drop=100)
+        export_exits(str(trained[PABEE]), tmp_path / "bundle", precision="int8-static", check=ANY_LOSS)
     assert isinstance(open_exits(trained[PABEE]), MultiExitClassifier)

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from cascade_export import convert as convert_module
-from cascade_export import verify as verify_module
+from cascade_export import torch_files
 from cascade_export.convert import convert
 from cascade_export.export import export_bundle
 from cascade_export.torch_checkpoint import open_torch
@@ -51,7 +50,7 @@ def test_order_on_the_command_line_does_not_matter(
     assert bundle.thresholds == [0.75, 0.75]
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["bundle"]
     assert main(["export", *members, "--output", "made/bundle"]) == 2
-    assert "--overwrite" in capsys.readouterr().err
+    assert "overwrite that bundle" in capsys.readouterr().err
 
 
 def test_the_check_covers_empty_short_padded_and_cut_texts(member_folders: list[Path]) -> None:
@@ -74,7 +73,7 @@ def test_a_graph_that_differs_from_torch_is_refused_and_nothing_is_written(
         onnx.save(model, path)
         return fused
 
-    monkeypatch.setattr(convert_module, "convert", spoiled)
+    monkeypatch.setattr(torch_files, "convert", spoiled)
     with pytest.raises(CascadeError, match=r"member 'tiny': the exported graph differs from torch.*check text \d+"):
         export_bundle([str(member_folders[0])], tmp_path / "out" / "bundle", max_length=32)
     assert list((tmp_path / "out").iterdir()) == []
@@ -86,7 +85,7 @@ def test_an_interrupted_export_keeps_the_bundle_that_was_there(
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(verify_module, "verify", interrupted)
+    monkeypatch.setattr(torch_files, "verify", interrupted)
     before = read_bundle(copied)
     with pytest.raises(KeyboardInterrupt):
         export_bundle([str(member_folders[0])], copied, overwrite=True)

@@ -45,7 +45,7 @@ def test_a_family_answers_as_torch_does(family: str, tmp_path: Path) -> None:
         assert difference.max() <= tolerance
         assert difference.mean() <= in_the_mean
         assert np.ptp(original, axis=0).max() > 0.1, "the texts get different answers"
-        member = runtime._stages[0]
+        member = runtime.plan.stages[0]
         encoded = TextTokenizer(tmp_path / precision / "tokenizer.json", POSITIONS, pair=True).encode(texts)
         moved = batch_difference(member, encoded, probabilities(member, encoded))
         assert moved is not None

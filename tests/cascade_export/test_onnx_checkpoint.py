@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from cascade_export.check import Check
 from cascade_export.export import export_bundle
 from cascade_export.onnx_checkpoint import is_onnx
 
@@ -76,14 +77,14 @@ def test_the_file_of_a_precision_is_taken_and_compared_with_fp32(laid_out: Path,
     texts = tmp_path / "check.txt"
     texts.write_text("\n".join(_TEXTS[:3]))
     made = export_bundle(
-        [str(laid_out / "big")], tmp_path / "made", precision="int8-tensor", check_data=texts, max_accuracy_drop=100
+        [str(laid_out / "big")], tmp_path / "made", precision="int8-tensor", check=Check(texts, max_accuracy_drop=100)
     )
     (member,) = made.members
     assert member.precision == "int8-tensor"
     assert 0 < member.other["check"]["max_probability_difference"] < 1
     named = export_bundle([str(laid_out / "big" / "onnx" / "model_quantized.onnx")], tmp_path / "named")
     assert (named.members[0].sha256, named.members[0].name) == (member.sha256, "big")
-    with pytest.raises(CascadeError, match="`precision`: found 'fp16', expected one of: fp32, int8-tensor"):
+    with pytest.raises(CascadeError, match="found the precision 'fp16', expected one of: fp32, int8-tensor"):
         export_bundle([str(laid_out / "big")], tmp_path / "none", precision="fp16")
 
 

@@ -11,16 +11,17 @@ import numpy as np
 import onnx
 import pytest
 from cascade_export import cli
-from cascade_export import export as module
-from cascade_export.check import Speed, check_drop, compare
+from cascade_export import member as module
+from cascade_export.check import Check, Speed, check_drop, compare
 from cascade_export.export import export_bundle
-from cascade_export.precision import PRECISIONS, write_precision
+from cascade_export.precision import WRITERS, write_precision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from cascade_rt import BundleError, CascadeRuntime, read_bundle
 from cascade_rt.bundle import BATCH_TOLERANCE
+from cascade_rt.bundle.precisions import PRECISIONS
 from cascade_rt.cli import main
 from cascade_rt.errors import CascadeError, InputError
 
@@ -50,11 +51,14 @@ def bundles(wide: Path) -> dict[str, Path]:
             wide.parent / precision,
             max_length=32,
             precision=precision,
-            check_data=wide.parent / "check.jsonl",
-            max_accuracy_drop=20,
+            check=Check(wide.parent / "check.jsonl", max_accuracy_drop=20),
             overwrite=True,
         )
     return {precision: wide.parent / precision for precision in PRECISIONS}
+
+
+def test_every_precision_that_the_runtime_knows_can_be_written() -> None:
+    assert list(WRITERS) == list(PRECISIONS)
 
 
 def test_every_precision_answers_nearly_as_fp32_does(bundles: dict[str, Path]) -> None:
@@ -78,7 +82,7 @@ def test_only_dynamic_ranges_of_whole_batches_depend_on_batch_mates(
     for precision, folder in bundles.items():
         (member,) = read_bundle(folder).members
         invariant = member.other["batch_difference"] <= BATCH_TOLERANCE
-        assert invariant == (precision != "int8-tensor")
+        assert invariant == PRECISIONS[precision].batch_invariant
         assert main(["info", "--model-dir", str(folder)]) == 0
         assert ("depends on the other texts of its batch" in capsys.readouterr().out) != invariant
 
@@ -183,8 +187,7 @@ def test_auto_takes_the_fastest_that_passes(wide: Path, tmp_path: Path, monkeypa
             tmp_path / "auto",
             max_length=32,
             precision="auto",
-            check_data=check,
-            max_accuracy_drop=drop,
+            check=Check(check, max_accuracy_drop=drop),
             overwrite=True,
         )
         (member,) = made.members
@@ -195,14 +198,14 @@ def test_auto_takes_the_fastest_that_passes(wide: Path, tmp_path: Path, monkeypa
     if find_spec("openvino"):
         order[:] = [*last, "int8", "fp16", "fp32"]
         made = export_bundle(
-            [str(wide)], tmp_path / "elsewhere", precision="auto", check_data=check, max_accuracy_drop=100
+            [str(wide)], tmp_path / "elsewhere", precision="auto", check=Check(check, max_accuracy_drop=100)
         )
         assert made.members[0].precision == "int8"
         assert cli._faster_elsewhere(made.members[0]) == (
             "wide: fp32 was faster with OpenVINO, 1.00 times for single texts and 2.00 times in bulk; to check it: "
             "--provider openvino --precision fp32"
         )
-    with pytest.raises(InputError, match="no texts to compare on; give `check_data`"):
+    with pytest.raises(InputError, match="no texts to compare on; give check data"):
         export_bundle([str(wide)], tmp_path / "none", precision="auto")
 
 
@@ -227,7 +230,7 @@ def test_each_member_can_have_its_own(member_folders: list[Path], tmp_path: Path
     )
     assert [member.precision for member in made.members] == ["fp32", "int8", "int8"]
     for precision, says in (
-        ("int7", "`precision`: found 'int7', expected one of: fp32, fp16, int8, "),
+        ("int7", "found the precision 'int7', expected one of: fp32, fp16, int8, "),
         ({"huge": "int8"}, r"`precision`: found \['huge'\], expected members among: tiny"),
     ):
         with pytest.raises(CascadeError, match=says):

@@ -17,13 +17,12 @@ sys.exit(main(train.split()) or main(export.split()))
 
 
 def test_train_and_export_write_their_folders_alone(member_folders: list[Path], tmp_path: Path) -> None:
-    """The training tries the export first, with files in the temporary folder."""
+    """The training tries the export first, with files in the temporary folder, which are removed."""
     rows = [f"a film {row},{'good' if row % 2 else 'bad'}" for row in range(40)]
     Path("data.csv").write_text("\n".join(["text,label", *rows]))
     Path("main.py").write_text(_COMMANDS.format(base=member_folders[1]))
     connections, written = watched([sys.executable, "main.py"], tmp_path / "home")
     assert connections == []
-    elsewhere = {path for path in written if Path(path).is_absolute() and not path.startswith(str(tmp_path))}
-    assert {path for path in elsewhere if not path.startswith("/tmp/")} == set()
-    assert list((tmp_path / "home").iterdir()) == []
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["bundle", "home", "tiny"]
+    assert {path for path in written if Path(path).is_absolute() and not path.startswith(f"{tmp_path}/")} == set()
+    assert [*(tmp_path / "home").iterdir(), *(tmp_path / "temporary").iterdir()] == []
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["bundle", "home", "temporary", "tiny"]

@@ -16,9 +16,11 @@ from hypothesis.extra.numpy import arrays
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from cascade_rt import CascadeRuntime, read_bundle
-from cascade_rt.engine.probabilities import softmax, softmax_row
+from cascade_rt.engine.task import SingleLabel
 
 from ..toy import WORDS
+
+TASK = SingleLabel()
 
 TEXTS = ["a great film", "so sad", "the cat sat on the mat and that was not very witty", "", "dull " * 40]
 
@@ -64,7 +66,7 @@ def test_int8_is_exact_where_the_cpu_would_saturate(
     usual = CascadeRuntime(tmp_path / "int8").member_logits(TEXTS)[0]
     monkeypatch.setattr("cascade_rt.engine.providers.int8_saturates", lambda: True)
     runtime = CascadeRuntime(tmp_path / "int8", preload=True)
-    options = runtime._stages[0].load().get_session_options()
+    options = runtime.plan.stages[0].load().session.get_session_options()
     assert options.get_session_config_entry("session.x64quantprecision") == "1"
     np.testing.assert_allclose(CascadeRuntime(tmp_path / "int8").member_logits(TEXTS)[0], usual, atol=1e-5)
 
@@ -72,8 +74,8 @@ def test_int8_is_exact_where_the_cpu_would_saturate(
 @given(arrays(np.float32, (3, 4), elements=st.floats(-200, 200, width=32)))
 def test_softmax_is_torchs(values: np.ndarray) -> None:
     expected = torch.softmax(torch.tensor(values, dtype=torch.float64), -1).numpy()
-    np.testing.assert_allclose(softmax(values), expected, atol=1e-12)
-    np.testing.assert_allclose([softmax_row(row) for row in values], expected, atol=1e-12)
+    np.testing.assert_allclose(TASK.probabilities(values), expected, atol=1e-12)
+    np.testing.assert_allclose([TASK.probabilities_of_one(row) for row in values], expected, atol=1e-12)
 
 
 def test_an_exported_manifest_has_the_keys_of_the_contract(exported: Path) -> None:

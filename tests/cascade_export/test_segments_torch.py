@@ -12,10 +12,12 @@ import torch
 from numpy.typing import NDArray
 
 from cascade_rt import CascadeRuntime, Trace
-from cascade_rt.engine.probabilities import softmax
+from cascade_rt.engine.task import SingleLabel
 
 from ..toy import LABELS, WORDS, segment_members, write_segments
 from .torch_toy import bert, tokenizer
+
+TASK = SingleLabel()
 
 _DRAW = random.Random(2)
 TEXTS = [" ".join(_DRAW.choices(WORDS, k=_DRAW.randint(0, 45))) for _ in range(100)]  # several micro-batches
@@ -42,7 +44,7 @@ def one_piece(segments: int, layers_each: int, texts: list[Any], folder: Path) -
 @pytest.mark.parametrize(("segments", "layers_each"), [(2, 2), (4, 1), (3, 2)])
 def test_all_exits_answer_as_bertmodel_in_one_piece(tmp_path: Path, segments: int, layers_each: int) -> None:
     folder = write_segments(tmp_path / "segments", segments=segments, layers_each=layers_each)
-    found = softmax(CascadeRuntime(folder).member_logits(TEXTS)[0])
+    found = TASK.probabilities(CascadeRuntime(folder).member_logits(TEXTS)[0])
     expected = one_piece(segments, layers_each, TEXTS, tmp_path)
     np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
     assert np.abs(expected[0] - expected[-1]).max() > 0.5, "the exits differ"
@@ -51,7 +53,7 @@ def test_all_exits_answer_as_bertmodel_in_one_piece(tmp_path: Path, segments: in
 def test_pairs_have_their_token_types_in_the_first_segment(tmp_path: Path) -> None:
     pairs = list(zip(TEXTS[:30], TEXTS[30:60], strict=True))
     folder = write_segments(tmp_path / "segments", pair=True)
-    found = softmax(CascadeRuntime(folder).member_logits(pairs)[0])
+    found = TASK.probabilities(CascadeRuntime(folder).member_logits(pairs)[0])
     np.testing.assert_allclose(found, one_piece(2, 2, pairs, tmp_path), atol=1e-5, rtol=0)
 
 

@@ -140,6 +140,7 @@ def test_every_weight_is_outside_of_the_branches(packed: Packed, tmp_path: Path,
     nodes = [node for branch in branches for node in branch.node]
     assert not any(node.op_type == "If" for node in nodes)
     constants = [node.attribute[0].t for node in nodes if node.op_type == "Constant"]
+    assert constants
     assert all(math.prod(constant.dims) <= 1024 for constant in constants)
     onnx.checker.check_model(model)
 
@@ -174,7 +175,7 @@ def test_what_it_cannot_hold_is_refused_and_nothing_is_lost(bundle: Path, tmp_pa
     with pytest.raises(BundleError, match="found members that are segments, or exits by patience; expected complete"):
         pack(segments, tmp_path / "one.onnx")
     (tmp_path / "one.onnx").write_bytes(b"mine")
-    with pytest.raises(InputError, match=r"one\.onnx: exists already; name another file, or use `overwrite`"):
+    with pytest.raises(InputError, match=r"one\.onnx: exists already; name another file, or overwrite it"):
         pack(bundle, tmp_path / "one.onnx")
     assert (tmp_path / "one.onnx").read_bytes() == b"mine"
     with pytest.raises(InputError, match="does not exist; create it first"):

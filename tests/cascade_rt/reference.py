@@ -1,4 +1,4 @@
-"""What answers are compared with where there is no torch: BERT in numpy and exit rules as plain loops, text by text.
+"""A reference for answers where there is no torch: BERT in numpy and exit rules as plain loops, text by text.
 
 Everything is float64, and none of it shares code with cascade_rt.
 """

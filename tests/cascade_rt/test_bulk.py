@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from cascade_rt import CascadeRuntime, InferenceError
+from cascade_rt.engine.execution import Execution
 from cascade_rt.engine.stage import Stage
 
 from ..toy import WORDS
@@ -35,7 +36,7 @@ def test_answers_are_those_of_one_thread_to_the_last_bit(
     expected = alone.predict(TEXTS)
     assert len({answer.exit for answer in expected}) > 1
     assert runtime.predict(TEXTS) == expected
-    assert runtime._stages[0]._sessions.get(False) is None, "bulk work alone does not load what single texts need"
+    assert runtime.plan.stages[0]._sessions.get(False) is None, "bulk work alone does not load what single texts need"
     assert runtime.predict(TEXTS[5:6])[0].label == expected[5].label
     np.testing.assert_array_equal(runtime.member_logits(TEXTS)[0], alone.member_logits(TEXTS)[0])
     with ThreadPoolExecutor(3) as pool:
@@ -58,7 +59,7 @@ def test_micro_batches_run_side_by_side(bundle: Path) -> None:
     same_length = ["the film is good"] * 340  # 4 micro-batches of as many tokens
     runtime = CascadeRuntime(bundle, threads=2, thresholds=0.0)
     expected = runtime.predict(same_length)
-    stage = runtime._stages[0]
+    stage = runtime.plan.stages[0]
     stage._sessions[True] = Meeting(stage._sessions[True])
     assert runtime.predict(same_length) == expected
 
@@ -74,7 +75,7 @@ def test_a_failure_names_the_member_and_leaves_the_runtime_usable(
             raise RuntimeError("out of luck")
 
     with monkeypatch.context() as patch:
-        patch.setitem(runtime._stages[0]._sessions, True, Failing())
+        patch.setitem(runtime.plan.stages[0]._sessions, True, Failing())
         with pytest.raises(InferenceError, match=r"'tiny' failed on \d+ texts? of \d+ tokens \(out of luck\)"):
             runtime.predict(TEXTS)
     assert runtime.predict(TEXTS) == expected
@@ -84,14 +85,14 @@ def test_a_text_alone_or_much_longer_than_the_others_has_all_threads(bundle: Pat
     runtime = CascadeRuntime(bundle, threads=2)
     runtime.predict(["a film"])
     runtime.predict(["the film is good " * 10, "a film"])
-    assert all(True not in stage._sessions for stage in runtime._stages)
+    assert all(True not in stage._sessions for stage in runtime.plan.stages)
 
 
 def test_no_texts_load_nothing(bundle: Path) -> None:
     runtime = CascadeRuntime(bundle, threads=2)
     assert runtime.predict([]) == []
     assert runtime.member_logits([])[0].shape == (3, 0, 3)
-    assert all(True not in stage._sessions for stage in runtime._stages)
+    assert all(True not in stage._sessions for stage in runtime.plan.stages)
 
 
 def test_a_member_that_was_loaded_answers_after_its_bundle_is_gone(copied: Path) -> None:
@@ -124,7 +125,7 @@ def test_a_thread_that_outlives_the_main_thread_is_answered(bundle: Path) -> Non
 
 def test_other_devices_run_one_micro_batch_at_a_time(bundle: Path) -> None:
     entry = CascadeRuntime(bundle).bundle.members[0]
-    assert Stage(entry, bundle / entry.file, 3, "CUDAExecutionProvider", 8).at_once == 1
+    assert Stage(entry, bundle / entry.file, 3, Execution("CUDAExecutionProvider", 8)).at_once == 1
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")

@@ -1,4 +1,4 @@
-"""What goes wrong before a cluster is there."""
+"""Errors before a cluster is there."""
 
 from __future__ import annotations
 

@@ -120,18 +120,8 @@ def test_every_wrong_parameter_is_named(bundle: Path, call: Callable[[Path], Any
     assert str(caught.value).startswith(f"`{field}`: found ")
 
 
-def test_names_of_parameters_become_those_of_the_command_line() -> None:
-    error = InputError(
-        "found `confidence` alone, expected `max_drop` with it; a `backtick quote` stays, `unknown` is bare"
-    )
-    spelled = error.spelled({"confidence": "--confidence", "max_drop": "--max-drop"})
-    assert spelled == "found --confidence alone, expected --max-drop with it; a `backtick quote` stays, unknown is bare"
-    assert (
-        InvalidOption("max_drop", 2, "less").spelled({"max_drop": "--max-drop"}) == "--max-drop: found 2, expected less"
-    )
-    assert error.spelled({}) == str(error).replace("`confidence`", "confidence").replace(
-        "`max_drop`", "max_drop"
-    ).replace("`unknown`", "unknown")
+def test_an_invalid_option_is_named_as_the_command_line_spells_it() -> None:
+    assert InvalidOption("max_drop", 2, "less").named("--max-drop") == "--max-drop: found 2, expected less"
 
 
 def test_every_class_has_an_instance_here() -> None:
@@ -147,14 +137,10 @@ def test_errors_survive_pickling(error: CascadeError, protocol: int) -> None:
     assert {name: repr(value) for name, value in vars(same).items()} == {
         name: repr(value) for name, value in vars(error).items()
     }
-    assert same.spelled({"max_drop": "--max-drop"}) == error.spelled({"max_drop": "--max-drop"})
 
 
 def test_the_first_line_of_an_error_is_never_empty() -> None:
-    assert (
-        first_line(RuntimeError("\n one \ntwo")) == "one "[:-1] + " " or first_line(RuntimeError("one\ntwo")) == "one"
-    )
-    assert first_line(RuntimeError("one\ntwo")) == "one"
+    assert first_line(RuntimeError("\n one \ntwo")) == "one"
     assert first_line(MemoryError()) == "MemoryError"
     assert first_line(ValueError("  \n ")) == "ValueError"
 
@@ -183,7 +169,7 @@ def _session(copied: Path) -> None:
 def _run(copied: Path) -> None:
     runtime = CascadeRuntime(copied)
     ids = np.full((1, 4), 10**6)  # no such word
-    runtime._stages[0].run({"input_ids": ids, "attention_mask": ids * 0 + 1, "token_type_ids": ids * 0})
+    runtime.plan.stages[0].run({"input_ids": ids, "attention_mask": ids * 0 + 1, "token_type_ids": ids * 0})
 
 
 def _manifest(copied: Path) -> None:

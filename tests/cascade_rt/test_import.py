@@ -1,4 +1,4 @@
-"""What importing the package does: little, and no telemetry."""
+"""Importing the package does little, and starts no telemetry."""
 
 from __future__ import annotations
 

@@ -29,12 +29,18 @@ _WRITES = re.compile(r'(?:openat|open|creat|mkdir|mkdirat|rename|renameat2?)\((?
 
 
 def watched(command: Sequence[str], home: Path) -> tuple[list[str], set[str]]:
-    """Run a command with an empty home folder; return its connections and the files that it wrote outside of /dev."""
+    """Run a command with an empty home folder, and an empty temporary one beside it.
+
+    Returns its connections, and the files that it wrote outside of /dev.
+    """
     if shutil.which("strace") is None:
         pytest.skip("needs strace")
+    temporary = home.with_name("temporary")
     home.mkdir()
+    temporary.mkdir()
     kept = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
-    environment = kept | {"HOME": str(home), "XDG_CACHE_HOME": str(home / ".cache"), "PYTHONDONTWRITEBYTECODE": "1"}
+    folders = {"HOME": str(home), "XDG_CACHE_HOME": str(home / ".cache"), "TMPDIR": str(temporary)}
+    environment = kept | folders | {"PYTHONDONTWRITEBYTECODE": "1"}
     log = home.with_suffix(".strace")
     calls = "trace=connect,sendto,sendmsg,openat,open,creat,mkdir,mkdirat,rename,renameat,renameat2"
     tracing = ["strace", "-f", "-qq", "-e", calls, "-o", str(log)]

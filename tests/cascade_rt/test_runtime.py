@@ -50,12 +50,12 @@ class CountingSession:
 
 def test_a_text_that_left_never_reaches_a_bigger_member(bundle: Path, corpus: list[str]) -> None:
     runtime = CascadeRuntime(bundle, thresholds=[0.6, 0.8])
-    for stage in runtime._stages:
+    for stage in runtime.plan.stages:
         stage._sessions[False] = CountingSession(stage.load())
     predictions = runtime.predict(corpus)
     exits = [prediction.exit for prediction in predictions]
     assert len(set(exits)) == 3, "the case needs texts that leave at every member"
-    seen = [stage._sessions[False].rows for stage in runtime._stages]
+    seen = [stage._sessions[False].rows for stage in runtime.plan.stages]
     assert seen == [300, sum(exit > 0 for exit in exits), sum(exit > 1 for exit in exits)]
 
 
@@ -121,10 +121,10 @@ def test_predict_iter_refuses_one_text_and_names_the_place_of_a_bad_one(runtime:
 def test_members_are_loaded_when_a_text_first_needs_them(bundle: Path) -> None:
     runtime = CascadeRuntime(bundle, thresholds=0.0)
     runtime.predict(["a film", "a cat"])
-    assert [stage.loaded for stage in runtime._stages] == [True, False, False]
+    assert [stage.loaded for stage in runtime.plan.stages] == [True, False, False]
     runtime.with_thresholds([1.0, 0.0]).predict(["a film"])
-    assert [stage.loaded for stage in runtime._stages] == [True, True, False]
-    assert all(stage.loaded for stage in CascadeRuntime(bundle, preload=True)._stages)
+    assert [stage.loaded for stage in runtime.plan.stages] == [True, True, False]
+    assert all(stage.loaded for stage in CascadeRuntime(bundle, preload=True).plan.stages)
 
 
 def test_odd_texts_get_an_answer(runtime: CascadeRuntime) -> None:
@@ -223,6 +223,10 @@ def test_the_public_names_are_the_documented_ones() -> None:
         "BundleError",
         "CascadeError",
         "CascadeRuntime",
+        "Entropy",
+        "ExitRule",
+        "MaximumProbability",
+        "Patience",
         "InferenceError",
         "InputError",
         "InvalidOption",
@@ -237,7 +241,7 @@ def test_the_public_names_are_the_documented_ones() -> None:
         "read_bundle",
     }
     assert all(hasattr(cascade_rt, name) for name in cascade_rt.__all__)
-    assert Prediction._fields == ("label", "score", "probabilities", "exit", "layers", "truncated")
+    assert Prediction._fields == ("label", "score", "probabilities", "exit", "layers", "truncated", "labels")
 
 
 def test_stats_count_what_was_answered(bundle: Path) -> None:

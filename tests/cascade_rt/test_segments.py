@@ -21,12 +21,14 @@ from cascade_rt.benchmark import latency
 from cascade_rt.bundle import sha256_of
 from cascade_rt.cli import main
 from cascade_rt.engine.cost import layer_speedup
-from cascade_rt.engine.probabilities import softmax
+from cascade_rt.engine.task import SingleLabel
 from cascade_rt.tuning.evaluation import evaluate
 
 from ..toy import LABELS, WORDS, Member, cascade_members, segment_members, write_bundle, write_segments
 from .bundle.manifests import altered, set_to
 from .reference import confidence_exit, patience_exit, stage_probabilities, tokenized
+
+TASK = SingleLabel()
 
 _DRAW = random.Random(0)
 TEXTS = [" ".join(_DRAW.choices(WORDS, k=_DRAW.randint(0, 45))) for _ in range(150)]  # several micro-batches
@@ -34,7 +36,7 @@ TEXTS = [" ".join(_DRAW.choices(WORDS, k=_DRAW.randint(0, 45))) for _ in range(1
 
 @pytest.fixture(scope="module")
 def expected(four_segments: Path) -> NDArray[np.float64]:
-    """What the whole model answers after each layer, (4, texts, labels)."""
+    """Probabilities of the whole model after each layer, (4, texts, labels)."""
     members = segment_members(segments=4, layers_each=1)
     probabilities = stage_probabilities(members, tokenized(str(four_segments / "tokenizer.json"), TEXTS))
     two_best = np.sort(probabilities, axis=-1)[..., -2:]
@@ -53,13 +55,13 @@ def test_every_exit_answers_as_the_whole_model_does(two_segments: Path, four_seg
     logits, lengths = CascadeRuntime(folder).member_logits(TEXTS)
     encodings = tokenized(str(folder / "tokenizer.json"), TEXTS)
     assert lengths.tolist() == [len(encoding.ids) for encoding in encodings]
-    np.testing.assert_allclose(softmax(logits), stage_probabilities(members, encodings), atol=1e-5, rtol=0)
+    np.testing.assert_allclose(TASK.probabilities(logits), stage_probabilities(members, encodings), atol=1e-5, rtol=0)
 
 
 def test_segments_of_pairs_answer_as_the_whole_model_does(tmp_path: Path) -> None:
     pairs = list(zip(TEXTS[:40], TEXTS[40:80], strict=True))
     folder = write_segments(tmp_path / "pairs", pair=True)
-    found = softmax(CascadeRuntime(folder).member_logits(pairs)[0])
+    found = TASK.probabilities(CascadeRuntime(folder).member_logits(pairs)[0])
     expected = stage_probabilities(segment_members(), tokenized(str(folder / "tokenizer.json"), pairs))
     np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
 
@@ -110,7 +112,7 @@ class Recording:
 def test_states_of_texts_that_left_are_not_handed_on(four_segments: Path) -> None:
     runtime = CascadeRuntime(four_segments)
     before = [answer.exit for answer in runtime.predict(TEXTS)]
-    stage = runtime._stages[3]
+    stage = runtime.plan.stages[3]
     stage._sessions[False] = recording = Recording(stage.load())
     runtime.predict(TEXTS)
     lengths = [len(encoding.ids) for encoding in tokenized(str(four_segments / "tokenizer.json"), TEXTS)]
@@ -233,7 +235,7 @@ def test_thresholds_are_refused_where_another_rule_decides(
 def test_tuning_finds_the_patience(
     four_segments: Path, expected: NDArray[np.float64], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of all numbers, the fastest that is allowed, by counting text by text; the tuned bundle answers as promised."""
+    """The fastest of all numbers that is allowed, by counting text by text; the tuned bundle answers as promised."""
     classes = expected.argmax(axis=-1)
     by_patience = {}
     for patience in (1, 2, 3, 4):
@@ -247,7 +249,7 @@ def test_tuning_finds_the_patience(
     assert main(["tune", *arguments, "--no-cache"]) == 0
     chosen = json.loads(capsys.readouterr().out)["chosen"]
     layers, lost, left = by_patience[best]
-    assert (chosen["patience"], chosen["thresholds"]) == (best, [])
+    assert (chosen["exit_rule"], chosen["thresholds"]) == ({"kind": "patience", "patience": best}, [])
     assert chosen["drop"] == pytest.approx(lost)
     assert chosen["layers_speedup"] == pytest.approx(4 / layers)
     runtime = CascadeRuntime(folder)
@@ -269,7 +271,7 @@ def test_patience_can_be_changed(four_segments: Path, expected: NDArray[np.float
     with pytest.raises(InvalidOption, match="`patience`: found 0, expected a whole number from 1"):
         runtime.with_patience(0)
     other = CascadeRuntime(by_confidence(tmp_path / "other", segment_members(), [0.9]))
-    with pytest.raises(InvalidOption, match="expected none: the exit rule maximum_probability has thresholds"):
+    with pytest.raises(InvalidOption, match="expected none: the exit rule maximum_probability has no patience"):
         other.with_patience(2)
 
 
@@ -320,7 +322,7 @@ def test_segments_with_thresholds_are_tuned(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What tuning promises is what the tuned bundle does; a segment that no text leaves runs with threshold 1."""
+    """A tuned bundle does as tuning promised; a segment that no text leaves runs with threshold 1."""
     extra = {"format_version": 2, "exit_rule": {"kind": kind}}
     members = segment_members(segments=4, layers_each=1)
     folder = write_bundle(tmp_path / "segments", members, thresholds=[0.9] * 3, extra=extra)
@@ -370,7 +372,7 @@ def test_a_member_before_a_chain_costs_its_layers_and_hands_nothing_on(tmp_path:
     folder = by_confidence(tmp_path / "mixed", members, thresholds)
     probabilities = stage_probabilities(members, tokenized(str(folder / "tokenizer.json"), TEXTS))
     runtime = CascadeRuntime(folder)
-    np.testing.assert_allclose(softmax(runtime.member_logits(TEXTS)[0]), probabilities, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(TASK.probabilities(runtime.member_logits(TEXTS)[0]), probabilities, atol=1e-5, rtol=0)
     answers = runtime.predict(TEXTS)
     assert [answer.exit for answer in answers] == exits_by_confidence(probabilities, thresholds)
     assert {(answer.exit, answer.layers) for answer in answers} == {(0, 1), (1, 3), (2, 5)}

@@ -86,9 +86,9 @@ def test_a_variant_equals_a_runtime_opened_that_way_and_shares_the_sessions(
     answers = variant.predict(TEXTS)
     alone = [variant.predict([text])[0] for text in TEXTS[:8]]
     assert len(sessions) == 3, "the variant made none of its own"
-    shared = dict(zip([entry.name for entry in runtime.bundle.members], runtime._stages, strict=True))
+    shared = dict(zip([entry.name for entry in runtime.bundle.members], runtime.plan.stages, strict=True))
     assert all(
-        stage is shared[entry.name] for entry, stage in zip(variant.bundle.members, variant._stages, strict=True)
+        stage is shared[entry.name] for entry, stage in zip(variant.bundle.members, variant.plan.stages, strict=True)
     )
     fresh = CascadeRuntime(bundle, **settings)
     assert answers == fresh.predict(TEXTS)
@@ -190,7 +190,7 @@ def test_a_stream_ends_with_an_error_when_its_runtime_is_closed(bundle: Path) ->
 
 def test_shared_sessions_live_until_the_last_runtime_is_closed(bundle: Path) -> None:
     runtime = CascadeRuntime(bundle, preload=True)
-    session = weakref.ref(runtime._stages[0].load())
+    session = weakref.ref(runtime.plan.stages[0].load())
     other = runtime.with_thresholds(0.7)
     answers = other.predict(TEXTS)
     runtime.close()
@@ -218,7 +218,7 @@ def test_closing_while_a_call_runs_does_not_break_the_call(bundle: Path, texts: 
     """The other thread's call ends as if nothing had happened, or says that the runtime is closed."""
     runtime = CascadeRuntime(bundle, thresholds=0.0, preload=True)
     right = runtime.predict(texts)
-    stage, run = runtime._stages[0], runtime._stages[0].run
+    stage, run = runtime.plan.stages[0], runtime.plan.stages[0].run
 
     def closing(batch: Any) -> Any:
         runtime.close()

@@ -58,14 +58,14 @@ def test_exits_can_be_counted_from_traces(bundle: Path) -> None:
 def test_seconds_are_those_of_the_session(bundle: Path) -> None:
     traces: list[Trace] = []
     runtime = CascadeRuntime(bundle, thresholds=0.0, trace=traces.append, preload=True)
-    session = runtime._stages[0].load()
+    session = runtime.plan.stages[0].load()
 
     class Slow:
         def run(self, *arguments: Any) -> Any:
             time.sleep(0.02)
             return session.run(*arguments)
 
-    runtime._stages[0]._sessions[False] = Slow()
+    runtime.plan.stages[0]._sessions[False] = Slow()
     started = time.perf_counter()
     runtime.predict(["a film"])
     runtime.predict(["a film", "a cat"])

@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 from cascade_rt import CascadeRuntime
 from cascade_rt.bundle import MemberEntry
 from cascade_rt.cli import main
-from cascade_rt.engine.exit_rules import Thresholds
-from cascade_rt.engine.probabilities import softmax
+from cascade_rt.engine.exit_rules import MaximumProbability
+from cascade_rt.engine.task import SingleLabel
 from cascade_rt.tuning.evaluation import evaluate
 from cascade_rt.tuning.metrics import ece
 
 from ..conftest import LABELS, WORDS
+
+TASK = SingleLabel()
 
 _ANSWERS = st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=60)
 
@@ -42,10 +44,10 @@ def test_the_curve_is_what_evaluating_at_its_taus_finds() -> None:
     draw = np.random.default_rng(0)
     logits, labels = draw.normal(size=(3, 90, 3)).astype(np.float32) * 2, draw.integers(0, 3, 90)
     members = _members(1, 2, 6)
-    curve = speedup_curve(members, softmax(logits), labels)
+    curve = speedup_curve(members, TASK.probabilities(logits), labels)
     assert curve[0]["layer_speedup"] < 1 < curve[-1]["layer_speedup"] == 6
     for point in curve:
-        found = evaluate(members, Thresholds([point["tau"]] * 2), logits, labels, np.full(90, 7)).cascade
+        found = evaluate(members, MaximumProbability((point["tau"],) * 2), logits, labels, np.full(90, 7)).cascade
         assert point["accuracy"] == pytest.approx(found.accuracy)
         assert point["layer_speedup"] == pytest.approx(found.layer_speedup)
 
@@ -63,7 +65,7 @@ def test_the_expected_gain_is_equation_13() -> None:
 
 @given(st.floats(0.3, 4), st.integers(0, 50))
 def test_the_temperature_that_was_put_in_is_found(temperature: float, seed: int) -> None:
-    """Labels drawn from softmax(logits): of logits times T, the best temperature is about T."""
+    """Labels drawn from TASK.probabilities(logits): of logits times T, the best temperature is about T."""
     draw = np.random.default_rng(seed)
     logits = draw.normal(size=(4000, 3)) * 2
     labels = (logits + draw.gumbel(size=logits.shape)).argmax(axis=1)

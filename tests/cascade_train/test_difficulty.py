@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from cascade_train import RECORD
 from cascade_train import difficulty as module
-from cascade_train.difficulty import label_difficulty, read_difficulty
+from cascade_train.difficulty import Splits, label_difficulty, read_difficulty
 from cascade_train.finetune import Objective, Recipe, finetune, logits_of, teacher_logits
 from cascade_train.tasks import Examples, TaskData
 
@@ -45,7 +45,7 @@ def data() -> TaskData:
 @pytest.fixture(scope="module")
 def labelled(base: str, data: TaskData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("labelled") / "difficulty"
-    label_difficulty(base, data, folder, layers=1, recipe=RECIPE, folds=3, seeds=2)
+    label_difficulty(base, data, folder, layers=1, recipe=RECIPE, splits=Splits(3, 2))
     return folder
 
 
@@ -72,7 +72,7 @@ def test_answers_stay_with_their_texts_whatever_their_lengths(base: str, tmp_pat
     texts = [" ".join([("bad", "good")[row % 2], *["film"] * (row * 7 % 11)]) for row in range(66)]
     examples = Examples(texts, [row % 2 for row in range(66)])
     toy = TaskData("toy", ("bad", "good"), False, "accuracy", examples, examples)
-    summary = label_difficulty(base, toy, tmp_path / "labels", layers=1, recipe=RECIPE, folds=2, seeds=2)
+    summary = label_difficulty(base, toy, tmp_path / "labels", layers=1, recipe=RECIPE, splits=Splits(2, 2))
     assert min(summary["accuracy_by_seed"]) > 0.9
 
 
@@ -82,20 +82,20 @@ def test_a_killed_run_goes_on_and_two_at_a_time_answer_the_same(
     train_fold = module._train_fold
     trained: list[tuple[int, int]] = []
 
-    def killed_at_the_fourth(seed: int, fold: int, *rest: Any) -> None:
+    def killed_at_the_fourth(run: Any, seed: int, fold: int) -> None:
         if len(trained) == 3:
             raise KeyboardInterrupt
         trained.append((seed, fold))
-        train_fold(seed, fold, *rest)
+        train_fold(run, seed, fold)
 
-    settings: dict[str, Any] = {"layers": 1, "recipe": RECIPE, "folds": 3, "seeds": 2}
+    settings: dict[str, Any] = {"layers": 1, "recipe": RECIPE, "splits": Splits(3, 2)}
     monkeypatch.setattr(module, "_train_fold", killed_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
         label_difficulty(base, data, tmp_path / "again", **settings)
     assert not (tmp_path / "again").exists()
     monkeypatch.setattr(module, "_train_fold", train_fold)
     with pytest.raises(Exception, match="unfinished run with another folds"):
-        label_difficulty(base, data, tmp_path / "again", **settings | {"folds": 4})
+        label_difficulty(base, data, tmp_path / "again", **settings | {"splits": Splits(4, 2)})
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "again.labelling").glob("seed-*.json")}
     assert len(before) == 3
     label_difficulty(base, data, tmp_path / "again", jobs=2, **settings)
@@ -105,7 +105,7 @@ def test_a_killed_run_goes_on_and_two_at_a_time_answer_the_same(
 
 def test_what_cannot_be_labelled_is_refused(base: str, data: TaskData, labelled: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"`folds`: found 40, expected at most \d+, the training instances"):
-        label_difficulty(base, data, tmp_path / "out", recipe=RECIPE, folds=40)
+        label_difficulty(base, data, tmp_path / "out", recipe=RECIPE, splits=Splits(folds=40))
     with pytest.raises(InputError, match="exists; choose another"):
         label_difficulty(base, data, labelled, recipe=RECIPE)
     with pytest.raises(InputError, match="other training examples than these 16"):

@@ -300,7 +300,7 @@ def test_families_that_cannot_be_cut_are_refused() -> None:
     albert = AlbertModel(AlbertConfig(**BERT_SIZES, hidden_size=16, embedding_size=8, num_hidden_groups=1))
     with pytest.raises(InputError, match="some/albert: cannot take single layers out of a AlbertModel"):
         make_student(albert, [0, 4], "some/albert")
-    with pytest.raises(InputError, match="some/albert: `relations` needs separate queries"):
+    with pytest.raises(InputError, match="some/albert: relations need separate queries"):
         projections(albert, "some/albert")
 
 
@@ -346,7 +346,7 @@ def test_the_relation_loss_is_the_papers() -> None:
 def test_the_relations_of_the_last_layers_are_learned(
     base: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What enters the loss are queries, keys and values of the student's and the teacher's last layer."""
+    """The loss takes queries, keys and values of the student's and the teacher's last layer."""
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def watched(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor, heads: int) -> torch.Tensor:

@@ -34,7 +34,7 @@ def add_arguments(parser: CommandParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Label, and print the share of difficult instances."""
     need_training("difficulty")
-    from cascade_train.difficulty import label_difficulty  # noqa: PLC0415 - loads torch
+    from cascade_train.difficulty import Splits, label_difficulty  # noqa: PLC0415 - loads torch
 
     data = data_from(options)
     with redirect_stdout(sys.stderr):  # whatever libraries print is not the answer
@@ -45,8 +45,7 @@ def run(options: argparse.Namespace) -> None:
             layers=options.layers,
             tokenizer=options.tokenizer,
             recipe=recipe_from(options),
-            folds=options.folds,
-            seeds=options.seeds,
+            splits=Splits(options.folds, options.seeds),
             jobs=options.jobs,
         )
     if options.json:

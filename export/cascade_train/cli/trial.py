@@ -43,5 +43,5 @@ def check_export(
         pair=pair,
         max_length=options.max_length,
         exits=exits,
-        remedy="; or train it without this check (`export_check`)",
+        remedy="; or train it without this check (--no-export-check)",
     )

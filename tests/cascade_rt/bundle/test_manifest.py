@@ -46,7 +46,10 @@ def test_unknown_keys_are_kept(copied: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (set_to("format_version", to=3), "format_version 3, this cascade-rt reads 1 and 2; install a newer cascade-rt"),
+        (
+            set_to("format_version", to=4),
+            "format_version 4, this cascade-rt reads 1, 2 and 3; install a newer cascade-rt",
+        ),
         (set_to("format_version", to=0), "export the bundle again"),
         (set_to("format_version", to=True), "format_version: found 'True', expected int"),
         (delete("labels"), "has no 'labels'"),
@@ -74,6 +77,10 @@ def test_unknown_keys_are_kept(copied: Path) -> None:
         (set_to("members", 0, "threshold", to=1.5), "from 0 to 1"),
         (set_to("members", 0, "threshold", to=float("nan")), "threshold: found 'nan'"),
         (set_to("members", 0, "threshold", to="0.5"), "threshold: found '0.5', expected float"),
+        (
+            set_to("members", 1, "precision", to="int4"),
+            r"members\[1\]: precision: found 'int4', this cascade-rt knows fp32, .*; install a newer cascade-rt",
+        ),
         (set_to("members", 0, "layers", to=3), "ascending"),
         (set_to("members", 1, "name", to="tiny"), "share a name"),
         (set_to("members", 0, "file", to="../tiny.onnx"), "stays inside the bundle's folder"),

@@ -84,7 +84,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_an_existing_bundle_is_replaced_only_with_overwrite(copied: Path, tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="`overwrite`"), write_bundle(copied):
+    with pytest.raises(BundleError, match="or overwrite that bundle"), write_bundle(copied):
         pass
     with pytest.raises(ZeroDivisionError), write_bundle(copied, overwrite=True):
         _ = 1 / 0

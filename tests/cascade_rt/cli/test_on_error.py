@@ -155,12 +155,12 @@ def test_a_missing_column_is_not_a_matter_of_rows(capsys: pytest.CaptureFixture[
         capsys, "predict", "--model-dir", bundle, "--input", "a.csv", "--on-error", "skip", "--text-column", "text"
     )
     assert (status, lines) == (2, [])
-    assert "no column 'text'; found 'q'; name one of these by --text-column" in error
+    assert "no column 'text'; found 'q'; name one of these" in error
     status, _, error = run(capsys, "predict", "--model-dir", bundle, "--input", "a.csv")
-    assert (status, error.endswith("name its column by --text-column (for pairs, with --pair-column)\n")) == (2, True)
+    assert (status, error.endswith("name its column\n")) == (2, True)
     labels = ["--text-column", "q", "--label-column", "l"]
     status, _, error = run(capsys, "evaluate", "--model-dir", bundle, "--input", "a.csv", *labels)
-    assert (status, error.endswith("no column 'l'; found 'q'; name one of these by --label-column\n")) == (2, True)
+    assert (status, error.endswith("no column 'l'; found 'q'; name one of these\n")) == (2, True)
 
 
 def write_good_and_bad_rows() -> None:

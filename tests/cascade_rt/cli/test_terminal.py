@@ -1,4 +1,4 @@
-"""What is printed for people has no escape sequences from files."""
+"""Output for people has no escape sequences from files."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ import pytest
 
 from cascade_rt import BundleError, CascadeRuntime, InferenceError, read_bundle
 from cascade_rt.engine import forks, tokenization
+from cascade_rt.engine.execution import Execution
 from cascade_rt.engine.forks import FORKS
 from cascade_rt.engine.stage import Stage
 from cascade_rt.engine.tokenization import Encoded
@@ -58,7 +59,7 @@ class Wrapped:
 
 
 def _held_run(runtime: CascadeRuntime, monkeypatch: pytest.MonkeyPatch) -> Held:
-    stage = runtime._stages[0]
+    stage = runtime.plan.stages[0]
     session = stage.load()
     held = Held(session.run)
     stage._sessions[False] = Wrapped(session, "run", held)
@@ -72,7 +73,7 @@ def _held_load(runtime: CascadeRuntime, monkeypatch: pytest.MonkeyPatch) -> Held
 
 
 def _held_tokenization(runtime: CascadeRuntime, monkeypatch: pytest.MonkeyPatch) -> Held:
-    tokenizer = runtime._opened.tokenizer
+    tokenizer = runtime.plan.tokenizer
     held = Held(tokenizer._tokenizer.encode)
     monkeypatch.setattr(tokenizer, "_tokenizer", Wrapped(tokenizer._tokenizer, "encode", held))
     return held
@@ -80,7 +81,7 @@ def _held_tokenization(runtime: CascadeRuntime, monkeypatch: pytest.MonkeyPatch)
 
 def _held_long_text(runtime: CascadeRuntime, monkeypatch: pytest.MonkeyPatch) -> Held:
     monkeypatch.setattr(tokenization, "_LONGEST", 3)
-    tokenizer = runtime._opened.tokenizer
+    tokenizer = runtime.plan.tokenizer
     held = Held(tokenizer._tokenizer.to_str)
     monkeypatch.setattr(tokenizer, "_tokenizer", Wrapped(tokenizer._tokenizer, "to_str", held))
     return held
@@ -320,7 +321,7 @@ def test_a_child_does_not_load_another_bundle(copied: Path) -> None:
 def test_a_device_is_not_used_on_both_sides_of_a_fork(bundle: Path) -> None:
     opened = read_bundle(bundle)
     entry = replace(opened.members[0])
-    stage = Stage(entry, bundle / entry.file, 3, "CUDAExecutionProvider", 1)
+    stage = Stage(entry, bundle / entry.file, 3, Execution("CUDAExecutionProvider", 1))
     stage.after_fork()  # nothing was started: the child may
     stage._sessions[False] = object()
     stage.after_fork()

@@ -19,6 +19,7 @@ from cascade_rt.bundle import MemberEntry
 from cascade_rt.bundle.files import file_identity
 from cascade_rt.cli import main
 from cascade_rt.engine import providers
+from cascade_rt.engine.execution import Execution
 from cascade_rt.engine.stage import Stage
 
 from ...toy import WORDS
@@ -90,8 +91,8 @@ def test_the_command_answers(bundle: Path, capsys: pytest.CaptureFixture[str]) -
 def test_what_it_cannot_run_is_refused(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = MemberEntry("small", "small.onnx", "", 2, 32, 1, "int8", None)
     with pytest.raises(InvalidOption, match="that can run the int8 products of member 'small'.* precision int8-static"):
-        Stage(entry, copied / "small.onnx", 3, providers.OPENVINO, 1)
-    stage = Stage(replace(entry, precision="fp32"), copied / "small.onnx", 3, providers.OPENVINO, 1)
+        Stage(entry, copied / "small.onnx", 3, Execution(providers.OPENVINO, 1))
+    stage = Stage(replace(entry, precision="fp32"), copied / "small.onnx", 3, Execution(providers.OPENVINO, 1))
     (copied / "small.onnx").write_bytes(b"not a graph")
     stage._identity = file_identity(copied / "small.onnx")
     with pytest.raises(BundleError, match=r"small\.onnx: OpenVINO cannot load it .*use the provider cpu"):

@@ -10,7 +10,11 @@ import pytest
 
 from cascade_rt import CascadeError, CascadeRuntime, InputError
 from cascade_rt.bundle import MemberEntry
+from cascade_rt.bundle.precisions import PRECISIONS, Precision
+from cascade_rt.engine.execution import Execution
+from cascade_rt.engine.providers import CPU, CUDA, OPENVINO, instead_of, needs_gpu
 from cascade_rt.engine.stage import Stage
+from cascade_rt.errors import InvalidOption
 
 TEXTS = ["a great film", "so sad", "the cat sat on the mat and that was not very witty", "", "dull " * 40]
 
@@ -65,7 +69,17 @@ def test_int8_is_not_sent_to_a_device_that_cannot_run_it(bundle: Path, monkeypat
         InputError,
         match="`provider`: found .CUDA.*one that can run the int8 products of member 'small'; .* in the precision fp16",
     ):
-        Stage(entry, bundle / "small.onnx", 3, "CUDAExecutionProvider", 1)
+        Stage(entry, bundle / "small.onnx", 3, Execution("CUDAExecutionProvider", 1))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS.values(), ids=lambda precision: precision.name)
+@pytest.mark.parametrize("provider", [CPU, CUDA, OPENVINO])
+def test_a_precision_is_refused_with_one_that_the_provider_runs(precision: Precision, provider: str) -> None:
+    """Products of bytes saturate on some CPUs, where exact kernels run them; CUDA has no kernels for them at all."""
+    instead = instead_of(precision.name, provider)
+    assert instead is None or instead_of(instead, provider) is None
+    assert instead is None or provider != CPU
+    assert (instead is not None) == precision.products_of_bytes or provider != CUDA
 
 
 def test_the_probe_for_saturation_is_one_product_of_bytes() -> None:
@@ -89,3 +103,18 @@ def test_a_provider_that_runs_nothing_is_an_error(bundle: Path) -> None:
         pytest.skip("this ONNX Runtime does not report where operators run")
     with pytest.raises(CascadeError, match=f"asked for the provider {name}.* it runs no .*MatMul"):
         CascadeRuntime(bundle, provider=name).predict(["a film"])
+
+
+@pytest.mark.parametrize("name", ["cpu", "CPU", "CPUExecutionProvider", "openvino", "DnnlExecutionProvider"])
+def test_a_cluster_reserves_no_gpu_for_what_runs_on_cpus(name: str) -> None:
+    assert not needs_gpu(name)
+
+
+@pytest.mark.parametrize("name", ["cuda", "CUDA", "CUDAExecutionProvider", "TensorrtExecutionProvider"])
+def test_a_cluster_reserves_a_gpu_for_others(name: str) -> None:
+    assert needs_gpu(name)
+
+
+def test_a_provider_that_nobody_has_is_an_error() -> None:
+    with pytest.raises(InvalidOption, match="`provider`: found 'gpu', expected cpu, cuda, openvino or"):
+        needs_gpu("gpu")

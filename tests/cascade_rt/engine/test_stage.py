@@ -30,8 +30,8 @@ class Answering:
 def standing_in(bundle: Path, answer: Any) -> CascadeRuntime:
     """Return a runtime whose first member answers with `answer(rows)`, or raises it."""
     runtime = CascadeRuntime(bundle)
-    runtime._stages[0].load()
-    runtime._stages[0]._sessions[False] = Answering(answer)
+    runtime.plan.stages[0].load()
+    runtime.plan.stages[0]._sessions[False] = Answering(answer)
     return runtime
 
 
@@ -122,7 +122,7 @@ def test_a_process_that_is_really_out_of_memory_says_so_and_goes_on(bundle: Path
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + (600 << 20),) * 2)\n"
         "try:\n"
-        "    runtime._stages[2].run({'input_ids': ids, 'attention_mask': ids, 'token_type_ids': ids * 0})\n"
+        "    runtime.plan.stages[2].run({'input_ids': ids, 'attention_mask': ids, 'token_type_ids': ids * 0})\n"
         "except InferenceError as error:\n"
         "    print(error)\n"
         "assert runtime.predict(['a film']) == before\n"
@@ -133,7 +133,7 @@ def test_a_process_that_is_really_out_of_memory_says_so_and_goes_on(bundle: Path
 
 def test_a_file_that_cannot_be_loaded_is_a_bundle_error_with_its_cause(copied: Path) -> None:
     runtime = CascadeRuntime(copied)
-    stage = runtime._stages[0]
+    stage = runtime.plan.stages[0]
     stage._path = copied / "tokenizer.json"
     stage._identity = None
     with pytest.raises(BundleError, match="replaced since the bundle was opened"):

@@ -49,8 +49,8 @@ def test_an_output_that_is_in_or_around_an_input_is_refused(source: str, output:
     for spelled in (source, str(Path(source).absolute()), f"file://{Path(source).absolute()}"):
         if spelled != source and ("://" in source or "?" in source):
             continue  # a question mark begins the URI's query
-        with pytest.raises(InputError, match=r"`output` .*`input`"):
-            check_apart({"input": [spelled]}, {"output": [output]})
+        with pytest.raises(InputError, match=r"--output .*--input"):
+            check_apart({"--input": [spelled]}, {"--output": [output]})
 
 
 @pytest.mark.parametrize(
@@ -64,25 +64,25 @@ def test_an_output_that_is_in_or_around_an_input_is_refused(source: str, output:
     ],
 )  # fmt: skip
 def test_others_are_not(source: str, output: str) -> None:
-    check_apart({"input": [source]}, {"output": [output]})
+    check_apart({"--input": [source]}, {"--output": [output]})
 
 
 @pytest.mark.parametrize(
     ("one", "other"), [("o.txt", "o.txt"), ("o.txt", "O.TXT"), ("o", "o/file"), ("a.txt", "hard.txt"), ("-", "-")]
 )
 def test_two_outputs_are_apart_too(one: str, other: str) -> None:
-    with pytest.raises(InputError, match="`output` .*`rejects`"):
-        check_apart({}, {"output": [one, f"{one}.partial"], "rejects": [other]})
-    check_apart({}, {"output": ["o.txt", "o.txt.partial"], "rejects": ["r.txt"]})
-    check_apart({}, {"output": ["/dev/null"], "rejects": ["/dev/null"]})
+    with pytest.raises(InputError, match="--output .*--rejects"):
+        check_apart({}, {"--output": [one, f"{one}.partial"], "--rejects": [other]})
+    check_apart({}, {"--output": ["o.txt", "o.txt.partial"], "--rejects": ["r.txt"]})
+    check_apart({}, {"--output": ["/dev/null"], "--rejects": ["/dev/null"]})
 
 
 def test_a_file_behind_standard_input_is_an_input(monkeypatch: pytest.MonkeyPatch) -> None:
     behind = {0: "a.txt", 1: "out"}
     status = os.fstat
     monkeypatch.setattr(os, "fstat", lambda at: Path(behind[at]).stat() if at in behind else status(at))
-    with pytest.raises(InputError, match=r"`output` hard.txt and `input` - are the same"):
-        check_apart({"input": ["-"]}, {"output": ["hard.txt"]})
+    with pytest.raises(InputError, match=r"--output hard.txt and --input - are the same"):
+        check_apart({"--input": ["-"]}, {"--output": ["hard.txt"]})
     monkeypatch.setitem(behind, 1, "a.txt")
-    with pytest.raises(InputError, match=r"`output` - and `input` a.txt are the same"):
-        check_apart({"input": ["a.txt"]}, {"output": ["-"]})
+    with pytest.raises(InputError, match=r"--output - and --input a.txt are the same"):
+        check_apart({"--input": ["a.txt"]}, {"--output": ["-"]})

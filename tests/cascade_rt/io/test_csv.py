@@ -73,7 +73,7 @@ def test_of_several_delimiters_the_one_that_gives_the_columns_is_taken(tmp_path:
 
 def test_a_delimiter_that_is_not_clear_is_asked_for(tmp_path: Path) -> None:
     content = "text,a;text\nx,y;z\n"
-    with pytest.raises(InputError, match=r"^a.csv:1: found commas and semicolons in the header.*name the `delimiter`$"):
+    with pytest.raises(InputError, match=r"^a.csv:1: found commas and semicolons in the header.*name the delimiter$"):
         rows(content)
     assert answered(content, Reading(delimiter=",")) == ["x"]
     assert answered(content, Reading(delimiter=";")) == ["z"]
@@ -91,9 +91,9 @@ def test_a_delimiter_is_one_character(delimiter: str) -> None:
 @pytest.mark.parametrize(("name", "reading"), [("a.txt", Reading(delimiter=";")), ("a.tsv", Reading(delimiter=";"))])
 def test_a_delimiter_where_none_is_used_is_refused(tmp_path: Path, name: str, reading: Reading) -> None:
     Path(name).write_text("text\nx\n")
-    with pytest.raises(InputError, match=r"found a `delimiter` for t.*, expected one for csv"):
+    with pytest.raises(InputError, match=r"found a delimiter for t.*, expected one for csv"):
         list(read_examples(name, reading, pair=False))
-    with pytest.raises(InputError, match=r"found `columns` for txt"):
+    with pytest.raises(InputError, match=r"found a column for txt"):
         list(read_examples(name, Reading("txt", ("text",)), pair=False))
     assert Reading("txt", ("text",), delimiter=";").of_texts(name) == Reading("txt")
 

@@ -111,7 +111,7 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
         ("a.jsonl", b'["text"]\n', {}, "found JSON of type list"),
         ("a.jsonl", b'{"text": 3}\n', {}, r"column 'text' holds 3 \(int\), expected a text"),
         ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', {}, "a.jsonl:2: no column 'text'; found 'txt'"),
-        ("a.pdf", b"", {}, r"a\.pdf: unknown format '\.pdf'; expected \.jsonl, .*`format`"),
+        ("a.pdf", b"", {}, r"a\.pdf: unknown format '\.pdf'; expected \.jsonl, .*format"),
         ("a.txt", b"", {"format": "xml"}, "`format`: found 'xml', expected one of jsonl, json, csv"),
     ],
 )

@@ -113,7 +113,7 @@ def test_a_member_that_runs_no_text_ends_the_job(
 ) -> None:
     runtime, calls = CascadeRuntime(bundle, threads=1), list[int]()
 
-    def fail(self: Stage, session: object, batch: Any) -> Any:
+    def fail(self: Stage, session: Any, batch: Any) -> Any:
         if self.entry.name == "big":
             calls.append(len(batch["input_ids"]))
             raise self._failure(cause, batch["input_ids"].shape) from cause
@@ -123,7 +123,7 @@ def test_a_member_that_runs_no_text_ends_the_job(
     monkeypatch.setattr(Stage, "_run", fail)
     counts = Counts()
     with pytest.raises(InferenceError, match="member 'big' (failed|ran out of memory)"):
-        list(answer(runtime, examples(GOOD * 100), io.StringIO(), counts, on_error="skip"))
+        answer(runtime, examples(GOOD * 100), io.StringIO(), counts, on_error="skip")
     assert len(calls) <= 10
     assert counts == Counts()
     status, _, error = run(capsys, "predict", "--model-dir", bundle, "--on-error", "skip", "--threshold", "1", "a")
@@ -134,7 +134,7 @@ def test_answers_of_nan_cost_the_row_too(bundle: Path, monkeypatch: pytest.Monke
     """As of numbers that are too large for fp16 on some texts only."""
     run_stage = Stage._run
 
-    def overflow(self: Stage, session: object, batch: Any) -> Any:
+    def overflow(self: Stage, session: Any, batch: Any) -> Any:
         if (batch["attention_mask"].sum(axis=1) == 5).any():  # texts of three words
             raise InferenceError(f"member {self.entry.name!r} answered NaN or infinity; check the model")
         return run_stage(self, session, batch)
@@ -142,7 +142,7 @@ def test_answers_of_nan_cost_the_row_too(bundle: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(Stage, "_run", overflow)
     lines, rejects, counts = io.StringIO(), io.StringIO(), Counts()
     runtime = CascadeRuntime(bundle, threads=1)
-    list(answer(runtime, examples(GOOD), lines, counts, on_error="skip", rejects=rejects))
+    answer(runtime, examples(GOOD), lines, counts, on_error="skip", rejects=rejects)
     assert counts == Counts(answered=4, rejected=1)
     assert json.loads(rejects.getvalue())["where"] == "in:0"
     assert runtime.stats().texts == 4, "a text that was run again is counted once"
@@ -153,7 +153,7 @@ def test_on_a_cluster(
     runtime: CascadeRuntime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pools: list[range]
 ) -> None:
     """The actors of a job, in this process: one for all members, or one for each."""
-    monkeypatch.setattr(ray_job, "_opened", lambda *_: (runtime, dict(enumerate(runtime.chain.stages)), runtime))
+    monkeypatch.setattr(ray_job, "_opened", lambda *_: (runtime, dict(enumerate(runtime.plan.stages)), runtime))
     written: dict[str, str] = {}
 
     def write(part: str, lines: str, receipt: Any) -> Any:

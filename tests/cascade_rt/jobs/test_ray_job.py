@@ -18,9 +18,10 @@ import pytest
 
 from cascade_rt import CascadeError, CascadeRuntime, InputError, cluster
 from cascade_rt.cli import main
+from cascade_rt.engine.execution import Execution
 from cascade_rt.io.readers import read_examples
 from cascade_rt.jobs.answering import Counts
-from cascade_rt.jobs.ray_job import Pool, predict_on_cluster
+from cascade_rt.jobs.ray_job import JobSettings, Pool, predict_on_cluster
 
 from ...toy import WORDS
 
@@ -110,8 +111,8 @@ def check_kills(machines: Any, bundle: Path, source: Path, kind: str, count: int
         if len(seen) == 8:
             machines.remove_node(doomed, allow_graceful=False)
 
-    options: Any = {"pools": POOLS[kind], "shard_rows": shard_rows, "progress": disturb}
-    predict_on_cluster(runtime, str(source), "out", counts, **options)
+    settings = JobSettings(pools=POOLS[kind], shard_rows=shard_rows)
+    predict_on_cluster(runtime, str(source), "out", counts, settings, progress=disturb)
     assert counts == Counts(count)
     assert seen == list(range(shard_rows, count + 1, shard_rows)), "in order, each part once"
     found = answers(Path("out"))
@@ -218,7 +219,8 @@ def test_other_formats_and_compressed_input(machines: Any, bundle: Path, tmp_pat
     wanted = in_one_process(bundle, tmp_path / "in.jsonl")
     runtime = CascadeRuntime(bundle)
     source = f"file://{tmp_path}/in*.jsonl"
-    predict_on_cluster(runtime, source, f"file://{tmp_path}/out", Counts(), shard_rows=128, shard_format=format)
+    settings = JobSettings(shard_rows=128, shard_format=format)
+    predict_on_cluster(runtime, source, f"file://{tmp_path}/out", Counts(), settings)
     kind = "json" if format == "jsonl.gz" else format
     found = pyarrow.dataset.dataset(tmp_path / "out", format=kind).to_table().to_pylist()
     assert_equal(sorted(found, key=lambda row: row["id"]), wanted)
@@ -232,7 +234,8 @@ def test_patience_members_and_thresholds_go_along(
     pools: list[Any] = [Pool(1), {"small": Pool(1), "big": Pool(1)}]
     for runtime, kind in zip((CascadeRuntime(four_segments).with_patience(2), some), pools, strict=True):
         wanted = runtime.predict([row["text"] for row in rows(source)])
-        predict_on_cluster(runtime, str(source), runtime.bundle.members[0].name, Counts(), pools=kind, shard_rows=150)
+        settings = JobSettings(pools=kind, shard_rows=150)
+        predict_on_cluster(runtime, str(source), runtime.bundle.members[0].name, Counts(), settings)
         found = answers(Path(runtime.bundle.members[0].name))
         assert [(row["label"], row["exit"], row["layers"]) for row in found] == [
             (one.label, one.exit, one.layers) for one in wanted
@@ -245,18 +248,20 @@ def test_a_bundle_goes_to_machines_that_do_not_have_it(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     runtime = CascadeRuntime(bundle, thresholds=0.7)
-    remote = replace(cluster.shared(runtime), folder=str(tmp_path / "elsewhere"))
+    remote = cluster.shared(runtime)
+    remote = replace(remote, recipe=replace(remote.recipe, model_dir=str(tmp_path / "elsewhere")))
+    execution = Execution(threads=1)
     texts = ["a good film", "so sad"]
     for _ in range(2):
-        assert remote.open(threads=1).predict(texts) == runtime.predict(texts)
+        assert remote.open(execution).predict(texts) == runtime.predict(texts)
     (kept,) = tmp_path.glob("cascade-rt-*/*")
     assert (kept / "cascade.json").is_file()
     (kept / "tokenizer.json").unlink()  # as a system may do with old files in such folders
-    assert remote.open(threads=1).predict(texts) == runtime.predict(texts)
+    assert remote.open(execution).predict(texts) == runtime.predict(texts)
     assert list(kept.parent.iterdir()) == [kept]
 
     with pytest.raises(CascadeError, match=r"found cascade-rt \S+ on a machine of the cluster, expected 0\.0, as here"):
-        replace(remote, version="0.0").open()
+        replace(remote, version="0.0").open(execution)
 
 
 def test_each_member_may_have_its_own_provider(machines: Any, bundle: Path, tmp_path: Path) -> None:
@@ -264,11 +269,11 @@ def test_each_member_may_have_its_own_provider(machines: Any, bundle: Path, tmp_
     source = write_texts(tmp_path / "in.jsonl", 300)
     options = {"INFERENCE_PRECISION_HINT": "f32"}
     pools = {"tiny": Pool(1), "small": Pool(1, "openvino", 1, options), "big": Pool(1)}
-    predict_on_cluster(CascadeRuntime(bundle), str(source), "out", Counts(), pools=pools)
+    predict_on_cluster(CascadeRuntime(bundle), str(source), "out", Counts(), JobSettings(pools=pools))
     assert_equal(answers(Path("out")), in_one_process(bundle, source))
     pools["small"] = Pool(1, "openvino", 1, {"NO_PRECISION": "f32"})
     with pytest.raises(InputError, match="NO_PRECISION"):
-        predict_on_cluster(CascadeRuntime(bundle), str(source), "wrong", Counts(), pools=pools)
+        predict_on_cluster(CascadeRuntime(bundle), str(source), "wrong", Counts(), JobSettings(pools=pools))
 
 
 def test_an_error_of_a_runtime_ends_the_job_with_its_message(machines: Any, copied: Path, tmp_path: Path) -> None:
@@ -295,6 +300,6 @@ def test_an_error_of_a_runtime_ends_the_job_with_its_message(machines: Any, copi
 def test_wrong_options_leave_nothing(bundle: Path, tmp_path: Path, options: Mapping[str, Any], error: str) -> None:
     source = write_texts(tmp_path / "in.jsonl", 10)
     with pytest.raises(InputError) as found:
-        predict_on_cluster(CascadeRuntime(bundle), str(source), "out", Counts(), **options)
+        predict_on_cluster(CascadeRuntime(bundle), str(source), "out", Counts(), JobSettings(**options))
     assert str(found.value).startswith(error)
     assert not Path("out").exists()

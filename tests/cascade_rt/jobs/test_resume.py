@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -21,7 +22,7 @@ from cascade_rt import CascadeRuntime, InputError
 from cascade_rt.cli import main
 from cascade_rt.io.readers import read_examples, read_records
 from cascade_rt.jobs import answering
-from cascade_rt.jobs.answering import Counts, answer
+from cascade_rt.jobs.answering import answer
 from cascade_rt.jobs.files import JobFiles
 
 from ...toy import WORDS
@@ -43,7 +44,7 @@ def write_rows(path: Path, count: int, bad: bool = True) -> None:
 def run(runtime: CascadeRuntime, output: Path, resume: bool, kill_at: int | None = None) -> None:
     """Run a job on in.jsonl; raise Killed after so many bytes of output."""
     files = JobFiles(output, output.with_name("rejects.jsonl"), {"bundle": "b"}, resume=resume)
-    counts = Counts(files.done["answered"], files.done["rejected"])
+    counts = replace(files.done)
 
     class Dying(io.TextIOBase):
         written = 0
@@ -54,10 +55,17 @@ def run(runtime: CascadeRuntime, output: Path, resume: bool, kill_at: int | None
                 raise Killed
             return files.lines.write(line)
 
-    records = files.remaining(read_records("in.jsonl", pair=False))
+    records, lines = files.remaining(read_records("in.jsonl", pair=False)), cast(TextIO, Dying())
     try:
-        for _ in answer(runtime, records, cast(TextIO, Dying()), counts, on_error="null", rejects=files.rejects):
-            files.commit(counts.records, counts.answered, counts.rejected)
+        answer(
+            runtime,
+            records,
+            lines,
+            counts,
+            on_error="null",
+            rejects=files.rejects,
+            progress=lambda: files.commit(counts),
+        )
         files.finish()
     finally:
         files.close()
@@ -134,7 +142,7 @@ def test_a_killed_command_goes_on_and_says_what_is_there(bundle: Path, tmp_path:
         assert not Path("out.jsonl").exists()
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
     assert refused.returncode == 2
-    assert "rows of an interrupted run; go on with --resume" in refused.stderr
+    assert "rows of an interrupted run; resume it, or delete" in refused.stderr
     other = subprocess.run([*command, "--resume", "--threshold", "0.5"], capture_output=True, text=True, check=False)
     assert "is of a run with another thresholds" in other.stderr
     done = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False)
@@ -145,7 +153,7 @@ def test_a_killed_command_goes_on_and_says_what_is_there(bundle: Path, tmp_path:
 
 
 def covered() -> int:
-    """How many rows the checkpoint covers."""
+    """Return the number of rows that the checkpoint covers."""
     try:
         return int(json.loads(Path("out.jsonl.checkpoint").read_text("utf-8"))["records"])
     except (OSError, ValueError):

@@ -12,10 +12,11 @@ from typing import Any
 import httpx
 import pytest
 
-from cascade_rt.engine.stage import Stage, StageOutput
+from cascade_rt.engine.stage import RunOutput, Stage
 from cascade_rt.serving.app import create_app
 from cascade_rt.serving.server import Server, configured
-from cascade_rt.serving.service import Service, Settings
+from cascade_rt.serving.service import Service
+from cascade_rt.serving.settings import Settings
 
 
 class Gate:
@@ -42,7 +43,7 @@ class Gate:
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     found, run = Gate(), Stage.run
 
-    def gated(stage: Stage, batch: Any) -> StageOutput:
+    def gated(stage: Stage, batch: Any) -> RunOutput:
         found.runs.append((stage.entry.name, len(batch["attention_mask"])))
         found.entered.release()
         assert found.opened.wait(timeout=10)

@@ -50,7 +50,7 @@ def batching(folder: Path, **settings: Any) -> Iterator[Batcher]:
 
 def submit(batcher: Batcher, texts: Sequence[Text], **settings: Any) -> tuple[Ticket, threading.Event]:
     done = threading.Event()
-    encoded = batcher.runtime.chain.tokenizer.encode(texts)
+    encoded = batcher.runtime.plan.tokenizer.encode(texts)
     return batcher.submit(encoded, on_done=done.set, **settings), done
 
 
@@ -152,7 +152,7 @@ def test_the_text_that_arrived_first_goes_first_with_others_of_its_length(bundle
                 order.append(name)
                 done.set()
 
-            batcher.submit(batcher.runtime.chain.tokenizer.encode([text]), rule=at_once, on_done=note)
+            batcher.submit(batcher.runtime.plan.tokenizer.encode([text]), rule=at_once, on_done=note)
             dones.append(done)
         gate.opened.set()
         assert all(done.wait(timeout=30) for done in dones)
@@ -299,7 +299,7 @@ def test_an_error_reaches_only_the_request_that_it_is_from(
 def test_close_answers_what_was_accepted_and_refuses_the_rest(bundle: Path) -> None:
     batcher = Batcher(CascadeRuntime(bundle, threads=1, preload=True))
     tickets = [submit(batcher, TEXTS[:50]) for _ in range(5)]
-    encoded = batcher.runtime.chain.tokenizer.encode(["the film"])
+    encoded = batcher.runtime.plan.tokenizer.encode(["the film"])
     batcher.close()
     assert all(ticket.finished and done.is_set() for ticket, done in tickets)
     with pytest.raises(Draining):

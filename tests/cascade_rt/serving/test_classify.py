@@ -20,7 +20,8 @@ from cascade_rt import CascadeRuntime, InferenceError
 from cascade_rt.engine.stage import Stage
 from cascade_rt.serving.classify import ClassifyRequest
 from cascade_rt.serving.inference_protocol import InferRequest
-from cascade_rt.serving.service import Service, Settings
+from cascade_rt.serving.service import Service
+from cascade_rt.serving.settings import Settings
 from cascade_rt.serving.tei import PredictRequest
 
 from ...toy import LABELS, WORDS

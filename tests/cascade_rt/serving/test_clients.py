@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 
 from cascade_rt import CascadeRuntime
-from cascade_rt.serving.service import Service, Settings
+from cascade_rt.serving.service import Service
+from cascade_rt.serving.settings import Settings
 
 from .conftest import listening
 

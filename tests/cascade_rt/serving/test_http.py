@@ -23,7 +23,8 @@ from cascade_rt.serving import body as bodies
 from cascade_rt.serving.app import create_app
 from cascade_rt.serving.body import Body
 from cascade_rt.serving.json_body import read_json
-from cascade_rt.serving.service import OWN_PATHS, Service, Settings
+from cascade_rt.serving.service import Service
+from cascade_rt.serving.settings import OWN_PATHS, Settings
 
 from .conftest import listening
 
@@ -228,7 +229,7 @@ def test_a_body_that_a_proxy_lost() -> None:
 
 
 def received(parts: list[bytes], encoding: bytes, most: int = LIMIT) -> bytes:
-    """What arrives of a body that is sent in parts."""
+    """The beginning of a body that is sent in parts."""
     messages = [{"type": "http.request", "body": part, "more_body": True} for part in parts]
     messages.append({"type": "http.request", "body": b"", "more_body": False})
 

@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 
 from cascade_rt import CascadeRuntime
-from cascade_rt.engine.probabilities import softmax
+from cascade_rt.engine.task import SingleLabel
 
 from ...toy import LABELS, WORDS
+
+TASK = SingleLabel()
 
 TEXTS = [" ".join(WORDS[at : at + 6]) for at in range(30)]
 
@@ -29,7 +31,7 @@ def client(address: str) -> Any:
 
 
 def scores(bundle: Path, texts: list[str]) -> list[list[dict[str, Any]]]:
-    """What a text-classification pipeline with all labels answers."""
+    """The answers of a text-classification pipeline with all labels."""
     answers: list[list[dict[str, Any]]] = CascadeRuntime(bundle, threads=1)(texts, top_k=None)
     return answers
 
@@ -52,7 +54,7 @@ def test_tei_takes_a_text_and_a_batch(client: httpx.Client, bundle: Path) -> Non
 def test_tei_raw_scores_are_logits(client: httpx.Client, bundle: Path) -> None:
     (found,) = client.post("/predict", json={"inputs": [[TEXTS[0]]], "raw_scores": True}).json()
     logits = {row["label"]: row["score"] for row in found}
-    probabilities = softmax(np.array([[logits[label] for label in LABELS]]))[0]
+    probabilities = TASK.probabilities(np.array([[logits[label] for label in LABELS]]))[0]
     assert probabilities == pytest.approx(
         CascadeRuntime(bundle, threads=1).predict(TEXTS[:1])[0].probabilities, abs=1e-5
     )
@@ -149,7 +151,7 @@ def test_triton_client(address: str, bundle: Path, pair_bundle: Path) -> None:
                 probabilities = found.as_numpy("probabilities")
                 assert probabilities.shape == (len(TEXTS), len(LABELS))
                 np.testing.assert_allclose(probabilities, [one.probabilities for one in expected], atol=1e-5)
-                np.testing.assert_allclose(softmax(found.as_numpy("logits")), probabilities, atol=1e-5)
+                np.testing.assert_allclose(TASK.probabilities(found.as_numpy("logits")), probabilities, atol=1e-5)
                 for name in ("exit", "layers", "truncated"):
                     assert found.as_numpy(name).tolist() == [getattr(one, name) for one in expected]
                 assert not found.as_numpy("degraded").any()

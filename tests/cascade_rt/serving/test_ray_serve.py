@@ -25,7 +25,8 @@ import pytest
 from cascade_rt import CascadeRuntime, read_bundle
 from cascade_rt.bundle import MANIFEST
 from cascade_rt.cli import main
-from cascade_rt.serving.service import Service, Settings
+from cascade_rt.serving.service import Service
+from cascade_rt.serving.settings import Settings
 
 from ...toy import WORDS, write_cascade
 from .conftest import listening
@@ -422,6 +423,7 @@ def test_ray_that_is_not_installed(
         ({}, {}, {}, (0, 0, 1, 1)),
         ({"CPU": 16.0, "GPU": 8.0}, {"provider": "cuda"}, {}, (0, 1, 1, 8)),
         ({"CPU": 16.0, "GPU": 1.0}, {"provider": "cuda"}, {"min_replicas": 3}, (0, 0.33, 3, 3)),
+        ({"CPU": 2.0, "GPU": 4.0}, {"provider": "TensorrtExecutionProvider"}, {}, (0, 1, 1, 4)),
     ],
 )
 def test_replicas_find_room(

@@ -15,7 +15,8 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from cascade_rt.serving.service import Service, Settings
+from cascade_rt.serving.service import Service
+from cascade_rt.serving.settings import Settings
 from cascade_rt.serving.tracing import Tracing
 
 from ...toy import WORDS

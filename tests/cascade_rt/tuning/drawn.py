@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from cascade_rt.tuning.operating_points import Answers
+from cascade_rt.engine.exit_rules import MaximumProbability
+from cascade_rt.tuning.operating_points import Recorded
 
 
-def drawn(seed: int, texts: int, members: int = 3) -> Answers:
+def drawn(seed: int, texts: int, members: int = 3) -> Recorded:
     """Members that are the better the bigger they are, and surer where they are right."""
     generator = np.random.default_rng(seed)
     hardness = generator.random(texts)
@@ -15,4 +16,5 @@ def drawn(seed: int, texts: int, members: int = 3) -> Answers:
     right = generator.random((members, texts)) < skill * (1.1 - 0.6 * hardness)
     confidences = np.clip(0.5 + 0.3 * right + 0.25 * generator.random((members, texts)), 0, 1)
     costs = np.array([1.0, 2.0, 6.0, 12.0])[:members, None] * (1 + generator.random(texts))
-    return Answers(confidences, right, costs, generator.random(texts) / 10)
+    rule = MaximumProbability((1.0,) * (members - 1))
+    return Recorded(rule, confidences, right, costs, generator.random(texts) / 10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,10 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from cascade_rt.engine import exit_rules as rules_module
+from cascade_rt.engine.exit_rules import MaximumProbability
 from cascade_rt.tuning import certify as certify_module
 from cascade_rt.tuning import operating_points as points_module
 from cascade_rt.tuning.certify import binomial_cdf, certify, texts_needed, upper_bound
-from cascade_rt.tuning.operating_points import Answers, OperatingPoint, measure, operating_points
+from cascade_rt.tuning.operating_points import OperatingPoint, Recorded, operating_points
 
 from .drawn import drawn
 
@@ -50,24 +53,24 @@ def test_texts_needed_certify_and_fewer_do_not() -> None:
 
 def test_the_promise_holds_in_simulation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Over 1,000 draws the certified risk is broken in at most 5%, and by a search that promises itself far more."""
-    monkeypatch.setattr(points_module, "_TAUS", 30)
+    monkeypatch.setattr(rules_module, "_TAUS", 30)
     proposed: list[list[OperatingPoint]] = []  # by certify's own search, so that each draw is searched once
 
-    def recorded(answers: Answers, **options: bool) -> list[OperatingPoint]:
+    def recorded(answers: Recorded, **options: bool) -> list[OperatingPoint]:
         proposed.append(operating_points(answers, **options))
         return proposed[-1]
 
     monkeypatch.setattr(certify_module, "operating_points", recorded)
     everyone, max_risk, draws = drawn(0, 50_000, members=2), 0.06, 1000
-    lost = np.sort(everyone.scores[0][everyone.right[1] & ~everyone.right[0]])  # where leaving early is wrong
+    lost = np.sort(everyone.observed[0][everyone.right[1] & ~everyone.right[0]])  # where leaving early is wrong
 
     def true_risk(point: OperatingPoint) -> float:
         if point.members == (1,):
             return 0.0
-        tau = point.thresholds[0] if point.thresholds else -math.inf
+        tau = point.rule.thresholds[0] if point.rule.thresholds else -math.inf
         return float(len(lost) - np.searchsorted(lost, tau, side="right")) / 50_000
 
-    assert true_risk(measured := measure(everyone, (0, 1), [0.8])) == pytest.approx(measured.risk)
+    assert true_risk(measured := everyone.measure((0, 1), MaximumProbability((0.8,)))) == pytest.approx(measured.risk)
     generator = np.random.default_rng(1)
     broken = certified = naive = 0
     for _ in range(draws):
@@ -110,7 +113,7 @@ def test_what_cannot_be_certified_is_not() -> None:
 
 def test_a_small_member_that_is_never_worse_is_certified_alone() -> None:
     answers = drawn(0, 1000, members=2)
-    same = Answers(answers.scores, answers.right[[1, 1]], answers.costs, answers.overhead)
+    same = replace(answers, right=answers.right[[1, 1]])
     chosen, certificate, _ = certify(same, same, 0.01, 0.95)
     assert chosen is not None
     assert chosen.members == (0,)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -11,13 +12,13 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from cascade_rt.bundle import MemberEntry
+from cascade_rt.engine import exit_rules as rules
 from cascade_rt.engine.cost import layer_speedup
-from cascade_rt.engine.exit_rules import exits
+from cascade_rt.engine.exit_rules import MaximumProbability, Patience, replay
 from cascade_rt.errors import InputError
 from cascade_rt.tuning import operating_points as module
 from cascade_rt.tuning.operating_points import (
     fastest,
-    measure,
     most_accurate,
     operating_points,
     pareto_front,
@@ -42,12 +43,12 @@ def test_a_point_measures_what_a_loop_over_the_texts_counts(
         cost = answers.overhead[text]
         for place, member in enumerate(members):
             cost += answers.costs[member, text]
-            if place == len(members) - 1 or answers.scores[member, text] > taus[place]:
+            if place == len(members) - 1 or answers.observed[member, text] > taus[place]:
                 break
         costs.append(cost)
         rights += bool(answers.right[member, text])
         losses += bool(answers.right[-1, text] and not answers.right[member, text])
-    found = measure(answers, members, taus)
+    found = answers.measure(members, MaximumProbability(tuple(taus)))
     assert (found.accuracy, found.risk) == (rights / 40, losses / 40)
     assert found.cost == pytest.approx(np.mean(costs))
     assert found.cost_p95 == pytest.approx(sorted(costs)[38])
@@ -59,10 +60,10 @@ def test_a_text_that_leaves_a_chain_ran_all_its_segments(seed: int, tau: float, 
     answers = replace(drawn(seed, 40, members=4), chains=[0, 1, 1, 1])
     costs = []
     for text in range(40):
-        at = next((m for m in members[:-1] if answers.scores[m, text] > tau), members[-1])
+        at = next((m for m in members[:-1] if answers.observed[m, text] > tau), members[-1])
         ran = {member for exit in members if exit <= at for member in range(0 if exit == 0 else 1, exit + 1)}
         costs.append(answers.overhead[text] + sum(answers.costs[member, text] for member in ran))
-    found = measure(answers, members, [tau] * (len(members) - 1))
+    found = answers.measure(members, MaximumProbability((tau,) * (len(members) - 1)))
     assert found.cost == pytest.approx(np.mean(costs))
 
 
@@ -70,20 +71,25 @@ def test_a_text_that_leaves_a_chain_ran_all_its_segments(seed: int, tau: float, 
 def test_patience_measures_what_a_loop_counts(seed: int, patience: int) -> None:
     answers = drawn(seed, 40, members=4)
     classes = np.random.default_rng(seed).integers(0, 3, (4, 40))
-    answers = replace(answers, classes=classes, chains=[0, 0, 0, 0])
+    answers = replace(answers, rule=Patience(1), observed=classes[..., None], chains=[0, 0, 0, 0])
     left = [patience_exit(column.tolist(), patience) for column in classes.T]
-    found = measure(answers, range(4), (), patience)
+    found = answers.measure((0, 1, 2, 3), Patience(patience))
     assert found.accuracy == np.mean(answers.right[left, range(40)])
-    assert {point.patience for point in operating_points(answers)} == {None, 1, 2}
+    points = operating_points(answers)
+    assert [(point.members, point.rule) for point in points[1:]] == [
+        ((0, 1, 2, 3), Patience(1)),
+        ((0, 1, 2, 3), Patience(2)),
+    ]
+    assert points[0].members == (3,)
 
 
 def test_points_hold_every_member_alone_and_every_way_to_combine_them() -> None:
     points = operating_points(drawn(1, 60))
     assert {point.members for point in points} == {(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)}
-    assert all(len(point.thresholds) == len(point.members) - 1 for point in points)
-    assert len(points) <= 3 + 3 * module._TAUS + module._POINTS
+    assert all(len(point.rule.thresholds) == len(point.members) - 1 for point in points)
+    assert len(points) <= 3 + 3 * rules._TAUS + module._POINTS
     shared = operating_points(drawn(1, 60), shared=True)
-    assert all(len(set(point.thresholds)) <= 1 for point in shared)
+    assert all(len(set(point.rule.thresholds)) <= 1 for point in shared)
     assert {point.members for point in operating_points(drawn(1, 60), subsets=False)} == {(0, 1, 2), (2,)}
     assert {point.members for point in operating_points(drawn(1, 60, members=1))} == {(0,)}
 
@@ -93,10 +99,10 @@ def test_points_hold_every_member_alone_and_every_way_to_combine_them() -> None:
 def test_choices_are_what_trying_all_finds(seed: int) -> None:
     answers = drawn(seed, 80, members=2)
     points = operating_points(answers)
-    whole = measure(answers, (1,), ())
+    whole = answers.alone(1)
     # every text's confidence is tried as a tau, so no other threshold can do better
-    tried = [measure(answers, (0, 1), [tau]) for tau in answers.scores[0]]
-    tried += [whole, measure(answers, (0,), ())]
+    tried = [answers.measure((0, 1), MaximumProbability((tau,))) for tau in answers.observed[0]]
+    tried += [whole, answers.alone(0)]
     floor = whole.accuracy - 0.03
     assert fastest(points, floor).cost == min(point.cost for point in tried if point.accuracy >= floor)
     budget = whole.cost * 0.8
@@ -121,33 +127,38 @@ def test_a_budget_below_every_member_has_no_answer() -> None:
 def test_taus_lie_between_the_texts() -> None:
     answers = drawn(2, 50)
     for point in operating_points(answers):
-        for gate, tau in zip(point.members[:-1], point.thresholds, strict=True):
-            nearest = np.abs(answers.scores[gate] - tau).min()
-            assert nearest > 1e-9 or tau == answers.scores[gate].max()
+        for gate, tau in zip(point.members[:-1], point.rule.thresholds, strict=True):
+            nearest = np.abs(answers.observed[gate] - tau).min()
+            assert nearest > 1e-9 or tau == answers.observed[gate].max()
 
 
 def test_noise_widens_the_tail_alone() -> None:
     answers = drawn(1, 60)
-    noisy = measure(replace(answers, noise=1.5), (0, 2), [0.8])
-    still = measure(answers, (0, 2), [0.8])
+    rule = MaximumProbability((0.8,))
+    noisy = replace(answers, noise=1.5).measure((0, 2), rule)
+    still = answers.measure((0, 2), rule)
     assert (noisy.cost, noisy.cost_p95) == (still.cost, 1.5 * still.cost_p95)
 
 
 def test_more_thresholds_never_do_worse_than_one() -> None:
     answers = drawn(3, 400)
-    floor = measure(answers, (2,), ()).accuracy - 0.01
+    floor = answers.alone(2).accuracy - 0.01
     one, many = (fastest(operating_points(answers, shared=shared), floor) for shared in (True, False))
     assert many.cost <= one.cost * 1.02  # the grids differ, by quantiles
+
+
+def speedup(members: list[MemberEntry], confidences: np.ndarray, tau: float) -> float:
+    return layer_speedup(members, replay(MaximumProbability((tau,)), confidences)) or math.inf
 
 
 @given(arrays(float, (2, 50), elements=st.floats(0.5, 1)), st.floats(1.01, 3.0))
 def test_threshold_for_speedup_is_the_highest_that_reaches_it(confidences: np.ndarray, wanted: float) -> None:
     members = [entry(2), entry(6)]
     tau = threshold_for_speedup(members, confidences, wanted)
-    assert layer_speedup(members, exits(confidences, [tau])) >= wanted
+    assert speedup(members, confidences, tau) >= wanted
     higher = confidences[0][confidences[0] > tau]
     if higher.size:
-        assert layer_speedup(members, exits(confidences, [float(higher.min())])) < wanted
+        assert speedup(members, confidences, float(higher.min())) < wanted
 
 
 def test_a_speedup_out_of_reach_is_refused() -> None:

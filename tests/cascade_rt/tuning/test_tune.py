@@ -319,7 +319,7 @@ def test_a_text_that_cannot_be_used_is_named_by_its_line(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--max-drop", 0.1, "--speedup", 2), "one question at a time"),
+        (("--max-drop", 0.1, "--speedup", 2), "expected one objective"),
         (("--max-drop", -0.1), "--max-drop: found -0.1, expected a share from 0 to below 1"),
         (("--max-drop", "nan"), "--max-drop: found nan, expected a share"),
         (("--speedup", 0), "--speedup: found 0, expected a number above 0"),
@@ -327,9 +327,9 @@ def test_a_text_that_cannot_be_used_is_named_by_its_line(
         (("--max-drop", 0.1, "--fall-back"), "expected --confidence with it"),
         (("--speedup", 9), "expected at most 4.00"),
         (("--budget-ms", 1e-6), "expected at least"),
-        (("--confidence", 0.95), "expected --max-drop with it"),
+        (("--confidence", 0.95), "expected a maximum drop with it"),
         (("--max-drop", 0.1, "--confidence", 1), "--confidence: found 1, expected a number from 0.5 to below 1"),
-        (("--max-drop", 0.1, "--p95"), "expected --budget-ms with it"),
+        (("--max-drop", 0.1, "--p95"), "expected a budget in ms with it"),
     ],
 )
 def test_questions_without_an_answer_are_refused(
@@ -344,7 +344,7 @@ def test_questions_without_an_answer_are_refused(
 
 def test_a_bundle_that_cannot_be_written_is_named(capsys: pytest.CaptureFixture[str], labelled: Path) -> None:
     assert main(["tune", "--model-dir", "someone/bundle", "--input", str(labelled), "--max-drop", "0.1"]) == 2
-    expected = "someone/bundle: not a local bundle; tune a copy, or write nothing (--dry-run)"
+    expected = "someone/bundle: not a local bundle; tune a copy, or make it a dry run"
     assert expected in capsys.readouterr().err
 
 

@@ -1,0 +1,48 @@
+"""The precisions of members: the needs of each, and the engines that cannot run it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ..errors import BundleError
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The number format of a member's weights and products."""
+
+    name: str
+    products_of_bytes: bool = False
+    """ONNX Runtime multiplies uint8 by int8, which CPUs without VNNI do rightly with its exact kernels alone."""
+    instead: Mapping[str, str] = field(default_factory=dict)
+    """Providers without kernels for it, each with the precision to export for it."""
+    batch_invariant: bool = True
+    """An answer is independent of the other texts of its batch."""
+
+
+# CUDA would silently leave products of bytes to the CPU.
+_DYNAMIC = {"cuda": "fp16", "openvino": "int8-static"}
+PRECISIONS = {
+    precision.name: precision
+    for precision in (
+        Precision("fp32"),
+        Precision("fp16"),
+        Precision("int8", products_of_bytes=True, instead=_DYNAMIC),
+        Precision("int8-tensor", products_of_bytes=True, instead=_DYNAMIC, batch_invariant=False),
+        Precision("int8-blocks"),
+        Precision("int8-static", products_of_bytes=True, instead={"cuda": "fp16"}),
+        Precision("int8-weights"),
+    )
+}
+"""All precisions by name."""
+
+
+def known_precision(name: str, where: str) -> str:
+    """Return the name of a precision; raise BundleError, which begins with `where`, for an unknown one."""
+    if name not in PRECISIONS:
+        raise BundleError(
+            f"{where}: precision: found {name[:80]!r}, this cascade-rt knows {', '.join(PRECISIONS)}; "
+            "install a newer cascade-rt"
+        )
+    return name

@@ -1,0 +1,209 @@
+"""Backends: the engines that run a member's ONNX file. ONNX Runtime on the CPU or on a device, and OpenVINO."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import onnxruntime
+from numpy.typing import NDArray
+
+from ..bundle import MemberEntry
+from ..errors import BundleError, CascadeError, InferenceError, InvalidOption, first_line
+from .batching import DEVICE_TOKEN_BUDGET, TOKEN_BUDGET
+from .cpus import spin_duration, usable_threads
+from .execution import Execution
+from .openvino import Feed, OpenVinoSession
+from .providers import CPU, OPENVINO, check_exact_kernels, options_for, products_on_cpu, provider_name, saturates
+
+_OUT_OF_MEMORY = ("bad_alloc", "failed to allocate", "out of memory", "available memory of", "cublas_status_alloc")
+
+
+class Session(Protocol):
+    """A loaded model, safe to use from several threads."""
+
+    @property
+    def inputs(self) -> Sequence[str]:
+        """Names of the inputs."""
+
+    @property
+    def outputs(self) -> Sequence[str]:
+        """Names of the outputs."""
+
+    def run(self, outputs: Sequence[str], feed: Feed) -> list[NDArray[Any]]:
+        """Run one micro-batch."""
+
+
+class Backend(Protocol):
+    """An engine with its settings."""
+
+    @property
+    def execution(self) -> Execution:
+        """The settings, checked."""
+
+    budget: ClassVar[int]
+    """Padded tokens per micro-batch."""
+    on_device: ClassVar[bool]
+    """True for devices, which a forked process cannot use and which run one micro-batch at a time."""
+
+    def load(self, entry: MemberEntry, path: Path, *, for_bulk: bool) -> Session:
+        """Return a session; `for_bulk`: with one thread for each of several micro-batches at a time.
+
+        Raises BundleError for a file that the engine cannot use.
+        """
+
+    def survives_fork(self, for_bulk: bool) -> bool:
+        """Return whether a session has no threads of its own, so that a forked process can use it."""
+
+
+@dataclass(frozen=True)
+class CpuBackend:
+    """ONNX Runtime on the CPU. `execution`: checked; its spin duration is set."""
+
+    execution: Execution
+
+    budget: ClassVar[int] = TOKEN_BUDGET
+    on_device: ClassVar[bool] = False
+
+    def load(self, entry: MemberEntry, path: Path, *, for_bulk: bool) -> Session:
+        """Return a session with all threads, or with one."""
+        options = self._options(1 if for_bulk else self.execution.threads or 1)
+        remedy = "export again"
+        if saturates(entry.precision):  # slower kernels that do not saturate
+            check_exact_kernels(path)
+            options.add_session_config_entry("session.x64quantprecision", "1")
+            remedy += " (this CPU has no VNNI: best in fp32)"
+        # ONNX Runtime's kernel for a fused addition and normalization is slower than those for its parts.
+        session = self._session(path, options, remedy, disabled=["SkipLayerNormFusion"])
+        return _OnnxSession(session, session.run)
+
+    def survives_fork(self, for_bulk: bool) -> bool:
+        """Return whether sessions have one thread: the caller's."""
+        return for_bulk or self.execution.threads == 1
+
+    def _options(self, threads: int) -> Any:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 4  # its errors are raised, and told in one line
+        options.add_session_config_entry("session.intra_op.spin_duration_us", str(self.execution.spin_us))
+        return options
+
+    def _session(self, path: Path, options: Any, remedy: str, disabled: Sequence[str] = ()) -> Any:
+        provider = self.execution.provider
+        settings = options_for(provider, self.execution.provider_options)
+        try:
+            session = onnxruntime.InferenceSession(
+                str(path), options, providers=[(provider, settings)], disabled_optimizers=list(disabled)
+            )
+        except Exception as error:
+            raise _unloadable(path, error, "ONNX Runtime", remedy) from error
+        if (running := session.get_providers()[0]) != provider:
+            raise CascadeError(
+                f"asked for the provider {provider}, but {running} runs; check its drivers and libraries"
+            )
+        return session
+
+
+class DeviceBackend(CpuBackend):
+    """ONNX Runtime by another provider than the CPU's."""
+
+    budget = DEVICE_TOKEN_BUDGET
+    on_device = True
+
+    def load(self, entry: MemberEntry, path: Path, *, for_bulk: bool) -> Session:
+        """Return a session whose inputs and outputs are bound; refuse one that leaves products to the CPU."""
+        options = self._options(self.execution.threads or 1)
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        session = self._session(path, options, "export again")
+        if on_cpu := products_on_cpu(session, self.execution.provider):
+            raise CascadeError(
+                f"asked for the provider {self.execution.provider}, but of member {entry.name!r} it runs no "
+                f"{', '.join(sorted(on_cpu))}: they would fall back to the CPU; use the provider cpu or "
+                "another precision"
+            )
+
+        def run_bound(outputs: Sequence[str], feed: Feed) -> list[NDArray[Any]]:
+            """Run so that only the outputs are copied back from the device."""
+            binding = session.io_binding()
+            for name, array in feed.items():
+                binding.bind_cpu_input(name, array)
+            for name in outputs:
+                binding.bind_output(name)
+            session.run_with_iobinding(binding)
+            found: list[NDArray[Any]] = binding.copy_outputs_to_cpu()
+            return found
+
+        return _OnnxSession(session, run_bound)
+
+    def survives_fork(self, for_bulk: bool) -> bool:
+        """Return False: a device cannot be used on both sides of a fork."""
+        return False
+
+
+@dataclass(frozen=True)
+class OpenVinoBackend:
+    """OpenVINO on the CPU."""
+
+    execution: Execution
+
+    budget: ClassVar[int] = TOKEN_BUDGET
+    on_device: ClassVar[bool] = False
+
+    def load(self, entry: MemberEntry, path: Path, *, for_bulk: bool) -> Session:
+        """Return a session."""
+        options = options_for(OPENVINO, self.execution.provider_options)
+        try:
+            return OpenVinoSession(path, self.execution.threads or 1, options, share_threads=for_bulk)
+        except ValueError as error:
+            raise InvalidOption("provider_options", options, str(error)) from error
+        except Exception as error:
+            raise _unloadable(path, error, "OpenVINO", "use the provider cpu, or export in fp32") from error
+
+    def survives_fork(self, for_bulk: bool) -> bool:
+        """Return False: its threads stay in the parent process."""
+        return False
+
+
+class _OnnxSession:
+    """A session of ONNX Runtime, and how it is run."""
+
+    def __init__(self, session: Any, run: Any) -> None:
+        self.session = session
+        self.run = run
+        self.inputs = [node.name for node in session.get_inputs()]
+        self.outputs = [node.name for node in session.get_outputs()]
+
+
+def usable(execution: Execution) -> Execution:
+    """Return settings with the provider's full name and a number of threads; raise InvalidOption for wrong ones."""
+    return replace(
+        execution,
+        provider=provider_name(execution.provider),
+        threads=usable_threads(execution.threads),
+        spin_us=spin_duration(execution.spin_us),
+    )
+
+
+def backend_for(execution: Execution) -> Backend:
+    """Return the backend of a provider, as `provider_name` returns it."""
+    if execution.provider == OPENVINO:
+        return OpenVinoBackend(execution)
+    return CpuBackend(execution) if execution.provider == CPU else DeviceBackend(execution)
+
+
+def _unloadable(path: Path, error: Exception, engine: str, remedy: str) -> CascadeError:
+    reason = first_line(error)
+    if out_of_memory(error):
+        return InferenceError(
+            f"{path}: memory ran out while it was loaded ({reason}); free memory, run fewer processes, or use the "
+            "bundle in int8"
+        )
+    return BundleError(f"{path}: {engine} cannot load it ({reason}); {remedy}")
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Return whether an engine's error says that memory ran out."""
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY)

@@ -1,0 +1,138 @@
+"""One step of the cascade: run a stage, decide which texts leave, and keep the others in order for the next stage.
+
+`CascadeRuntime.predict` takes the texts of one call through it, the server those of many requests together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..bundle.manifest import HIDDEN_STATES
+from ..types import StageRun
+from .batching import bulk_batches
+from .exit_rules import ExitRule
+from .hidden_states import HiddenStates
+from .plan import Plan
+from .stage import Batch, Stage
+from .tokenization import Encoded
+
+
+def shape(batch: Batch) -> tuple[int, int]:
+    """Return the rows and tokens of a micro-batch."""
+    rows, tokens = batch["attention_mask"].shape
+    return rows, tokens
+
+
+class Call(NamedTuple):
+    """Texts of one call among those of a step, and what decides for them."""
+
+    rule: ExitRule
+    state: Any
+    rows: NDArray[np.intp]
+    """Their positions in the call, (rows,)."""
+    places: NDArray[np.intp] | slice = slice(None)
+    """Their positions among the texts of the step; all by default."""
+
+
+class Step(NamedTuple):
+    """A stage's answers to some texts, in their order, and which of them leave with these."""
+
+    logits: NDArray[np.float32]
+    """Shape (rows, labels)."""
+    probabilities: NDArray[np.float64]
+    """Shape (rows, labels)."""
+    leaving: NDArray[np.bool_]
+    """Shape (rows,)."""
+    hidden_states: HiddenStates
+    """For the next stage, where it reads them."""
+    runs: list[StageRun]
+
+
+def step(
+    plan: Plan,
+    index: int,
+    inputs: Encoded | HiddenStates,
+    calls: Sequence[Call],
+    *,
+    rows: NDArray[np.intp],
+    at_once: int,
+    stage: Stage | None = None,
+) -> Step:
+    """Run the stage `index` on texts, and decide which of them leave; all do after the last.
+
+    `inputs`: what the stage reads. `calls`: those that the texts are from. `rows`: where the texts are in `inputs`,
+    from the longest to the shortest, (rows,). `at_once`: how many micro-batches may run at a time. `stage`: None for
+    the plan's own.
+    """
+    logits, hidden_states, runs = run_rows(stage or plan.stages[index], index, inputs, rows, at_once)
+    probabilities = plan.task.probabilities(logits)
+    leaving = np.ones(len(rows), dtype=bool)
+    for call in calls if index + 1 < len(plan.stages) else ():
+        observed = call.rule.observed(plan.task, probabilities[call.places])
+        leaving[call.places] = call.rule.leaving(call.state, index, call.rows, observed)
+    return Step(logits, probabilities, leaving, hidden_states, runs)
+
+
+def run_rows(
+    stage: Stage, index: int, inputs: Encoded | HiddenStates, rows: NDArray[np.intp], at_once: int
+) -> tuple[NDArray[np.float32], HiddenStates, list[StageRun]]:
+    """Run a stage on texts in micro-batches: logits in the order of `rows`, the hidden states it left, and the runs."""
+    groups, share_threads = bulk_batches(rows, inputs.lengths, stage.budget, at_once)
+    logits = np.empty((len(rows), stage.labels), dtype=np.float32)
+    left = HiddenStates(inputs.lengths)
+    runs: list[StageRun] = []
+    done = 0
+    outputs = stage.run_each(groups, inputs.batch, share_threads=share_threads)
+    for some, (batch, output) in zip(groups, outputs, strict=True):
+        logits[done : done + len(some)] = output.logits
+        left.put(some, batch["attention_mask"], output.hidden_states)
+        runs.append(StageRun(index, stage.entry.name, *shape(batch), output.seconds))
+        done += len(some)
+    return logits, left, runs
+
+
+@dataclass
+class Journey:
+    """The texts of one call between two stages, which may run in several processes.
+
+    Pickling keeps the tokens, or hidden states, of the texts that have not left, and drops those of the others.
+    """
+
+    probabilities: NDArray[np.float64]
+    """Of the member that ran last, shape (texts, labels)."""
+    exits: NDArray[np.intp]
+    """Which member answered, shape (texts,); valid for texts that have left."""
+    waiting: NDArray[np.intp]
+    """Rows of the texts that have not left, from the longest to the shortest."""
+    truncated: list[bool]
+    """For each text, whether tokens were cut off."""
+    state: Any
+    """Of the exit rule."""
+    inputs: dict[str, Encoded | HiddenStates]
+    """What stages read, by its kind."""
+    tokenization_seconds: float = 0.0
+    runs: list[StageRun] = field(default_factory=list)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state without the tokens and hidden states of texts that have left."""
+        kept = {kind: read.kept(self.waiting) for kind, read in self.inputs.items()}
+        return vars(replace(self, inputs=kept))
+
+    def advance(self, plan: Plan, index: int, stage: Stage | None = None) -> None:
+        """Take the texts that have not left through a stage; `stage`: None for the plan's own."""
+        rows = self.waiting
+        if not rows.size:
+            return
+        runner = stage or plan.stages[index]
+        calls = [Call(plan.rule, self.state, rows)]
+        done = step(plan, index, self.inputs[runner.reads], calls, rows=rows, at_once=runner.at_once, stage=runner)
+        self.inputs[HIDDEN_STATES] = done.hidden_states
+        self.probabilities[rows] = done.probabilities
+        self.exits[rows[done.leaving]] = index
+        self.waiting = rows[~done.leaving]
+        self.runs += done.runs

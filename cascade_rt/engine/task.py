@@ -1,0 +1,204 @@
+"""Tasks: what logits mean. Probabilities, answers, labels and scores come from here alone.
+
+A task is immutable. Methods that end in `_of_one` take one text as plain numbers, with the bits of their counterparts
+and fewer calls of numpy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import compress
+from operator import gt
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..bundle import Bundle
+from ..bundle.manifest import MULTI_LABEL, SINGLE_LABEL
+
+_FEW = 8  # labels up to which Python's exp is faster for one text than a call of numpy's, whose last bit can differ
+
+
+class Task(Protocol):
+    """The meaning of logits."""
+
+    name: ClassVar[str]
+    """As the manifest writes it."""
+    several: ClassVar[bool]
+    """Whether a text can have several labels, or none."""
+    function: ClassVar[str]
+    """From logits to probabilities: "softmax" or "sigmoid"."""
+
+    def probabilities(self, logits: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Return the probability of each label, float64 (..., labels); those of a text do not depend on the others."""
+
+    def probabilities_of_one(self, logits: NDArray[np.floating]) -> list[float]:
+        """Return the probabilities of one text, from logits (labels,)."""
+
+    def answers(self, probabilities: NDArray[np.float64]) -> NDArray[Any]:
+        """Return the answers: class ids, int (...), or with several labels which of them, bool (..., labels)."""
+
+    def labels(self, names: Sequence[str], probabilities: Sequence[float], winner: int) -> tuple[str, ...]:
+        """Return the labels of the answer to one text; `winner`: its most probable class."""
+
+    def equal(self, answers: NDArray[Any], others: NDArray[Any]) -> NDArray[np.bool_]:
+        """Return where two answers are the same, bool (...)."""
+
+    def indicators(self, answers: NDArray[Any], labels: int) -> NDArray[np.bool_]:
+        """Return which of the labels each answer has, bool (..., labels)."""
+
+    def confidence(self, probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the confidence c(x), 0 to 1, float64 (...)."""
+
+    def confidence_of_one(self, probabilities: list[float]) -> float:
+        """Return the confidence for one text."""
+
+    def certainty(self, probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return 1 minus the entropy as a share of the largest possible one, 0 to 1, float64 (...)."""
+
+
+@dataclass(frozen=True)
+class SingleLabel:
+    """One label per text: the most probable one."""
+
+    name: ClassVar[str] = SINGLE_LABEL
+    several: ClassVar[bool] = False
+    function: ClassVar[str] = "softmax"
+
+    def probabilities(self, logits: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Return the softmax of the logits, over the last axis."""
+        exponentials = _exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
+        totals = exponentials.cumsum(axis=-1)[..., -1:]  # adds from left to right; `sum` has an order for each shape
+        probabilities: NDArray[np.float64] = exponentials / totals
+        return probabilities
+
+    def probabilities_of_one(self, logits: NDArray[np.floating]) -> list[float]:
+        """Return the softmax of the logits of one text."""
+        values: list[float] = logits.tolist()
+        largest = max(values)
+        if len(values) > _FEW:
+            exponentials: list[float] = np.exp(logits.astype(np.float64) - largest).tolist()
+        else:
+            exponentials = [math.exp(value - largest) for value in values]
+        total = 0.0
+        for exponential in exponentials:  # Python's `sum` compensates for rounding since 3.12
+            total += exponential
+        return [exponential / total for exponential in exponentials]
+
+    def answers(self, probabilities: NDArray[np.float64]) -> NDArray[Any]:
+        """Return the most probable class of each text, int (...)."""
+        classes: NDArray[Any] = probabilities.argmax(axis=-1)
+        return classes
+
+    def labels(self, names: Sequence[str], probabilities: Sequence[float], winner: int) -> tuple[str, ...]:
+        """Return the most probable label alone."""
+        return (names[winner],)
+
+    def equal(self, answers: NDArray[Any], others: NDArray[Any]) -> NDArray[np.bool_]:
+        """Return where two class ids are the same."""
+        same: NDArray[np.bool_] = answers == others
+        return same
+
+    def indicators(self, answers: NDArray[Any], labels: int) -> NDArray[np.bool_]:
+        """Return one True for each text, bool (..., labels)."""
+        found: NDArray[np.bool_] = answers[..., None] == np.arange(labels)
+        return found
+
+    def confidence(self, probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the largest class probability (paper, Eq. 4)."""
+        maximum: NDArray[np.float64] = probabilities.max(axis=-1)
+        return maximum
+
+    def confidence_of_one(self, probabilities: list[float]) -> float:
+        """Return the largest class probability of one text."""
+        return max(probabilities)
+
+    def certainty(self, probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return 1 minus the entropy as a share of ln(labels): 0 if all classes are equal, to 1.
+
+        1 minus FastBERT's uncertainty (Liu et al., 2020, Eq. 7); entropy = (1 - certainty) * ln(labels) is what DeeBERT
+        compares with its threshold S (Xin et al., 2020, Algorithm 1).
+        """
+        entropy = _entropy_terms(probabilities).sum(axis=-1)
+        certain: NDArray[np.float64] = np.clip(1 - entropy / math.log(probabilities.shape[-1]), 0.0, 1.0)
+        return certain
+
+
+@dataclass(frozen=True)
+class MultiLabel:
+    """Several labels per text, or none: those whose probability is above their cut."""
+
+    cuts: tuple[float, ...]
+    """One for each label, 0 to 1."""
+
+    name: ClassVar[str] = MULTI_LABEL
+    several: ClassVar[bool] = True
+    function: ClassVar[str] = "sigmoid"
+
+    def probabilities(self, logits: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Return the sigmoid of each logit."""
+        wide = logits.astype(np.float64)
+        exponentials = _exp(-np.abs(wide))
+        probabilities: NDArray[np.float64] = np.where(wide < 0, exponentials, 1.0) / (1.0 + exponentials)
+        return probabilities
+
+    def probabilities_of_one(self, logits: NDArray[np.floating]) -> list[float]:
+        """Return the sigmoid of each logit of one text."""
+        found: list[float] = self.probabilities(logits).tolist()
+        return found
+
+    def answers(self, probabilities: NDArray[np.float64]) -> NDArray[Any]:
+        """Return which labels are above their cut, bool (..., labels)."""
+        above: NDArray[Any] = probabilities > np.array(self.cuts)
+        return above
+
+    def labels(self, names: Sequence[str], probabilities: Sequence[float], winner: int) -> tuple[str, ...]:
+        """Return the labels above their cut, in the order of the bundle's labels."""
+        return tuple(compress(names, map(gt, probabilities, self.cuts)))
+
+    def equal(self, answers: NDArray[Any], others: NDArray[Any]) -> NDArray[np.bool_]:
+        """Return where two sets of labels are the same."""
+        same: NDArray[np.bool_] = (answers == others).all(axis=-1)
+        return same
+
+    def indicators(self, answers: NDArray[Any], labels: int) -> NDArray[np.bool_]:
+        """Return the answers as they are, bool (..., labels)."""
+        return answers
+
+    def confidence(self, probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the smallest probability of a decision: p of a label above its cut, 1 - p of another."""
+        decided = np.where(self.answers(probabilities), probabilities, 1.0 - probabilities)
+        least: NDArray[np.float64] = decided.min(axis=-1)
+        return least
+
+    def confidence_of_one(self, probabilities: list[float]) -> float:
+        """Return the smallest probability of a decision about one text."""
+        return min(p if p > cut else 1.0 - p for p, cut in zip(probabilities, self.cuts, strict=True))
+
+    def certainty(self, probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return 1 minus the mean entropy of the decisions as a share of ln(2)."""
+        entropy = (_entropy_terms(probabilities) + _entropy_terms(1.0 - probabilities)).mean(axis=-1)
+        certain: NDArray[np.float64] = np.clip(1 - entropy / math.log(2), 0.0, 1.0)
+        return certain
+
+
+def task_of(bundle: Bundle) -> Task:
+    """Return the task that a manifest names."""
+    if bundle.task == SINGLE_LABEL:
+        return SingleLabel()
+    return MultiLabel(bundle.cuts or (0.5,) * len(bundle.labels))
+
+
+def _exp(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    if values.shape[-1] > _FEW:
+        exponentials: NDArray[np.float64] = np.exp(values)
+        return exponentials
+    return np.array(list(map(math.exp, values.ravel().tolist()))).reshape(values.shape)
+
+
+def _entropy_terms(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
+    terms: NDArray[np.float64] = -(probabilities * np.log(np.where(probabilities > 0, probabilities, 1.0)))
+    return terms

@@ -1,0 +1,63 @@
+"""Settings of a server; without an extra, so that the command line can show their defaults."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..errors import InvalidOption
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a server answers."""
+
+    provider: str = "cpu"
+    threads: int | None = None
+    provider_options: Mapping[str, str] | None = None
+    max_wait_ms: float = 0.0
+    """How long a text may wait for its micro-batch to fill, while other texts keep the machine busy."""
+    max_queue: int = 1000
+    """Texts that may be accepted and not yet answered, for each bundle."""
+    max_texts: int = 1000
+    """Texts in one request."""
+    max_body: int = 8 * 2**20
+    """Bytes in the body of a request."""
+    timeout: float = 30.0
+    """Seconds for a request that names no deadline."""
+    degrade: bool = False
+    allow_thresholds: bool = False
+    log_texts: bool = False
+    """Whether texts and answers are logged."""
+    reload_seconds: float = 1.0
+    """How often to look for a replaced bundle; 0 for never."""
+    root_path: str = ""
+    """Prefix of all paths before a proxy, whether it strips it or not."""
+
+    def __post_init__(self) -> None:
+        """Raise InvalidOption for a value that is out of range."""
+        for field in ("max_queue", "max_texts", "max_body"):
+            if getattr(self, field) < 1:
+                raise InvalidOption(field, getattr(self, field), "at least 1")
+        for field in ("max_wait_ms", "reload_seconds"):
+            if not 0 <= getattr(self, field) < math.inf:
+                raise InvalidOption(field, getattr(self, field), "a number from 0")
+        if not 0 < self.timeout < math.inf:
+            raise InvalidOption("timeout", self.timeout, "seconds, more than 0")
+        if self.root_path:
+            _check_root_path(self.root_path)
+
+
+OWN_PATHS = (
+    "docs", "health", "info", "metrics", "models", "openapi.json", "predict", "static-offline-docs", "v1", "v2",
+)  # fmt: skip
+"""What the paths of the server begin with."""
+
+
+def _check_root_path(found: str) -> None:
+    if not re.fullmatch(r"(/[\w-][\w.~-]*)+", found, re.ASCII):
+        raise InvalidOption("root_path", found, "a path such as /sentiment, of letters, digits and -._~")
+    if (first := found.split("/")[1]) in OWN_PATHS:
+        raise InvalidOption("root_path", found, f"another one than /{first}, which is a path of the server itself")

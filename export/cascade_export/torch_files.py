@@ -1,0 +1,89 @@
+"""A torch member as ONNX files: converted and compared with torch once, then written in each precision asked for."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cascade_export.check import CheckData, Probabilities, reference
+from cascade_export.convert import convert
+from cascade_export.precision import WRITERS, write_precision
+from cascade_export.temperature import divide_logits, fit_temperature
+from cascade_export.torch_checkpoint import TorchCheckpoint
+from cascade_export.verify import check_texts, torch_probabilities, verify
+from cascade_rt.engine.task import SingleLabel
+from cascade_rt.engine.tokenization import TextTokenizer
+from cascade_rt.errors import InputError
+from cascade_rt.tuning.metrics import ece
+from cascade_rt.types import Text
+
+_TASK = SingleLabel()
+_ROUNDING_TEXTS = 512
+
+
+class TorchFiles:
+    """The files of a torch member, each made when it is first copied."""
+
+    precisions = tuple(WRITERS)
+    usual = "fp32"
+
+    def __init__(
+        self,
+        checkpoint: TorchCheckpoint,
+        tokenizer: TextTokenizer,
+        data: CheckData | None,
+        work: Path,
+        *,
+        calibrate: bool,
+    ) -> None:
+        """Convert to fp32 in the folder `work`, calibrated on `data` if wanted; raise CascadeError if torch differs."""
+        scaled = _calibrate(checkpoint, data) if calibrate else {}
+        self._checkpoint = checkpoint
+        self._source = work / f"{checkpoint.name}.onnx"
+        fused = convert(checkpoint, self._source)
+        texts = check_texts(checkpoint)
+        difference = verify(checkpoint, reference(checkpoint, self._source), tokenizer, texts)
+        some = data.texts[:: len(data.texts) // _ROUNDING_TEXTS or 1] if data else texts
+        self._like = tokenizer.encode(some[:_ROUNDING_TEXTS])
+        aligned = {"alignment": checkpoint.alignment} if checkpoint.alignment else {}
+        self.facts = {"fused": fused, "max_probability_difference": difference, **aligned, **scaled}
+
+    def copy(self, precision: str, folder: Path) -> tuple[str, list[str]]:
+        """Copy the file of a precision, made now if it was not, into a bundle's folder; return its path there."""
+        made = self._source.with_name(f"{precision}-{self._source.name}")
+        if not made.exists():
+            write_precision(self._source, made, precision, self._like)
+        shutil.copyfile(made, folder / self._source.name)
+        return self._source.name, []
+
+    def original(self, texts: Sequence[Text], _: TextTokenizer) -> Probabilities:
+        """Return torch's class probabilities, with the member's own tokenizer, float64 (texts, labels)."""
+        return torch_probabilities(self._checkpoint.original or self._checkpoint, texts)
+
+
+def _calibrate(checkpoint: TorchCheckpoint, data: CheckData | None) -> dict[str, Any]:
+    """Scale the checkpoint's logits by the temperature that fits the check data; return it for the manifest."""
+    if data is None or data.labels is None:
+        raise InputError(f"member {checkpoint.name!r}: found no labelled data to calibrate on; give check data")
+    before = torch_probabilities(checkpoint, data.texts)
+    logits = np.log(np.maximum(before, 1e-30))
+    temperature = fit_temperature(logits, data.labels)
+    divide_logits(checkpoint.model, temperature)
+    if checkpoint.original:
+        divide_logits(checkpoint.original.model, temperature)
+    after = _TASK.probabilities(logits / temperature)
+    correct = before.argmax(axis=1) == data.labels
+    return {
+        "temperature": {
+            "value": temperature,
+            "texts": len(correct),
+            "ece": {
+                "before": ece(correct, _TASK.confidence(before)),
+                "after": ece(correct, _TASK.confidence(after)),
+            },
+        }
+    }

@@ -1,0 +1,111 @@
+"""A member without encoder layers: cheap by its FLOPs, legal from the manifest to the reports."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cascade_rt import BundleError, CascadeRuntime, MaximumProbability, read_bundle
+from cascade_rt.cli import main
+from cascade_rt.engine.cost import flops_speedup, layer_speedup
+from cascade_rt.tuning.operating_points import threshold_for_speedup
+
+from ..toy import WORDS, Member, cascade_members, encoder_weights, write_bundle
+from .cli.commands import run
+
+FLOPS = [200, 64]
+TEXTS = [" ".join(WORDS[at % len(WORDS)] for at in range(start, start + 1 + start % 9)) for start in range(120)]
+
+
+def described(folder: Path, **changes: Any) -> Path:
+    """Change the manifest's entry of the first member."""
+    manifest = json.loads((folder / "cascade.json").read_text())
+    manifest["members"][0] |= changes
+    (folder / "cascade.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def with_bag(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bag of words, whose graph has embeddings and a head alone, before the members of the cascade."""
+    bag = Member("bag", encoder_weights(layers=1, hidden=16, seed=4), layers=range(0))
+    folder = tmp_path_factory.mktemp("zero") / "bundle"
+    extra = {"format_version": 3}
+    write_bundle(folder, [bag, *cascade_members()], thresholds=[0.6, 0.8, 0.8], extra=extra)
+    return described(folder, flops=FLOPS)
+
+
+def test_texts_that_leave_there_ran_no_layer(with_bag: Path) -> None:
+    runtime = CascadeRuntime(with_bag)
+    answers = runtime.predict(TEXTS)
+    assert {one.exit for one in answers} == {0, 1, 2, 3}
+    assert {one.layers for one in answers if one.exit == 0} == {0}
+    assert [runtime.predict([text])[0].exit for text in TEXTS] == [one.exit for one in answers]
+    alone = runtime.with_thresholds([0.0, 0.0, 0.0])
+    alone.predict(TEXTS)
+    assert alone.stats().mean_layers == 0
+
+
+def test_ratios_without_meaning_are_none(with_bag: Path) -> None:
+    members, nobody = read_bundle(with_bag).members, np.zeros(4, dtype=int)
+    assert layer_speedup(members, nobody) is None
+    whole = members[-1].cost(np.full(4, 10)).sum()
+    assert flops_speedup(members, nobody, np.full(4, 10)) == pytest.approx(whole / (4 * (200 + 64 * 10)))
+
+
+def test_reports_show_a_dash(with_bag: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "in.jsonl"
+    runtime = CascadeRuntime(with_bag, thresholds=0.0)
+    rows = [{"text": text, "label": one.label} for text, one in zip(TEXTS, runtime.predict(TEXTS), strict=True)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["evaluate", "--model-dir", str(with_bag), "--input", str(source), "--threshold", "0"]) == 0
+    assert "layer speed-up -, FLOPs speed-up" in capsys.readouterr().out
+    assert main(["info", "--model-dir", str(with_bag)]) == 0
+    capsys.readouterr()
+    asked = ["--agreement", "--no-cache", "--dry-run", "--max-drop", "1e-9", "--cost", "flops"]
+    status = main(["tune", "--model-dir", str(with_bag), "--input", str(source), *asked])
+    printed = capsys.readouterr().out
+    assert status == 0
+    (line,) = (line for line in printed.splitlines() if line.startswith("alone") and line.split()[1] == "bag")
+    assert "  -  " in line
+    status, (report, *_), _ = run(
+        capsys, "tune", "--model-dir", with_bag, "--input", source, "--agreement", "--no-cache", "--json"
+    )
+    assert report["alone"][0]["layers_speedup"] is None
+    assert report["alone"][0]["flops_speedup"] > 10
+
+
+def test_any_speedup_by_layers_can_be_reached(with_bag: Path) -> None:
+    members = read_bundle(with_bag).members
+    scores = np.random.default_rng(0).random((4, 200))
+    tau = threshold_for_speedup(members, scores, 1000.0)
+    exits = np.argmax(np.vstack([scores[:-1] > tau, np.ones(200, dtype=bool)]), axis=0)
+    assert (layer_speedup(members, exits) or np.inf) >= 1000
+    assert isinstance(MaximumProbability((tau,)), MaximumProbability)
+
+
+def test_the_bundle_is_of_version_3(with_bag: Path) -> None:
+    bundle = read_bundle(with_bag)
+    assert (bundle.format_version, bundle.members[0].layers, bundle.members[0].flops) == (3, 0, tuple(FLOPS))
+    assert bundle.to_json()["members"][0]["flops"] == FLOPS
+
+
+def test_members_are_ordered_by_layers_or_by_cost(tmp_path: Path, with_bag: Path) -> None:
+    narrow = Member("narrow", encoder_weights(layers=4, hidden=16, seed=5))
+    wide = Member("wide", encoder_weights(layers=2, hidden=128, seed=6))
+    folder = write_bundle(tmp_path / "a", [narrow, wide], thresholds=[0.8], extra={"format_version": 3})
+    assert read_bundle(folder).format_version == 3, "ascending by FLOPs alone, which older readers refuse"
+    old = write_bundle(tmp_path / "b", [narrow, wide], thresholds=[0.8])
+    with pytest.raises(BundleError, match="expected ascending numbers of layers, small to big"):
+        read_bundle(old)
+    wrong = write_bundle(tmp_path / "c", [wide, narrow], thresholds=[0.8])
+    assert read_bundle(wrong).format_version == 1, "as it always was"
+
+
+def test_layers_below_one_are_refused_in_older_versions(copied: Path) -> None:
+    with pytest.raises(BundleError, match="layers: found '0', expected int of at least 1"):
+        read_bundle(described(copied, layers=0))
