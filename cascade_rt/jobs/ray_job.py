@@ -41,7 +41,7 @@ class Pool(NamedTuple):
     """None for as many as the cluster has room for."""
     provider: str = "cpu"
     threads: int = 1
-    """Of each actor, and the CPUs that Ray reserves for it; on CUDA and others it reserves a GPU instead."""
+    """Threads of each actor, and the CPUs that Ray reserves for it; see `providers.needs_gpu` for those with a GPU."""
     provider_options: Mapping[str, str] | None = None
 
 

@@ -202,7 +202,7 @@ def serve_on_cluster(setup: Setup, scaling: Scaling, address: str | None) -> Non
 
 @dataclass(frozen=True)
 class _Plan:
-    """What replicas reserve, and how many there may be."""
+    """The resources of a replica, and the numbers of replicas."""
 
     cpus: float
     gpus: float

@@ -12,13 +12,13 @@ from ..errors import InvalidOption
 
 @dataclass(frozen=True)
 class Settings:
-    """How a server answers."""
+    """Limits and defaults of a server."""
 
     provider: str = "cpu"
     threads: int | None = None
     provider_options: Mapping[str, str] | None = None
     max_wait_ms: float = 0.0
-    """How long a text may wait for its micro-batch to fill, while other texts keep the machine busy."""
+    """Milliseconds that a text may wait for its micro-batch to fill, while other texts keep the machine busy."""
     max_queue: int = 1000
     """Texts that may be accepted and not yet answered, for each bundle."""
     max_texts: int = 1000
@@ -30,9 +30,9 @@ class Settings:
     degrade: bool = False
     allow_thresholds: bool = False
     log_texts: bool = False
-    """Whether texts and answers are logged."""
+    """True to log texts and answers."""
     reload_seconds: float = 1.0
-    """How often to look for a replaced bundle; 0 for never."""
+    """Seconds between looks for a replaced bundle; 0 for never."""
     root_path: str = ""
     """Prefix of all paths before a proxy, whether it strips it or not."""
 
@@ -53,7 +53,7 @@ class Settings:
 OWN_PATHS = (
     "docs", "health", "info", "metrics", "models", "openapi.json", "predict", "static-offline-docs", "v1", "v2",
 )  # fmt: skip
-"""What the paths of the server begin with."""
+"""Beginnings of the paths of the server."""
 
 
 def _check_root_path(found: str) -> None:
