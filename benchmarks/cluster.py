@@ -38,7 +38,7 @@ from cascade_rt.io.readers import read_examples
 from cascade_rt.io.writers import write_json
 from cascade_rt.jobs import ray_job
 from cascade_rt.jobs.answering import CHUNK, Counts
-from cascade_rt.jobs.ray_job import Pool, predict_on_cluster
+from cascade_rt.jobs.ray_job import JobSettings, Pool, predict_on_cluster
 from cascade_rt.types import Text
 
 _CPUS = 2  # of a simulated machine
@@ -203,8 +203,7 @@ def run(
             str(source),
             str(Path(folder) / "out"),
             counts,
-            pools=pools,
-            shard_rows=shard_rows,
+            JobSettings(pools=pools, shard_rows=shard_rows),
             progress=lambda _: marks.append((counts.records, time.perf_counter(), _busy())),
         )
         seconds = time.perf_counter() - started

@@ -180,7 +180,6 @@ def test_a_circle_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 MOST_PARAMETERS = 8
 MORE_PARAMETERS = {
     "cascade_rt/runtime.py: CascadeRuntime.__init__",
-    "cascade_rt/jobs/ray_job.py: predict_on_cluster",  # until its settings are one value; then remove this line
 }
 """Functions that may have more."""
 

@@ -154,9 +154,17 @@ def _on_cluster(options: argparse.Namespace) -> None:
         raise InputError("found --engine ray alone, expected --input with files and --output with a folder")
     if options.pools and options.actors is not None:
         raise InputError("found --actors and --pool, expected one of them")
-    from ..jobs.ray_job import predict_on_cluster  # noqa: PLC0415 - not needed elsewhere
+    from ..jobs.ray_job import JobSettings, predict_on_cluster  # noqa: PLC0415 - not needed elsewhere
 
-    pools = _pools(options)
+    settings = JobSettings(
+        pools=_pools(options),
+        shard_rows=options.shard_rows,
+        shard_format=options.shard_format,
+        on_error=options.on_error,
+        resume=options.resume,
+        verify=options.verify,
+        reading=reading(options),
+    )
     options.provider, options.provider_options, options.threads = "cpu", [], None  # no member runs in this process
     runtime = open_runtime(options)
     counts = Counts()
@@ -170,15 +178,9 @@ def _on_cluster(options: argparse.Namespace) -> None:
             options.input,
             options.output,
             counts,
+            settings,
             address=options.address,
-            pools=pools,
-            shard_rows=options.shard_rows,
-            shard_format=options.shard_format,
-            on_error=options.on_error,
             rejects=rejects,
-            resume=options.resume,
-            verify=options.verify,
-            reading=reading(options),
             progress=progress,
         )
     _report(runtime, options, counts)

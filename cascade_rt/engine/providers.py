@@ -21,6 +21,7 @@ OPENVINO = "openvino"
 """The package of that name, not ONNX Runtime's provider, which is a build of its own."""
 
 _SHORT_NAMES = {"cpu": CPU, "cuda": CUDA}
+_ON_CPU = {CPU, "DnnlExecutionProvider", "OpenVINOExecutionProvider", "XnnpackExecutionProvider"}
 _FIXED_OPTIONS = {CUDA: {"arena_extend_strategy": "kSameAsRequested"}}  # the default doubles the arena as it grows
 _EXACT_SINCE = (1, 30)
 _PRODUCTS = {"Attention", "FusedGemm", "FusedMatMul", "Gemm", "MatMul", "MultiHeadAttention", "QAttention"}
@@ -48,6 +49,17 @@ def provider_name(provider: str) -> str:
         )
         raise InvalidOption("provider", provider, f"one that is available: {', '.join(available)}; {remedy}")
     return wanted
+
+
+def needs_gpu(provider: str) -> bool:
+    """Return whether a cluster reserves a GPU for what runs on a provider; raise InvalidOption for an unknown name.
+
+    Which providers are installed is known on the machines that run members.
+    """
+    name = provider.lower()
+    if name not in (*_SHORT_NAMES, OPENVINO) and not provider.endswith("ExecutionProvider"):
+        raise InvalidOption("provider", provider, "cpu, cuda, openvino or ONNX Runtime's name of a provider")
+    return name not in ("cpu", OPENVINO) and provider not in _ON_CPU
 
 
 def is_installed(package: str) -> bool:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TextIO
 from ..cluster import RemoteBundle, cluster, shared
 from ..engine.cpus import usable_threads
 from ..engine.execution import Execution
-from ..engine.providers import CPU, OPENVINO
+from ..engine.providers import needs_gpu
 from ..engine.stage import Stage
 from ..engine.step import Journey
 from ..errors import CascadeError, InferenceError, InputError, InvalidOption, first_line
@@ -41,7 +41,7 @@ class Pool(NamedTuple):
     """None for as many as the cluster has room for."""
     provider: str = "cpu"
     threads: int = 1
-    """Of each actor, and the CPUs that Ray reserves for it; on CUDA and others it reserves a GPU instead."""
+    """Threads of each actor, and the CPUs that Ray reserves for it; see `providers.needs_gpu` for those with a GPU."""
     provider_options: Mapping[str, str] | None = None
 
 
@@ -50,18 +50,38 @@ _READERS = 2  # files that are read at a time, for each machine
 
 
 @dataclass(frozen=True)
-class Job:
-    """What every process of a job knows of it."""
+class JobSettings:
+    """The way a job reads, answers and writes."""
+
+    pools: Mapping[str, Pool] | Pool = _POOL
+    """The actors that run all members, or a pool for each member by its name."""
+    shard_rows: int = SHARD_ROWS
+    """Records in each shard."""
+    shard_format: str = ENDINGS[0]
+    """One of `shards.ENDINGS`."""
+    on_error: str = "stop"
+    """As for `answer`."""
+    resume: bool = False
+    """Go on in the folder of an interrupted run. Shards whose records have changed are written anew."""
+    verify: bool = True
+    """As for `CascadeRuntime`, where actors open the bundle."""
+    reading: Reading = AS_USUAL
+
+    def __post_init__(self) -> None:
+        """Raise InvalidOption for a value that is out of range."""
+        check_on_error(self.on_error)
+        if isinstance(self.shard_rows, bool) or not isinstance(self.shard_rows, int) or self.shard_rows < 1:
+            raise InvalidOption("shard_rows", self.shard_rows, "a whole number from 1")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A job, as every process of it knows it."""
 
     runtime: RemoteBundle
-    verify: bool
-    """Whether the bundle's files are checked where they are opened."""
     folder: ShardFolder
     pair: bool
-    reading: Reading
-    on_error: str
-    shard_rows: int
-    resume: bool
+    settings: JobSettings
 
 
 class _Failure(NamedTuple):
@@ -92,21 +112,18 @@ class _Part(NamedTuple):
         return found
 
 
+_USUAL = JobSettings()
+
+
 def predict_on_cluster(
     runtime: CascadeRuntime,
     source: str,
     output: str,
     counts: Counts,
+    settings: JobSettings = _USUAL,
     *,
     address: str | None = None,
-    pools: Mapping[str, Pool] | Pool = _POOL,
-    shard_rows: int = SHARD_ROWS,
-    shard_format: str = ENDINGS[0],
-    on_error: str = "stop",
     rejects: TextIO | None = None,
-    resume: bool = False,
-    verify: bool = True,
-    reading: Reading = AS_USUAL,
     progress: Progress = lambda counts: None,
 ) -> None:
     """Answer the texts of files on a Ray cluster, write the answers as shards, and count the records.
@@ -116,41 +133,23 @@ def predict_on_cluster(
         source: A file, a folder or a pattern, or a URI of one; all machines must see it.
         output: The folder of the shards (see `shards`): a path that all machines share, or a URI.
         counts: What was done so far; after each part, in input order.
+        settings: The way the job reads, answers and writes.
         address: Of the cluster, as for `cluster.cluster`.
-        pools: The actors that run all members, or a pool for each member by its name.
-        shard_rows: Records in each shard.
-        shard_format: One of `shards.ENDINGS`.
-        on_error: As for `Lines`.
         rejects: Where lines of the records that cannot be used go, in input order.
-        resume: Go on in the folder of an interrupted run. Shards whose records have changed are written anew.
-        verify: As for `CascadeRuntime`.
-        reading: How the input is read.
         progress: Called after each part.
 
     Raises:
         InputError: The input, the output or a record cannot be used; the shards before it are in the folder.
         CascadeError: An error of a runtime, as of `predict`, or of the cluster.
     """
-    check_on_error(on_error)
-    if isinstance(shard_rows, bool) or not isinstance(shard_rows, int) or shard_rows < 1:
-        raise InvalidOption("shard_rows", shard_rows, "a whole number from 1")
-    folder = ShardFolder(output, shard_format)
+    folder = ShardFolder(output, settings.shard_format)
     files = [_seen(file) for file in input_files(source)]
-    stages = _stages(runtime, pools)
+    stages = _stages(runtime, settings.pools)
     with cluster(address) as ray:
         _check_room(ray, [pool for _, pool in stages])
-        shape = {"shard_rows": shard_rows, "shard_format": shard_format}
-        folder.begin(described(runtime, on_error) | shape, resume=resume)
-        job = Job(
-            runtime=shared(runtime),
-            verify=verify,
-            folder=folder,
-            pair=runtime.bundle.pair,
-            reading=reading,
-            on_error=on_error,
-            shard_rows=shard_rows,
-            resume=resume,
-        )
+        shape = {"shard_rows": settings.shard_rows, "shard_format": settings.shard_format}
+        folder.begin(described(runtime, settings.on_error) | shape, resume=settings.resume)
+        job = _Job(shared(runtime), folder, runtime.bundle.pair, settings)
         receipts = []
         with closing(_done(job, files, stages)) as done:
             for part in done:
@@ -185,7 +184,7 @@ def _stages(runtime: CascadeRuntime, pools: Mapping[str, Pool] | Pool) -> list[t
         if pool.actors is not None and pool.actors < 1:
             raise InvalidOption("actors", pool.actors, "a whole number from 1")
         usable_threads(pool.threads)
-        _on_gpu(pool)
+        needs_gpu(pool.provider)  # raises the error of an unknown one
     if isinstance(pools, Pool):
         return [(range(len(names)), pools)]
     if set(pools) != set(names):
@@ -207,7 +206,7 @@ def _check_room(ray: Any, pools: Sequence[Pool]) -> None:
             raise InvalidOption("provider", pool.provider, "cpu: Ray knows no GPU on the cluster's only machine")
 
 
-def _done(job: Job, files: Sequence[str], stages: Sequence[tuple[range, Pool]]) -> Generator[_Part, None, None]:
+def _done(job: _Job, files: Sequence[str], stages: Sequence[tuple[range, Pool]]) -> Generator[_Part, None, None]:
     """Run the job, and yield its parts in input order."""
     import ray  # noqa: PLC0415 - an extra
     import ray.data  # noqa: PLC0415
@@ -244,32 +243,21 @@ def _done(job: Job, files: Sequence[str], stages: Sequence[tuple[range, Pool]]) 
 
 def _resources(pool: Pool) -> dict[str, int]:
     """Return what Ray reserves for an actor."""
-    return {"num_gpus": 1} if _on_gpu(pool) else {"num_cpus": pool.threads}
-
-
-def _on_gpu(pool: Pool) -> bool:
-    """Return whether actors need a GPU; raise InvalidOption for what no provider is called.
-
-    Which providers there are is known on the machines where actors run.
-    """
-    name = pool.provider.lower()
-    if name not in ("cpu", "cuda", OPENVINO) and not pool.provider.endswith("ExecutionProvider"):
-        raise InvalidOption("provider", pool.provider, "cpu, cuda, openvino or ONNX Runtime's name of a provider")
-    return name not in ("cpu", OPENVINO) and pool.provider != CPU
+    return {"num_gpus": 1} if needs_gpu(pool.provider) else {"num_cpus": pool.threads}
 
 
 class _Reader:
     """Reads files, and cuts their records into parts."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: _Job) -> None:
         self._job = job
 
     def __call__(self, batch: Mapping[str, Any]) -> Iterator[dict[str, list[Any]]]:
         job, at, file = self._job, int(batch["at"][0]), str(batch["file"][0])
         number = 0
         try:
-            records = read_records(file, job.reading, pair=job.pair)
-            for number, some in enumerate(chunks(records, job.shard_rows), 1):
+            records = read_records(file, job.settings.reading, pair=job.pair)
+            for number, some in enumerate(chunks(records, job.settings.shard_rows), 1):
                 yield self._part(f"{at:05d}-{number - 1:06d}", some).row()
         except CascadeError as error:
             yield _Part(f"{at:05d}-{number:06d}", "", _Failure(error)).row()
@@ -279,14 +267,14 @@ class _Reader:
         for record in records:
             digest.update(record.content)
         found = digest.hexdigest()
-        receipt = self._job.folder.receipt(name, found) if self._job.resume else None
+        receipt = self._job.folder.receipt(name, found) if self._job.settings.resume else None
         return _Part(name, found, records if receipt is None else receipt)
 
 
 class _Answerer:
     """An actor: runs one member or all on parts, and writes the shard after the last."""
 
-    def __init__(self, job: Job, members: range, pool: Pool) -> None:
+    def __init__(self, job: _Job, members: range, pool: Pool) -> None:
         self._job = job
         self._members = members
         self._error: CascadeError | None = None
@@ -330,7 +318,7 @@ class _Answerer:
 
     def _written(self, part: _Part, begun: _Begun) -> Receipt:
         output, rejects = io.StringIO(), io.StringIO()
-        lines = Lines(output, rejects, self._job.on_error)
+        lines = Lines(output, rejects, self._job.settings.on_error)
         self._runtime.stats(reset=True)
         for records, journey in begun:
             lines.write(records, self._runtime.finish(journey), self._runtime.task)
@@ -342,7 +330,7 @@ class _Answerer:
         return self._job.folder.write(part.name, output.getvalue(), receipt)
 
 
-def _opened(job: Job, members: range, pool: Pool) -> tuple[CascadeRuntime, Mapping[int, Stage], CascadeRuntime]:
+def _opened(job: _Job, members: range, pool: Pool) -> tuple[CascadeRuntime, Mapping[int, Stage], CascadeRuntime]:
     """Return the runtime, what runs some of its members, by their positions, and a runtime that runs these so.
 
     Another provider opens those members alone: it may have no kernels for the precision of the others.
@@ -350,8 +338,8 @@ def _opened(job: Job, members: range, pool: Pool) -> tuple[CascadeRuntime, Mappi
     whole = job.runtime
     execution = Execution(pool.provider, pool.threads, pool.provider_options)
     if pool.provider == "cpu" or len(members) == len(whole.members):
-        runtime = whole.open(execution, verify=job.verify)
+        runtime = whole.open(execution, verify=job.settings.verify)
         return runtime, dict(enumerate(runtime.plan.stages)), runtime
-    own = whole.open(execution, verify=job.verify, members=[whole.members[member] for member in members])
-    runtime = whole.open(Execution(threads=pool.threads), verify=job.verify)
+    own = whole.open(execution, verify=job.settings.verify, members=[whole.members[member] for member in members])
+    runtime = whole.open(Execution(threads=pool.threads), verify=job.settings.verify)
     return runtime, dict(zip(members, own.plan.stages, strict=True)), own

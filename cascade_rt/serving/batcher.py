@@ -59,7 +59,7 @@ class Answer:
 
     prediction: Prediction
     logits: tuple[float, ...]
-    """Of the member that answered."""
+    """Logits of the member that answered."""
     steps: tuple[tuple[float, ...], ...]
     """Probabilities of every member that the text ran."""
     degraded: bool = False

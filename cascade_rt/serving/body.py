@@ -36,17 +36,17 @@ class Body:
 
     @property
     def is_complete(self) -> bool:
-        """Whether nothing of it is left."""
+        """True if nothing of it is left."""
         return self._complete
 
     @property
     def ends_connection(self) -> bool:
-        """Whether the connection is of no use after an answer: its rest may be long, or may never be sent."""
+        """True if the connection is of no use after an answer: its rest may be long, or may never be sent."""
         return not self._complete and (self._refused or self._is_awaited)
 
     @property
     def _is_awaited(self) -> bool:
-        """Whether the client waits for a word before it sends the body."""
+        """True if the client waits for a word before it sends the body."""
         return self._expects and not self._received
 
     async def receive(self) -> Message:
@@ -122,7 +122,7 @@ class _Decompressor:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the data may end here."""
+        """True if the data may end here."""
         return self._stream is None or self._stream.eof
 
     def decompress(self, data: bytes, room: int) -> bytes:

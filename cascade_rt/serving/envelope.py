@@ -1,4 +1,4 @@
-"""What surrounds every request: its path, its id, the bearer token, its body, the log and the metrics."""
+"""The surroundings of every request: its path, its id, the bearer token, its body, the log and the metrics."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.shared = FOLDER in os.environ
-        """Whether values are summed over several processes."""
+        """True if values are summed over several processes."""
         registry = CollectorRegistry()
         self._all = CollectorRegistry() if self.shared else registry
         if self.shared:

@@ -20,8 +20,8 @@ from starlette.types import ASGIApp
 
 from ..errors import InputError, InvalidOption, MissingExtraError
 from .app import create_app
-from .models import Identify, Open, identity, opened
-from .service import Service
+from .models import Identify, identity
+from .service import OpenRuntime, Service, open_runtime
 from .settings import Settings
 from .upgrades import Http11Protocol
 
@@ -33,7 +33,7 @@ _LAST_PORT = 65535
 
 @dataclass(frozen=True)
 class Setup:
-    """What a server serves, where and how."""
+    """Bundles, address and settings of a server."""
 
     sources: dict[str, str]
     """Bundles, folder or "hf:org/name", by name."""
@@ -47,9 +47,9 @@ class Setup:
     """See `create_app`."""
     cors_origins: tuple[str, ...] = ()
     traces: bool = False
-    """Whether requests are traced: see `tracing`."""
+    """True to trace requests: see `tracing`."""
 
-    def open(self, open_runtime: Open = opened, identify: Identify = identity) -> Service:
+    def open(self, open_runtime: OpenRuntime = open_runtime, identify: Identify = identity) -> Service:
         """Open the bundles; raise MissingExtraError where traces need packages that are not installed.
 
         The arguments are those of `Service`.

@@ -76,7 +76,7 @@ class _Worker:
 
     @property
     def sentinel(self) -> int:
-        """What `multiprocessing.connection.wait` finds ready when the process has ended."""
+        """Handle that `multiprocessing.connection.wait` finds ready when the process has ended."""
         return self._process.sentinel
 
     def start(self) -> None:
@@ -130,7 +130,7 @@ class _Worker:
 
 
 def _work(setup: Setup, cpus: Sequence[int], ready: Connection) -> None:
-    """What a worker does: pin itself, open the bundles, listen and serve."""
+    """Pin this process, open the bundles, listen and serve."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches all processes; ours ends the workers
     Thread(target=_end_with_parent, daemon=True).start()
     os.sched_setaffinity(0, cpus)

@@ -18,7 +18,6 @@ from cascade_train.finetune import (
     Objective,
     Recipe,
     check_length,
-    described_examples,
     device,
     load_base,
 )
@@ -109,7 +108,7 @@ class Plan:
         return {
             "task": parts.data.name,
             "labels": list(parts.data.labels),
-            "data": {name: described_examples(part) for name, part in examples.items()},
+            "data": {name: part.described() for name, part in examples.items()},
         }
 
     def member_settings(self, member: MemberPlan) -> dict[str, Any]:
@@ -119,7 +118,7 @@ class Plan:
             return own
         return own | {
             "teacher": self.member_settings(self.members[0]),
-            "unlabelled": described_examples(Examples(self.parts.unlabelled, [0] * len(self.parts.unlabelled))),
+            "unlabelled": Examples(self.parts.unlabelled, [0] * len(self.parts.unlabelled)).described(),
             "distillation": {"weight": self.distill_weight, "temperature": self.temperature},
         }
 

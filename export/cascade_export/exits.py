@@ -90,10 +90,10 @@ def export_exits(
                 for fact, member, ours, theirs in zip(facts, bundle.members, finished, original, strict=True):
                     fact["check"] = report = compare(theirs, ours, data.labels)
                     check_drop(member.name, precision, report, check.max_accuracy_drop)
-        noted = (
+        checked = [
             replace(member, other={**member.other, **fact}) for member, fact in zip(bundle.members, facts, strict=True)
-        )
-        bundle = replace(bundle, members=tuple(noted))
+        ]
+        bundle = replace(bundle, members=tuple(checked))
         write_manifest(folder, bundle)
     return bundle
 

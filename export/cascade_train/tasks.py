@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from cascade_rt.errors import InputError, InvalidOption
 from cascade_rt.io.fields import is_blank, label_order
@@ -40,6 +41,10 @@ class Examples:
         rows = list(rows)
         return Examples([self.texts[row] for row in rows], [self.labels[row] for row in rows])
 
+    def described(self) -> dict[str, Any]:
+        """Return the number of examples and their hash, for a record."""
+        return {"rows": len(self), "sha256": self.digest()}
+
     def digest(self) -> str:
         """Return the sha256 of texts and labels, which identifies a data set."""
         return hashlib.sha256(repr((list(self.texts), list(self.labels))).encode("utf-8", "surrogatepass")).hexdigest()
@@ -57,6 +62,10 @@ class TaskData:
     validation: Examples
     nested: bool = False
     """True if training texts are phrases of one another, as SST-2's are."""
+
+    def described(self) -> dict[str, Any]:
+        """Return the examples' numbers and hashes, for a record."""
+        return {"train": self.train.described(), "validation": self.validation.described()}
 
 
 @dataclass(frozen=True)

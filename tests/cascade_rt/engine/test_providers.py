@@ -12,8 +12,9 @@ from cascade_rt import CascadeError, CascadeRuntime, InputError
 from cascade_rt.bundle import MemberEntry
 from cascade_rt.bundle.precisions import PRECISIONS, Precision
 from cascade_rt.engine.execution import Execution
-from cascade_rt.engine.providers import CPU, CUDA, OPENVINO, instead_of
+from cascade_rt.engine.providers import CPU, CUDA, OPENVINO, instead_of, needs_gpu
 from cascade_rt.engine.stage import Stage
+from cascade_rt.errors import InvalidOption
 
 TEXTS = ["a great film", "so sad", "the cat sat on the mat and that was not very witty", "", "dull " * 40]
 
@@ -102,3 +103,18 @@ def test_a_provider_that_runs_nothing_is_an_error(bundle: Path) -> None:
         pytest.skip("this ONNX Runtime does not report where operators run")
     with pytest.raises(CascadeError, match=f"asked for the provider {name}.* it runs no .*MatMul"):
         CascadeRuntime(bundle, provider=name).predict(["a film"])
+
+
+@pytest.mark.parametrize("name", ["cpu", "CPU", "CPUExecutionProvider", "openvino", "DnnlExecutionProvider"])
+def test_a_cluster_reserves_no_gpu_for_what_runs_on_cpus(name: str) -> None:
+    assert not needs_gpu(name)
+
+
+@pytest.mark.parametrize("name", ["cuda", "CUDA", "CUDAExecutionProvider", "TensorrtExecutionProvider"])
+def test_a_cluster_reserves_a_gpu_for_others(name: str) -> None:
+    assert needs_gpu(name)
+
+
+def test_a_provider_that_nobody_has_is_an_error() -> None:
+    with pytest.raises(InvalidOption, match="`provider`: found 'gpu', expected cpu, cuda, openvino or"):
+        needs_gpu("gpu")

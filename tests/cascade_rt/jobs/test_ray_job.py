@@ -21,7 +21,7 @@ from cascade_rt.cli import main
 from cascade_rt.engine.execution import Execution
 from cascade_rt.io.readers import read_examples
 from cascade_rt.jobs.answering import Counts
-from cascade_rt.jobs.ray_job import Pool, predict_on_cluster
+from cascade_rt.jobs.ray_job import JobSettings, Pool, predict_on_cluster
 
 from ...toy import WORDS
 
@@ -111,8 +111,8 @@ def check_kills(machines: Any, bundle: Path, source: Path, kind: str, count: int
         if len(seen) == 8:
             machines.remove_node(doomed, allow_graceful=False)
 
-    options: Any = {"pools": POOLS[kind], "shard_rows": shard_rows, "progress": disturb}
-    predict_on_cluster(runtime, str(source), "out", counts, **options)
+    settings = JobSettings(pools=POOLS[kind], shard_rows=shard_rows)
+    predict_on_cluster(runtime, str(source), "out", counts, settings, progress=disturb)
     assert counts == Counts(count)
     assert seen == list(range(shard_rows, count + 1, shard_rows)), "in order, each part once"
     found = answers(Path("out"))
@@ -219,7 +219,8 @@ def test_other_formats_and_compressed_input(machines: Any, bundle: Path, tmp_pat
     wanted = in_one_process(bundle, tmp_path / "in.jsonl")
     runtime = CascadeRuntime(bundle)
     source = f"file://{tmp_path}/in*.jsonl"
-    predict_on_cluster(runtime, source, f"file://{tmp_path}/out", Counts(), shard_rows=128, shard_format=format)
+    settings = JobSettings(shard_rows=128, shard_format=format)
+    predict_on_cluster(runtime, source, f"file://{tmp_path}/out", Counts(), settings)
     kind = "json" if format == "jsonl.gz" else format
     found = pyarrow.dataset.dataset(tmp_path / "out", format=kind).to_table().to_pylist()
     assert_equal(sorted(found, key=lambda row: row["id"]), wanted)
@@ -233,7 +234,8 @@ def test_patience_members_and_thresholds_go_along(
     pools: list[Any] = [Pool(1), {"small": Pool(1), "big": Pool(1)}]
     for runtime, kind in zip((CascadeRuntime(four_segments).with_patience(2), some), pools, strict=True):
         wanted = runtime.predict([row["text"] for row in rows(source)])
-        predict_on_cluster(runtime, str(source), runtime.bundle.members[0].name, Counts(), pools=kind, shard_rows=150)
+        settings = JobSettings(pools=kind, shard_rows=150)
+        predict_on_cluster(runtime, str(source), runtime.bundle.members[0].name, Counts(), settings)
         found = answers(Path(runtime.bundle.members[0].name))
         assert [(row["label"], row["exit"], row["layers"]) for row in found] == [
             (one.label, one.exit, one.layers) for one in wanted
@@ -267,11 +269,11 @@ def test_each_member_may_have_its_own_provider(machines: Any, bundle: Path, tmp_
     source = write_texts(tmp_path / "in.jsonl", 300)
     options = {"INFERENCE_PRECISION_HINT": "f32"}
     pools = {"tiny": Pool(1), "small": Pool(1, "openvino", 1, options), "big": Pool(1)}
-    predict_on_cluster(CascadeRuntime(bundle), str(source), "out", Counts(), pools=pools)
+    predict_on_cluster(CascadeRuntime(bundle), str(source), "out", Counts(), JobSettings(pools=pools))
     assert_equal(answers(Path("out")), in_one_process(bundle, source))
     pools["small"] = Pool(1, "openvino", 1, {"NO_PRECISION": "f32"})
     with pytest.raises(InputError, match="NO_PRECISION"):
-        predict_on_cluster(CascadeRuntime(bundle), str(source), "wrong", Counts(), pools=pools)
+        predict_on_cluster(CascadeRuntime(bundle), str(source), "wrong", Counts(), JobSettings(pools=pools))
 
 
 def test_an_error_of_a_runtime_ends_the_job_with_its_message(machines: Any, copied: Path, tmp_path: Path) -> None:
@@ -298,6 +300,6 @@ def test_an_error_of_a_runtime_ends_the_job_with_its_message(machines: Any, copi
 def test_wrong_options_leave_nothing(bundle: Path, tmp_path: Path, options: Mapping[str, Any], error: str) -> None:
     source = write_texts(tmp_path / "in.jsonl", 10)
     with pytest.raises(InputError) as found:
-        predict_on_cluster(CascadeRuntime(bundle), str(source), "out", Counts(), **options)
+        predict_on_cluster(CascadeRuntime(bundle), str(source), "out", Counts(), JobSettings(**options))
     assert str(found.value).startswith(error)
     assert not Path("out").exists()

@@ -79,8 +79,8 @@ def served(bundle: Path) -> Iterator[Callable[..., httpx.Client]]:
     with ExitStack() as stack:
 
         def serve(sources: dict[str, str] | None = None, *, token: str | None = None, **settings: Any) -> httpx.Client:
-            chosen: dict[str, Any] = {"execution": Execution(threads=1), "reload_seconds": 0} | settings
-            service = Service(sources or {"toy": str(bundle)}, Settings(**chosen))
+            usual: dict[str, Any] = {"execution": Execution(threads=1), "reload_seconds": 0}
+            service = Service(sources or {"toy": str(bundle)}, Settings(**usual | settings))
             address = stack.enter_context(listening(service, token=token, body_seconds=2.0))
             return stack.enter_context(httpx.Client(base_url=f"http://{address}"))
 

@@ -346,7 +346,7 @@ def test_a_second_server_on_the_cluster_is_refused(on_ray: tuple[Any, str], clie
     )
     assert refused.returncode == 2
     assert "found Ray Serve at work on this cluster" in refused.stderr
-    assert "--address" in refused.stderr
+    assert "name the address of another cluster" in refused.stderr
     assert len(refused.stderr.splitlines()) == 1
     assert client.get("/health").status_code == 200
 
@@ -384,7 +384,7 @@ def test_a_signal_lets_open_requests_finish_and_ends_the_cluster(bundle: Path, t
         (["--min-replicas", "3", "--max-replicas", "2"], "--max-replicas: found 2, expected at least 3"),
         (["--target-requests", "0"], "--target-requests: found 0, expected a number above 0"),
         (["--threads", "0"], "--threads: found 0"),
-        (["--address", "127.0.0.1:9"], "--address"),
+        (["--address", "127.0.0.1:9"], "check the address"),
         (["--engine", "local", "--address", "auto"], "--address: found 'auto', expected none without --engine ray"),
         (["--engine", "local", "--max-replicas", "2"], "--max-replicas: found 2, expected none without --engine ray"),
     ],
@@ -424,6 +424,7 @@ def test_ray_that_is_not_installed(
         ({}, {}, {}, (0, 0, 1, 1)),
         ({"CPU": 16.0, "GPU": 8.0}, {"provider": "cuda"}, {}, (0, 1, 1, 8)),
         ({"CPU": 16.0, "GPU": 1.0}, {"provider": "cuda"}, {"min_replicas": 3}, (0, 0.33, 3, 3)),
+        ({"CPU": 2.0, "GPU": 4.0}, {"provider": "TensorrtExecutionProvider"}, {}, (0, 1, 1, 4)),
     ],
 )
 def test_replicas_find_room(
