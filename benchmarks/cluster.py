@@ -1,4 +1,4 @@
-"""How does `predict --engine ray` scale, and when do member pools pay?
+"""The scaling of `predict --engine ray`, and the pools of members that pay.
 
     python benchmarks/cluster.py --model-dir BUNDLE --input texts.jsonl
 
@@ -47,7 +47,7 @@ _MIDDLE = 0.2, 0.8  # of the texts, between which the rate is taken
 
 @dataclass(frozen=True)
 class Costs:
-    """What one thread takes."""
+    """Seconds that one thread takes."""
 
     tokenization: float
     """Seconds per text."""
@@ -204,7 +204,7 @@ def run(
             str(Path(folder) / "out"),
             counts,
             JobSettings(pools=pools, shard_rows=shard_rows),
-            progress=lambda: marks.append((counts.records, time.perf_counter(), _busy())),
+            progress=lambda _: marks.append((counts.records, time.perf_counter(), _busy())),
         )
         seconds = time.perf_counter() - started
     first, last = (next(mark for mark in marks if mark[0] >= share * count) for share in _MIDDLE)

@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: tasks in parts that do not overlap, timing in turn, and how a script ends."""
+"""Shared by the benchmark scripts: tasks in parts that do not overlap, timing in turn, and how a script ends."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Parts:
     """A task in parts that do not overlap."""
 
     data: TaskData
-    """What members learn from, and what their checkpoints are chosen by."""
+    """Training texts, and validation texts, which choose checkpoints."""
     tuning: Examples
     """For thresholds."""
     certification: Examples | None

@@ -24,7 +24,7 @@ CPU, GPU = "CPU", "GPU"
 
 @dataclass(frozen=True)
 class Prices:
-    """What an hour costs, in any currency."""
+    """Prices of an hour, in any currency."""
 
     core: float
     gpu: float

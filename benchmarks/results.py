@@ -59,19 +59,19 @@ ROUNDS = 3
 
 @dataclass(frozen=True)
 class Kind:
-    """How one kind of member is made."""
+    """One kind of member, and its training."""
 
     name: str
     base: str
     layers: int | None = None
     """The first ones of the base; None: all."""
     teacher: bool = True
-    """Whether it learns the biggest member's answers."""
+    """True if it learns the biggest member's answers."""
     dar: bool = False
     for_comparison: bool = False
-    """Whether it is there only to be compared with one that is trained otherwise."""
+    """True if it is there only to be compared with one that is trained otherwise."""
     once: bool = False
-    """Whether all seeds share the first one's member."""
+    """True if all seeds share the first one's member."""
 
     def folder(self, seed: int) -> str:
         """Return the name of a member's folder."""

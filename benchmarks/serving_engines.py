@@ -1,4 +1,4 @@
-"""What does Ray Serve cost? Single texts to `cascade-rt serve`, on the local engine and on Ray, both on this machine.
+"""The cost of Ray Serve: single texts to `cascade-rt serve`, on the local engine and on Ray, both on this machine.
 
     python benchmarks/serving_engines.py --model-dir BUNDLE --data DATA/sst2/dev.tsv
 

@@ -1,4 +1,4 @@
-"""What `cascade-rt serve` does under overload, clients that misbehave, a kill, and bundles that are replaced.
+"""`cascade-rt serve` under overload, clients that misbehave, a kill, and bundles that are replaced.
 
     python benchmarks/serving_faults.py --model-dir BUNDLE --data DATA/sst2/dev.tsv
 

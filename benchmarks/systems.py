@@ -64,7 +64,7 @@ class System:
     models: tuple[str, ...]
     """Trained models: one, or the members of a cascade."""
     row: str | None = None
-    """Of Figures 2 and 3; None where it is in neither."""
+    """Row of Figures 2 and 3; None where it is in neither."""
     leaves_early: bool = False
 
 

@@ -53,10 +53,10 @@ def main(folder: Path) -> None:
     """Write the fixture into an empty or old folder."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for name in ("texts", "pairs", "int8"):
+    for name in ("texts", "pairs", "several", "int8"):
         if name == "int8" and int8_saturates():  # `pack` refuses it on this CPU
             continue
-        _write_cascade(folder / name, pair=name == "pairs", int8=name == "int8")
+        _write_cascade(folder / name, name)
     tokenizer = Path(get_model_path()) / "tokenizer.json"
     _write_tokens(folder / "right", tokenizer, _STRINGS, max_length=64)
     left = Tokenizer.from_file(str(tokenizer))
@@ -66,9 +66,11 @@ def main(folder: Path) -> None:
     _write_tokens(folder / "left", folder / "left.json", _STRINGS // 10, max_length=16)
 
 
-def _write_cascade(folder: Path, *, pair: bool, int8: bool) -> None:
-    bundle = write_cascade(folder, pair=pair)
-    if int8:
+def _write_cascade(folder: Path, kind: str) -> None:
+    pair = kind == "pairs"
+    extra = {"format_version": 3, "task": "multi_label", "cuts": [0.5, 0.3, 0.7]} if kind == "several" else {}
+    bundle = write_cascade(folder, pair=pair, extra=extra)
+    if kind == "int8":
         to_int8(bundle)
     pack(bundle, folder / "cascade.onnx")
     draw = random.Random(0)
@@ -80,8 +82,7 @@ def _write_cascade(folder: Path, *, pair: bool, int8: bool) -> None:
     for tau in (0.0, 0.8, 1.0):
         predictions = runtime.with_thresholds(tau).predict(texts)
         answers[tau] = [
-            {field: getattr(found, field) for field in ("label", "probabilities", "exit", "layers", "truncated")}
-            for found in predictions
+            {name: value for name, value in found._asdict().items() if name != "score"} for found in predictions
         ]
     (folder / "answers.json").write_text(json.dumps({"texts": texts, "answers": answers}), encoding="utf-8")
 

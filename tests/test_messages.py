@@ -35,6 +35,7 @@ SHOWN_BY = {
     "actors": "predict",
     "augment": "build",
     "budget_ms": "tune",
+    "calibrate": "export",
     "columns": READS,
     "confidence": "build tune",
     "cost": "build tune",

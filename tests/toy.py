@@ -208,11 +208,18 @@ def cascade_members(*, pair: bool = False, shift: int = 0) -> list[Member]:
 
 
 def write_cascade(
-    folder: Path, *, pair: bool = False, shift: int = 0, threshold: float = 0.8, max_length: int = 32
+    folder: Path,
+    *,
+    pair: bool = False,
+    shift: int = 0,
+    threshold: float = 0.8,
+    max_length: int = 32,
+    extra: Mapping[str, Any] = {},
 ) -> Path:
     """Write the bundle of `cascade_members` with the same arguments, with one threshold for all."""
     members = cascade_members(pair=pair, shift=shift)
-    return write_bundle(folder, members, thresholds=[threshold] * (len(members) - 1), pair=pair, max_length=max_length)
+    thresholds = [threshold] * (len(members) - 1)
+    return write_bundle(folder, members, thresholds=thresholds, pair=pair, max_length=max_length, extra=extra)
 
 
 def segment_members(*, segments: int = 2, layers_each: int = 2, hidden: int = 32, seed: int = 6) -> list[Member]:

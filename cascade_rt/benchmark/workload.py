@@ -1,4 +1,4 @@
-"""What benchmarks run on: texts, operating points for given speed-ups, whole processes; and the spread of figures."""
+"""Inputs of benchmarks: texts, operating points for given speed-ups, whole processes; and the spread of figures."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Workload:
     data: Path | None = None
     """File of texts; None for synthetic ones."""
     reading: Reading = AS_USUAL
-    """How `data` is read."""
+    """Format and columns of `data`."""
     words: str = "16:8"
     """Words per synthetic text, "MEAN:SD"."""
     count: int = 256

@@ -12,7 +12,6 @@ _SHOWN_LABELS = 12
 
 def model_card(bundle: Bundle, name: str) -> str:
     """Return a bundle's model card: Markdown with the hub's metadata, members, use, metrics, data and tuning."""
-    shown = ", ".join(bundle.labels[:_SHOWN_LABELS]) + (", ..." if len(bundle.labels) > _SHOWN_LABELS else "")
     texts = "pairs of texts" if bundle.pair else "single texts"
     example = '("a text", "its pair")' if bundle.pair else '"a text"'
     checks = [_checked(member) for member in bundle.members]
@@ -20,7 +19,7 @@ def model_card(bundle: Bundle, name: str) -> str:
         "---\nlibrary_name: cascade-rt\npipeline_tag: text-classification\ntags: [cascade, early-exit, onnx]\n---",
         f"# {name.rpartition('/')[2]}",
         f"{_kind(bundle)} It takes {texts} of up to {bundle.max_length} tokens; {len(bundle.labels)} labels"
-        f"{', of which a text has any number' if bundle.task == MULTI_LABEL else ''}: {shown}.",
+        f"{', of which a text has any number' if bundle.task == MULTI_LABEL else ''}: {first_labels(bundle)}.",
         "## Members\n\n"
         + _table(
             ["member", "layers", "hidden size", "weights", "precision", "threshold"],
@@ -55,6 +54,11 @@ def model_card(bundle: Bundle, name: str) -> str:
             "## Tuning\n\n```json\n" + json.dumps(dict(bundle.other), indent=1, ensure_ascii=False) + "\n```"
         )
     return "\n\n".join(sections) + "\n"
+
+
+def first_labels(bundle: Bundle) -> str:
+    """Return a bundle's labels in one line, of many the first."""
+    return ", ".join(bundle.labels[:_SHOWN_LABELS]) + (", ..." if len(bundle.labels) > _SHOWN_LABELS else "")
 
 
 def _kind(bundle: Bundle) -> str:

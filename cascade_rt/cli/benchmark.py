@@ -13,10 +13,9 @@ from pathlib import Path
 
 from ..benchmark.latency import draw_latency, measure_latency
 from ..benchmark.workload import Workload
-from ..engine.execution import Execution
 from ..errors import MissingExtraError
 from ..io.writers import check_ending, output_folder, output_path, write_json
-from .options import add_bundle, add_reading, add_running, provider_options, reading
+from .options import add_bundle, add_reading, add_running, execution, of_options, progress_bar, reading
 from .parser import CommandParser
 from .rendering import latency_summary, printable
 
@@ -63,22 +62,12 @@ def add_arguments(parser: CommandParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Measure, print, and write the JSON and the picture."""
-    from tqdm import tqdm  # noqa: PLC0415 - not needed for other commands
-
     if options.output is not None:  # fails before the work, not after
         check_ending(options.output, ".json")
         output_folder(options.output.parent)
         output_path(options.output)
-    workload = Workload(
-        data=options.data,
-        reading=reading(options),
-        words=options.words,
-        count=options.count,
-        speedups=options.speedups,
-        batch_sizes=options.batch_sizes,
-        rounds=options.rounds,
-    )
-    with tqdm(unit=" rounds", file=sys.stderr, disable=None) as bar:
+    workload = of_options(Workload, options, reading=reading(options))
+    with progress_bar(unit=" rounds") as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
@@ -87,7 +76,7 @@ def run(options: argparse.Namespace) -> None:
         report = measure_latency(
             options.model_dir,
             workload,
-            Execution(options.provider, options.threads, provider_options(options)),
+            execution(options),
             verify=options.verify,
             expected_sha256=options.expected_sha256,
             progress=progress,

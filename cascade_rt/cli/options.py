@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..bundle.manifest import EXIT_RULES
 from ..engine.execution import Execution
@@ -17,6 +18,7 @@ from ..jobs.answering import CHUNK, answered, chunks
 from ..runtime import CascadeRuntime
 from .parser import CommandParser
 
+T = TypeVar("T")
 LOCAL, RAY = "local", "ray"
 """Engines."""
 _SPELLED = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";"}  # characters that are not easily typed in a shell
@@ -125,15 +127,20 @@ def add_label_column(parser: CommandParser, group: Any = None) -> None:
     add("--label-column", metavar="NAME", help=f"column of the label (default: {LABEL})")
 
 
+def of_options(kind: Callable[..., T], options: argparse.Namespace, **others: Any) -> T:
+    """Return a dataclass whose fields are options of the same names, but for `others`; those not given are left out."""
+    given = {name: getattr(options, name, None) for name in signature(kind).parameters}
+    return kind(**{name: value for name, value in given.items() if value is not None} | others)
+
+
+def execution(options: argparse.Namespace) -> Execution:
+    """Return where members run."""
+    return of_options(Execution, options, provider_options=provider_options(options))
+
+
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """Return the runtime's settings from the options."""
-    return {
-        "provider": options.provider,
-        "threads": options.threads,
-        "provider_options": provider_options(options),
-        "verify": options.verify,
-        "expected_sha256": options.expected_sha256,
-    }
+    return execution(options).arguments() | {"verify": options.verify, "expected_sha256": options.expected_sha256}
 
 
 def provider_options(options: argparse.Namespace) -> dict[str, str]:
@@ -167,13 +174,8 @@ def reading(options: argparse.Namespace) -> Reading:
     pair_column = getattr(options, "pair_column", None)
     if pair_column and not options.text_column:
         raise InputError(f"found --pair-column {pair_column} alone, expected --text-column with it")
-    return Reading(
-        format=options.format,
-        columns=tuple(column for column in (options.text_column, pair_column) if column) or None,
-        label_column=getattr(options, "label_column", None),
-        encoding=options.encoding,
-        delimiter=_SPELLED.get(options.delimiter, options.delimiter),
-    )
+    columns = tuple(column for column in (options.text_column, pair_column) if column) or None
+    return of_options(Reading, options, columns=columns, delimiter=_SPELLED.get(options.delimiter, options.delimiter))
 
 
 @contextmanager
@@ -192,11 +194,11 @@ def located(rows: list[Example], runtime: CascadeRuntime) -> Iterator[None]:
         raise TextError(error.index, error.reason, rows[error.index].where) from error
 
 
-def progress_bar(shown: bool = True, total: int | None = None) -> Any:
+def progress_bar(shown: bool = True, total: int | None = None, unit: str = " texts") -> Any:
     """Return a progress bar on standard error, shown only on a terminal."""
     from tqdm import tqdm  # noqa: PLC0415 - not needed for single texts
 
-    return tqdm(unit=" texts", total=total, file=sys.stderr, disable=None if shown else True)
+    return tqdm(unit=unit, total=total, file=sys.stderr, disable=None if shown else True)
 
 
 def rows_of(source: str | None) -> int | None:

@@ -140,5 +140,5 @@ class _Formatter(argparse.HelpFormatter):
         default = action.default
         if default is None or isinstance(default, bool) or default in ("", [], argparse.SUPPRESS):
             return text
-        shown = " ".join(map(str, default)) if isinstance(default, list) else default
+        shown = " ".join(map(str, default)) if isinstance(default, list | tuple) else default
         return f"{text} (default: {shown})"

@@ -15,10 +15,9 @@ from ..errors import CascadeError, InputError
 from ..io.readers import FORMATS, Example, Reject, read_records
 from ..io.tables import open_rows, output_format
 from ..io.writers import is_stream, open_output
-from ..jobs.answering import ON_ERROR, SKIP, STOP, Counts, answer, described
+from ..jobs.answering import ON_ERROR, SKIP, STOP, Counts, Lines, Progress, answer, described
 from ..jobs.files import JobFiles
-from ..jobs.shards import ENDINGS as SHARD_FORMATS
-from ..jobs.shards import SHARD_ROWS
+from ..jobs.shards import ENDINGS, SHARD_ROWS
 from ..runtime import CascadeRuntime
 from ..types import Text
 from .options import (
@@ -40,12 +39,7 @@ from .rendering import exits_line, printable
 from .signals import Termination
 
 SUMMARY = "classify texts"
-_FOR_RAY: dict[str, Any] = {
-    **dict.fromkeys(("address", "actors")),
-    "pools": [],
-    "shard_rows": SHARD_ROWS,
-    "shard_format": SHARD_FORMATS[0],
-}
+_FOR_RAY = {"address": None, "actors": None, "pools": list[str](), "shard_rows": SHARD_ROWS, "shard_format": ENDINGS[0]}
 """Options for clusters alone, and their defaults."""
 EXAMPLE = 'cascade-rt predict --model-dir bundle/ "a text" "another text"'
 
@@ -99,7 +93,7 @@ def _add_cluster(parser: CommandParser) -> None:
         help="give a member processes of its own; once for each member, instead of --actors",
     )
     cluster.add_argument("--shard-rows", type=int, metavar="N", help="rows in each file of the output")
-    cluster.add_argument("--shard-format", choices=SHARD_FORMATS, help="format of the files of the output")
+    cluster.add_argument("--shard-format", choices=ENDINGS, help="format of the files of the output")
     parser.set_defaults(**_FOR_RAY)
 
 
@@ -131,18 +125,10 @@ def run(options: argparse.Namespace) -> None:
 
 def _to_stream(runtime: CascadeRuntime, options: argparse.Namespace) -> Counts:
     """Write the answers to standard output, a device or a pipe."""
-    counts = Counts()
-    with _rejects(options) as rejects, open_output(options.output) as output, _progress(options) as progress:
-        answer(
-            runtime,
-            _records(runtime, options),
-            output,
-            counts,
-            on_error=options.on_error,
-            rejects=rejects,
-            progress=lambda: progress(counts, runtime),
-        )
-    return counts
+    with _rejects(options) as rejects, open_output(options.output) as output, _progress(options, runtime) as progress:
+        lines = Lines(output, rejects, options.on_error)
+        answer(runtime, _records(runtime, options), lines, progress)
+    return lines.counts
 
 
 def _rejects(options: argparse.Namespace) -> AbstractContextManager[TextIO | None]:
@@ -185,7 +171,7 @@ def _on_cluster(options: argparse.Namespace) -> None:
     with (
         _resumable(options.output, counts, lambda: counts.records),
         _rejects(options) as rejects,
-        _progress(options) as progress,
+        _progress(options, runtime) as progress,
     ):
         predict_on_cluster(
             runtime,
@@ -195,7 +181,7 @@ def _on_cluster(options: argparse.Namespace) -> None:
             settings,
             address=options.address,
             rejects=rejects,
-            progress=lambda: progress(counts, runtime),
+            progress=progress,
         )
     _report(runtime, options, counts)
 
@@ -221,28 +207,21 @@ def _pools(options: argparse.Namespace) -> Any:
 
 def _to_file(runtime: CascadeRuntime, options: argparse.Namespace) -> Counts:
     """Write the answers to a file that a killed run leaves resumable."""
-    stream = options.rejects if options.rejects and is_stream(options.rejects) else None
-    rejects = Path(options.rejects) if options.rejects and not stream else None
+    streams = options.rejects and is_stream(options.rejects)
+    rejects = Path(options.rejects) if options.rejects and not streams else None
     job = described(runtime, options.on_error) | {"rejects": rejects and str(rejects)}
     files = JobFiles(Path(options.output), rejects, job, resume=options.resume)
     counts = replace(files.done)
     with closing(files), _resumable(f"{options.output}.partial", counts, lambda: files.done.records):
-        with open_output(stream) if stream else nullcontext(files.rejects) as rejected, _progress(options) as progress:
+        rejected = open_output(options.rejects) if streams else nullcontext(files.rejects)
+        with rejected as stream, _progress(options, runtime) as progress, files.disk_errors():
 
-            def commit() -> None:
+            def commit(counts: Counts) -> None:
                 files.commit(counts)
-                progress(counts, runtime)
+                progress(counts)
 
-            with files.disk_errors():
-                answer(
-                    runtime,
-                    files.remaining(_records(runtime, options)),
-                    files.lines,
-                    counts,
-                    on_error=options.on_error,
-                    rejects=rejected,
-                    progress=commit,
-                )
+            lines = Lines(files.lines, stream, options.on_error, counts)
+            answer(runtime, files.remaining(_records(runtime, options)), lines, commit)
         files.finish()
     return counts
 
@@ -271,11 +250,11 @@ def _records(runtime: CascadeRuntime, options: argparse.Namespace) -> Iterator[E
 
 
 @contextmanager
-def _progress(options: argparse.Namespace) -> Iterator[Callable[[Counts, CascadeRuntime], None]]:
+def _progress(options: argparse.Namespace, runtime: CascadeRuntime) -> Iterator[Progress]:
     """Yield what shows the progress: rows, rate, time left and exits so far; on a terminal alone."""
     with progress_bar(shown=bool(options.input), total=rows_of(options.input)) as bar:
 
-        def show(counts: Counts, runtime: CascadeRuntime) -> None:
+        def show(counts: Counts) -> None:
             bar.set_postfix_str("exits " + " ".join(map(str, runtime.stats().exits)), refresh=False)
             bar.update(counts.records - bar.n)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..bundle import BATCH_TOLERANCE, TUNING, Bundle, MemberEntry
+from ..bundle.card import first_labels
 from ..bundle.manifest import SINGLE_LABEL
 from ..bundle.precisions import PRECISIONS
 from ..engine.drift import SIGNIFICANT
@@ -17,7 +18,6 @@ if TYPE_CHECKING:  # `predict` renders without loading what it does not run
     from ..tuning.report import Choice, Guarantee, TuningReport
 
 _FRONT_ROWS = 12  # of the table; the JSON has the whole front
-_SHOWN_LABELS = 12
 _COSTS = {"layers": "layers", "flops": "FLOPs", "latency": "latency"}  # as columns
 _TUNED = ("accuracy", "drop", "layers_speedup", "latency_speedup")
 
@@ -69,15 +69,14 @@ def exits_line(stats: Stats) -> str:
 
 def bundle_summary(bundle: Bundle) -> str:
     """Return labels, members and tuning of a bundle."""
-    shown = ", ".join(bundle.labels[:_SHOWN_LABELS]) + (", ..." if len(bundle.labels) > _SHOWN_LABELS else "")
     lines = [
-        f"labels      {len(bundle.labels)}: {printable(shown, keep='')}",
+        f"labels      {len(bundle.labels)}: {printable(first_labels(bundle), keep='')}",
         f"texts       {'pairs' if bundle.pair else 'single'}, up to {bundle.max_length} tokens",
     ]
     if bundle.task != SINGLE_LABEL:
         lines.append(f"task        {bundle.task}, cuts {_cuts(bundle)}")
     if not bundle.is_cascade:
-        settings = ", ".join(f"{key} {value}" for key, value in bundle.exit_rule.items() if key != "kind")
+        settings = _settings(bundle.exit_rule)
         lines.append(f"exit rule   {bundle.exit_rule['kind']}" + (f" ({settings})" if settings else ""))
     lines.append(
         table(
@@ -192,7 +191,9 @@ def latency_summary(report: Mapping[str, Any]) -> str:
 def _choice_cells(choice: Choice) -> list[str]:
     return [
         "+".join(choice.members),
-        " ".join(f"{tau:.4f}" for tau in choice.thresholds) or _settings(choice),
+        " ".join(f"{tau:.4f}" for tau in choice.thresholds)
+        or (not choice.alone and _settings(choice.exit_rule))
+        or "-",
         *map(percent, (choice.accuracy, choice.drop, choice.risk)),
         *(times(choice.speedup(cost)) for cost in _COSTS),
         f"{choice.latency_ms:.2f}",
@@ -200,9 +201,8 @@ def _choice_cells(choice: Choice) -> list[str]:
     ]
 
 
-def _settings(choice: Choice) -> str:
-    found = ", ".join(f"{key} {value}" for key, value in choice.exit_rule.items() if key != "kind")
-    return "-" if choice.alone or not found else found
+def _settings(exit_rule: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in exit_rule.items() if key != "kind")
 
 
 def _guarantee(found: Guarantee) -> str:

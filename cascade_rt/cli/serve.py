@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import InputError, InvalidOption, MissingExtraError
 from ..serving.settings import Settings
-from .options import RAY, add_engine, add_running, provider_options, refuse_without_ray
+from .options import RAY, add_engine, add_running, execution, refuse_without_ray
 from .parser import CommandParser
 from .signals import Termination
 
@@ -94,9 +94,7 @@ def run(options: argparse.Namespace) -> None:
     except ImportError as error:
         raise MissingExtraError("serving", "serve", error) from error
     settings = Settings(
-        provider=options.provider,
-        threads=options.threads,
-        provider_options=provider_options(options),
+        execution=execution(options),
         max_wait_ms=options.max_wait_ms,
         max_queue=options.max_queue,
         max_texts=options.max_texts,

@@ -26,6 +26,7 @@ from .options import (
     add_running,
     examples,
     located,
+    of_options,
     progress_bar,
     reading,
     settings,
@@ -94,17 +95,7 @@ def add_arguments(parser: CommandParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Collect, tune, print and write."""
-    question = Question(
-        max_drop=options.max_drop,
-        speedup=options.speedup,
-        budget_ms=options.budget_ms,
-        p95=options.p95,
-        confidence=options.confidence,
-        cost=options.cost,
-        shared=options.shared,
-        subsets=options.subsets,
-        seed=options.seed,
-    )
+    question = of_options(Question, options)
     if options.fall_back and question.confidence is None:
         raise InputError("found --fall-back alone, expected --confidence with it")
     folder = local_folder(options.model_dir) if question.asks and not options.dry_run else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TextIO, TypeVar
 
 from ..engine.backends import out_of_memory
@@ -45,61 +45,66 @@ class Counts:
         return self.answered + self.rejected
 
 
-def answer(
-    runtime: CascadeRuntime,
-    records: Iterable[Record],
-    output: TextIO,
-    counts: Counts,
-    *,
-    on_error: str = STOP,
-    rejects: TextIO | None = None,
-    progress: Callable[[], object] = lambda: None,
-) -> None:
-    """Write one line of JSON for each record, in order, and count it; call `progress` after each chunk of them.
+Progress = Callable[[Counts], object]
+"""A function that is called with the counts after each chunk or part of a job."""
+
+
+@dataclass
+class Lines:
+    """The lines of a job: streams for them, and the counts of the records that they cover.
 
     A record that cannot be used, or whose text a member cannot run, ends the job with its error, after everything
     before it was written (STOP), is left out (SKIP), or gets a line with nulls and the reason as `error` (NULL). Each
-    is also written to `rejects` with its position and the reason. Raises InferenceError where a member fails on all
-    texts.
+    is also written to `rejects` with its position and the reason.
     """
-    if on_error not in ON_ERROR:
-        raise InvalidOption("on_error", on_error, f"one of {', '.join(ON_ERROR)}")
+
+    output: TextIO
+    rejects: TextIO | None
+    on_error: str
+    counts: Counts = field(default_factory=Counts)
+
+    def __post_init__(self) -> None:
+        """Raise InvalidOption for an unknown way to treat records."""
+        check_on_error(self.on_error)
+
+    def write(self, records: Iterable[Record], predictions: Iterable[Prediction], task: Task) -> None:
+        """Write one line of JSON for each record, and count it; `predictions`: of the examples among them, in order."""
+        answers, fields = iter(predictions), ALL_FIELDS if task.several else FIELDS
+        taken = (*fields, "error") if self.on_error == NULL else fields
+        for record in records:
+            if not isinstance(record, Reject):
+                prediction = next(answers)
+                line = json_line(record.fields, {name: getattr(prediction, name) for name in fields}, taken)
+                self.output.write(line)
+                self.counts.answered += 1
+                continue
+            if self.on_error == STOP:
+                raise record.error
+            self.counts.rejected += 1
+            if self.on_error == NULL:
+                self.output.write(json_line(record.fields, {**dict.fromkeys(fields), "error": record.reason}))
+            if self.rejects is not None:
+                rejected = {"where": record.where, "reason": record.reason, "row": record.row}
+                self.rejects.write(json.dumps(rejected, ensure_ascii=False) + "\n")
+
+
+def check_on_error(found: str) -> None:
+    """Raise InvalidOption for what is not one of ON_ERROR."""
+    if found not in ON_ERROR:
+        raise InvalidOption("on_error", found, f"one of {', '.join(ON_ERROR)}")
+
+
+def answer(
+    runtime: CascadeRuntime, records: Iterable[Record], lines: Lines, progress: Progress = lambda counts: None
+) -> None:
+    """Write the lines of all records, in order; call `progress` after each chunk of them.
+
+    Raises InferenceError where a member fails on all texts.
+    """
     for chunk in chunks(records, CHUNK):
         for found, predictions in answered(chunk, runtime, runtime.predict):
-            write_answers(found, predictions, output, counts, task=runtime.task, on_error=on_error, rejects=rejects)
-        progress()
-
-
-def write_answers(
-    records: Iterable[Record],
-    predictions: Iterable[Prediction],
-    output: TextIO,
-    counts: Counts,
-    *,
-    task: Task,
-    on_error: str,
-    rejects: TextIO | None,
-) -> None:
-    """Write the lines of records, and count them; `predictions`: of the examples among them, in order.
-
-    Raises the error of the first record that cannot be used after those before it were written (STOP).
-    """
-    answers, fields = iter(predictions), ALL_FIELDS if task.several else FIELDS
-    taken = (*fields, "error") if on_error == NULL else fields
-    for record in records:
-        if not isinstance(record, Reject):
-            prediction = next(answers)
-            output.write(json_line(record.fields, {name: getattr(prediction, name) for name in fields}, taken))
-            counts.answered += 1
-            continue
-        if on_error == STOP:
-            raise record.error
-        counts.rejected += 1
-        if on_error == NULL:
-            output.write(json_line(record.fields, {**dict.fromkeys(fields), "error": record.reason}))
-        if rejects is not None:
-            line = {"where": record.where, "reason": record.reason, "row": record.row}
-            rejects.write(json.dumps(line, ensure_ascii=False) + "\n")
+            lines.write(found, predictions, runtime.task)
+        progress(lines.counts)
 
 
 def described(runtime: CascadeRuntime, on_error: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import hashlib
 import io
 import logging
 import pickle
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from ..io.readers import AS_USUAL, Reading, input_files, read_records
 from ..io.remote import is_uri
 from ..runtime import CascadeRuntime
 from ..types import Text
-from .answering import CHUNK, ON_ERROR, Counts, Record, answered, chunks, described, write_answers
+from .answering import CHUNK, Counts, Lines, Progress, Record, answered, check_on_error, chunks, described
 from .shards import ENDINGS, SHARD_ROWS, Receipt, ShardFolder
 
 
@@ -60,7 +60,7 @@ class JobSettings:
     shard_format: str = ENDINGS[0]
     """One of `shards.ENDINGS`."""
     on_error: str = "stop"
-    """As for `answer`."""
+    """As for `Lines`."""
     resume: bool = False
     """Go on in the folder of an interrupted run. Shards whose records have changed are written anew."""
     verify: bool = True
@@ -69,8 +69,7 @@ class JobSettings:
 
     def __post_init__(self) -> None:
         """Raise InvalidOption for a value that is out of range."""
-        if self.on_error not in ON_ERROR:
-            raise InvalidOption("on_error", self.on_error, f"one of {', '.join(ON_ERROR)}")
+        check_on_error(self.on_error)
         if isinstance(self.shard_rows, bool) or not isinstance(self.shard_rows, int) or self.shard_rows < 1:
             raise InvalidOption("shard_rows", self.shard_rows, "a whole number from 1")
 
@@ -125,7 +124,7 @@ def predict_on_cluster(
     *,
     address: str | None = None,
     rejects: TextIO | None = None,
-    progress: Callable[[], object] = lambda: None,
+    progress: Progress = lambda counts: None,
 ) -> None:
     """Answer the texts of files on a Ray cluster, write the answers as shards, and count the records.
 
@@ -137,7 +136,7 @@ def predict_on_cluster(
         settings: The way the job reads, answers and writes.
         address: Of the cluster, as for `cluster.cluster`.
         rejects: Where lines of the records that cannot be used go, in input order.
-        progress: Called after each part.
+        progress: Called after each part, with `counts`.
 
     Raises:
         InputError: The input, the output or a record cannot be used; the shards before it are in the folder.
@@ -163,7 +162,7 @@ def predict_on_cluster(
                 runtime.count(receipt.exits)
                 if rejects is not None:
                     rejects.write(receipt.rejects)
-                progress()
+                progress(counts)
         stats = runtime.stats()
         summary = {"answered": counts.answered, "rejected": counts.rejected, "exits": stats.exits}
         folder.finish(receipts, summary | {"distance": stats.distance, "p_value": stats.p_value})
@@ -318,25 +317,17 @@ class _Answerer:
         return journey
 
     def _written(self, part: _Part, begun: _Begun) -> Receipt:
-        lines, rejects, counts = io.StringIO(), io.StringIO(), Counts()
+        output, rejects = io.StringIO(), io.StringIO()
+        lines = Lines(output, rejects, self._job.settings.on_error)
         self._runtime.stats(reset=True)
         for records, journey in begun:
-            predictions = self._runtime.finish(journey)
-            write_answers(
-                records,
-                predictions,
-                lines,
-                counts,
-                task=self._runtime.task,
-                on_error=self._job.settings.on_error,
-                rejects=rejects,
-            )
-        exits = self._runtime.stats().exits
+            lines.write(records, self._runtime.finish(journey), self._runtime.task)
+        counts, exits = lines.counts, self._runtime.stats().exits
 
         def receipt(size: int) -> Receipt:
             return Receipt(part.name, part.digest, size, counts.answered, counts.rejected, exits, rejects.getvalue())
 
-        return self._job.folder.write(part.name, lines.getvalue(), receipt)
+        return self._job.folder.write(part.name, output.getvalue(), receipt)
 
 
 def _opened(job: _Job, members: range, pool: Pool) -> tuple[CascadeRuntime, Mapping[int, Stage], CascadeRuntime]:

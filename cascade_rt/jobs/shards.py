@@ -81,7 +81,7 @@ class ShardFolder:
             raise InputError(
                 f"{self.target}: found the answers of an earlier run there; resume it, or name another folder"
             )
-        earlier = self._read(_JOB) or {}
+        earlier = self._read(_JOB)
         if differing := [key for key in job if job[key] != earlier.get(key)]:
             key = differing[0]
             raise InputError(
@@ -94,7 +94,7 @@ class ShardFolder:
     def receipt(self, part: str, digest: str) -> Receipt | None:
         """Return the receipt of a part whose shard is there, complete and of the same records; None if it is not."""
         try:
-            found = Receipt(**(self._read(f"{_RECEIPTS}/{part}") or {}))
+            found = Receipt(**self._read(f"{_RECEIPTS}/{part}"))
             size = self._system.get_file_info(self._path(self._shard(part))).size
         except (OSError, TypeError):  # none, or not one of ours
             return None
@@ -141,12 +141,12 @@ class ShardFolder:
         selector = fs.FileSelector(self._folder, allow_not_found=True)
         return [info.base_name for info in self._system.get_file_info(selector)]
 
-    def _read(self, name: str) -> dict[str, Any] | None:
-        """Return the JSON of a file; None if there is none that is whole."""
+    def _read(self, name: str) -> dict[str, Any]:
+        """Return the JSON of a file; an empty object if there is none that is whole."""
         try:
             found: dict[str, Any] = json.loads(self._content(name))
         except (OSError, ValueError):
-            return None
+            return {}
         return found
 
     def _put(self, name: str, content: bytes) -> None:

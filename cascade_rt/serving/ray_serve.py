@@ -32,11 +32,10 @@ from ..runtime import CascadeRuntime
 from .app import create_app
 from .envelope import PROBES
 from .metrics import Measured
-from .models import identity
+from .models import identity, opened
 from .responses import error_response
 from .server import KEEP_ALIVE, Setup, announce, listen, log_json
-from .service import Service, open_runtime
-from .settings import Settings
+from .service import Service
 
 APPLICATION = "cascade-rt"
 """Name of the application in Serve."""
@@ -78,7 +77,7 @@ class Bundles:
         """Return the identity of the bundle that is there now."""
         return identity(source)
 
-    def get(self, source: str) -> RemoteBundle:
+    def recipe(self, source: str) -> RemoteBundle:
         """Put the bundle that is there now into the object store, once; return how to open it anywhere."""
         found = identity(source)
         if source not in self._shared or self._shared[source][0] != found:
@@ -93,12 +92,12 @@ class Replica:
     def __init__(self, setup: Setup, bundles: Any) -> None:
         """Open the bundles that an actor, `Bundles`, has."""
 
-        def fetched(source: str, execution: Execution) -> CascadeRuntime:
-            remote: RemoteBundle = _got(bundles.get.remote(source))
+        def open_runtime(source: str, execution: Execution) -> CascadeRuntime:
+            remote: RemoteBundle = _got(bundles.recipe.remote(source))
             return remote.open(execution)
 
         log_json()
-        self._service = setup.open(fetched, lambda source: _got(bundles.identity.remote(source)))
+        self._service = setup.open(open_runtime, lambda source: _got(bundles.identity.remote(source)))
         self._service.measure = self._measure
         app = create_app(self._service, token=setup.token, cors_origins=setup.cors_origins)
         self._app = _DrainMiddleware(app, self._service)
@@ -173,11 +172,11 @@ def serve_on_cluster(setup: Setup, scaling: Scaling, address: str | None) -> Non
 
     `address`: see `cluster`. Raises InputError where Serve runs already, and the errors of `CascadeRuntime`.
     """
-    if setup.settings.threads is None:
-        setup = replace(setup, settings=replace(setup.settings, threads=1))
-    settings = setup.settings
-    execution = Execution(settings.provider, settings.threads, settings.provider_options)
-    runtimes = {name: open_runtime(source, execution) for name, source in setup.sources.items()}
+    execution = setup.settings.execution
+    if execution.threads is None:
+        execution = replace(execution, threads=1)
+        setup = replace(setup, settings=replace(setup.settings, execution=execution))
+    runtimes = {name: opened(source, execution) for name, source in setup.sources.items()}
     with listen(setup.host, setup.port) as free:  # raises the error of a port that is taken
         setup = replace(setup, port=free.getsockname()[1])
     with ExitStack() as ending, cluster(address):
@@ -188,7 +187,7 @@ def serve_on_cluster(setup: Setup, scaling: Scaling, address: str | None) -> Non
                 "none; stop it with: serve shutdown, or name the address of another cluster"
             )
         try:
-            plan = _Plan.of(settings, scaling)
+            plan = _Plan.of(execution, scaling)
             _deploy(setup, plan)
             announce([*(f"{name}: {runtime}" for name, runtime in runtimes.items()), str(plan)], setup, setup.port)
             _watch()
@@ -212,13 +211,13 @@ class _Plan:
     threads: int
 
     @classmethod
-    def of(cls, settings: Settings, scaling: Scaling) -> _Plan:
+    def of(cls, execution: Execution, scaling: Scaling) -> _Plan:
         """Reserve a replica's threads, or a GPU; less where the cluster has no room for the fewest."""
-        found, threads = cluster_resources(), settings.threads or 1
-        on_gpu = needs_gpu(settings.provider)
+        found, threads = cluster_resources(), execution.threads or 1
+        on_gpu = needs_gpu(execution.provider)
         room = found.get("GPU" if on_gpu else "CPU", 0)
         if on_gpu and not room:
-            raise InvalidOption("provider", settings.provider, "cpu: the cluster has no GPU")
+            raise InvalidOption("provider", execution.provider, "cpu: the cluster has no GPU")
         least = scaling.min_replicas
         each = _share(1 if on_gpu else threads, room / least)
         most = scaling.max_replicas or max(least, int(room / each) if each else 0)

@@ -7,13 +7,13 @@ import logging
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from time import monotonic
 from typing import TYPE_CHECKING
 
 from prometheus_client import Gauge
 from starlette.requests import Request
 
-from ..engine.execution import Execution
 from ..engine.exit_rules import ExitRule
 from ..engine.tokenization import Encoded
 from ..errors import CascadeError, InvalidOption
@@ -21,7 +21,7 @@ from ..runtime import CascadeRuntime
 from ..types import Text
 from .batcher import Answer, Batcher, Draining
 from .metrics import Measured, Metrics
-from .models import Identify, Model, Models, identity
+from .models import Identify, Model, Models, Open, identity, opened
 from .settings import Settings
 
 if TYPE_CHECKING:  # of an extra
@@ -43,15 +43,6 @@ class TooManyTexts(CascadeError):
     """A request has more texts than are allowed."""
 
 
-OpenRuntime = Callable[[str, Execution], CascadeRuntime]
-"""Opens the bundle of a source."""
-
-
-def open_runtime(source: str, execution: Execution) -> CascadeRuntime:
-    """Open the bundle of a folder, or of "hf:org/name"."""
-    return CascadeRuntime(source, **execution.arguments())
-
-
 class Service:
     """What all interfaces of a server share."""
 
@@ -60,10 +51,13 @@ class Service:
         sources: dict[str, str],
         settings: Settings,
         tracing: Tracing | None = None,
-        open_runtime: OpenRuntime = open_runtime,
+        open_runtime: Open = opened,
         identify: Identify = identity,
     ) -> None:
-        """Open the bundles; `sources`: folder, or "hf:org/name", by name. `identify`: tells a replaced bundle."""
+        """Open the bundles; `sources`: folder, or "hf:org/name", by name.
+
+        `open_runtime`: opens a source. `identify`: tells a replaced bundle.
+        """
         self.settings = settings
         self.tracing = tracing
         self.metrics = Metrics()
@@ -78,9 +72,9 @@ class Service:
 
     def _open(self, name: str, source: str) -> CascadeRuntime:
         """Load all members, and run each once: a first run takes longer."""
-        found = self.settings
-        execution = Execution(found.provider, found.threads, found.provider_options, _SPIN_US)
-        runtime = self._open_runtime(source, execution)
+        runtime = self._open_runtime(source, replace(self.settings.execution, spin_us=_SPIN_US))
+        for stage in runtime.plan.stages:
+            stage.load()
         runtime.member_logits([("a", "a") if runtime.bundle.pair else "a"])
         return runtime
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from ..engine.execution import Execution
 from ..errors import InvalidOption
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Limits and defaults of a server."""
+    """Settings of a server's answers."""
 
-    provider: str = "cpu"
-    threads: int | None = None
-    provider_options: Mapping[str, str] | None = None
+    execution: Execution = field(default_factory=Execution)
     max_wait_ms: float = 0.0
     """Milliseconds that a text may wait for its micro-batch to fill, while other texts keep the machine busy."""
     max_queue: int = 1000
@@ -30,20 +28,20 @@ class Settings:
     degrade: bool = False
     allow_thresholds: bool = False
     log_texts: bool = False
-    """True to log texts and answers."""
+    """True if texts and answers are logged."""
     reload_seconds: float = 1.0
-    """Seconds between looks for a replaced bundle; 0 for never."""
+    """Seconds between two looks for a replaced bundle; 0 for never."""
     root_path: str = ""
     """Prefix of all paths before a proxy, whether it strips it or not."""
 
     def __post_init__(self) -> None:
         """Raise InvalidOption for a value that is out of range."""
-        for field in ("max_queue", "max_texts", "max_body"):
-            if getattr(self, field) < 1:
-                raise InvalidOption(field, getattr(self, field), "at least 1")
-        for field in ("max_wait_ms", "reload_seconds"):
-            if not 0 <= getattr(self, field) < math.inf:
-                raise InvalidOption(field, getattr(self, field), "a number from 0")
+        for name in ("max_queue", "max_texts", "max_body"):
+            if getattr(self, name) < 1:
+                raise InvalidOption(name, getattr(self, name), "at least 1")
+        for name in ("max_wait_ms", "reload_seconds"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InvalidOption(name, getattr(self, name), "a number from 0")
         if not 0 < self.timeout < math.inf:
             raise InvalidOption("timeout", self.timeout, "seconds, more than 0")
         if self.root_path:

@@ -37,8 +37,9 @@ def serve_with_workers(setup: Setup, count: int) -> None:
     if not hasattr(os, "sched_setaffinity"):
         raise InvalidOption("workers", count, "1: several workers share a port and pin their CPUs only on Linux")
     shares = cpu_shares(count)
-    threads = setup.settings.threads or usable_cpus() // count
-    setup = replace(setup, settings=replace(setup.settings, threads=threads))
+    execution = setup.settings.execution
+    threads = execution.threads or usable_cpus() // count
+    setup = replace(setup, settings=replace(setup.settings, execution=replace(execution, threads=threads)))
     with listen(setup.host, setup.port) as free:  # raises the error of a port that is taken
         setup = replace(setup, port=free.getsockname()[1])
     with TemporaryDirectory(prefix="cascade-metrics-") as folder:

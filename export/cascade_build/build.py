@@ -203,7 +203,7 @@ def _write_array(path: Path, array: NDArray[np.float32]) -> None:
 
 
 class Journal:
-    """What a build has done so far: the settings and the time of each step, in a file that survives the build."""
+    """The settings and the time of each finished step, in a file that survives the build."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -20,7 +20,7 @@ from cascade_export.check import MAX_ACCURACY_DROP
 from cascade_train.cli.options import add_data, data_from, need_training
 from cascade_train.tasks import SMART_HOME
 
-from cascade_rt.cli.options import reading
+from cascade_rt.cli.options import of_options, reading
 from cascade_rt.cli.parser import CommandParser
 from cascade_rt.cli.rendering import percent, table
 from cascade_rt.errors import MissingExtraError
@@ -137,13 +137,7 @@ def run(options: argparse.Namespace) -> None:
         augment=options.augment,
         built_in=options.task == SMART_HOME,
     )
-    recipe = Recipe(
-        batch_size=options.batch_size,
-        max_length=options.max_length,
-        warmup_ratio=options.warmup_ratio,
-        seed=options.seed,
-        bf16=bf16_pays() if options.bf16 is None else options.bf16,
-    )
+    recipe = of_options(Recipe, options, bf16=bf16_pays() if options.bf16 is None else options.bf16)
     members = plan_members(
         options.big,
         options.small,
@@ -153,16 +147,7 @@ def run(options: argparse.Namespace) -> None:
         of_big=Asked(options.epochs, options.learning_rate),
         of_small=Asked(options.small_epochs, options.small_learning_rate),
     )
-    plan = Plan(
-        parts,
-        members,
-        options.distill_weight,
-        options.temperature,
-        options.precision,
-        question,
-        options.bf16,
-        options.max_accuracy_drop,
-    )
+    plan = of_options(Plan, options, parts=parts, members=members, question=question)
     if options.dry_run:
         found = steps(plan)
         if options.json:

@@ -1,4 +1,4 @@
-"""What a build will do: parts of the data, members, recipes, the question to tune by, and how long it will take."""
+"""The plan of a build: parts of the data, members, recipes, the question to tune by, and estimated times."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from cascade_train.finetune import (
     Objective,
     Recipe,
     check_length,
-    described_examples,
     device,
     load_base,
 )
@@ -44,9 +43,9 @@ class Parts:
     """The data of a build, in parts that share no text."""
 
     data: TaskData
-    """What members learn from, and what their checkpoints, temperatures and precisions are chosen by."""
+    """Training texts, and validation texts, which choose checkpoints, temperatures and precisions."""
     tuning: Examples
-    """What thresholds are chosen by."""
+    """Texts that choose thresholds."""
     certification: Examples
     """A test set, used for no choice: it certifies and measures the result."""
     unlabelled: list[Text]
@@ -109,7 +108,7 @@ class Plan:
         return {
             "task": parts.data.name,
             "labels": list(parts.data.labels),
-            "data": {name: described_examples(part) for name, part in examples.items()},
+            "data": {name: part.described() for name, part in examples.items()},
         }
 
     def member_settings(self, member: MemberPlan) -> dict[str, Any]:
@@ -119,7 +118,7 @@ class Plan:
             return own
         return own | {
             "teacher": self.member_settings(self.members[0]),
-            "unlabelled": described_examples(Examples(self.parts.unlabelled, [0] * len(self.parts.unlabelled))),
+            "unlabelled": Examples(self.parts.unlabelled, [0] * len(self.parts.unlabelled)).described(),
             "distillation": {"weight": self.distill_weight, "temperature": self.temperature},
         }
 

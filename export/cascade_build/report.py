@@ -1,4 +1,4 @@
-"""What a build found, as data and as one HTML page without outside files."""
+"""The result of a build, as data and as one HTML page without outside files."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class BuiltMember:
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What a build found. Qualities are on the certification part, which is used for no choice."""
+    """The result of a build. Qualities are on the certification part, which is used for no choice."""
 
     task: str
     metric: str

@@ -35,7 +35,7 @@ class Start:
     layers: int | None = None
     tokenizer: str | None = None
     name: str | None = None
-    """Of the member; None for that of the base."""
+    """The member's name; None for that of the base."""
 
 
 def try_export(

@@ -44,7 +44,7 @@ class Check:
     data: Path | None = None
     """Texts, with or without labels; None for those that training held out."""
     reading: Reading = AS_USUAL
-    """How `data` is read."""
+    """Format and columns of `data`."""
     max_accuracy_drop: float = MAX_ACCURACY_DROP
     """Percentage points that a member may lose."""
     execution: Execution = field(default_factory=Execution)

@@ -48,7 +48,7 @@ class Checkpoint:
     pair: bool
     max_length: int
     positions: int
-    """How many tokens it can take."""
+    """The most tokens that it can take."""
     layers: int
     hidden_size: int
     intermediate_size: int | None

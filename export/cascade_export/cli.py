@@ -19,10 +19,9 @@ from cascade_export.member import AUTO, FP32_ON_OPENVINO
 from cascade_export.pack import packed
 from cascade_rt.bundle import Bundle, MemberEntry
 from cascade_rt.bundle.manifest import EXIT_RULES
-from cascade_rt.cli.options import add_label_column, add_provider_option, add_reading, provider_options, reading
+from cascade_rt.cli.options import add_label_column, add_provider_option, add_reading, execution, of_options, reading
 from cascade_rt.cli.parser import CommandParser
 from cascade_rt.cli.rendering import table
-from cascade_rt.engine.execution import Execution
 from cascade_rt.errors import InputError, InvalidOption, MissingExtraError
 from cascade_rt.io.readers import LABEL
 from cascade_rt.io.writers import new_path
@@ -116,13 +115,7 @@ def run(options: argparse.Namespace) -> None:
     """Export, and print a table: the members, and how they compare with their originals on the check data."""
     if options.single_file:
         new_path(options.single_file, ".onnx", overwrite=options.overwrite)
-    check = Check(
-        options.check_data,
-        reading(options),
-        options.max_accuracy_drop,
-        Execution(options.provider, provider_options=provider_options(options)),
-        options.calibrate,
-    )
+    check = of_options(Check, options, data=options.check_data, reading=reading(options), execution=execution(options))
     with TemporaryDirectory(prefix="cascade-export-") as folder:
         members = options.member or _random_members(options, Path(folder))
         if any("exits" in training_record(member) for member in members):

@@ -71,40 +71,14 @@ def export_exits(
     with write_bundle(output, overwrite=overwrite) as folder, TemporaryDirectory(prefix="cascade-export-") as work:
         checkpoint.write_tokenizer(folder / TOKENIZER_FILE)
         with guarded(source, "cannot be exported to ONNX", "expected a multi-exit model of BERT or its like"):
-            fused = [
-                convert_segment(segment, Path(work) / _file(index), _TRACED) for index, segment in enumerate(segments)
-            ]
-
-        def written(kind: str) -> Bundle:
-            members = []
-            for index, segment in enumerate(segments):
-                write_precision(Path(work) / _file(index), folder / _file(index), kind)
-                early = index < len(segments) - 1 and EXIT_RULES[rule].parameter == "thresholds"
-                members.append(
-                    MemberEntry(
-                        name=Path(_file(index)).stem,
-                        file=_file(index),
-                        sha256=sha256_of(folder / _file(index)),
-                        layers=len(segment.layers),
-                        hidden_size=checkpoint.hidden_size,
-                        parameters=sum(weight.numel() for weight in segment.parameters()),
-                        precision=kind,
-                        threshold=threshold if early else None,
-                        intermediate_size=checkpoint.intermediate_size,
-                        positions=checkpoint.positions,
-                        reads=TOKENS if segment.reads_tokens else HIDDEN_STATES,
-                        exit_flops=() if segment.exit is None else segment.exit.flops,
-                        other={"fused": fused[index]},
-                    )
-                )
-            bundle = replace(bundle_of([checkpoint], members, folder), exit_rule=settings)
-            write_manifest(folder, bundle)
-            return bundle
-
-        bundle = written("fp32")
+            members = [_fused(checkpoint, segment, Path(work), index) for index, segment in enumerate(segments)]
+        if EXIT_RULES[rule].parameter == "thresholds":
+            members = [replace(member, threshold=threshold) for member in members[:-1]] + members[-1:]
+        bundle = replace(bundle_of([checkpoint], members, folder), exit_rule=settings)
+        bundle = _written(bundle, Path(work), folder, "fp32")
         differences = _compared(checkpoint, folder, texts, expected)
         if precision != "fp32":
-            bundle = written(precision)
+            bundle = _written(bundle, Path(work), folder, precision)
         with CascadeRuntime(folder, **check.execution.arguments()) as runtime:
             facts: list[dict[str, Any]] = [{"max_probability_difference": difference} for difference in differences]
             for fact, batched in zip(facts, _batch_differences(runtime, texts), strict=True):
@@ -116,16 +90,44 @@ def export_exits(
                 for fact, member, ours, theirs in zip(facts, bundle.members, finished, original, strict=True):
                     fact["check"] = report = compare(theirs, ours, data.labels)
                     check_drop(member.name, precision, report, check.max_accuracy_drop)
-        members = tuple(
+        checked = [
             replace(member, other={**member.other, **fact}) for member, fact in zip(bundle.members, facts, strict=True)
-        )
-        bundle = replace(bundle, members=members)
+        ]
+        bundle = replace(bundle, members=tuple(checked))
         write_manifest(folder, bundle)
     return bundle
 
 
-def _file(index: int) -> str:
-    return f"exit-{index + 1}.onnx"
+def _fused(checkpoint: TorchCheckpoint, segment: Segment, work: Path, index: int) -> MemberEntry:
+    """Write a segment's fused fp32 graph to the folder `work`; return its entry, without threshold and hash."""
+    name = f"exit-{index + 1}"
+    fused = convert_segment(segment, work / f"{name}.onnx", _TRACED)
+    return MemberEntry(
+        name=name,
+        file=f"{name}.onnx",
+        sha256="",
+        layers=len(segment.layers),
+        hidden_size=checkpoint.hidden_size,
+        parameters=sum(weight.numel() for weight in segment.parameters()),
+        precision="fp32",
+        threshold=None,
+        intermediate_size=checkpoint.intermediate_size,
+        positions=checkpoint.positions,
+        reads=TOKENS if segment.reads_tokens else HIDDEN_STATES,
+        exit_flops=() if segment.exit is None else segment.exit.flops,
+        other={"fused": fused},
+    )
+
+
+def _written(bundle: Bundle, work: Path, folder: Path, precision: str) -> Bundle:
+    """Write the segments of the folder `work` in a precision into the bundle's folder, with a manifest; return it."""
+    members = []
+    for member in bundle.members:
+        write_precision(work / member.file, folder / member.file, precision)
+        members.append(replace(member, precision=precision, sha256=sha256_of(folder / member.file)))
+    bundle = replace(bundle, members=tuple(members))
+    write_manifest(folder, bundle)
+    return bundle
 
 
 def _in_one_piece(

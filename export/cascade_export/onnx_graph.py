@@ -45,7 +45,7 @@ class OnnxGraph:
 
     @property
     def takes_types(self) -> bool:
-        """Whether it has an input for token types."""
+        """True if it has an input for token types."""
         return TOKEN_INPUTS[2] in self._names
 
     def check(self, labels: int) -> None:
@@ -155,7 +155,7 @@ class OnnxGraph:
 
     @cached_property
     def _ids(self) -> int:
-        """How many of the first token ids it knows, of up to 1,000."""
+        """Return the number of the first token ids that it knows, of up to 1,000."""
         known = 1000
         while known > 1:
             try:

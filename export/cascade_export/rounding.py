@@ -28,12 +28,12 @@ _SMALLEST = 1e-5
 
 @dataclass
 class Inputs:
-    """What matrix products with the same weights read, over many tokens."""
+    """Inputs of matrix products with the same weights, over many tokens."""
 
     lowest: Floats
-    """Of each channel, and at most 0, shape (width,)."""
+    """The lowest value of each channel, and at most 0, shape (width,)."""
     highest: Floats
-    """Of each channel, and at least 0, shape (width,)."""
+    """The highest value of each channel, and at least 0, shape (width,)."""
     products: Floats
     """Sum over tokens of the products of two channels, shape (width, width)."""
     tokens: int

@@ -1,7 +1,7 @@
 """A bundle as one ONNX file that decides about exits itself, for every language that has ONNX Runtime.
 
 input_ids, attention_mask, token_type_ids, thresholds -> member 1 -> probabilities -> the rows whose confidence is not
-above the threshold, if any -> member 2 -> ... -> probabilities, exit, layers.
+above the threshold, if any -> member 2 -> ... -> probabilities, exit, layers; with several labels per text also labels.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from cascade_rt.bundle import Bundle
 from cascade_rt.bundle.manifest import BATCH_TOLERANCE
 from cascade_rt.engine.cost import cumulative_layers
 from cascade_rt.engine.providers import saturates
+from cascade_rt.engine.task import MultiLabel, Task, task_of
 from cascade_rt.errors import BundleError, CascadeError, InputError, first_line
 from cascade_rt.io.writers import new_path, whole_file
 from cascade_rt.types import Text
@@ -41,7 +42,8 @@ def pack(model_dir: str | Path, output: str | Path, *, overwrite: bool = False) 
 
     Inputs: `input_ids`, `attention_mask` and `token_type_ids`, int64 (rows, tokens), with at least one row and one
     token; `thresholds`, float64 (members - 1,). Outputs: `probabilities`, float32 (rows, labels); `exit`, the index
-    of the member that answered, int64 (rows,); `layers` executed, int64 (rows,) (paper, Algorithm 1).
+    of the member that answered, int64 (rows,); `layers` executed, int64 (rows,) (paper, Algorithm 1). With several
+    labels per text also `labels`, which of them are above their cut, bool (rows, labels).
 
     Raises BundleError for a bundle of segments or with another exit rule, or if the file does not answer as the
     runtime does, and InputError if the file exists or would be larger than 2 GB.
@@ -106,10 +108,13 @@ def _check(file: Path, runtime: CascadeRuntime) -> None:
     inputs = runtime.plan.tokenizer.encode(texts).batch(np.arange(len(texts)))
     for exit in range(last + 1):
         taus = [1.0] * exit + [0.0] * (last - exit)
-        found, exits, _ = session.run(None, {**inputs, "thresholds": np.array(taus)})
+        found, exits, _, *labels = session.run(None, {**inputs, "thresholds": np.array(taus)})
         expected = runtime.with_thresholds(taus).predict(texts)
         np.testing.assert_array_equal(exits, [answer.exit for answer in expected])
         np.testing.assert_allclose(found, [answer.probabilities for answer in expected], atol=BATCH_TOLERANCE)
+        if labels:
+            has = [[name in answer.labels for name in runtime.bundle.labels] for answer in expected]
+            np.testing.assert_array_equal(labels[0], has)
 
 
 class _Graph:
@@ -117,6 +122,7 @@ class _Graph:
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
+        self._task = task_of(bundle)
         self._nodes: list[onnx.NodeProto] = []
         self._constants: dict[str, onnx.TensorProto] = {}
         self._opsets = {"": _OPSET}
@@ -137,7 +143,7 @@ class _Graph:
         self._constants |= {weight.name: weight for weight in model.graph.initializer}
         if at == 0:
             self._nodes += _reading(model.graph, {name: name for name in _TOKENS}, at)
-            self._nodes += _probabilities(model.graph, at, "found0")
+            self._nodes += _probabilities(model.graph, at, "found0", self._task)
             self._node("Shape", ["found0"], "rows", end=1)
             self._node("ConstantOfShape", ["rows"], "exit0", value=_tensor([0]))
         else:
@@ -150,13 +156,28 @@ class _Graph:
             self._node("Cast", [f"waiting{at - 1}"], f"step{at}", to=TensorProto.INT64)
             self._node("Add", [f"exit{at - 1}", f"step{at}"], f"exit{at}")
         if at < last:
-            self._node("ReduceMax", [f"found{at}", self._constant("last_axis", [-1])], f"confidence{at}", keepdims=0)
+            self._confidence(at)
             self._node("Gather", ["thresholds", self._constant(f"index{at}", at)], f"threshold{at}")
             self._node("Greater", [f"confidence{at}", f"threshold{at}"], f"confident{at}")
             staying = f"staying{at}" if at else "waiting0"
             self._node("Not", [f"confident{at}"], staying)  # NaN continues
             if at:
                 self._node("And", [f"waiting{at - 1}", staying], f"waiting{at}")
+
+    def _confidence(self, at: int) -> None:
+        """Add the operators from probabilities to confidences: see `Task.confidence`."""
+        last_axis = self._constant("last_axis", [-1])
+        if not isinstance(self._task, MultiLabel):
+            self._node("ReduceMax", [f"found{at}", last_axis], f"confidence{at}", keepdims=0)
+            return
+        self._above(at, f"above{at}")
+        self._node("Sub", [self._constant("one", 1.0, np.float64), f"found{at}"], f"rest{at}")
+        self._node("Where", [f"above{at}", f"found{at}", f"rest{at}"], f"decided{at}")
+        self._node("ReduceMin", [f"decided{at}", last_axis], f"confidence{at}", keepdims=0)
+
+    def _above(self, at: int, output: str) -> None:
+        assert isinstance(self._task, MultiLabel)
+        self._node("Greater", [f"found{at}", self._constant("cuts", self._task.cuts, np.float64)], output)
 
     def finished(self) -> onnx.ModelProto:
         """Return the model."""
@@ -165,15 +186,20 @@ class _Graph:
         layers = cumulative_layers(self._bundle.members)
         self._node("Gather", [self._constant("cumulative_layers", layers), "exit"], "layers")
         self._node("Cast", [f"found{last}"], "probabilities", to=TensorProto.FLOAT)
+        labels = ["rows", len(self._bundle.labels)]
+        answers = [helper.make_tensor_value_info("labels", TensorProto.BOOL, labels)] if self._task.several else []
+        if answers:
+            self._above(last, "labels")
         tokens = [helper.make_tensor_value_info(name, TensorProto.INT64, ["rows", "tokens"]) for name in _TOKENS]
         graph = helper.make_graph(
             self._nodes,
             "cascade",
             [*tokens, helper.make_tensor_value_info("thresholds", TensorProto.DOUBLE, [last])],
             [
-                helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["rows", len(self._bundle.labels)]),
+                helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, labels),
                 helper.make_tensor_value_info("exit", TensorProto.INT64, ["rows"]),
                 helper.make_tensor_value_info("layers", TensorProto.INT64, ["rows"]),
+                *answers,
             ],
             list(self._constants.values()),
         )
@@ -191,6 +217,7 @@ class _Graph:
             "max_length": bundle.max_length,
             "pair": bundle.pair,
             "tokenizer_sha256": bundle.tokenizer_sha256,
+            **({"task": bundle.task} if self._task.several else {}),
         }
 
     def _answering(self, member: onnx.GraphProto, at: int) -> onnx.GraphProto:
@@ -209,15 +236,15 @@ class _Graph:
             add("Gather", [name, f"row_list{at}"], f"{name}_rows{at}", axis=0)
             add("Gather", [f"{name}_rows{at}", f"column_list{at}"], f"{name}{at}", axis=1)
         nodes += _reading(member, {name: f"{name}{at}" for name in _TOKENS}, at)
-        nodes += _probabilities(member, at, f"answers{at}")
+        nodes += _probabilities(member, at, f"answers{at}", self._task)
         add("ScatterND", [f"found{at - 1}", f"rows{at}", f"answers{at}"], f"answered{at}")
         return helper.make_graph(nodes, f"answering{at}", [], [_rows_of_probabilities(f"answered{at}")])
 
     def _node(self, operator: str, inputs: Sequence[str], output: str, **settings: Any) -> None:
         _add(self._nodes, operator, inputs, output, **settings)
 
-    def _constant(self, name: str, value: ArrayLike) -> str:
-        self._constants[name] = _tensor(value, name)
+    def _constant(self, name: str, value: ArrayLike, dtype: type = np.int64) -> str:
+        self._constants[name] = _tensor(value, name, dtype)
         return name
 
 
@@ -250,13 +277,15 @@ def _rename(nodes: Iterable[onnx.NodeProto], renamed: Mapping[str, str]) -> None
                 _rename(branch.node, renamed)
 
 
-def _probabilities(member: onnx.GraphProto, at: int, output: str) -> list[onnx.NodeProto]:
+def _probabilities(member: onnx.GraphProto, at: int, output: str, task: Task) -> list[onnx.NodeProto]:
     """Return the operators from logits to probabilities, in float64 as in the runtime."""
     outputs = [tensor.name for tensor in member.output]
     logits = f"member{at}/logits" if f"member{at}/logits" in outputs else outputs[0]
     return [
         helper.make_node("Cast", [logits], [f"logits{at}"], name=f"logits{at}", to=TensorProto.DOUBLE),
-        helper.make_node("Softmax", [f"logits{at}"], [output], name=output, axis=-1),
+        helper.make_node("Sigmoid", [f"logits{at}"], [output], name=output)
+        if task.several
+        else helper.make_node("Softmax", [f"logits{at}"], [output], name=output, axis=-1),
     ]
 
 
@@ -270,5 +299,5 @@ def _rows_of_probabilities(name: str) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, TensorProto.DOUBLE, ["rows", "labels"])
 
 
-def _tensor(value: ArrayLike, name: str = "") -> onnx.TensorProto:
-    return numpy_helper.from_array(np.asarray(value, dtype=np.int64), name)
+def _tensor(value: ArrayLike, name: str = "", dtype: type = np.int64) -> onnx.TensorProto:
+    return numpy_helper.from_array(np.asarray(value, dtype=dtype), name)

@@ -41,7 +41,7 @@ _TEXTS = (
 
 
 class Padding(NamedTuple):
-    """How texts are filled up."""
+    """The token that fills texts up."""
 
     token: str
     id: int
@@ -103,7 +103,7 @@ class TokenizerFile(NamedTuple):
     cut: str
     """The side that is cut off, "left" or "right"."""
     typed: bool
-    """Whether models get token types."""
+    """True if models get token types."""
 
 
 def read_tokenizer(settings: Settings, *, pad_id: int) -> TokenizerFile:

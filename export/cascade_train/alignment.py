@@ -35,7 +35,7 @@ _ROLES = {
     "unk_token": "unk_token",
     "mask_token": "mask_token",
 }
-"""What a special token is for, and the role that stands in where a tokenizer does not name this one."""
+"""The purpose of a special token, and the role that stands in where a tokenizer does not name this one."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,13 @@ class Aligned:
 
     @property
     def moved(self) -> int:
-        """How many of them had another id."""
+        """Number of them that had another id."""
         return int(np.sum((self.own_ids >= 0) & (self.own_ids != np.arange(len(self.own_ids)))))
 
 
 @dataclass(frozen=True)
 class AlignmentCheck:
-    """How an aligned model compares with the original under its own tokenizer."""
+    """An aligned model compared with the original under its own tokenizer."""
 
     texts: int
     same_tokens: int
@@ -217,7 +217,7 @@ def _padding_id(model: Any, config: Any) -> int:
 
 
 def _can_emit(tokenizer: PreTrainedTokenizerFast, index: int) -> bool:
-    """Whether a text can give this id; of BERT's [unused0] it is known that none can, as brackets are cut off."""
+    """Return whether a text can give this id; none can give BERT's [unused0], whose brackets are cut off."""
     token = tokenizer.convert_ids_to_tokens(index)
     if token is None:
         return False

@@ -34,12 +34,11 @@ from cascade_train.finetune import (
     Recipe,
     arguments,
     check_ranges,
-    claim,
-    described_examples,
     load_base,
 )
 from cascade_train.inference import answers, collator, features
 from cascade_train.tasks import Examples, TaskData
+from cascade_train.work import claim, work_folder
 
 LABELS_FILE = "difficulty.jsonl"
 SUMMARY_FILE = "summary.json"
@@ -95,14 +94,12 @@ def label_difficulty(
     class, and what was trained. `tokenizer` is that of `finetune`. `jobs` folds are trained in parallel, each with its
     share of the CPUs. Raises InputError if `output` exists or a class has fewer instances than there are folds.
     """
-    if output.exists():
-        raise InputError(f"{output} exists; choose another output folder, or delete it to label again")
+    work = work_folder(output, "label", "labelling")
     if jobs < 1:
         raise InvalidOption("jobs", jobs, "at least 1")
     rarest = int(np.bincount(data.train.labels, minlength=len(data.labels)).min())
     if rarest < splits.folds:
         raise InvalidOption("folds", splits.folds, f"at most {rarest}, the training instances of the rarest class")
-    work = output.with_name(output.name + ".labelling")
     run = _Run(base, data, layers, tokenizer, recipe, splits, work)
     settings = {
         "base": str(base),
@@ -112,7 +109,7 @@ def label_difficulty(
         "labels": list(data.labels),
         "recipe": asdict(recipe),
         **asdict(splits),
-        "train": described_examples(data.train),
+        "train": data.train.described(),
     }
     claim(work, settings, "seed-*.json")
     parts = [(seed, fold) for seed in range(splits.seeds) for fold in range(splits.folds)]

@@ -12,7 +12,6 @@ import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from transformers import (
     AutoConfig,
     AutoModel,
     PreTrainedTokenizerFast,
-    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -41,20 +39,17 @@ from cascade_train.finetune import (
     TRAINED_ATTENTION,
     check_length,
     check_ranges,
-    claim,
-    finish,
-    last_whole_checkpoint,
 )
 from cascade_train.hardware import bf16_pays
 from cascade_train.layers import embeddings_name, layer_lists
 from cascade_train.losses import hidden_state_error, mean_vector_cosine, relation_divergence
-from cascade_train.progress import Progress
 from cascade_train.sources import check_tokens, load_tokenizer, pretrained
+from cascade_train.work import claim, finish, last_whole_checkpoint, trained, work_folder
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """How to distil."""
+    """Settings of a distillation."""
 
     epochs: float = 1
     steps: int | None = None
@@ -111,9 +106,7 @@ def distil(
     when it is called again with the same arguments. Returns the record; raises CascadeError if `output` exists, another
     run's unfinished work is there, there are fewer than two texts, or `base` cannot be loaded or has no list of layers.
     """
-    if output.exists():
-        raise InputError(f"{output} exists; choose another output folder, or delete it to distil again")
-    work = output.with_name(output.name + ".training")
+    work = work_folder(output, "distil")
     set_seed(recipe.seed)
     tokenizer, teacher = load_encoder(base)
     deep = teacher.config.num_hidden_layers
@@ -136,7 +129,6 @@ def distil(
     }
     claim(work, run)
     recipe = replace(recipe, bf16=bf16_pays() if recipe.bf16 is None else recipe.bf16)
-    resume = last_whole_checkpoint(work)
     if not recipe.train_embeddings:
         _freeze_embeddings(student)
     pad = tokenizer.pad_token_id or 0  # hidden by the attention mask
@@ -147,15 +139,13 @@ def distil(
         pad,
         base,
         model=student,
-        args=_arguments(recipe, work, len(train), new=resume is None),
+        args=_arguments(recipe, work, len(train), new=last_whole_checkpoint(work) is None),
         train_dataset=train,
         eval_dataset=validation,
         data_collator=lambda rows: collate(rows, pad),
     )
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Progress(output.name, "mse", "cosine"))
     trainer.add_callback(_SaveByTime())
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    facts = trained(trainer, output, "mse", "cosine")
 
     def history() -> list[dict[str, Any]]:
         return [entry for entry in trainer.state.log_history if "eval_mse" in entry]
@@ -168,8 +158,7 @@ def distil(
         "tokens": int(train.lengths.sum()),
         "teacher_variance": trainer.held_out.variance,
         "validation": {"mse": last["eval_mse"], "cosine": last["eval_cosine"], "history": history()},
-        "steps": trainer.state.global_step,
-        "versions": {name: version(name) for name in ("torch", "transformers", "cascade-rt")},
+        **facts,
     }
     finish(work, output, student.save_pretrained, tokenizer, record)
     return record
@@ -257,7 +246,7 @@ class Tokenized:
     starts: NDArray[np.int64]
     lengths: NDArray[np.int64]
     sha256: str
-    """Of the texts that were read."""
+    """Hash of the texts that were read."""
 
     @staticmethod
     def read(
@@ -362,13 +351,13 @@ def _batches(rows: Tokenized, pad: int, size: int, device: Any) -> Iterator[dict
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What the teacher computes for the validation texts: kept in memory, since it takes longer than the student."""
+    """The teacher's states of the validation texts: kept in memory, since it takes longer than the student."""
 
     batches: Sequence[dict[str, Tensor]]
     targets: Sequence[Tensor]
     """The teacher's last hidden states of each batch, float32 (texts, tokens, hidden)."""
     variance: float
-    """Of those of real tokens around their mean vector, the mean over dimensions."""
+    """Variance of those of real tokens around their mean vector, the mean over dimensions."""
 
     @staticmethod
     def of(teacher: Any, batches: Iterator[dict[str, Tensor]]) -> HeldOut:

@@ -11,7 +11,6 @@ import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +20,18 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PrinterCallback, Trainer, set_seed
+from transformers import Trainer, set_seed
 
-from cascade_rt.errors import InputError, InvalidOption
+from cascade_rt.errors import InvalidOption
 from cascade_rt.tuning.metrics import accuracy
 from cascade_train import RECORD
-from cascade_train.finetune import (
-    Recipe,
-    check_length,
-    claim,
-    described_examples,
-    finetune,
-    finish,
-    last_whole_checkpoint,
-    load_base,
-    load_member,
-    validated_arguments,
-)
+from cascade_train.finetune import Recipe, check_length, finetune, load_base, load_member, validated_arguments
 from cascade_train.inference import collator, features
 from cascade_train.losses import distillation
-from cascade_train.progress import Progress
 from cascade_train.settings import guarded
 from cascade_train.sources import load_classifier
 from cascade_train.tasks import TaskData
+from cascade_train.work import claim, finish, trained, validated, work_folder
 
 DEEBERT, PABEE, FASTBERT = "deebert", "pabee", "fastbert"
 KINDS = (DEEBERT, PABEE, FASTBERT)
@@ -170,9 +158,7 @@ def train_exits(
     """
     if kind not in KINDS:
         raise InvalidOption("kind", kind, f"one of {', '.join(KINDS)}")
-    if output.exists():
-        raise InputError(f"{output} exists; choose another output folder, or delete it to train again")
-    work = output.with_name(output.name + ".training")
+    work = work_folder(output, "train")
     member = base
     if kind != PABEE and not (Path(base) / RECORD).is_file():
         member = str(output.with_name(output.name + ".member"))
@@ -187,7 +173,7 @@ def train_exits(
         "pair": data.pair,
         "max_length": recipe.max_length,
         "recipe": asdict(recipe),
-        "data": {"train": described_examples(data.train), "validation": described_examples(data.validation)},
+        "data": data.described(),
     }
     set_seed(recipe.seed)
     if kind == PABEE:
@@ -200,20 +186,15 @@ def train_exits(
     check_length(recipe.max_length, base, tokenizer, model)
     after = range(every, layers, every)
     claim(work, run)
-    trainer = _trainer(MultiExitClassifier(model, kind, after), tokenizer, data, recipe, output, work)
-    resume = last_whole_checkpoint(work)
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-
-    history = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    trainer = _trainer(MultiExitClassifier(model, kind, after), tokenizer, data, recipe, work)
+    facts = trained(trainer, output, "accuracy")
     record = run | {
         "exits": {"kind": kind, "after": list(after)},
         "metric": "accuracy",
         "objective": {},
-        "validation": {"best": trainer.state.best_metric, "history": history},
-        "steps": trainer.state.global_step,
-        "versions": {name: version(name) for name in ("torch", "transformers", "cascade-rt")},
+        "validation": validated(trainer),
+        **facts,
     }
-
     finish(work, output, lambda folder: write_exits(folder, trainer.model), tokenizer, record, data)
     if member != base:
         shutil.rmtree(member)
@@ -251,12 +232,10 @@ class _ExitTrainer(Trainer):  # type: ignore[misc]  # the library has no types
         return (loss, {"loss": loss, "logits": logits.transpose(0, 1)}) if return_outputs else loss
 
 
-def _trainer(
-    model: MultiExitClassifier, tokenizer: Any, data: TaskData, recipe: Recipe, output: Path, work: Path
-) -> _ExitTrainer:
+def _trainer(model: MultiExitClassifier, tokenizer: Any, data: TaskData, recipe: Recipe, work: Path) -> _ExitTrainer:
     if model.kind != PABEE:
         model.model.requires_grad_(False)
-    trainer = _ExitTrainer(
+    return _ExitTrainer(
         model=model,
         args=validated_arguments(recipe, work, len(data.train), "accuracy", label_names=["labels"]),
         train_dataset=features(tokenizer, model.model, data.train, recipe.max_length),
@@ -264,9 +243,6 @@ def _trainer(
         data_collator=collator(tokenizer),
         compute_metrics=lambda outcome: _measured(outcome.predictions, outcome.label_ids),
     )
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Progress(output.name, "accuracy"))
-    return trainer
 
 
 def _measured(logits: NDArray[np.float32], labels: NDArray[np.intp]) -> dict[str, Any]:

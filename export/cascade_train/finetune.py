@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     EvalPrediction,
     PreTrainedTokenizerFast,
-    PrinterCallback,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -31,14 +29,14 @@ from transformers import (
 from cascade_rt.errors import CascadeError, InputError, InvalidOption
 from cascade_rt.io.writers import write_json
 from cascade_rt.tuning.metrics import accuracy, f1
-from cascade_train import RECORD, VALIDATION
+from cascade_train import RECORD
 from cascade_train.alignment import align, usable_positions
 from cascade_train.inference import EXTRAS, answers, collator, features, first_token_states
 from cascade_train.losses import difficulty_aware_regularization, distillation, patient_distillation
-from cascade_train.progress import Progress
 from cascade_train.sources import check_tokens, classifier_settings, load_classifier, load_tokenizer, pretrained
-from cascade_train.tasks import Examples, TaskData, write_examples
+from cascade_train.tasks import Examples, TaskData
 from cascade_train.theseus import ModuleReplacing
+from cascade_train.work import claim, finish, trained, validated, work_folder
 
 RECIPE_RANGES: Mapping[str, tuple[float, float]] = {
     "epochs": (1e-3, 1e4),
@@ -62,7 +60,7 @@ def check_ranges(settings: object, ranges: Mapping[str, tuple[float, float]]) ->
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to fine-tune; the defaults are the paper's (section 4.1), lengths and batches BERT's usual ones."""
+    """A recipe of fine-tuning; the defaults are the paper's (section 4.1), lengths and batches BERT's usual ones."""
 
     epochs: float = 10
     learning_rate: float = 2e-5
@@ -83,17 +81,17 @@ class Recipe:
 
 @dataclass(frozen=True)
 class TeacherStates:
-    """What a student's layers learn from a teacher's under patient distillation (BERT-PKD; Sun et al., 2019)."""
+    """A teacher's states that a student's layers learn under patient distillation (BERT-PKD; Sun et al., 2019)."""
 
     layers: Sequence[int]
     """The teacher's layer for each of the student's but the last, counted from 1."""
     states: NDArray[np.float16]
-    """Of the first token after these layers, for each training example: (examples, layers, hidden)."""
+    """States of the first token after these layers, for each training example: (examples, layers, hidden)."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What a member learns besides its labels; by default nothing.
+    """Objectives of a member besides its labels; by default none.
 
     The loss is (1 - distill_weight) * cross entropy + distill_weight * distillation + patient_weight * patient
     distillation + dar_weight * DAR, without the terms that are not used.
@@ -156,9 +154,7 @@ def finetune(
     the record; raises CascadeError if `output` exists, another run's unfinished work is there, or `base` cannot be
     loaded or aligned to `tokenizer`.
     """
-    if output.exists():
-        raise InputError(f"{output} exists; choose another output folder, or delete it to train again")
-    work = output.with_name(output.name + ".training")
+    work = work_folder(output, "train")
     run = {
         "base": str(base),
         "layers": layers,
@@ -170,7 +166,7 @@ def finetune(
         "max_length": recipe.max_length,
         "recipe": asdict(recipe),
         "objective": objective.described(),
-        "data": {"train": described_examples(data.train), "validation": described_examples(data.validation)},
+        "data": data.described(),
     }
     set_seed(recipe.seed)
     member_tokenizer, model = load_base(base, data.labels, layers, tokenizer)
@@ -179,41 +175,13 @@ def finetune(
     if objective.patient is not None:
         _check_patient(objective.patient, model, base)
     claim(work, run)
-    trainer = _trainer(model, member_tokenizer, data, recipe, objective, output, work)
+    trainer = _trainer(model, member_tokenizer, data, recipe, objective, work)
     for callback in replacing:
         trainer.add_callback(callback)
-    resume = last_whole_checkpoint(work)
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-
-    history = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    record = run | {
-        "metric": data.metric,
-        "validation": {"best": trainer.state.best_metric, "history": history},
-        "steps": trainer.state.global_step,
-        "versions": {name: version(name) for name in ("torch", "transformers", "cascade-rt")},
-    }
+    facts = trained(trainer, output, data.metric)
+    record = run | {"metric": data.metric, "validation": validated(trainer), **facts}
     finish(work, output, model.save_pretrained, member_tokenizer, record, data)
     return record
-
-
-def finish(
-    work: Path,
-    output: Path,
-    save: Callable[[Path], object],
-    tokenizer: PreTrainedTokenizerFast,
-    record: dict[str, Any],
-    data: TaskData | None = None,
-) -> None:
-    """Write a model's folder with `save`, its tokenizer, record and validation examples; it appears when complete."""
-    finished = work / "model"
-    shutil.rmtree(finished, ignore_errors=True)
-    save(finished)
-    tokenizer.save_pretrained(finished)
-    write_json(finished / RECORD, record)
-    if data is not None:
-        write_examples(finished / VALIDATION, data.validation, data.labels)
-    finished.rename(output)
-    shutil.rmtree(work)
 
 
 def _module_replacing(base: str, labels: tuple[str, ...], model: Any, tokenizer: str | None) -> ModuleReplacing:
@@ -263,8 +231,7 @@ def search_margin(
     Takes the arguments of `finetune`. The members are beside `output` until all are trained, so a killed search can
     continue. The record has the validation metric of each margin.
     """
-    if output.exists():
-        raise InputError(f"{output} exists; choose another output folder, or delete it to train again")
+    work_folder(output, "train")
     folders = {margin: output.with_name(f"{output.name}.margin-{margin:g}") for margin in margins}
     for margin, folder in folders.items():
         if not folder.exists():
@@ -345,28 +312,6 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def described_examples(examples: Examples) -> dict[str, Any]:
-    """Return the number of examples and their hash, for a record."""
-    return {"rows": len(examples), "sha256": examples.digest()}
-
-
-def claim(work: Path, run: dict[str, Any], begun: str = "checkpoint-*") -> None:
-    """Make the working folder; if one exists with files like `begun`, check that it belongs to this same run."""
-    settings = work / "run.json"
-    if any(work.glob(begun)) and settings.is_file():
-        other = json.loads(settings.read_text("utf-8"))
-        differing = [key for key in run if run[key] != other.get(key)]
-        if differing:
-            key = differing[0]
-            raise CascadeError(
-                f"{work} holds an unfinished run with another {key} (found {other.get(key)}, expected {run[key]}); "
-                "finish it with its arguments, or delete the folder"
-            )
-        return
-    work.mkdir(parents=True, exist_ok=True)
-    write_json(settings, run)
-
-
 def load_base(
     base: str, labels: tuple[str, ...], layers: int | None, tokenizer: str | None = None
 ) -> tuple[PreTrainedTokenizerFast, Any]:
@@ -445,7 +390,6 @@ def _trainer(
     data: TaskData,
     recipe: Recipe,
     objective: Objective,
-    output: Path,
     work: Path,
 ) -> Trainer:
     train = features(tokenizer, model, data.train, recipe.max_length)
@@ -453,7 +397,7 @@ def _trainer(
     for name, values in zip(EXTRAS, (objective.difficulty, objective.teacher, states), strict=True):
         for example, value in zip(train, [] if values is None else values, strict=values is not None):
             example[name] = torch.as_tensor(value)
-    trainer = ObjectiveTrainer(
+    return ObjectiveTrainer(
         objective,
         model=model,
         args=validated_arguments(recipe, work, len(data.train), data.metric),
@@ -462,9 +406,6 @@ def _trainer(
         data_collator=collator(tokenizer),
         compute_metrics=lambda outcome: _measured(outcome, len(data.labels)),
     )
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Progress(output.name, data.metric))
-    return trainer
 
 
 def validated_arguments(recipe: Recipe, work: Path, examples: int, metric: str, **more: Any) -> TrainingArguments:
@@ -516,14 +457,3 @@ def _measured(outcome: EvalPrediction, classes: int) -> dict[str, float]:
         "accuracy": accuracy(outcome.label_ids, predictions),
         "f1": f1(outcome.label_ids, predictions, classes),
     }
-
-
-def last_whole_checkpoint(work: Path) -> Path | None:
-    """Return the newest complete checkpoint, and delete incomplete ones."""
-    whole = []
-    for folder in work.glob("checkpoint-*"):
-        try:  # the Trainer writes its state last
-            whole.append((int(json.loads((folder / "trainer_state.json").read_text("utf-8"))["global_step"]), folder))
-        except (OSError, ValueError, KeyError):
-            shutil.rmtree(folder)
-    return max(whole)[1] if whole else None

@@ -1,4 +1,4 @@
-"""What this machine computes fast: measured, because the name of an instruction set does not tell it."""
+"""Number formats that this machine computes fast: measured, because the name of an instruction set does not tell it."""
 
 from __future__ import annotations
 

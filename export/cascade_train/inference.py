@@ -18,7 +18,7 @@ from cascade_train.tasks import Examples
 
 _BATCH = 64
 EXTRAS = ("difficulty", "teacher", "teacher_states")
-"""What an objective takes of each example besides its label."""
+"""Values of each example that an objective takes besides its label."""
 
 Row = dict[str, Any]
 """An example as a model takes it, unpadded: token ids, mask and types as lists, `label`, and an objective's values."""

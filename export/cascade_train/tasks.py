@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from cascade_rt.errors import InputError, InvalidOption
 from cascade_rt.io.fields import is_blank, label_order
@@ -40,6 +41,10 @@ class Examples:
         rows = list(rows)
         return Examples([self.texts[row] for row in rows], [self.labels[row] for row in rows])
 
+    def described(self) -> dict[str, Any]:
+        """Return the number of examples and their hash, for a record."""
+        return {"rows": len(self), "sha256": self.digest()}
+
     def digest(self) -> str:
         """Return the sha256 of texts and labels, which identifies a data set."""
         return hashlib.sha256(repr((list(self.texts), list(self.labels))).encode("utf-8", "surrogatepass")).hexdigest()
@@ -56,7 +61,11 @@ class TaskData:
     train: Examples
     validation: Examples
     nested: bool = False
-    """Whether training texts are phrases of one another, as SST-2's are."""
+    """True if training texts are phrases of one another, as SST-2's are."""
+
+    def described(self) -> dict[str, Any]:
+        """Return the examples' numbers and hashes, for a record."""
+        return {"train": self.train.described(), "validation": self.validation.described()}
 
 
 @dataclass(frozen=True)
@@ -74,7 +83,7 @@ class GlueTask:
 
     @property
     def pair(self) -> bool:
-        """Whether an instance is a pair of texts."""
+        """True if an instance is a pair of texts."""
         return len(self.columns) == 2
 
 

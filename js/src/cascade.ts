@@ -55,6 +55,8 @@ export interface Prediction {
   exit: number;
   /** Layers of all members that ran (paper, Section 3.2). */
   layers: number;
+  /** The label alone; with several labels per text all that are above their cut, possibly none. */
+  labels: string[];
   /** Whether tokens were cut off at the maximum length. */
   truncated: boolean;
 }
@@ -103,6 +105,11 @@ export class Cascade {
     return this.#facts.labels;
   }
 
+  /** "single_label" or "multi_label". */
+  get task(): string {
+    return this.#facts.task ?? "single_label";
+  }
+
   /** The members, small to big. */
   get members(): readonly Member[] {
     return this.#facts.members;
@@ -146,17 +153,20 @@ export class Cascade {
     const probabilities = (found["probabilities"] as TypedTensor<"float32">).data;
     const exits = (found["exit"] as TypedTensor<"int64">).data;
     const layers = (found["layers"] as TypedTensor<"int64">).data;
+    const above = (found["labels"] as TypedTensor<"bool"> | undefined)?.data; // with several labels per text
     const count = this.labels.length;
     return texts.map((text, row) => {
       const own = Array.from(probabilities.subarray(row * count, (row + 1) * count));
       if (!own.every(Number.isFinite)) throw new CascadeError("model: answered NaN or infinity; export it again");
       const score = Math.max(...own);
+      const label = this.labels[own.indexOf(score)]!;
       return {
-        label: this.labels[own.indexOf(score)]!,
+        label,
         score,
         probabilities: own,
         exit: Number(exits[row]),
         layers: Number(layers[row]),
+        labels: above ? this.labels.filter((_, at) => above[row * count + at]) : [label],
         truncated: text.truncated,
       };
     });

@@ -10,7 +10,11 @@ export interface Facts {
   max_length: number;
   pair: boolean;
   tokenizer_sha256: string;
+  /** Absent for one label per text. */
+  task?: string;
 }
+
+const TASKS = ["single_label", "multi_label"];
 
 const METADATA_PROPS = 14; // of ModelProto, in onnx.proto; an entry's key is field 1, its value field 2
 const BYTES = 2; // the wire type of strings and messages
@@ -22,12 +26,21 @@ export function readFacts(model: Uint8Array): Facts {
     for (const { field, bytes } of fields(model)) {
       if (field !== METADATA_PROPS) continue;
       const [key, value] = [...fields(bytes)].map((part) => new TextDecoder().decode(part.bytes));
-      if (key === "cascade" && value !== undefined) return JSON.parse(value) as Facts;
+      if (key === "cascade" && value !== undefined) return known(JSON.parse(value) as Facts);
     }
   } catch (error) {
+    if (error instanceof CascadeError) throw error;
     throw new CascadeError(`model: not a readable ONNX file; ${REMEDY}`, { cause: error });
   }
   throw new CascadeError(`model: found no cascade in its metadata; ${REMEDY}`);
+}
+
+/** Return the facts; throw CascadeError for a task that is not known. */
+function known(facts: Facts): Facts {
+  if (!TASKS.includes(facts.task ?? "single_label")) {
+    throw new CascadeError(`model: found the task ${facts.task}, this package knows ${TASKS.join(", ")}; install a newer one`);
+  }
+  return facts;
 }
 
 /** Yield the strings and messages of a protocol buffer, without reading what is in them. */

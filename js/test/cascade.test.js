@@ -15,7 +15,7 @@ const read = (name) => readFile(new URL(name, folder));
 const load = async (name, options = {}) =>
   Cascade.load({ model: await read(`${name}/cascade.onnx`), tokenizer: await read(`${name}/tokenizer.json`), ort, ...options });
 
-for (const name of ["texts", "pairs", "int8"]) {
+for (const name of ["texts", "pairs", "several", "int8"]) {
   const skip = name === "int8" && !existsSync(new URL("int8/", folder)) && "this CPU has no VNNI: int8 saturates in one file";
   test(`${name}: answers are those of the Python package`, { skip }, async () => {
     const cascade = await load(name);
@@ -34,6 +34,14 @@ for (const name of ["texts", "pairs", "int8"]) {
     await cascade.release();
   });
 }
+
+test("several labels per text: each text has those above their cut, possibly none", async () => {
+  const cascade = await load("several");
+  const { texts } = JSON.parse(await read("several/answers.json"));
+  const sizes = new Set((await cascade.classify(texts)).map(({ labels }) => labels.length));
+  assert.equal(cascade.task, "multi_label");
+  assert.ok(sizes.has(0) && sizes.has(2));
+});
 
 test("what a cascade says about itself, and its default thresholds", async () => {
   const cascade = await load("texts");

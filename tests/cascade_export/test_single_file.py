@@ -53,6 +53,23 @@ def packed(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Packed:
     return Packed(bundle, tmp_path_factory.mktemp("packed") / "cascade.onnx")
 
 
+def test_several_labels_are_answered_as_by_the_runtime(tmp_path: Path) -> None:
+    extra = {"format_version": 3, "task": "multi_label", "cuts": [0.5, 0.3, 0.7]}
+    folder = write_cascade(tmp_path / "bundle", extra=extra)
+    pack(folder, tmp_path / "cascade.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "cascade.onnx"))
+    runtime, thresholds = CascadeRuntime(folder), [0.6, 0.7]
+    inputs = runtime.plan.tokenizer.encode(TEXTS).batch(np.arange(len(TEXTS)))
+    found, exits, _, labels = session.run(None, inputs | {"thresholds": np.array(thresholds)})
+    expected = runtime.with_thresholds(thresholds).predict(TEXTS)
+    assert {len(answer.labels) for answer in expected} >= {0, 1, 2}
+    assert exits.tolist() == [answer.exit for answer in expected]
+    np.testing.assert_allclose(found, [answer.probabilities for answer in expected], atol=1e-5)
+    assert labels.tolist() == [[name in answer.labels for name in runtime.bundle.labels] for answer in expected]
+    facts = {entry.key: entry.value for entry in onnx.load(tmp_path / "cascade.onnx").metadata_props}
+    assert json.loads(facts[METADATA])["task"] == "multi_label"
+
+
 @given(st.sampled_from(TEXTS), st.tuples(taus, taus))
 def test_one_text_is_answered_as_by_the_runtime_to_the_last_bit(
     packed: Packed, bundle: Path, text: str, thresholds: tuple[float, float]

@@ -12,6 +12,7 @@ import pytest
 
 from cascade_rt import BundleError, CascadeRuntime, Patience, read_bundle
 from cascade_rt.bundle.manifest import EXIT_RULES
+from cascade_rt.engine.execution import Execution
 from cascade_rt.engine.exit_rules import register
 from cascade_rt.serving.service import Service
 from cascade_rt.serving.settings import Settings
@@ -92,7 +93,10 @@ def test_tuning_tries_its_candidates(voting: Path, tmp_path: Path, capsys: pytes
 
 def test_the_server_keeps_the_state_of_each_request(voting: Path) -> None:
     wanted = expected(voting, read_bundle(voting).exit_rule["enough"])
-    with listening(Service({"toy": str(voting)}, Settings(threads=1))) as address, httpx.Client() as client:
+    with (
+        listening(Service({"toy": str(voting)}, Settings(execution=Execution(threads=1)))) as address,
+        httpx.Client() as client,
+    ):
         found = client.post(f"http://{address}/v1/classify", json={"texts": TEXTS}).json()["predictions"]
     assert [row["exit"] for row in found] == wanted
 

@@ -18,6 +18,7 @@ from sklearn import metrics
 
 from cascade_rt import BundleError, CascadeRuntime, Prediction, read_bundle
 from cascade_rt.bundle.card import model_card
+from cascade_rt.engine.execution import Execution
 from cascade_rt.serving.client import Client
 from cascade_rt.serving.service import Service
 from cascade_rt.serving.settings import Settings
@@ -157,7 +158,7 @@ def test_a_guarantee_holds_for_sets_of_labels(
 @pytest.fixture(scope="module")
 def client(several: Path) -> Iterator[httpx.Client]:
     with (
-        listening(Service({"toy": str(several)}, Settings(threads=1))) as address,
+        listening(Service({"toy": str(several)}, Settings(execution=Execution(threads=1)))) as address,
         httpx.Client(base_url=f"http://{address}") as found,
     ):
         yield found

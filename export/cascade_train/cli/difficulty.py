@@ -11,6 +11,7 @@ import json
 import sys
 from contextlib import redirect_stdout
 
+from cascade_rt.cli.options import of_options
 from cascade_rt.cli.parser import CommandParser
 from cascade_rt.cli.rendering import printable
 from cascade_train.cli.options import add_training, data_from, need_training, recipe_from
@@ -45,7 +46,7 @@ def run(options: argparse.Namespace) -> None:
             layers=options.layers,
             tokenizer=options.tokenizer,
             recipe=recipe_from(options),
-            splits=Splits(options.folds, options.seeds),
+            splits=of_options(Splits, options),
             jobs=options.jobs,
         )
     if options.json:

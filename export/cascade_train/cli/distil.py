@@ -11,7 +11,7 @@ import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from cascade_rt.cli.options import add_reading, reading
+from cascade_rt.cli.options import add_reading, of_options, reading
 from cascade_rt.cli.parser import CommandParser
 from cascade_train.cli.options import need_training, with_work
 from cascade_train.cli.trial import add_export_check, check_export
@@ -63,19 +63,6 @@ def run(options: argparse.Namespace) -> None:
     need_training("distil")
     from cascade_train.distil import Distillation, distil  # noqa: PLC0415 - loads torch
 
-    recipe = Distillation(
-        epochs=options.epochs,
-        steps=options.steps,
-        learning_rate=options.learning_rate,
-        batch_size=options.batch_size,
-        max_length=options.max_length,
-        warmup_ratio=options.warmup_ratio,
-        weight_decay=options.weight_decay,
-        seed=options.seed,
-        relations=options.relations,
-        train_embeddings=options.train_embeddings,
-        bf16=options.bf16,
-    )
     with redirect_stdout(sys.stderr):  # whatever libraries print is not the answer
         check_export(options, layers=options.layers)
         record = distil(
@@ -84,7 +71,7 @@ def run(options: argparse.Namespace) -> None:
             options.output,
             layers=options.layers,
             reading=reading(options),
-            recipe=recipe,
+            recipe=of_options(Distillation, options),
         )
     if options.json:
         print(json.dumps(record))

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cascade_rt.cli.options import add_label_column, add_reading, reading
+from cascade_rt.cli.options import add_label_column, add_reading, of_options, reading
 from cascade_rt.cli.parser import CommandParser, Paths
 from cascade_rt.cli.rendering import printable
 from cascade_rt.errors import InputError, MissingExtraError
@@ -101,17 +101,7 @@ def recipe_from(options: argparse.Namespace) -> Any:
     """Return the recipe of the options."""
     from cascade_train.finetune import Recipe  # noqa: PLC0415 - loads torch
 
-    return Recipe(
-        epochs=options.epochs,
-        learning_rate=options.learning_rate,
-        batch_size=options.batch_size,
-        max_length=options.max_length,
-        warmup_ratio=options.warmup_ratio,
-        weight_decay=options.weight_decay,
-        seed=options.seed,
-        evaluations_per_epoch=options.evaluations_per_epoch,
-        bf16=options.bf16,
-    )
+    return of_options(Recipe, options)
 
 
 def data_from(options: argparse.Namespace) -> TaskData:

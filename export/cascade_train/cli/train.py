@@ -12,6 +12,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from cascade_rt.cli.options import of_options
 from cascade_rt.cli.parser import CommandParser
 from cascade_rt.errors import InputError
 from cascade_train.cli.options import add_training, data_from, need_training, recipe_from, with_work
@@ -76,15 +77,13 @@ def run(options: argparse.Namespace) -> None:
         raise InputError("found --module-replacing alone, expected --layers K with it")
     with redirect_stdout(sys.stderr):
         check_export(options, data.labels, layers=options.layers, tokenizer=options.tokenizer, pair=data.pair)
-    objective = Objective(
+    objective = of_options(
+        Objective,
+        options,
         difficulty=read_difficulty(options.difficulty, data.train) if options.difficulty else None,
         dar_margin=_MARGINS.get(data.name, _OTHER_MARGIN) if options.dar_margin is None else options.dar_margin,
-        dar_weight=options.dar_weight,
         teacher=teacher_logits(options.teacher, data, recipe) if options.teacher else None,
-        temperature=options.temperature,
-        distill_weight=options.distill_weight,
         patient=_teacher_states(options, data, recipe) if options.patient else None,
-        patient_weight=options.patient_weight,
     )
     settings: dict[str, Any] = {
         "layers": options.layers,

@@ -50,7 +50,7 @@ class Utterance(NamedTuple):
     kind: str
     split: str
     imperative: bool = False
-    """Whether words of courtesy fit around it ("could you ...")."""
+    """True if words of courtesy fit around it ("could you ...")."""
 
 
 def load(split: str, kind: str | None = None) -> list[tuple[Text, str]]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,12 @@ import pytest
 
 import cascade_rt
 from cascade_rt import cli
+from cascade_rt.benchmark.workload import Workload
 from cascade_rt.cli import BUILT_IN, GROUP, main
 from cascade_rt.cli.parser import Command, CommandParser
+from cascade_rt.engine.execution import Execution
+from cascade_rt.io.readers import Reading
+from cascade_rt.tuning.report import Question
 
 from .commands import run
 
@@ -85,8 +90,9 @@ def test_a_typo_suggests_the_nearest_command(capsys: pytest.CaptureFixture[str],
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_a_command_shows_defaults_that_say_something(name: str) -> None:
     shown = parser_of(name).format_help()
-    for empty in ("None", "[]", "False", "True", "{}", "()"):
+    for empty in ("None", "[]", "False", "True", "{}", "()", ""):
         assert f"(default: {empty})" not in shown
+    assert not re.search(r"default: [\[(]", shown), "values, not a list of them"
     assert " ".join(shown.split()).count("example: cascade-rt " + name) == 1
 
 
@@ -315,3 +321,18 @@ def test_output_is_utf8_whatever_the_terminal(bundle: Path, monkeypatch: pytest.
     assert main(["predict", "--model-dir", str(bundle), "--input", "in.jsonl"]) == 0
     stream.flush()
     assert "schön 🙂" in written.getvalue().decode("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("kind", "command", "others"),
+    [
+        (Question, "tune", set()),
+        (Workload, "benchmark", {"reading"}),
+        (Reading, "evaluate", {"columns", "skip_malformed"}),
+        (Execution, "predict", {"spin_us"}),
+    ],
+)
+def test_every_field_has_an_option(kind: type, command: str, others: set[str]) -> None:
+    """A field without one would have its default, whatever the command line says."""
+    names = set(signature(kind).parameters)
+    assert names - {action.dest for action in parser_of(command)._actions} == others

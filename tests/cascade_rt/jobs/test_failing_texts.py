@@ -20,7 +20,7 @@ from cascade_rt.engine.stage import Stage
 from cascade_rt.errors import CascadeError, InferenceError
 from cascade_rt.io.readers import Example, Reject
 from cascade_rt.jobs import ray_job
-from cascade_rt.jobs.answering import Counts, answer, answered
+from cascade_rt.jobs.answering import Counts, Lines, answer, answered
 from cascade_rt.jobs.ray_job import Pool
 
 from ...toy import CASCADE, Member, encoder_weights, write_bundle
@@ -121,11 +121,11 @@ def test_a_member_that_runs_no_text_ends_the_job(
 
     run_stage = Stage._run
     monkeypatch.setattr(Stage, "_run", fail)
-    counts = Counts()
+    lines = Lines(io.StringIO(), None, "skip")
     with pytest.raises(InferenceError, match="member 'big' (failed|ran out of memory)"):
-        answer(runtime, examples(GOOD * 100), io.StringIO(), counts, on_error="skip")
+        answer(runtime, examples(GOOD * 100), lines)
     assert len(calls) <= 10
-    assert counts == Counts()
+    assert lines.counts == Counts()
     status, _, error = run(capsys, "predict", "--model-dir", bundle, "--on-error", "skip", "--threshold", "1", "a")
     assert (status, error.count("\n")) == (2, 1)
 
@@ -140,10 +140,11 @@ def test_answers_of_nan_cost_the_row_too(bundle: Path, monkeypatch: pytest.Monke
         return run_stage(self, session, batch)
 
     monkeypatch.setattr(Stage, "_run", overflow)
-    lines, rejects, counts = io.StringIO(), io.StringIO(), Counts()
+    rejects = io.StringIO()
+    lines = Lines(io.StringIO(), rejects, "skip")
     runtime = CascadeRuntime(bundle, threads=1)
-    answer(runtime, examples(GOOD), lines, counts, on_error="skip", rejects=rejects)
-    assert counts == Counts(answered=4, rejected=1)
+    answer(runtime, examples(GOOD), lines)
+    assert lines.counts == Counts(answered=4, rejected=1)
     assert json.loads(rejects.getvalue())["where"] == "in:0"
     assert runtime.stats().texts == 4, "a text that was run again is counted once"
 

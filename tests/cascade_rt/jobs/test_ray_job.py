@@ -104,7 +104,7 @@ def check_kills(machines: Any, bundle: Path, source: Path, kind: str, count: int
     runtime = CascadeRuntime(bundle)
     counts, seen = Counts(), list[int]()
 
-    def disturb() -> None:
+    def disturb(_: object) -> None:
         seen.append(counts.records)
         if len(seen) == 4:
             kill_an_actor()

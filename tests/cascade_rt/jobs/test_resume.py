@@ -22,7 +22,7 @@ from cascade_rt import CascadeRuntime, InputError
 from cascade_rt.cli import main
 from cascade_rt.io.readers import read_examples, read_records
 from cascade_rt.jobs import answering
-from cascade_rt.jobs.answering import answer
+from cascade_rt.jobs.answering import Lines, answer
 from cascade_rt.jobs.files import JobFiles
 
 from ...toy import WORDS
@@ -44,7 +44,6 @@ def write_rows(path: Path, count: int, bad: bool = True) -> None:
 def run(runtime: CascadeRuntime, output: Path, resume: bool, kill_at: int | None = None) -> None:
     """Run a job on in.jsonl; raise Killed after so many bytes of output."""
     files = JobFiles(output, output.with_name("rejects.jsonl"), {"bundle": "b"}, resume=resume)
-    counts = replace(files.done)
 
     class Dying(io.TextIOBase):
         written = 0
@@ -55,17 +54,10 @@ def run(runtime: CascadeRuntime, output: Path, resume: bool, kill_at: int | None
                 raise Killed
             return files.lines.write(line)
 
-    records, lines = files.remaining(read_records("in.jsonl", pair=False)), cast(TextIO, Dying())
+    records = files.remaining(read_records("in.jsonl", pair=False))
+    lines = Lines(cast(TextIO, Dying()), files.rejects, "null", replace(files.done))
     try:
-        answer(
-            runtime,
-            records,
-            lines,
-            counts,
-            on_error="null",
-            rejects=files.rejects,
-            progress=lambda: files.commit(counts),
-        )
+        answer(runtime, records, lines, files.commit)
         files.finish()
     finally:
         files.close()

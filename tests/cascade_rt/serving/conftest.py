@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from cascade_rt.engine.execution import Execution
 from cascade_rt.engine.stage import RunOutput, Stage
 from cascade_rt.serving.app import create_app
 from cascade_rt.serving.server import Server, configured
@@ -78,9 +79,8 @@ def served(bundle: Path) -> Iterator[Callable[..., httpx.Client]]:
     with ExitStack() as stack:
 
         def serve(sources: dict[str, str] | None = None, *, token: str | None = None, **settings: Any) -> httpx.Client:
-            service = Service(
-                sources or {"toy": str(bundle)}, Settings(**{"threads": 1, "reload_seconds": 0} | settings)
-            )
+            usual: dict[str, Any] = {"execution": Execution(threads=1), "reload_seconds": 0}
+            service = Service(sources or {"toy": str(bundle)}, Settings(**usual | settings))
             address = stack.enter_context(listening(service, token=token, body_seconds=2.0))
             return stack.enter_context(httpx.Client(base_url=f"http://{address}"))
 
@@ -91,5 +91,5 @@ def served(bundle: Path) -> Iterator[Callable[..., httpx.Client]]:
 def address(bundle: Path, pair_bundle: Path) -> Iterator[str]:
     """A server with two bundles: `toy`, and `pairs`."""
     sources = {"toy": str(bundle), "pairs": str(pair_bundle)}
-    with listening(Service(sources, Settings(threads=1, allow_thresholds=True))) as found:
+    with listening(Service(sources, Settings(execution=Execution(threads=1), allow_thresholds=True))) as found:
         yield found

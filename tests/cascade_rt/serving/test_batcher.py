@@ -168,7 +168,7 @@ def test_full_queues_refuse_at_once_and_take_texts_again(bundle: Path, gate: Gat
         _, first = submit(batcher, TEXTS[:8])
         with pytest.raises(Overloaded, match="try again in") as raised:
             submit(batcher, TEXTS[:3])
-        assert raised.value.retry_after >= 0
+        assert raised.value.retry_after >= 1
         _, second = submit(batcher, TEXTS[:2])
         gate.opened.set()
         assert first.wait(timeout=30)

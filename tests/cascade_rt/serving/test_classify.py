@@ -17,6 +17,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from cascade_rt import CascadeRuntime, InferenceError
+from cascade_rt.engine.execution import Execution
 from cascade_rt.engine.stage import Stage
 from cascade_rt.serving.classify import ClassifyRequest
 from cascade_rt.serving.inference_protocol import InferRequest
@@ -110,7 +111,7 @@ def test_a_long_list_of_wrong_elements_gives_one_error() -> None:
 
 
 def test_a_browser_may_ask_before_it_has_a_token(bundle: Path) -> None:
-    service = Service({"toy": str(bundle)}, Settings(threads=1))
+    service = Service({"toy": str(bundle)}, Settings(execution=Execution(threads=1)))
     asks = {"Origin": "http://page", "Access-Control-Request-Method": "POST"}
     with listening(service, token="secret", cors_origins=("http://page",)) as address:
         url = f"http://{address}/v1/classify"

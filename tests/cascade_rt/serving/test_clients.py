@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from cascade_rt import CascadeRuntime
+from cascade_rt.engine.execution import Execution
 from cascade_rt.serving.service import Service
 from cascade_rt.serving.settings import Settings
 
@@ -35,7 +36,7 @@ JSON = {"Content-Type": "application/json"}
 
 @pytest.fixture(scope="module")
 def at(bundle: Path) -> Iterator[str]:
-    service = Service({"toy": str(bundle)}, Settings(threads=1, reload_seconds=0, max_body=LIMIT))
+    service = Service({"toy": str(bundle)}, Settings(execution=Execution(threads=1), reload_seconds=0, max_body=LIMIT))
     with listening(service) as address:
         yield address
 

@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Message
 
 from cascade_rt import CascadeRuntime, InvalidOption
+from cascade_rt.engine.execution import Execution
 from cascade_rt.serving import body as bodies
 from cascade_rt.serving.app import create_app
 from cascade_rt.serving.body import Body
@@ -42,7 +43,8 @@ WEBSOCKET = (
 def at(bundle: Path, pair_bundle: Path) -> Iterator[str]:
     """The address of a server with a low limit of bodies, and half a second for each."""
     service = Service(
-        {"toy": str(bundle), "pairs": str(pair_bundle)}, Settings(threads=1, reload_seconds=0, max_body=LIMIT)
+        {"toy": str(bundle), "pairs": str(pair_bundle)},
+        Settings(execution=Execution(threads=1), reload_seconds=0, max_body=LIMIT),
     )
     with listening(service, body_seconds=0.5) as address:
         yield address
@@ -583,7 +585,7 @@ def test_prefixes_that_cannot_be_used(bundle: Path) -> None:
         with pytest.raises(InvalidOption) as raised:
             Settings(root_path=wrong)
         assert raised.value.field == "root_path"
-    service = Service({"toy": str(bundle)}, Settings(threads=1))
+    service = Service({"toy": str(bundle)}, Settings(execution=Execution(threads=1)))
     own = {path.split("/")[1] for path in create_app(service).openapi()["paths"]} - {""}
     service.close()
     assert own | {"docs", "openapi.json", "static-offline-docs"} == set(OWN_PATHS)

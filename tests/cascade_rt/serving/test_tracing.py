@@ -15,6 +15,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from cascade_rt.engine.execution import Execution
 from cascade_rt.serving.service import Service
 from cascade_rt.serving.settings import Settings
 from cascade_rt.serving.tracing import Tracing
@@ -31,7 +32,7 @@ PARENT = {"traceparent": f"00-{TRACE}-b7ad6b7169203331-01"}
 def test_the_spans_of_a_request(bundle: Path) -> None:
     exporter = InMemorySpanExporter()
     tracing = Tracing(SimpleSpanProcessor(exporter))
-    service = Service({"toy": str(bundle)}, Settings(threads=1, reload_seconds=0), tracing)
+    service = Service({"toy": str(bundle)}, Settings(execution=Execution(threads=1), reload_seconds=0), tracing)
     with listening(service) as address:
         answer = httpx.post(f"http://{address}/v1/classify", json={"texts": TEXTS}, headers=PARENT)
         httpx.get(f"http://{address}/health")
