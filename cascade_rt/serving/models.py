@@ -12,7 +12,6 @@ from time import monotonic
 
 from ..bundle import MANIFEST
 from ..bundle.files import FileIdentity, file_identity
-from ..engine.execution import Execution
 from ..errors import CascadeError
 from ..runtime import CascadeRuntime
 from .batcher import Batcher
@@ -21,16 +20,9 @@ from .metrics import Metrics
 _LONGEST_PAUSE = 30.0  # seconds between attempts to open a bundle that cannot be used
 _log = logging.getLogger(__name__)
 
-Open = Callable[[str, Execution], CascadeRuntime]
-"""Opens a source: a folder, or "hf:org/name"."""
 
 Identify = Callable[[str], object]
 """Returns a value that changes when the bundle of a source is replaced."""
-
-
-def opened(source: str, execution: Execution) -> CascadeRuntime:
-    """Open a bundle of this machine, or of the hub."""
-    return CascadeRuntime(source, **execution.arguments())
 
 
 class UnknownModel(CascadeError):

@@ -32,10 +32,10 @@ from ..runtime import CascadeRuntime
 from .app import create_app
 from .envelope import PROBES
 from .metrics import Measured
-from .models import identity, opened
+from .models import identity
 from .responses import error_response
 from .server import KEEP_ALIVE, Setup, announce, listen, log_json
-from .service import Service
+from .service import Service, open_runtime
 
 APPLICATION = "cascade-rt"
 """Name of the application in Serve."""
@@ -77,7 +77,7 @@ class Bundles:
         """Return the identity of the bundle that is there now."""
         return identity(source)
 
-    def recipe(self, source: str) -> RemoteBundle:
+    def get(self, source: str) -> RemoteBundle:
         """Put the bundle that is there now into the object store, once; return how to open it anywhere."""
         found = identity(source)
         if source not in self._shared or self._shared[source][0] != found:
@@ -92,12 +92,12 @@ class Replica:
     def __init__(self, setup: Setup, bundles: Any) -> None:
         """Open the bundles that an actor, `Bundles`, has."""
 
-        def open_runtime(source: str, execution: Execution) -> CascadeRuntime:
-            remote: RemoteBundle = _got(bundles.recipe.remote(source))
+        def fetched(source: str, execution: Execution) -> CascadeRuntime:
+            remote: RemoteBundle = _got(bundles.get.remote(source))
             return remote.open(execution)
 
         log_json()
-        self._service = setup.open(open_runtime, lambda source: _got(bundles.identity.remote(source)))
+        self._service = setup.open(fetched, lambda source: _got(bundles.identity.remote(source)))
         self._service.measure = self._measure
         app = create_app(self._service, token=setup.token, cors_origins=setup.cors_origins)
         self._app = _DrainMiddleware(app, self._service)
@@ -176,7 +176,7 @@ def serve_on_cluster(setup: Setup, scaling: Scaling, address: str | None) -> Non
     if execution.threads is None:
         execution = replace(execution, threads=1)
         setup = replace(setup, settings=replace(setup.settings, execution=execution))
-    runtimes = {name: opened(source, execution) for name, source in setup.sources.items()}
+    runtimes = {name: open_runtime(source, execution) for name, source in setup.sources.items()}
     with listen(setup.host, setup.port) as free:  # raises the error of a port that is taken
         setup = replace(setup, port=free.getsockname()[1])
     with ExitStack() as ending, cluster(address):

@@ -20,8 +20,8 @@ from starlette.types import ASGIApp
 
 from ..errors import InputError, InvalidOption, MissingExtraError
 from .app import create_app
-from .models import Identify, Open, identity, opened
-from .service import Service
+from .models import Identify, identity
+from .service import OpenRuntime, Service, open_runtime
 from .settings import Settings
 from .upgrades import Http11Protocol
 
@@ -49,7 +49,7 @@ class Setup:
     traces: bool = False
     """True to trace requests: see `tracing`."""
 
-    def open(self, open_runtime: Open = opened, identify: Identify = identity) -> Service:
+    def open(self, open_runtime: OpenRuntime = open_runtime, identify: Identify = identity) -> Service:
         """Open the bundles; raise MissingExtraError where traces need packages that are not installed.
 
         The arguments are those of `Service`.

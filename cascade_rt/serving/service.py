@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import Gauge
 from starlette.requests import Request
 
+from ..engine.execution import Execution
 from ..engine.exit_rules import ExitRule
 from ..engine.tokenization import Encoded
 from ..errors import CascadeError, InvalidOption
@@ -21,7 +22,7 @@ from ..runtime import CascadeRuntime
 from ..types import Text
 from .batcher import Answer, Batcher, Draining
 from .metrics import Measured, Metrics
-from .models import Identify, Model, Models, Open, identity, opened
+from .models import Identify, Model, Models, identity
 from .settings import Settings
 
 if TYPE_CHECKING:  # of an extra
@@ -43,6 +44,15 @@ class TooManyTexts(CascadeError):
     """A request has more texts than are allowed."""
 
 
+OpenRuntime = Callable[[str, Execution], CascadeRuntime]
+"""Opens the bundle of a source."""
+
+
+def open_runtime(source: str, execution: Execution) -> CascadeRuntime:
+    """Open the bundle of a folder, or of "hf:org/name"."""
+    return CascadeRuntime(source, **execution.arguments())
+
+
 class Service:
     """What all interfaces of a server share."""
 
@@ -51,13 +61,10 @@ class Service:
         sources: dict[str, str],
         settings: Settings,
         tracing: Tracing | None = None,
-        open_runtime: Open = opened,
+        open_runtime: OpenRuntime = open_runtime,
         identify: Identify = identity,
     ) -> None:
-        """Open the bundles; `sources`: folder, or "hf:org/name", by name.
-
-        `open_runtime`: opens a source. `identify`: tells a replaced bundle.
-        """
+        """Open the bundles; `sources`: folder, or "hf:org/name", by name. `identify`: tells a replaced bundle."""
         self.settings = settings
         self.tracing = tracing
         self.metrics = Metrics()
@@ -73,8 +80,6 @@ class Service:
     def _open(self, name: str, source: str) -> CascadeRuntime:
         """Load all members, and run each once: a first run takes longer."""
         runtime = self._open_runtime(source, replace(self.settings.execution, spin_us=_SPIN_US))
-        for stage in runtime.plan.stages:
-            stage.load()
         runtime.member_logits([("a", "a") if runtime.bundle.pair else "a"])
         return runtime
 

@@ -12,7 +12,7 @@ from ..errors import InvalidOption
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a server's answers."""
+    """Limits and defaults of a server."""
 
     execution: Execution = field(default_factory=Execution)
     max_wait_ms: float = 0.0
@@ -28,9 +28,9 @@ class Settings:
     degrade: bool = False
     allow_thresholds: bool = False
     log_texts: bool = False
-    """True if texts and answers are logged."""
+    """True to log texts and answers."""
     reload_seconds: float = 1.0
-    """Seconds between two looks for a replaced bundle; 0 for never."""
+    """Seconds between looks for a replaced bundle; 0 for never."""
     root_path: str = ""
     """Prefix of all paths before a proxy, whether it strips it or not."""
 
