@@ -2,20 +2,21 @@
 
     python benchmarks/serving_engines.py --model-dir BUNDLE --data DATA/sst2/dev.tsv
 
-Both servers run at the same time and take turns. A replica has one thread, and so has the local server. Needs the extra
-ray.
+The servers run at the same time and take turns. A replica has one thread, and so has the local server; there is one
+replica, behind Ray Serve's own proxy or behind HAProxy. Needs the extra ray, and Linux for HAProxy.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import monotonic, perf_counter, sleep
 from typing import Any
@@ -30,7 +31,13 @@ from cascade_rt.io.readers import read_examples
 from cascade_rt.io.writers import write_json
 from cascade_rt.serving import Client
 
-ENGINES = {"local": [], "ray": ["--engine", "ray", "--address", "local", "--max-replicas", "1"]}
+_RAY = ["--engine", "ray", "--address", "local", "--max-replicas", "1"]
+ENGINES: dict[str, tuple[list[str], dict[str, str]]] = {
+    "local": ([], {}),
+    "ray": (_RAY, {}),
+    "ray with HAProxy": (_RAY, {"RAY_SERVE_ENABLE_HA_PROXY": "1"}),
+}
+"""Options and environment of each server."""
 
 
 def main() -> None:
@@ -38,8 +45,8 @@ def main() -> None:
     options = _parser().parse_args()
     texts = [str(row.text) for row in read_examples(options.data, pair=False)]
     report: dict[str, Any] = {"machine": describe(), "bundle": str(options.model_dir), "engines": {}}
-    with _server(options, "local") as local, _server(options, "ray") as ray:
-        urls = {"local": local, "ray": ray}
+    with ExitStack() as stack:
+        urls = {name: stack.enter_context(_server(options, name)) for name in ENGINES}
         for url in urls.values():
             _ask(url, texts, 2, options.seconds)  # warm-up
         for clients in options.clients:
@@ -54,7 +61,7 @@ def main() -> None:
                 row = {"requests_per_second": rate, "p50_ms": p50, "p95_ms": p95}
                 report["engines"].setdefault(name, {})[str(clients)] = row
                 rates = f"{rate['median']:.0f} requests/s ({rate['min']:.0f}-{rate['max']:.0f})"
-                print(f"{name:6} {clients} clients: {rates}, p50 {p50:.1f} ms, p95 {p95:.1f} ms", flush=True)
+                print(f"{name:16} {clients} clients: {rates}, p50 {p50:.1f} ms, p95 {p95:.1f} ms", flush=True)
     write_json(options.output, report)
 
 
@@ -63,8 +70,12 @@ def _server(options: argparse.Namespace, name: str) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     command = [sys.executable, "-m", "cascade_rt", "serve", "--model-dir", str(options.model_dir), "--port", port]
+    more, environment = ENGINES[name]
     process = subprocess.Popen(
-        [*command, "--threads", "1", *ENGINES[name]], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [*command, "--threads", "1", *more],
+        env=os.environ | environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     try:
         url = f"http://127.0.0.1:{port}"

@@ -60,7 +60,7 @@ class JobSettings:
     shard_format: str = ENDINGS[0]
     """One of `shards.ENDINGS`."""
     on_error: str = "stop"
-    """As for `answer`."""
+    """As for `Lines`."""
     resume: bool = False
     """Go on in the folder of an interrupted run. Shards whose records have changed are written anew."""
     verify: bool = True
@@ -136,7 +136,7 @@ def predict_on_cluster(
         settings: The way the job reads, answers and writes.
         address: Of the cluster, as for `cluster.cluster`.
         rejects: Where lines of the records that cannot be used go, in input order.
-        progress: Called after each part.
+        progress: Called after each part, with `counts`.
 
     Raises:
         InputError: The input, the output or a record cannot be used; the shards before it are in the folder.
