@@ -403,7 +403,7 @@ class Recipe:
 
     model_dir: str
     sha256: str
-    """Of the manifest."""
+    """Hash of the manifest."""
     opened: tuple[str, ...]
     """Names of all members that were opened."""
     members: tuple[str, ...]

@@ -139,7 +139,7 @@ class Bundle:
     """Keys unknown to this version, kept as they are."""
 
     folder: Path | None = field(default=None, compare=False, kw_only=True)
-    """Where it was read."""
+    """The folder that it was read from."""
     identity: FileIdentity | None = field(default=None, compare=False, kw_only=True)
     """File identity of the manifest when it was read."""
     sha256: str | None = field(default=None, compare=False, kw_only=True)

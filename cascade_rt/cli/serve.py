@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, InvalidOption, MissingExtraError
-from ..serving.settings import Settings
-from .options import RAY, add_engine, add_running, execution, refuse_without_ray
+from ..serving.settings import Scaling, Settings
+from .options import RAY, add_engine, add_running, execution, of_options, refuse_without_ray
 from .parser import CommandParser
 from .signals import Termination
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:  # of an extra
 SUMMARY = "serve bundles over HTTP"
 EXAMPLE = "cascade-rt serve --model-dir bundle/ --port 8000"
 
-_SCALING = ("min_replicas", "max_replicas", "target_requests")
+_FOR_RAY: dict[str, Any] = {"address": None, **asdict(Scaling())}
+"""Options for clusters alone, and their defaults."""
 
 
 def add_arguments(parser: CommandParser) -> None:
@@ -71,19 +73,12 @@ def add_arguments(parser: CommandParser) -> None:
     add("--cors-origin", action="append", default=[], metavar="ORIGIN", help="pages of this origin may call the server")
     add_running(parser)
     ray = add_engine(parser).add_argument
-    ray("--min-replicas", type=int, metavar="N", help="fewest replicas of the server (default: 1)")
+    ray("--min-replicas", type=int, metavar="N", help="fewest replicas of the server")
+    ray("--max-replicas", type=int, metavar="N", help="most replicas of the server (default: what fits)")
     ray(
-        "--max-replicas",
-        type=int,
-        metavar="N",
-        help="most replicas of the server (default: what fits)",
+        "--target-requests", type=float, metavar="N", help="requests under way per replica; above it, Ray adds replicas"
     )
-    ray(
-        "--target-requests",
-        type=float,
-        metavar="N",
-        help="requests under way per replica; above it, Ray adds replicas (default: 8)",
-    )
+    parser.set_defaults(**_FOR_RAY)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -93,17 +88,11 @@ def run(options: argparse.Namespace) -> None:
         from ..serving.workers import serve_with_workers  # noqa: PLC0415
     except ImportError as error:
         raise MissingExtraError("serving", "serve", error) from error
-    settings = Settings(
+    settings = of_options(
+        Settings,
+        options,
         execution=execution(options),
-        max_wait_ms=options.max_wait_ms,
-        max_queue=options.max_queue,
-        max_texts=options.max_texts,
         max_body=round(options.max_body_mb * 2**20),
-        timeout=options.timeout,
-        degrade=options.degrade,
-        allow_thresholds=options.allow_thresholds,
-        log_texts=options.log_texts,
-        reload_seconds=options.reload_seconds,
         root_path=options.root_path.rstrip("/"),
     )
     setup = Setup(
@@ -120,7 +109,7 @@ def run(options: argparse.Namespace) -> None:
         if options.engine == RAY:
             _serve_on_cluster(setup, options)
             return
-        refuse_without_ray(options, dict.fromkeys(("address", *_SCALING)))
+        refuse_without_ray(options, _FOR_RAY)
         if options.workers != 1:
             serve_with_workers(setup, options.workers)
             return
@@ -132,13 +121,12 @@ def run(options: argparse.Namespace) -> None:
 
 def _serve_on_cluster(setup: Setup, options: argparse.Namespace) -> None:
     try:
-        from ..serving.ray_serve import Scaling, serve_on_cluster  # noqa: PLC0415
+        from ..serving.ray_serve import serve_on_cluster  # noqa: PLC0415
     except ImportError as error:
         raise MissingExtraError("--engine ray", "ray", error) from error
     if options.workers != 1:
         raise InvalidOption("workers", options.workers, "1 with --engine ray, where --max-replicas is what counts")
-    scaling = {name: getattr(options, name) for name in _SCALING if getattr(options, name) is not None}
-    serve_on_cluster(setup, Scaling(**scaling), options.address)
+    serve_on_cluster(setup, of_options(Scaling, options), options.address)
 
 
 def _sources(options: argparse.Namespace) -> dict[str, str]:

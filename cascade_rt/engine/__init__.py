@@ -1,1 +1,1 @@
-"""What the journey of a text is made of: tokenization, micro-batches, stages (ONNX sessions), exit rules, and costs."""
+"""The parts of a text's journey: tokenization, micro-batches, stages (ONNX sessions), exit rules, and costs."""

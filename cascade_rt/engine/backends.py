@@ -1,11 +1,16 @@
-"""Backends: the engines that run a member's ONNX file. ONNX Runtime on the CPU or on a device, and OpenVINO."""
+"""Backends: the engines that run a member's ONNX file. ONNX Runtime on the CPU or on a device, and OpenVINO.
+
+`execution` is checked, with a number of threads and a spin duration. `load` returns a session, safe to use from several
+threads, with `inputs`, `outputs` and `run(outputs, feed)`; `for_bulk` is one that runs several micro-batches at a time,
+with one thread each. It raises BundleError for a file that the engine cannot use.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import onnxruntime
 from numpy.typing import NDArray
@@ -21,53 +26,16 @@ from .providers import CPU, OPENVINO, check_exact_kernels, options_for, products
 _OUT_OF_MEMORY = ("bad_alloc", "failed to allocate", "out of memory", "available memory of", "cublas_status_alloc")
 
 
-class Session(Protocol):
-    """A loaded model, safe to use from several threads."""
-
-    @property
-    def inputs(self) -> Sequence[str]:
-        """Names of the inputs."""
-
-    @property
-    def outputs(self) -> Sequence[str]:
-        """Names of the outputs."""
-
-    def run(self, outputs: Sequence[str], feed: Feed) -> list[NDArray[Any]]:
-        """Run one micro-batch."""
-
-
-class Backend(Protocol):
-    """An engine with its settings."""
-
-    @property
-    def execution(self) -> Execution:
-        """The settings, checked."""
-
-    budget: ClassVar[int]
-    """Padded tokens per micro-batch."""
-    on_device: ClassVar[bool]
-    """True for devices, which a forked process cannot use and which run one micro-batch at a time."""
-
-    def load(self, entry: MemberEntry, path: Path, *, for_bulk: bool) -> Session:
-        """Return a session; `for_bulk`: with one thread for each of several micro-batches at a time.
-
-        Raises BundleError for a file that the engine cannot use.
-        """
-
-    def survives_fork(self, for_bulk: bool) -> bool:
-        """Return whether a session has no threads of its own, so that a forked process can use it."""
-
-
 @dataclass(frozen=True)
 class CpuBackend:
-    """ONNX Runtime on the CPU. `execution`: checked; its spin duration is set."""
+    """ONNX Runtime on the CPU."""
 
     execution: Execution
 
     budget: ClassVar[int] = TOKEN_BUDGET
     on_device: ClassVar[bool] = False
 
-    def load(self, entry: MemberEntry, path: Path, *, for_bulk: bool) -> Session:
+    def load(self, entry: MemberEntry, path: Path, *, for_bulk: bool) -> Any:
         """Return a session with all threads, or with one."""
         options = self._options(1 if for_bulk else self.execution.threads or 1)
         remedy = "export again"
@@ -113,7 +81,7 @@ class DeviceBackend(CpuBackend):
     budget = DEVICE_TOKEN_BUDGET
     on_device = True
 
-    def load(self, entry: MemberEntry, path: Path, *, for_bulk: bool) -> Session:
+    def load(self, entry: MemberEntry, path: Path, *, for_bulk: bool) -> Any:
         """Return a session whose inputs and outputs are bound; refuse one that leaves products to the CPU."""
         options = self._options(self.execution.threads or 1)
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
@@ -152,7 +120,7 @@ class OpenVinoBackend:
     budget: ClassVar[int] = TOKEN_BUDGET
     on_device: ClassVar[bool] = False
 
-    def load(self, entry: MemberEntry, path: Path, *, for_bulk: bool) -> Session:
+    def load(self, entry: MemberEntry, path: Path, *, for_bulk: bool) -> Any:
         """Return a session."""
         options = options_for(OPENVINO, self.execution.provider_options)
         try:
@@ -185,6 +153,9 @@ def usable(execution: Execution) -> Execution:
         threads=usable_threads(execution.threads),
         spin_us=spin_duration(execution.spin_us),
     )
+
+
+Backend = CpuBackend | OpenVinoBackend
 
 
 def backend_for(execution: Execution) -> Backend:

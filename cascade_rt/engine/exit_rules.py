@@ -38,7 +38,7 @@ class ExitRule(ABC):
     option: ClassVar[Mapping[str, Any]]
     """Further arguments of argparse's `add_argument` for that option."""
     chooses_members: ClassVar[bool] = True
-    """Whether tuning may leave members out."""
+    """True if tuning may leave members out."""
     thresholds: tuple[float, ...] = ()
     """One for each member but the last; empty under rules without thresholds."""
 
@@ -55,7 +55,7 @@ class ExitRule(ABC):
     @property
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """What the manifest's `exit_rule` says besides the kind."""
+        """The manifest's `exit_rule` without the kind."""
 
     @abstractmethod
     def changed(self, value: Any, members: int) -> ExitRule:
@@ -156,7 +156,7 @@ class Thresholds(ExitRule):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the manifest's `exit_rule` says besides the kind: nothing."""
+        """No settings: thresholds are those of the members."""
         return {}
 
     def changed(self, value: float | Sequence[float], members: int) -> Thresholds:

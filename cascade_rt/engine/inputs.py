@@ -1,4 +1,4 @@
-"""What counts as texts: any iterable for `predict`, and for `__call__` what a transformers pipeline takes.
+"""Inputs that count as texts: any iterable for `predict`, and for `__call__` what a transformers pipeline takes.
 
 And which types a runtime's arguments may have: others would fail late, or pass for something else.
 """

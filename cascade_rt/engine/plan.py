@@ -95,7 +95,7 @@ class Plan:
 
     @property
     def tokenizer(self) -> TextTokenizer:
-        """What all members share."""
+        """The tokenizer, which all members share."""
         return self.opened.tokenizer
 
     @property

@@ -1,4 +1,4 @@
-"""What can execute members: the execution providers of ONNX Runtime, and OpenVINO. And what each cannot run."""
+"""Engines that can execute members: the execution providers of ONNX Runtime, and OpenVINO. And what each cannot run."""
 
 from __future__ import annotations
 

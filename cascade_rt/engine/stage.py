@@ -22,7 +22,7 @@ from ..bundle import MemberEntry
 from ..bundle.files import file_identity
 from ..bundle.manifest import HIDDEN_STATES, TOKENS
 from ..errors import BundleError, InferenceError, first_line
-from .backends import Session, backend_for, out_of_memory
+from .backends import backend_for, out_of_memory
 from .execution import Execution
 from .forks import FORKS, never_destroy
 from .openvino import Feed
@@ -156,7 +156,7 @@ class Stage:
             del self._sessions[for_bulk]
             self._device_in_parent = self._backend.on_device
 
-    def _run(self, session: Session, batch: Batch) -> RunOutput:
+    def _run(self, session: Any, batch: Batch) -> RunOutput:
         feed = {name: batch[name] for name in self._inputs}
         try:
             with FORKS:
@@ -193,7 +193,7 @@ class Stage:
             f"member {self.entry.name!r} failed on {batch} ({reason}); check the model, then export again"
         )
 
-    def _make_session(self, for_bulk: bool) -> Session:
+    def _make_session(self, for_bulk: bool) -> Any:
         """Make a session, and note which of its inputs and outputs are used."""
         if self._device_in_parent:
             raise InferenceError(

@@ -104,7 +104,7 @@ class Journey:
     """
 
     probabilities: NDArray[np.float64]
-    """Of the member that ran last, shape (texts, labels)."""
+    """Those of the member that ran last, shape (texts, labels)."""
     exits: NDArray[np.intp]
     """Which member answered, shape (texts,); valid for texts that have left."""
     waiting: NDArray[np.intp]
@@ -112,9 +112,9 @@ class Journey:
     truncated: list[bool]
     """For each text, whether tokens were cut off."""
     state: Any
-    """Of the exit rule."""
+    """The exit rule's state."""
     inputs: dict[str, Encoded | HiddenStates]
-    """What stages read, by its kind."""
+    """Inputs of stages by their kind."""
     tokenization_seconds: float = 0.0
     runs: list[StageRun] = field(default_factory=list)
 

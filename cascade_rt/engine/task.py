@@ -1,7 +1,10 @@
 """Tasks: what logits mean. Probabilities, answers, labels and scores come from here alone.
 
-A task is immutable. Methods that end in `_of_one` take one text as plain numbers, with the bits of their counterparts
-and fewer calls of numpy.
+A task is immutable: its `name` is the manifest's, `several` says whether a text can have several labels or none, and
+`function` is that from logits to probabilities. Logits and probabilities are arrays of shape (..., labels), the latter
+float64; those of a text do not depend on the others. Answers are class ids, int (...), or with several labels which of
+them, bool (..., labels). Methods that end in `_of_one` take one text as plain numbers, with the bits of their
+counterparts and fewer calls of numpy.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import compress
 from operator import gt
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,44 +23,6 @@ from ..bundle import Bundle
 from ..bundle.manifest import MULTI_LABEL, SINGLE_LABEL
 
 _FEW = 8  # labels up to which Python's exp is faster for one text than a call of numpy's, whose last bit can differ
-
-
-class Task(Protocol):
-    """The meaning of logits."""
-
-    name: ClassVar[str]
-    """As the manifest writes it."""
-    several: ClassVar[bool]
-    """Whether a text can have several labels, or none."""
-    function: ClassVar[str]
-    """From logits to probabilities: "softmax" or "sigmoid"."""
-
-    def probabilities(self, logits: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Return the probability of each label, float64 (..., labels); those of a text do not depend on the others."""
-
-    def probabilities_of_one(self, logits: NDArray[np.floating]) -> list[float]:
-        """Return the probabilities of one text, from logits (labels,)."""
-
-    def answers(self, probabilities: NDArray[np.float64]) -> NDArray[Any]:
-        """Return the answers: class ids, int (...), or with several labels which of them, bool (..., labels)."""
-
-    def labels(self, names: Sequence[str], probabilities: Sequence[float], winner: int) -> tuple[str, ...]:
-        """Return the labels of the answer to one text; `winner`: its most probable class."""
-
-    def equal(self, answers: NDArray[Any], others: NDArray[Any]) -> NDArray[np.bool_]:
-        """Return where two answers are the same, bool (...)."""
-
-    def indicators(self, answers: NDArray[Any], labels: int) -> NDArray[np.bool_]:
-        """Return which of the labels each answer has, bool (..., labels)."""
-
-    def confidence(self, probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return the confidence c(x), 0 to 1, float64 (...)."""
-
-    def confidence_of_one(self, probabilities: list[float]) -> float:
-        """Return the confidence for one text."""
-
-    def certainty(self, probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return 1 minus the entropy as a share of the largest possible one, 0 to 1, float64 (...)."""
 
 
 @dataclass(frozen=True)
@@ -183,6 +148,9 @@ class MultiLabel:
         entropy = (_entropy_terms(probabilities) + _entropy_terms(1.0 - probabilities)).mean(axis=-1)
         certain: NDArray[np.float64] = np.clip(1 - entropy / math.log(2), 0.0, 1.0)
         return certain
+
+
+Task = SingleLabel | MultiLabel
 
 
 def task_of(bundle: Bundle) -> Task:

@@ -75,7 +75,7 @@ class Encoded:
         return _unpickled, (ids, types, self.lengths, truncated, self._padding, self.seconds)
 
     def truncated(self, row: int) -> bool:
-        """Whether tokens of this text were cut off at the maximum length."""
+        """Return whether tokens of this text were cut off at the maximum length."""
         encoding = self._encodings[row]
         return isinstance(encoding, _Tokens) and encoding.truncated
 
@@ -223,7 +223,7 @@ class TextTokenizer:
 
     @cached_property
     def _splits_at_spaces(self) -> bool:
-        """Whether words are tokenized on their own, whatever follows them."""
+        """True if words are tokenized on their own, whatever follows them."""
         pre_tokenizer: Mapping[str, Any] = json.loads(self._tokenizer.to_str())["pre_tokenizer"] or {
             "pretokenizers": []
         }

@@ -51,7 +51,7 @@ class Classification:
     score: float
     """Probability of the label."""
     probabilities: Mapping[str, float]
-    """Of all labels."""
+    """Probability of each label."""
     exit: int
     """Which member answered, 0-based."""
     member: str
@@ -60,7 +60,7 @@ class Classification:
     """Encoder layers executed, by all members that the text ran."""
     truncated: bool
     degraded: bool
-    """Whether a deadline kept the text from the next member."""
+    """True if a deadline kept the text from the next member."""
     model: str
     version: str
     """The first 12 digits of the bundle's sha256."""
@@ -71,7 +71,7 @@ class Classification:
 
 
 class _Requests:
-    """What both clients send and understand."""
+    """Requests and responses of both clients."""
 
     def __init__(self, retries: int) -> None:
         self._retries = retries

@@ -20,7 +20,7 @@ def _lower(found: Any) -> Any:
 
 
 class Parameters(BaseModel):
-    """How to answer. Others are refused, as by pipelines."""
+    """Parameters of an answer. Others are refused, as by pipelines."""
 
     model_config = ConfigDict(extra="forbid")
 

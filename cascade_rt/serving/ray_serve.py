@@ -36,6 +36,7 @@ from .models import identity
 from .responses import error_response
 from .server import KEEP_ALIVE, Setup, announce, listen, log_json
 from .service import Service, open_runtime
+from .settings import Scaling
 
 APPLICATION = "cascade-rt"
 """Name of the application in Serve."""
@@ -45,26 +46,6 @@ _ANY = 1_000_000  # requests at a time: what limits them is `Settings.max_queue`
 _HEALTH_SECONDS = 2.0  # between looks at a replica, which is replaced when it has died
 _LAST_SECONDS = 5.0  # for the end of a replica after the grace that its requests have
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}  # requests are in our own log
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """Numbers of replicas."""
-
-    min_replicas: int = 1
-    max_replicas: int | None = None
-    """None for what the cluster has room for."""
-    target_requests: float = 8.0
-    """Requests that a replica should have at a time, those that wait included; more start another replica."""
-
-    def __post_init__(self) -> None:
-        """Raise InvalidOption for a value that is out of range."""
-        if self.min_replicas < 1:
-            raise InvalidOption("min_replicas", self.min_replicas, "at least 1")
-        if self.max_replicas is not None and self.max_replicas < self.min_replicas:
-            raise InvalidOption("max_replicas", self.max_replicas, f"at least {self.min_replicas}, the fewest")
-        if not 0 < self.target_requests < math.inf:
-            raise InvalidOption("target_requests", self.target_requests, "a number above 0")
 
 
 class Bundles:

@@ -54,7 +54,7 @@ def open_runtime(source: str, execution: Execution) -> CascadeRuntime:
 
 
 class Service:
-    """What all interfaces of a server share."""
+    """The part of a server that all interfaces share."""
 
     def __init__(
         self,

@@ -48,6 +48,26 @@ class Settings:
             _check_root_path(self.root_path)
 
 
+@dataclass(frozen=True)
+class Scaling:
+    """Numbers of replicas."""
+
+    min_replicas: int = 1
+    max_replicas: int | None = None
+    """None for what the cluster has room for."""
+    target_requests: float = 8.0
+    """Requests that a replica should have at a time, those that wait included; more start another replica."""
+
+    def __post_init__(self) -> None:
+        """Raise InvalidOption for a value that is out of range."""
+        if self.min_replicas < 1:
+            raise InvalidOption("min_replicas", self.min_replicas, "at least 1")
+        if self.max_replicas is not None and self.max_replicas < self.min_replicas:
+            raise InvalidOption("max_replicas", self.max_replicas, f"at least {self.min_replicas}, the fewest")
+        if not 0 < self.target_requests < math.inf:
+            raise InvalidOption("target_requests", self.target_requests, "a number above 0")
+
+
 OWN_PATHS = (
     "docs", "health", "info", "metrics", "models", "openapi.json", "predict", "static-offline-docs", "v1", "v2",
 )  # fmt: skip

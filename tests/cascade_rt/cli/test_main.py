@@ -21,6 +21,7 @@ from cascade_rt.cli import BUILT_IN, GROUP, main
 from cascade_rt.cli.parser import Command, CommandParser
 from cascade_rt.engine.execution import Execution
 from cascade_rt.io.readers import Reading
+from cascade_rt.serving.settings import Scaling, Settings
 from cascade_rt.tuning.report import Question
 
 from .commands import run
@@ -330,6 +331,8 @@ def test_output_is_utf8_whatever_the_terminal(bundle: Path, monkeypatch: pytest.
         (Workload, "benchmark", {"reading"}),
         (Reading, "evaluate", {"columns", "skip_malformed"}),
         (Execution, "predict", {"spin_us"}),
+        (Settings, "serve", {"execution", "max_body"}),
+        (Scaling, "serve", set()),
     ],
 )
 def test_every_field_has_an_option(kind: type, command: str, others: set[str]) -> None:

@@ -161,7 +161,7 @@ def test_on_a_cluster(
         written[part] = lines
         return receipt(len(lines))
 
-    job: Any = SimpleNamespace(on_error="null", folder=SimpleNamespace(write=write))
+    job: Any = SimpleNamespace(settings=SimpleNamespace(on_error="null"), folder=SimpleNamespace(write=write))
     texts = [*GOOD, BAD[0], *GOOD, BAD[1]]
     part = ray_job._Part("0", "d", examples(texts))
     for members in pools:

@@ -27,7 +27,7 @@ from cascade_rt.bundle import MANIFEST
 from cascade_rt.cli import main
 from cascade_rt.engine.execution import Execution
 from cascade_rt.serving.service import Service
-from cascade_rt.serving.settings import Settings
+from cascade_rt.serving.settings import Scaling, Settings
 
 from ...toy import WORDS, write_cascade
 from .conftest import listening
@@ -437,7 +437,7 @@ def test_replicas_find_room(
     from cascade_rt.serving import ray_serve
 
     monkeypatch.setattr(ray_serve, "cluster_resources", lambda: cluster)
-    plan = ray_serve._Plan.of(Execution(**settings), ray_serve.Scaling(**scaling))
+    plan = ray_serve._Plan.of(Execution(**settings), Scaling(**scaling))
     assert (plan.cpus, plan.gpus, plan.least, plan.most) == expected
     assert plan.least * plan.cpus <= cluster.get("CPU", 0)
     for value in (plan.cpus, plan.gpus):
@@ -449,4 +449,4 @@ def test_cuda_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(ray_serve, "cluster_resources", lambda: {"CPU": 8.0})
     with pytest.raises(Exception, match="the cluster has no GPU"):
-        ray_serve._Plan.of(Execution("cuda"), ray_serve.Scaling())
+        ray_serve._Plan.of(Execution("cuda"), Scaling())
