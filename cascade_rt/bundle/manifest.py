@@ -50,7 +50,8 @@ _SEAL = "sha256"  # of the manifest without this key; manifests of other writers
 _MANIFEST_BYTES = 16 * 2**20  # far above any real manifest
 _LONGEST_NAME = 1000  # characters of a label, or of a member's name
 _PAPER = {"kind": MAXIMUM_PROBABILITY}
-_TYPICAL_TOKENS = 128  # at which members are compared by cost
+TYPICAL_TOKENS = 128
+"""Length of the text by which members are compared by cost."""
 
 
 @dataclass(frozen=True)
@@ -92,18 +93,29 @@ class MemberEntry:
     def cost(self, tokens: NDArray[Any] | float) -> Any:
         """FLOPs of the member for texts with this many tokens, float64, in the shape of `tokens`.
 
-        A layer of hidden size h and inner size i does 4 h^2 + 2 h i multiply-adds per token in its projections, and
-        2 h per pair of tokens in its attention, at two FLOPs each. For h = 768 and 128 tokens the projections take
-        1811.9M (the paper quotes 1809.9M a layer). Embeddings, pooler and classifier are left out, as in the paper; the
-        exits of a multi-exit model before its last are counted. A member that states its own FLOPs has these.
+        Those of `encoder_flops`, and of the exits of a multi-exit model before its last; or those that the member
+        states.
         """
         n = np.asarray(tokens, dtype=np.float64)
         if self.flops:
             return np.polynomial.polynomial.polyval(n, self.flops)
-        hidden = float(self.hidden_size)
-        inner = float(self.intermediate_size or 4 * hidden)
-        encoder = 2 * self.layers * (n * (4 * hidden**2 + 2 * hidden * inner) + 2 * hidden * n**2)
+        encoder = encoder_flops(self.layers, self.hidden_size, self.intermediate_size, n)
         return encoder + np.polynomial.polynomial.polyval(n, self.exit_flops or (0,))
+
+
+def encoder_flops(
+    layers: int, hidden_size: int, intermediate_size: int | None, tokens: NDArray[Any] | float = TYPICAL_TOKENS
+) -> Any:
+    """FLOPs of an encoder, float64, in the shape of `tokens`; embeddings, pooler and classifier are left out.
+
+    A layer of hidden size h and inner size i does 4 h^2 + 2 h i multiply-adds per token in its projections, and 2 h per
+    pair of tokens in its attention, at two FLOPs each. For h = 768 and 128 tokens the projections take 1811.9M (the
+    paper quotes 1809.9M a layer).
+    """
+    hidden = float(hidden_size)
+    inner = float(intermediate_size or 4 * hidden)
+    n = np.asarray(tokens, dtype=np.float64)
+    return 2 * layers * (n * (4 * hidden**2 + 2 * hidden * inner) + 2 * hidden * n**2)
 
 
 @dataclass(frozen=True)
@@ -315,7 +327,7 @@ def _parse(manifest: dict[str, Any]) -> Bundle:
     if members[0].reads != TOKENS:
         raise BundleError(f"{MANIFEST}: members[0]: reads hidden states, but no member is before it; expected tokens")
     layers = [sum(member.layers for member in model) for model in models(members)]
-    costs = [sum(float(member.cost(_TYPICAL_TOKENS)) for member in model) for model in models(members)]
+    costs = [sum(float(member.cost(TYPICAL_TOKENS)) for member in model) for model in models(members)]
     if sorted(layers) != layers and (version < 3 or sorted(costs) != costs):
         expected = "ascending numbers of layers" if version < 3 else "ascending numbers of layers, or ascending FLOPs"
         raise BundleError(f"{MANIFEST}: members: expected {expected}, small to big")

@@ -254,7 +254,7 @@ def _deploy(setup: Setup, plan: _Plan) -> None:
     try:
         serve.start(http_options=http, logging_config=_QUIET)
         serve.run(replica.bind(replace(setup, sources=sources), bundles), name=APPLICATION, logging_config=_QUIET)
-    except (RuntimeError, TimeoutError) as error:
+    except (RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
         raise CascadeError(f"the replicas cannot start on the cluster ({_reason(error)})") from error
 
 

@@ -17,6 +17,7 @@ from cascade_export.checkpoint import Checkpoint, built_in_texts, check_fit, tok
 from cascade_export.member import Files, MemberExport
 from cascade_export.onnx_checkpoint import OnnxCheckpoint, is_onnx, open_onnx
 from cascade_rt.bundle import Bundle, MemberEntry, sha256_of, write_bundle, write_manifest
+from cascade_rt.bundle.manifest import encoder_flops
 from cascade_rt.engine.backends import usable
 from cascade_rt.engine.tokenization import TextTokenizer
 from cascade_rt.errors import CascadeError, InputError, InvalidOption, MissingExtraError
@@ -41,7 +42,7 @@ def export_bundle(
     """Export fine-tuned classifiers as the members of one bundle; each is checked before the bundle appears.
 
     Args:
-        sources: Hugging Face folders or hf:NAME, or ONNX files or folders; they are sorted by their number of layers.
+        sources: Hugging Face folders or hf:NAME, or ONNX files or folders; they are sorted by their FLOPs.
             Those with another tokenizer than the first, but the same words, are aligned to it (torch weights only).
         output: The bundle's folder.
         threshold: Threshold of every member but the last, until tuning finds better ones.
@@ -58,7 +59,7 @@ def export_bundle(
     if not 0 <= threshold <= 1:
         raise InvalidOption("threshold", threshold, "a number from 0 to 1")
     checkpoints = [_open(source, pair, max_length) for source in sources]
-    checkpoints.sort(key=lambda checkpoint: (checkpoint.layers, checkpoint.parameters))
+    checkpoints.sort(key=_cost)
     check_fit(checkpoints)
     checkpoints = _with_one_tokenizer(checkpoints, check)
     wanted = _by_member(precision, [checkpoint.name for checkpoint in checkpoints])
@@ -81,6 +82,10 @@ def export_bundle(
         bundle = bundle_of(checkpoints, members, folder)
         write_manifest(folder, bundle)
     return bundle
+
+
+def _cost(one: Checkpoint) -> tuple[float, int]:
+    return encoder_flops(one.layers, one.hidden_size, one.intermediate_size), one.parameters
 
 
 def bundle_of(checkpoints: Sequence[Checkpoint], members: Sequence[MemberEntry], folder: Path) -> Bundle:

@@ -25,7 +25,7 @@ from cascade_rt.engine.execution import Execution
 from cascade_rt.engine.providers import CPU, OPENVINO, instead_of, is_installed
 from cascade_rt.engine.stage import Stage
 from cascade_rt.engine.tokenization import TextTokenizer
-from cascade_rt.errors import BundleError, CascadeError, InputError
+from cascade_rt.errors import BundleError, CascadeError, InputError, MissingExtraError
 from cascade_rt.types import Text
 
 AUTO = "auto"
@@ -151,6 +151,7 @@ class MemberExport:
             intermediate_size=checkpoint.intermediate_size,
             positions=checkpoint.positions,
             data=tuple(WeightFile(file, sha256_of(folder / file)) for file in data),
+            flops=() if checkpoint.layers else _flops(folder / file),
             other=self._files.facts,
         )
         return entry, self._stage(entry, self._execution)
@@ -169,3 +170,12 @@ class MemberExport:
             if self._original is not None:
                 check_drop(entry.name, entry.precision, report, self._max_accuracy_drop)
         return replace(entry, other={**entry.other, **found})
+
+
+def _flops(file: Path) -> tuple[int, ...]:
+    """Return the FLOPs of a member without layers, counted in its graph."""
+    try:
+        from cascade_export.flops import graph_flops  # noqa: PLC0415 - loads onnx
+    except ImportError as error:
+        raise MissingExtraError("a member without layers", "export", error) from error
+    return graph_flops(file)

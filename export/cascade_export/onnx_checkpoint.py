@@ -117,7 +117,7 @@ def open_onnx(source: str, *, pair: bool | None = None, max_length: int | None =
         pad_id = int(config.get("pad_token_id") or 0)
         training = training_record(str(folder))
         model_length = longest(settings)
-    if min(layers, hidden, says, pad_id + 1) < 1:
+    if min(layers + 1, hidden, says, pad_id + 1) < 1:
         raise InputError(
             f"{folder / 'config.json'}: found {layers} layers, hidden size {hidden}, {says} positions, padding id "
             f"{pad_id}; expected positive numbers"
