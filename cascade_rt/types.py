@@ -39,7 +39,7 @@ class StageRun(NamedTuple):
     tokens: int
     """Tokens per row, padding included."""
     seconds: float
-    """Time of the ONNX Runtime call."""
+    """Time of the engine's call."""
 
 
 class Trace(NamedTuple):

@@ -1,7 +1,7 @@
 """The on-disk format of a cascade: `cascade.json`, `tokenizer.json` and one ONNX file per member.
 
-`manifest` is the schema, `storage` reads and writes whole bundles, `paths`, `files` and `onnx_file` check what they
-name, `hub` and `card` share them.
+`manifest` is the schema, with the `precisions` that members may have, `storage` reads and writes whole bundles,
+`paths`, `files` and `onnx_file` check what they name, `hub` and `card` share them.
 """
 
 from .files import sha256_of

@@ -1,1 +1,1 @@
-"""The parts of a text's journey: tokenization, micro-batches, stages (ONNX sessions), exit rules, and costs."""
+"""The parts of a text's journey: tokenization, micro-batches, stages and backends, tasks, exit rules, and costs."""

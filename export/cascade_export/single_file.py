@@ -29,7 +29,7 @@ from cascade_rt.io.writers import new_path, whole_file
 from cascade_rt.types import Text
 
 METADATA = "cascade"
-"""Key of the file's metadata: JSON with labels, members, thresholds, max_length, pair and the tokenizer's sha256."""
+"""Key of the metadata: JSON with labels, members, thresholds, max_length, pair, tokenizer_sha256, any other task."""
 
 _TOKENS = ("input_ids", "attention_mask", "token_type_ids")
 _LARGEST = 2**31 - 1  # bytes of a protocol buffer
