@@ -14,6 +14,6 @@ tokenizer.enable_truncation(cascade["max_length"])
 encodings = tokenizer.encode_batch(sys.argv[3:])
 fields = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 inputs = {name: np.array([getattr(text, field) for text in encodings]) for name, field in fields.items()}
-probabilities, exits, _ = session.run(None, inputs | {"thresholds": np.array(cascade["thresholds"])})
+probabilities, exits, *_ = session.run(None, inputs | {"thresholds": np.array(cascade["thresholds"])})
 for text, row, exit in zip(sys.argv[3:], probabilities, exits, strict=True):
     print(f"{text}\t{cascade['labels'][row.argmax()]}\t{row.max():.3f}\t{cascade['members'][exit]['name']}")

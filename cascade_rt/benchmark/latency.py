@@ -111,7 +111,7 @@ def _compared(bundle: Bundle, timed: Mapping[str, Timed[list[Prediction]]], leng
             "layer_speedup": layers,
             "flops_speedup": flops_speedup(bundle.members, left, lengths),
             "wall_speedup": spread(ratios),
-            "realised": spread(ratios / layers),
+            "realised": spread(ratios / layers) if layers else None,
         }
     return outcome
 
@@ -150,7 +150,7 @@ def draw_latency(report: dict[str, Any], path: Path) -> None:
     figure, axes = plotting.subplots(figsize=(6.4, 5))
     furthest = 1.0
     for size, rows in report["batches"].items():
-        points = [row for name, row in rows.items() if name != BIG]
+        points = [row for name, row in rows.items() if name != BIG and row["layer_speedup"]]
         layers = [row["layer_speedup"] for row in points]
         wall = [row["wall_speedup"] for row in points]
         middle = np.array([ratio["median"] for ratio in wall])

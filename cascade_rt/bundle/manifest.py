@@ -161,7 +161,8 @@ class Bundle:
     def format_version(self) -> int:
         """The lowest version of the format that can express this bundle."""
         layers = [sum(member.layers for member in model) for model in models(self.members)]
-        if self.task != SINGLE_LABEL or 0 in layers or sorted(layers) != layers:
+        stated = any(member.flops for member in self.members)
+        if self.task != SINGLE_LABEL or 0 in layers or sorted(layers) != layers or stated:
             return 3
         return 1 if self.is_cascade else 2
 

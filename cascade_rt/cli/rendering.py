@@ -175,7 +175,7 @@ def latency_summary(report: Mapping[str, Any]) -> str:
             if name == "big":
                 rows.append([size, name, "1.00x", "1.00x", "1.00x", "", *cells])
                 continue
-            realised = "{median:.2f} ({min:.2f}-{max:.2f})".format(**row["realised"])
+            realised = "{median:.2f} ({min:.2f}-{max:.2f})".format(**row["realised"]) if row["realised"] else "-"
             ratios = [row["layer_speedup"], row["flops_speedup"], row["wall_speedup"]["median"]]
             rows.append([size, f"{name}x", *map(times, ratios), realised, *cells])
     header = ["batch", "", "layers", "FLOPs", "wall", "realised", "p50 ms", "p95 ms", "p99 ms", "texts/s"]
