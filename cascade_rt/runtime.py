@@ -76,7 +76,7 @@ class CascadeRuntime:
 
         Args:
             model_dir: A folder, or "hf:org/name" or "hf:org/name@revision" on the Hugging Face hub. Or the `plan` of
-                another runtime, perhaps changed, whose sessions are shared; other arguments then have no effect.
+                another runtime, perhaps changed, whose sessions are shared; then it is the only argument.
             provider: "cpu", "cuda", any provider name of the installed ONNX Runtime, or "openvino".
             threads: Threads for each member's computation; None for all CPUs that this process may use.
             thresholds: None for the bundle's; a float in [0, 1] for one tau at every member; a list for one per member
@@ -98,6 +98,9 @@ class CascadeRuntime:
         """
         self._counting = Lock()
         if isinstance(model_dir, Plan):
+            others = (threads, thresholds, members, provider_options, spin_us, expected_sha256, trace)
+            if any(other is not None for other in others):
+                raise InvalidOption("model_dir", "a plan with other arguments", "a plan alone: it has them all")
             self._plan = model_dir
         else:
             check_types(
@@ -209,7 +212,8 @@ class CascadeRuntime:
         for index, stage in enumerate(plan.stages):
             batch = inputs[stage.reads]
             logits, hidden_states, seconds = stage.run(batch)
-            runs.append(StageRun(index, stage.entry.name, *shape(batch), seconds))
+            if plan.trace is not None:
+                runs.append(StageRun(index, stage.entry.name, *shape(batch), seconds))
             probabilities = plan.task.probabilities_of_one(logits[0])
             if stage is plan.stages[-1] or plan.rule.leaves_alone(state, index, plan.task, probabilities):
                 break
@@ -283,7 +287,7 @@ class CascadeRuntime:
         mean_layers = executed / texts if texts else float("nan")
         tuning = self.bundle.tuning
         names = [entry.name for entry in self.bundle.members]
-        if tuning is None or tuning.thresholds != self.thresholds or tuning.members != names:
+        if tuning is None or tuning.members != names or self.exit_rule != exit_rule(self.bundle):
             return Stats(texts, seen, mean_layers, None, None, None)
         rates = [count / sum(tuning.exits) for count in tuning.exits]
         distance, p_value = exit_shift(tuning.exits, seen) if texts else (None, None)

@@ -161,8 +161,8 @@ class Bundle:
     def format_version(self) -> int:
         """The lowest version of the format that can express this bundle."""
         layers = [sum(member.layers for member in model) for model in models(self.members)]
-        stated = any(member.flops for member in self.members)
-        if self.task != SINGLE_LABEL or 0 in layers or sorted(layers) != layers or stated:
+        newer = any(member.flops or not member.layers for member in self.members)
+        if self.task != SINGLE_LABEL or newer or sorted(layers) != layers:
             return 3
         return 1 if self.is_cascade else 2
 
@@ -377,10 +377,8 @@ def _parse_task(top: ManifestFields, labels: int) -> tuple[str, tuple[float, ...
             "cascade-rt"
         )
     cuts = top.take("cuts", list) if task == MULTI_LABEL and "cuts" in top.rest else []
-    if cuts and (len(cuts) != labels or not all(type(cut) in (int, float) and 0 <= cut <= 1 for cut in cuts)):
-        raise BundleError(
-            f"{MANIFEST}: cuts: found {str(cuts)[:80]}, expected {labels} numbers from 0 to 1, one a label"
-        )
+    if cuts and (len(cuts) != labels or not all(type(cut) in (int, float) and 0 <= cut < 1 for cut in cuts)):
+        raise BundleError(f"{MANIFEST}: cuts: found {str(cuts)[:80]}, expected {labels} numbers from 0 to below 1")
     return task, tuple(map(float, cuts))
 
 

@@ -217,7 +217,7 @@ def _guarantee(found: Guarantee) -> str:
         line = "no guarantee: nothing is faster than the last member alone"
     for row in found.with_more_texts:
         line += (
-            f"\n  {row.speedup:.2f}x could be certified with a file of about {row.texts} texts, if its risk stays "
+            f"\n  {times(row.speedup)} could be certified with a file of about {row.texts} texts, if its risk stays "
             f"{100 * row.risk:.2f}%"
         )
     return line

@@ -37,7 +37,7 @@ class ExitRule(ABC):
     """The command-line option for it."""
     option: ClassVar[Mapping[str, Any]]
     """Further arguments of argparse's `add_argument` for that option."""
-    chooses_members: ClassVar[bool] = True
+    chooses_members: ClassVar[bool] = False
     """True if tuning may leave members out."""
     thresholds: tuple[float, ...] = ()
     """One for each member but the last; empty under rules without thresholds."""
@@ -81,7 +81,7 @@ class ExitRule(ABC):
         """
 
     def leaves_alone(self, state: Any, stage: int, task: Task, probabilities: list[float]) -> bool:
-        """Return whether the only text of a call leaves after `stage`, which is not the last."""
+        """Return whether the only text of a call leaves after `stage`, which is not the last; as `leaving` does."""
         return bool(self.leaving(state, stage, _FIRST, self.observed(task, np.array([probabilities])))[0])
 
     def among(self, own: Sequence[MemberEntry], members: Sequence[MemberEntry]) -> ExitRule:
@@ -124,9 +124,11 @@ def replay(rule: ExitRule, observed: NDArray[Any]) -> NDArray[np.intp]:
     exits = np.full(texts, last, dtype=np.intp)
     waiting = np.arange(texts)
     for stage in range(last):
-        leaving = rule.leaving(state, stage, waiting, observed[stage][waiting])
+        seen = observed[stage] if len(waiting) == texts else observed[stage][waiting]
+        leaving = rule.leaving(state, stage, waiting, seen)
         exits[waiting[leaving]] = stage
-        waiting = waiting[~leaving]
+        if stage + 1 < last:
+            waiting = waiting[~leaving]
     return exits
 
 
@@ -136,6 +138,7 @@ class Thresholds(ExitRule):
 
     thresholds: tuple[float, ...]
 
+    chooses_members: ClassVar[bool] = True
     parameter: ClassVar[str] = "thresholds"
     flag: ClassVar[str] = "--threshold"
     option: ClassVar[Mapping[str, Any]] = {
@@ -173,10 +176,13 @@ class Thresholds(ExitRule):
         return decisions
 
     def among(self, own: Sequence[MemberEntry], members: Sequence[MemberEntry]) -> Thresholds:
-        """Return the rule for other members: those that it has keep their thresholds, others take the bundle's."""
+        """Return the rule for other members: those that it has keep their thresholds, others take the bundle's.
+
+        Where the bundle has none either, no text leaves.
+        """
         ours = dict(zip((entry.name for entry in own), self.thresholds, strict=False))
         kept = [ours.get(entry.name, entry.threshold) for entry in members[:-1]]
-        return replace(self, thresholds=tuple(threshold for threshold in kept if threshold is not None))
+        return replace(self, thresholds=tuple(1.0 if threshold is None else threshold for threshold in kept))
 
     def candidates(self, observed: NDArray[Any], *, shared: bool, points: int) -> Iterator[Thresholds]:
         """Yield rules with quantiles of the members' scores as thresholds."""
@@ -244,7 +250,6 @@ class Patience(ExitRule):
         "metavar": "N",
         "help": "for bundles with this exit rule: how many members in a row must agree (default: the bundle's)",
     }
-    chooses_members: ClassVar[bool] = False
 
     @classmethod
     def read(cls, fields: ManifestFields) -> Mapping[str, Any]:

@@ -109,13 +109,15 @@ def answer(
 
 def described(runtime: CascadeRuntime, on_error: str) -> dict[str, Any]:
     """Return what decides the answers to the same records: a job that is resumed must share it."""
-    return {
+    found = {
         "bundle": runtime.bundle.sha256,
         "members": [member.name for member in runtime.bundle.members],
         "thresholds": runtime.thresholds,
         "exit_rule": {"kind": runtime.exit_rule.kind, **runtime.exit_rule.settings},
         "on_error": on_error,
     }
+    as_written: dict[str, Any] = json.loads(json.dumps(found))  # as the checkpoint has it
+    return as_written
 
 
 def chunks(records: Iterable[Record], size: int) -> Iterator[list[Record]]:

@@ -382,11 +382,14 @@ class Batcher:
             Encoded.gathered(picks) if stage.reads == TOKENS else HiddenStates.gathered(picks)
         )
         places: dict[Ticket, list[int]] = {}
+        together: dict[object, list[int]] = {}  # without a state, texts of several requests are decided on at once
         for place, text in enumerate(texts):
-            places.setdefault(text.ticket, []).append(place)
+            ticket = text.ticket
+            places.setdefault(ticket, []).append(place)
+            together.setdefault(id(ticket.rule) if ticket.state is None else ticket, []).append(place)
         calls = [
-            Call(ticket.rule, ticket.state, np.array([texts[place].row for place in own]), np.array(own))
-            for ticket, own in places.items()
+            Call(texts[own[0]].ticket.rule, texts[own[0]].ticket.state, np.array([texts[at].row for at in own]), own)
+            for own in map(np.array, together.values())
         ]
         started = monotonic()
         try:

@@ -64,10 +64,10 @@ class Classification:
     model: str
     version: str
     """The first 12 digits of the bundle's sha256."""
-    labels: Sequence[str] | None = None
-    """With several labels per text, all that are above their cut."""
     steps: Sequence[Mapping[str, float]] | None = None
     """Probabilities of every member that ran, where asked for."""
+    labels: Sequence[str] | None = None
+    """With several labels per text, all that are above their cut."""
 
 
 class _Requests:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..bundle import MemberEntry
-from ..engine.cost import cumulative_layers, ratio, whole_model
+from ..engine.cost import cumulative_layers, whole_model
 from ..engine.exit_rules import ExitRule, MaximumProbability, replay
 from ..errors import InvalidOption
 
@@ -174,7 +174,7 @@ def threshold_for_speedup(members: Sequence[MemberEntry], scores: NDArray[np.flo
     cannot reach.
     """
     whole, layers = sum(member.layers for member in whole_model(members)), cumulative_layers(members)
-    fastest = ratio(whole, members[0].layers) or math.inf
+    fastest = whole / members[0].layers if members[0].layers else math.inf
     if not 0 < speedup <= fastest:
         raise InvalidOption("speedup", speedup, f"a number above 0 and up to {fastest:.2f}: the first member's alone")
     candidates = np.unique(np.concatenate([[0.0, 1.0], scores[:-1].ravel()]))
@@ -183,7 +183,7 @@ def threshold_for_speedup(members: Sequence[MemberEntry], scores: NDArray[np.flo
         middle = (low + high + 1) // 2
         taus = (float(candidates[middle]),) * (len(members) - 1)
         executed = layers[replay(MaximumProbability(taus), scores)].sum()
-        if (ratio(scores.shape[1] * whole, executed) or math.inf) >= speedup:
+        if not executed or scores.shape[1] * whole / executed >= speedup:
             low = middle
         else:
             high = middle - 1

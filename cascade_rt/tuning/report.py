@@ -96,8 +96,8 @@ class Choice:
 
     @property
     def alone(self) -> bool:
-        """True if the last of the members answered every text."""
-        return not any(self.exits[:-1])
+        """True if the last of the members answers every text; under rules without thresholds, of these texts."""
+        return all(tau >= 1 for tau in self.thresholds) if self.thresholds else not any(self.exits[:-1])
 
     def speedup(self, cost: str) -> float | None:
         """Return the speed-up ratio by one of COSTS; None where it has no meaning."""
@@ -108,7 +108,7 @@ class Choice:
 class MoreTexts:
     """A faster point that more texts would certify."""
 
-    speedup: float
+    speedup: float | None
     risk: float
     texts: int
 

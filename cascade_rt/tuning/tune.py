@@ -45,7 +45,7 @@ def tune(bundle: Bundle, data: Collected, question: Question, *, held_out: Colle
         point = fastest(points, whole.accuracy - question.max_drop)
     elif question.speedup is not None:
         if whole.cost / question.speedup < (least := min(point.cost for point in points)):
-            highest = f"at most {ratio(whole.cost, least) or math.inf:.2f}: the fastest member's"
+            highest = f"at most {whole.cost / least:.2f}: the fastest member's"
             raise InvalidOption("speedup", question.speedup, highest)
         point = most_accurate(points, whole.cost / question.speedup)
     elif question.budget_ms is not None:
@@ -126,6 +126,9 @@ def write_tuning(folder: Path, bundle: Bundle, report: TuningReport) -> None:
         raise InputError("found a report without a chosen point, expected one to write")
     if file_identity(folder / MANIFEST) != bundle.identity:
         raise BundleError(f"{folder}: replaced while it was tuned; tune it again")
+    if report.chosen.exit_rule["kind"] != bundle.exit_rule["kind"]:
+        expected = f"{bundle.exit_rule['kind']}, the bundle's"
+        raise InputError(f"found a report on the exit rule {report.chosen.exit_rule['kind']}, expected {expected}")
     members, rule = bundle.members, {**bundle.exit_rule, **report.chosen.exit_rule}
     if bundle.thresholds:
         taus = dict(zip(report.chosen.members, [*report.chosen.thresholds, 0.0], strict=True))
@@ -164,6 +167,6 @@ def _guaranteed(
         seen = test.measure(point.members, point.rule)  # points look better on the half that proposed them
         needed = texts_needed(seen.risk, max_risk, confidence)
         if needed is not None and needed > certificate.texts and (chosen is None or seen.cost < chosen.cost):
-            promising.append(MoreTexts(last.cost / seen.cost, seen.risk, halves * needed))
+            promising.append(MoreTexts(ratio(last.cost, seen.cost), seen.risk, halves * needed))
     some = promising[:: max(1, len(promising) // 4)]
     return chosen, Guarantee(**vars(certificate), searched_on=len(search.overhead), with_more_texts=some)

@@ -27,7 +27,6 @@ class MarginVotes(ExitRule):
     parameter: ClassVar[str] = "enough"
     flag: ClassVar[str] = "--enough"
     option: ClassVar[Mapping[str, Any]] = {"type": float, "metavar": "SUM", "help": "sum of margins at which to leave"}
-    chooses_members: ClassVar[bool] = False
 
     @classmethod
     def read(cls, fields: ManifestFields) -> Mapping[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,12 +11,15 @@ import httpx
 import numpy as np
 import pytest
 
-from cascade_rt import BundleError, CascadeRuntime, Patience, read_bundle
+from cascade_rt import BundleError, CascadeRuntime, InputError, MaximumProbability, Patience, read_bundle
 from cascade_rt.bundle.manifest import EXIT_RULES
 from cascade_rt.engine.execution import Execution
 from cascade_rt.engine.exit_rules import register
 from cascade_rt.serving.service import Service
 from cascade_rt.serving.settings import Settings
+from cascade_rt.tuning.collect import collect
+from cascade_rt.tuning.report import Question
+from cascade_rt.tuning.tune import tune, write_tuning
 
 from ..toy import WORDS, cascade_members, write_bundle
 from .cli.commands import run
@@ -79,6 +83,7 @@ def test_the_command_line_has_its_option(voting: Path, capsys: pytest.CaptureFix
 
 
 def test_tuning_tries_its_candidates(voting: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    voting = shutil.copytree(voting, tmp_path / "copied")
     source = tmp_path / "in.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     asked = ["--agreement", "--speedup", "1.3", "--no-cache", "--json"]
@@ -91,8 +96,37 @@ def test_tuning_tries_its_candidates(voting: Path, tmp_path: Path, capsys: pytes
     assert chosen["layers_speedup"] > 1
 
 
+def test_a_report_on_another_rule_is_not_written(voting: Path, bundle: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(bundle, tmp_path / "copied")
+    runtime = CascadeRuntime(folder).with_exit_rule(Patience(1))
+    report = tune(runtime.bundle, collect(runtime, TEXTS, None, cache=None), Question(speedup=1.0))
+    before = (folder / "cascade.json").read_bytes()
+    with pytest.raises(InputError, match="found a report on the exit rule patience, expected maximum_probability"):
+        write_tuning(folder, runtime.bundle, report)
+    assert (folder / "cascade.json").read_bytes() == before
+
+
+def test_members_without_a_threshold_let_no_text_leave(four_segments: Path) -> None:
+    runtime = CascadeRuntime(four_segments)
+    names = [member.name for member in runtime.bundle.members]
+    some = runtime.with_members(names[:2]).with_exit_rule(MaximumProbability((0.5,)))
+    assert some.with_members(None).thresholds == [0.5, 1.0, 1.0]
+    some.with_members(None).predict(TEXTS)
+
+
+def test_counts_under_another_rule_are_not_compared_with_tuning(four_segments: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(four_segments, tmp_path / "copied")
+    whole = CascadeRuntime(folder)
+    write_tuning(
+        folder, whole.bundle, tune(whole.bundle, collect(whole, TEXTS, None, cache=None), Question(speedup=1.0))
+    )
+    tuned = CascadeRuntime(folder)
+    assert tuned.stats().tuned_rates is not None
+    assert tuned.with_patience(tuned.exit_rule.settings["patience"] + 1).stats().tuned_rates is None
+
+
 def test_the_server_keeps_the_state_of_each_request(voting: Path) -> None:
-    wanted = expected(voting, read_bundle(voting).exit_rule["enough"])
+    wanted = expected(voting, 0.6)
     with (
         listening(Service({"toy": str(voting)}, Settings(execution=Execution(threads=1)))) as address,
         httpx.Client() as client,

@@ -209,7 +209,7 @@ def test_the_bundle_is_of_a_version_that_older_readers_refuse(
             {"task": "ranking"},
             "task: found 'ranking', this cascade-rt knows single_label, multi_label",
         ),
-        ({"task": "multi_label", "cuts": [0.5]}, r"cuts: found \[0\.5\], expected 3 numbers from 0 to 1"),
+        ({"task": "multi_label", "cuts": [0.5]}, r"cuts: found \[0\.5\], expected 3 numbers from 0 to below 1"),
         ({"task": "multi_label", "cuts": [0.5, 2, 0]}, "cuts: found"),
     ],
 )

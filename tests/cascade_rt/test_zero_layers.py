@@ -79,6 +79,22 @@ def test_reports_show_a_dash(with_bag: Path, tmp_path: Path, capsys: pytest.Capt
     assert report["alone"][0]["flops_speedup"] > 10
 
 
+def test_a_guarantee_by_layers_can_name_a_member_without_any(
+    with_bag: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "in.jsonl"
+    rows = [
+        {"text": text, "label": one.label}
+        for text, one in zip(TEXTS, CascadeRuntime(with_bag, thresholds=0.0).predict(TEXTS), strict=True)
+    ]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows * 3))
+    asked = ["--max-drop", "0.02", "--confidence", "0.999999", "--no-cache", "--dry-run"]
+    status = main(["tune", "--model-dir", str(with_bag), "--input", str(source), *asked])
+    printed = capsys.readouterr().out
+    assert status == 0
+    assert "- could be certified with a file of about" in printed
+
+
 def test_any_speedup_by_layers_can_be_reached(with_bag: Path) -> None:
     members = read_bundle(with_bag).members
     scores = np.random.default_rng(0).random((4, 200))
