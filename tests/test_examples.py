@@ -48,7 +48,12 @@ def test_fastapi_app(bundle: Path, fastapi_client: Callable[[Path], Any]) -> Non
         refused = client.post("/classify", json={"texts": "not a list"})
     assert answer.status_code == 200
     for found, prediction in zip(answer.json(), expected, strict=True):
-        assert {**found, "score": 0, "probabilities": 0} == {**prediction._asdict(), "score": 0, "probabilities": 0}
+        assert {**found, "score": 0, "probabilities": 0} == {
+            **prediction._asdict(),
+            "score": 0,
+            "probabilities": 0,
+            "labels": [prediction.label],
+        }
         assert found["probabilities"] == pytest.approx(prediction.probabilities, abs=1e-5)
         assert found["score"] == max(found["probabilities"])
     assert refused.status_code == 422

@@ -179,7 +179,10 @@ def test_class_ids_follow_one_rule(tmp_path: Path, labels: list[object], names: 
 @pytest.mark.parametrize(
     ("label", "says"),
     [
-        (["a", "b"], r"holds a list \(\['a', 'b'\]\), expected one label: several labels per text are not supported"),
+        (
+            ["a", "b"],
+            r"holds a list \(\['a', 'b'\]\), expected one label: only bundles of the task multi_label take several",
+        ),
         ({"a": 1}, r"holds an object \(\{'a': 1\}\), expected one label"),
         (["x" * 500], r"holds a list \(.{80}\), expected one label"),
         (float("nan"), "column 'label' is empty"),
