@@ -38,12 +38,6 @@ def layer_speedup(
     return ratio(float(len(exits) * whole), float(cumulative_layers(members)[exits].sum()))
 
 
-def member_flops(member: MemberEntry, lengths: NDArray[np.intp]) -> NDArray[np.float64]:
-    """FLOPs of the member for each text, shape (texts,); `lengths`: tokens without padding, (texts,)."""
-    flops: NDArray[np.float64] = member.cost(lengths)
-    return flops
-
-
 def flops_speedup(
     members: Sequence[MemberEntry],
     exits: NDArray[np.intp],

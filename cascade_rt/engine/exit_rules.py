@@ -100,10 +100,6 @@ class ExitRule(ABC):
         """Yield rules under which fewer texts leave early, from where almost none does."""
         yield from ()
 
-    def __str__(self) -> str:
-        """Return the settings for a person."""
-        return ", ".join(f"{name} {value}" for name, value in self.settings.items())
-
 
 def register(rule: type[ExitRule]) -> type[ExitRule]:
     """Make manifests and the command line know a kind of exit rule; a decorator."""
@@ -203,10 +199,6 @@ class Thresholds(ExitRule):
             levels = [share + (1 - share) * step / (_CAREFUL + 1) for share in stay]
             taus = (float(np.quantile(scores, level)) for (scores, _), level in zip(early, levels, strict=True))
             yield replace(self, thresholds=tuple(taus))
-
-    def __str__(self) -> str:
-        """Return the thresholds for a person."""
-        return f"thresholds {list(self.thresholds)}"
 
 
 @register

@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..bundle import read_bundle
-from ..engine.cost import member_flops
 from ..engine.exit_rules import ExitRule
 from ..errors import InputError, TextError
 from ..runtime import CascadeRuntime
@@ -102,7 +101,7 @@ def collect(
         overhead=np.zeros(len(texts)),
         chains=None if complete else runtime.bundle.chains,
     )
-    flops = np.stack([member_flops(member, lengths) for member in members])
+    flops = np.stack([member.cost(lengths) for member in members])
     return Collected(
         {
             "layers": by_layers,

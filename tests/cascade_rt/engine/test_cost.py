@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cascade_rt.bundle import MemberEntry
-from cascade_rt.engine.cost import cumulative_layers, flops_speedup, layer_speedup, member_flops, whole_model
+from cascade_rt.engine.cost import cumulative_layers, flops_speedup, layer_speedup, whole_model
 
 
 def entry(layers: int, hidden: int = 768, reads: str = "tokens") -> MemberEntry:
@@ -44,20 +44,18 @@ def test_the_original_can_be_named() -> None:
 def test_the_flops_of_exits_are_those_that_ran() -> None:
     chain = [replace(entry(1), exit_flops=(7, 5, 3)), entry(1, reads="hidden_states")]
     lengths = np.array([2, 10])
-    np.testing.assert_allclose(
-        member_flops(chain[0], lengths) - member_flops(entry(1), lengths), [7 + 5 * 2 + 3 * 4, 7 + 50 + 300]
-    )
-    whole = member_flops(entry(2), lengths).sum() + 29 + 357
+    np.testing.assert_allclose(chain[0].cost(lengths) - entry(1).cost(lengths), [7 + 5 * 2 + 3 * 4, 7 + 50 + 300])
+    whole = entry(2).cost(lengths).sum() + 29 + 357
     assert flops_speedup(chain, np.array([1, 1]), lengths) == pytest.approx(1), "the original has its exits too"
     assert flops_speedup(chain, np.array([1, 1]), lengths, [entry(2)]) == pytest.approx(
-        member_flops(entry(2), lengths).sum() / whole
+        entry(2).cost(lengths).sum() / whole
     )
 
 
 def test_flops_of_a_bert_base_layer_are_the_papers() -> None:
     # 1809.9M a layer in the paper (128 tokens), which leaves out the products of the attention itself.
     attention = 2 * 2 * 768 * 128**2
-    assert member_flops(entry(1), np.array([128]))[0] - attention == pytest.approx(1809.9e6, rel=2e-3)
+    assert entry(1).cost(np.array([128]))[0] - attention == pytest.approx(1809.9e6, rel=2e-3)
 
 
 def test_flops_speedup_equals_layer_speedup_for_equal_widths_and_lengths() -> None:
