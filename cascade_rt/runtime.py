@@ -387,7 +387,7 @@ class CascadeRuntime:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by the recipe."""
-        return _reopened, (type(self), self.recipe())
+        return Recipe.open, (self.recipe(), type(self))
 
     def _record(self, exits: list[int], tokenization_seconds: float, runs: list[StageRun]) -> None:
         self.count(exits)
@@ -422,10 +422,6 @@ class Recipe:
         if whole.bundle.sha256 != self.sha256:
             raise BundleError(f"{self.model_dir}: replaced since the runtime was pickled; open the bundle again")
         return whole.with_members(self.members).with_exit_rule(self.rule)
-
-
-def _reopened(kind: type[CascadeRuntime], recipe: Recipe) -> CascadeRuntime:
-    return recipe.open(kind)
 
 
 def _changed(rule: ExitRule, parameter: str, value: Any, members: int) -> ExitRule:

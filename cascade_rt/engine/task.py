@@ -151,6 +151,7 @@ class MultiLabel:
 
 
 Task = SingleLabel | MultiLabel
+"""The meaning of logits."""
 
 
 def task_of(bundle: Bundle) -> Task:
