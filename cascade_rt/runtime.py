@@ -33,7 +33,7 @@ from .engine.stage import Stage
 from .engine.step import Journey, run_rows, shape
 from .engine.task import Task
 from .engine.tokenization import Encoded
-from .errors import BundleError, CascadeError, InvalidOption, TextError
+from .errors import BundleError, CascadeError, InputError, InvalidOption, TextError
 from .types import Prediction, StageRun, Stats, Text, Trace
 
 _FIRST = np.zeros(1, dtype=np.intp)
@@ -100,7 +100,7 @@ class CascadeRuntime:
         if isinstance(model_dir, Plan):
             others = (threads, thresholds, members, provider_options, spin_us, expected_sha256, trace)
             if any(other is not None for other in others):
-                raise InvalidOption("model_dir", "a plan with other arguments", "a plan alone: it has them all")
+                raise InputError("found a plan and other arguments, expected the plan alone: it has them all")
             self._plan = model_dir
         else:
             check_types(

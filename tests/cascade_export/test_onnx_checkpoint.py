@@ -113,7 +113,7 @@ def test_a_graph_that_does_not_fit_its_config_is_refused(laid_out: Path, tmp_pat
         ({"id2label": {"0": "a", "1": "b"}}, r"logits of shape \(\d+, 3\), expected \(\d+, 2\)"),
         ({"max_position_embeddings": None}, "small: cannot be opened"),
         ({"max_position_embeddings": -1}, "expected positive numbers"),
-        ({"num_hidden_layers": 0}, "expected positive numbers"),
+        ({"num_hidden_layers": -1}, "expected positive numbers"),
         ({"max_position_embeddings": 10**6}, "cannot run"),
     ):
         folder = shutil.copytree(laid_out / "small", tmp_path / "small", dirs_exist_ok=True)
