@@ -100,7 +100,9 @@ class CascadeRuntime:
         if isinstance(model_dir, Plan):
             others = (threads, thresholds, members, provider_options, spin_us, expected_sha256, trace)
             if any(other is not None for other in others):
-                raise InputError("found a plan and other arguments, expected the plan alone: it has them all")
+                raise InputError(
+                    "found a plan and other arguments, expected the plan alone; change it by dataclasses.replace"
+                )
             self._plan = model_dir
         else:
             check_types(

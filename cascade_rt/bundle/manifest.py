@@ -160,7 +160,7 @@ class Bundle:
     @property
     def format_version(self) -> int:
         """The lowest version of the format that can express this bundle."""
-        layers = [sum(member.layers for member in model) for model in models(self.members)]
+        layers = _layers(self.members)
         newer = any(member.flops or not member.layers for member in self.members)
         if self.task != SINGLE_LABEL or newer or sorted(layers) != layers:
             return 3
@@ -257,6 +257,11 @@ def models(members: Sequence[MemberEntry]) -> list[list[MemberEntry]]:
     return found
 
 
+def _layers(members: Sequence[MemberEntry]) -> list[int]:
+    """Return the number of layers of each model."""
+    return [sum(member.layers for member in model) for model in models(members)]
+
+
 def read_manifest(folder: Path) -> Bundle:
     """Read `cascade.json` and check its seal and schema; raise BundleError for whatever is wrong."""
     manifest = _load(folder)
@@ -327,7 +332,7 @@ def _parse(manifest: dict[str, Any]) -> Bundle:
         raise BundleError(f"{MANIFEST}: members: two members share a name; expected different names")
     if members[0].reads != TOKENS:
         raise BundleError(f"{MANIFEST}: members[0]: reads hidden states, but no member is before it; expected tokens")
-    layers = [sum(member.layers for member in model) for model in models(members)]
+    layers = _layers(members)
     costs = [sum(float(member.cost(TYPICAL_TOKENS)) for member in model) for model in models(members)]
     if sorted(layers) != layers and (version < 3 or sorted(costs) != costs):
         expected = "ascending numbers of layers" if version < 3 else "ascending numbers of layers, or ascending FLOPs"

@@ -110,8 +110,8 @@ def bundle_summary(bundle: Bundle) -> str:
 
 
 def _cuts(bundle: Bundle) -> str:
-    cuts = sorted(set(bundle.cuts)) or [0.5]
-    return " to ".join(f"{cut:g}" for cut in (cuts[0], *cuts[-1:][: len(cuts) - 1]))
+    low, high = min(bundle.cuts, default=0.5), max(bundle.cuts, default=0.5)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
 def evaluation_summary(report: Evaluation, seconds: Sequence[float] | None = None) -> str:

@@ -67,7 +67,7 @@ class OpenBundle:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which members answer, and when texts leave."""
+    """The members that answer, and the rule by which texts leave."""
 
     opened: OpenBundle
     bundle: Bundle

@@ -29,7 +29,7 @@ def shape(batch: Batch) -> tuple[int, int]:
 
 
 class Call(NamedTuple):
-    """Texts of one call among those of a step, and what decides for them."""
+    """Texts of one call in a step, with their exit rule and its state."""
 
     rule: ExitRule
     state: Any
@@ -40,7 +40,7 @@ class Call(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A stage's answers to some texts, in their order, and which of them leave with these."""
+    """A stage's answers to some texts, in order, and which of the texts leave."""
 
     logits: NDArray[np.float32]
     """Shape (rows, labels)."""
@@ -56,20 +56,20 @@ class Step(NamedTuple):
 def step(
     plan: Plan,
     index: int,
+    stage: Stage,
     inputs: Encoded | HiddenStates,
     calls: Sequence[Call],
     *,
     rows: NDArray[np.intp],
     at_once: int,
-    stage: Stage | None = None,
 ) -> Step:
-    """Run the stage `index` on texts, and decide which of them leave; all do after the last.
+    """Run a stage on texts, and decide which of them leave; all do after the plan's last.
 
-    `inputs`: what the stage reads. `calls`: those that the texts are from. `rows`: where the texts are in `inputs`,
-    from the longest to the shortest, (rows,). `at_once`: how many micro-batches may run at a time. `stage`: None for
-    the plan's own.
+    `index`: the stage's position in the plan. `inputs`: what it reads. `calls`: those that the texts are from. `rows`:
+    where the texts are in `inputs`, from the longest to the shortest, (rows,). `at_once`: how many micro-batches may
+    run at a time.
     """
-    logits, hidden_states, runs = run_rows(stage or plan.stages[index], index, inputs, rows, at_once)
+    logits, hidden_states, runs = run_rows(stage, index, inputs, rows, at_once)
     probabilities = plan.task.probabilities(logits)
     leaving = np.ones(len(rows), dtype=bool)
     for call in calls if index + 1 < len(plan.stages) else ():
@@ -128,9 +128,9 @@ class Journey:
         rows = self.waiting
         if not rows.size:
             return
-        runner = stage or plan.stages[index]
+        stage = stage or plan.stages[index]
         calls = [Call(plan.rule, self.state, rows)]
-        done = step(plan, index, self.inputs[runner.reads], calls, rows=rows, at_once=runner.at_once, stage=runner)
+        done = step(plan, index, stage, self.inputs[stage.reads], calls, rows=rows, at_once=stage.at_once)
         self.inputs[HIDDEN_STATES] = done.hidden_states
         self.probabilities[rows] = done.probabilities
         self.exits[rows[done.leaving]] = index

@@ -1,10 +1,10 @@
-"""Tasks: what logits mean. Probabilities, answers, labels and scores come from here alone.
+"""Tasks: the meaning of logits. All probabilities, answers, labels and scores are computed here.
 
-A task is immutable: its `name` is the manifest's, `several` says whether a text can have several labels or none, and
-`function` is that from logits to probabilities. Logits and probabilities are arrays of shape (..., labels), the latter
-float64; those of a text do not depend on the others. Answers are class ids, int (...), or with several labels which of
-them, bool (..., labels). Methods that end in `_of_one` take one text as plain numbers, with the bits of their
-counterparts and fewer calls of numpy.
+A task is immutable. `name` is its name in the manifest, `several` says whether a text can have several labels or none,
+and `function` names the function from logits to probabilities. Logits and probabilities are arrays of shape (...,
+labels), the latter float64; those of a text do not depend on the others. Answers are class ids, int (...), or with
+several labels which of them, bool (..., labels). Methods that end in `_of_one` take one text as plain numbers, with the
+bits of their counterparts and fewer calls of numpy.
 """
 
 from __future__ import annotations

@@ -393,7 +393,7 @@ class Batcher:
         ]
         started = monotonic()
         try:
-            done = step(self._plan, index, inputs, calls, rows=np.arange(len(texts)), at_once=1)
+            done = step(self._plan, index, stage, inputs, calls, rows=np.arange(len(texts)), at_once=1)
         except Exception as error:
             self._isolate(index, texts, error)
             return

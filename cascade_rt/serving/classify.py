@@ -164,7 +164,6 @@ def _described(model: Model, answers: list[Answer], steps: bool) -> Iterator[dic
     for answer in answers:
         found = answer.prediction
         row = found._asdict() | {
-            "labels": list(found.labels),
             "probabilities": dict(zip(labels, found.probabilities, strict=True)),
             "member": members[found.exit].name,
             "degraded": answer.degraded,

@@ -1,4 +1,4 @@
-"""FLOPs of an ONNX graph: those of its matrix products, which it is run to find, for a text of n tokens."""
+"""FLOPs of an ONNX graph, counted in its matrix products. Running it shows their shapes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _TOKENS = (8, 16, 24)
 
 
 def graph_flops(file: Path) -> tuple[int, ...]:
-    """Return the factors of 1, n and n^2; two for each multiplication and addition of a product."""
+    """Return the FLOPs for a text of n tokens, two for each multiply-add: the factors of 1, n and n^2."""
     model = onnx.load(file)
     products = [node for node in model.graph.node if node.op_type in _PRODUCTS]
     seen = {tensor.name for tensor in model.graph.output}

@@ -12,6 +12,7 @@ import pytest
 from cascade_rt import BundleError, CascadeRuntime, MaximumProbability, read_bundle
 from cascade_rt.cli import main
 from cascade_rt.engine.cost import flops_speedup, layer_speedup
+from cascade_rt.engine.exit_rules import replay
 from cascade_rt.tuning.operating_points import threshold_for_speedup
 
 from ..toy import WORDS, Member, cascade_members, encoder_weights, write_bundle
@@ -101,7 +102,7 @@ def test_any_speedup_by_layers_can_be_reached(with_bag: Path) -> None:
     tau = threshold_for_speedup(members, scores, 1000.0)
     exits = np.argmax(np.vstack([scores[:-1] > tau, np.ones(200, dtype=bool)]), axis=0)
     assert (layer_speedup(members, exits) or np.inf) >= 1000
-    assert isinstance(MaximumProbability((tau,)), MaximumProbability)
+    assert exits.tolist() == replay(MaximumProbability((tau,) * 3), scores).tolist()
 
 
 def test_the_bundle_is_of_version_3(with_bag: Path) -> None:
