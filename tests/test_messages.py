@@ -24,16 +24,16 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 OFFLINE: dict[str, str] = PROJECT["entry-points"]["cascade_rt.commands"]
 
-READS = "analyse benchmark build difficulty distil evaluate export predict train train-exits tune"
+READS = "analyse benchmark build difficulty distil evaluate export predict train train-dan train-exits tune"
 """Commands that read a file of texts."""
 RUNS = "benchmark evaluate predict serve tune"
 """Commands with options for where members run."""
-TRAINS = "build difficulty train train-exits"
+TRAINS = "build difficulty train train-dan train-exits"
 """Commands that fine-tune on labelled texts."""
 
 SHOWN_BY = {
     "actors": "predict",
-    "augment": "build",
+    "augment": "build train-dan",
     "budget_ms": "tune",
     "calibrate": "export",
     "columns": READS,
@@ -42,6 +42,7 @@ SHOWN_BY = {
     "count": "benchmark",
     "delimiter": READS,
     "encoding": READS,
+    "dimension": "train-dan",
     "every": "train-exits",
     "exit_rule": "export",
     "folds": "difficulty",
@@ -52,13 +53,13 @@ SHOWN_BY = {
     "layers": "difficulty distil train",
     "max_accuracy_drop": "build export",
     "max_drop": "build tune",
-    "max_length": "build difficulty distil export train train-exits",
+    "max_length": "build difficulty distil export train train-dan train-exits",
     "max_replicas": "serve",
     "max_wait_ms": "serve",
     "min_replicas": "serve",
     "on_error": "predict",
     "p95": "tune",
-    "patience": "evaluate predict",
+    "patience": "evaluate predict train-dan",
     "patient": "train",
     "pools": "predict",
     "port": "serve",
@@ -81,7 +82,8 @@ SHOWN_BY = {
     "threshold": "export",
     "thresholds": "analyse evaluate predict",
     "timeout": "serve",
-    "tokenizer": "build difficulty train",
+    "tokenizer": "build difficulty train train-dan",
+    "unigrams": "train-dan",
     "words": "benchmark",
     "workers": "serve",
 }

@@ -33,6 +33,7 @@ PRECISIONS = {
         Precision("int8-blocks"),
         Precision("int8-static", products_of_bytes=True, instead={"cuda": "fp16"}),
         Precision("int8-weights"),
+        Precision("int8-table", instead={"cuda": "fp16"}),  # of averaging networks; products are with 0 and 1 alone
     )
 }
 """All precisions by name."""

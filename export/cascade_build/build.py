@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from cascade_export.member import AUTO
 from cascade_train import RECORD
 from cascade_train.finetune import Objective, finetune, logits_of
 from cascade_train.tasks import Examples, TaskData, write_examples
+from cascade_train.unlabelled import with_answers, with_unlabelled
 from numpy.typing import NDArray
 
 from cascade_build.plan import MemberPlan, Plan, preflight
@@ -37,7 +38,6 @@ from cascade_rt.tuning.collect import Collected, cache_folder, collect, open_who
 from cascade_rt.tuning.plot import pyplot
 from cascade_rt.tuning.report import TuningReport
 from cascade_rt.tuning.tune import members_alone, tune, write_tuning
-from cascade_rt.types import Text
 
 REPORT = "report.html"
 
@@ -74,7 +74,7 @@ def build(plan: Plan, output: Path, *, overwrite: bool = False) -> BuildReport:
         if todo:
             _train(big, data, folders[big.name], Objective())
     if small:
-        student_data = _with_unlabelled(data, parts.unlabelled)
+        student_data = with_unlabelled(data, parts.unlabelled)
         answers = work / f"answers-{big.name}.npy"
         given = {key: settings[small[0].name][key] for key in ("teacher", "unlabelled")}
         with journal.step(f"answers of {big.name}", answers, given) as todo:
@@ -82,7 +82,7 @@ def build(plan: Plan, output: Path, *, overwrite: bool = False) -> BuildReport:
                 source, length, bf16 = str(folders[big.name]), big.recipe.max_length, big.recipe.bf16
                 _write_array(answers, logits_of(source, student_data, student_data.train, length, bf16=bf16))
         teacher: NDArray[np.float32] = np.load(answers, allow_pickle=False)
-        student_data = _with_answers(student_data, teacher, len(data.train))
+        student_data = with_answers(student_data, teacher, len(data.train))
         objective = Objective(teacher=teacher, temperature=plan.temperature, distill_weight=plan.distill_weight)
         for member in small:
             with journal.step(f"train {member.name}", folders[member.name], settings[member.name]) as todo:
@@ -177,18 +177,6 @@ def _as_begun(plan: Plan, journal: Journal) -> Plan:
     bf16 = journal.bf16(plan.members[0].recipe.bf16) if plan.bf16 is None else plan.bf16
     members = tuple(replace(member, recipe=replace(member.recipe, bf16=bf16)) for member in plan.members)
     return replace(plan, members=members)
-
-
-def _with_unlabelled(data: TaskData, unlabelled: Sequence[Text]) -> TaskData:
-    """Return the data with the unlabelled texts behind the training texts; their labels are to be filled in."""
-    train = data.train
-    return replace(data, train=Examples([*train.texts, *unlabelled], [*train.labels, *([0] * len(unlabelled))]))
-
-
-def _with_answers(data: TaskData, teacher: NDArray[np.float32], labelled: int) -> TaskData:
-    """Return the data with the teacher's answers as the labels of the unlabelled texts, which are the last."""
-    labels = [*data.train.labels[:labelled], *teacher[labelled:].argmax(axis=-1).tolist()]
-    return replace(data, train=Examples(data.train.texts, labels))
 
 
 def _collected(runtime: CascadeRuntime, part: Examples) -> Collected:

@@ -17,17 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cascade_export.check import MAX_ACCURACY_DROP
-from cascade_train.cli.options import add_data, data_from, need_training
+from cascade_train.cli.options import add_data, data_from, need_training, unlabelled_from
 from cascade_train.tasks import SMART_HOME
 
-from cascade_rt.cli.options import of_options, reading
+from cascade_rt.cli.options import of_options
 from cascade_rt.cli.parser import CommandParser
 from cascade_rt.cli.rendering import percent, table
 from cascade_rt.errors import MissingExtraError
-from cascade_rt.io.fields import is_blank
-from cascade_rt.io.readers import Reading, read_examples
 from cascade_rt.tuning.report import COSTS, Question
-from cascade_rt.types import Text
 
 if TYPE_CHECKING:  # they load torch
     from cascade_build.plan import Plan, Step
@@ -128,7 +125,7 @@ def run(options: argparse.Namespace) -> None:
 
     question = Question(max_drop=options.max_drop, confidence=options.confidence, cost=options.cost)
     data = data_from(options)
-    unlabelled = _texts(options.unlabelled, data.pair, reading(options))
+    unlabelled = unlabelled_from(options, data.pair)
     parts = split(
         data,
         unlabelled,
@@ -167,11 +164,6 @@ def run(options: argparse.Namespace) -> None:
 def _bases(written: str) -> list[str]:
     """Return the folders that BASE or BASE=K may be."""
     return [written, written.rpartition("=")[0] or written]
-
-
-def _texts(files: Sequence[Path], pair: bool, how: Reading) -> list[Text]:
-    rows = (row for file in files for row in read_examples(file, how.of_texts(file), pair=pair))
-    return [row.text for row in rows if not is_blank(row.text)]
 
 
 def _plan(plan: Plan, found: Sequence[Step]) -> str:

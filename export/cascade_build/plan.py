@@ -24,9 +24,9 @@ from cascade_train.finetune import (
 from cascade_train.inference import collator, features
 from cascade_train.sources import load_tokenizer, pretrained
 from cascade_train.tasks import Examples, TaskData, load_part, reserve
+from cascade_train.unlabelled import variants
 from transformers import AutoConfig
 
-from cascade_build.augment import variants
 from cascade_rt.bundle.precisions import PRECISIONS
 from cascade_rt.errors import InputError, InvalidOption
 from cascade_rt.tuning.collect import FEWEST_TEXTS
@@ -150,8 +150,6 @@ def split(
     learnt says nothing about others. `augment` adds that many variants of each training text to the unlabelled ones.
     Raises InputError for too few texts, or too few of a label.
     """
-    if not 0 <= augment <= 100:
-        raise InvalidOption("augment", augment, "a whole number from 0 to 100")
     if not 0 < share < 0.4:
         raise InvalidOption("reserve", share, "a number above 0 and below 0.4 (0.1 is usual)")
     seen = {_spelling(text) for text in data.validation.texts}

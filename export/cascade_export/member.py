@@ -30,7 +30,9 @@ from cascade_rt.types import Text
 
 AUTO = "auto"
 FP32_ON_OPENVINO = "fp32 on openvino"
-_TRIED_BY_AUTO = ("int8", "fp16", "fp32")
+TABLE = "int8-table"
+"""The precision of averaging networks in int8."""
+_TRIED_BY_AUTO = ("int8", TABLE, "fp16", "fp32")
 _BATCHED = 64  # texts of the check data that are run in many batchings, to see whether that changes an answer
 
 
@@ -84,9 +86,10 @@ class MemberExport:
         AUTO takes the fastest precision that is batch-invariant and passes. Raises InputError for a precision that the
         member cannot have, and CascadeError if the check fails.
         """
-        precision = precision or self._files.usual
+        precision, possible = precision or self._files.usual, self._files.precisions
+        if precision.startswith("int8") and TABLE in possible:
+            precision = TABLE  # its only one of bytes, so that a bundle in int8 can be asked for by one name
         by_auto = dict.fromkeys(instead_of(name, self._execution.provider) or name for name in _TRIED_BY_AUTO)
-        possible = self._files.precisions
         tried = [name for name in by_auto if name in possible] if precision == AUTO else [precision]
         if not tried or not set(tried) <= set(possible):
             raise InputError(

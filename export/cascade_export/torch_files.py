@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cascade_train.averaging import AveragingForSequenceClassification
 
+from cascade_export.averaging import PRECISIONS, write_network
 from cascade_export.check import CheckData, Probabilities, reference
 from cascade_export.convert import convert
 from cascade_export.precision import WRITERS, write_precision
@@ -28,7 +30,6 @@ _ROUNDING_TEXTS = 512
 class TorchFiles:
     """The files of a torch member, each made when it is first copied."""
 
-    precisions = tuple(WRITERS)
     usual = "fp32"
 
     def __init__(
@@ -44,18 +45,26 @@ class TorchFiles:
         scaled = _calibrate(checkpoint, data) if calibrate else {}
         self._checkpoint = checkpoint
         self._source = work / f"{checkpoint.name}.onnx"
-        fused = convert(checkpoint, self._source)
+        self._network = checkpoint.model if isinstance(checkpoint.model, AveragingForSequenceClassification) else None
+        self.precisions = tuple(WRITERS if self._network is None else PRECISIONS)
+        if self._network is None:
+            made = {"fused": convert(checkpoint, self._source)}
+        else:
+            write_network(self._network, self._source, "fp32")
+            made = {"averaging_network": self._network.config.network}
         texts = check_texts(checkpoint)
         difference = verify(checkpoint, reference(checkpoint, self._source), tokenizer, texts)
         some = data.texts[:: len(data.texts) // _ROUNDING_TEXTS or 1] if data else texts
         self._like = tokenizer.encode(some[:_ROUNDING_TEXTS])
         aligned = {"alignment": checkpoint.alignment} if checkpoint.alignment else {}
-        self.facts = {"fused": fused, "max_probability_difference": difference, **aligned, **scaled}
+        self.facts = {**made, "max_probability_difference": difference, **aligned, **scaled}
 
     def copy(self, precision: str, folder: Path) -> tuple[str, list[str]]:
         """Copy the file of a precision, made now if it was not, into a bundle's folder; return its path there."""
         made = self._source.with_name(f"{precision}-{self._source.name}")
-        if not made.exists():
+        if not made.exists() and self._network is not None:
+            write_network(self._network, made, precision)
+        elif not made.exists():
             write_precision(self._source, made, precision, self._like)
         shutil.copyfile(made, folder / self._source.name)
         return self._source.name, []

@@ -33,10 +33,10 @@ from cascade_train.finetune import (
     ObjectiveTrainer,
     Recipe,
     arguments,
-    check_ranges,
     load_base,
 )
 from cascade_train.inference import answers, collator, features
+from cascade_train.ranges import check_ranges
 from cascade_train.tasks import Examples, TaskData
 from cascade_train.work import claim, work_folder
 

@@ -38,11 +38,11 @@ from cascade_train.finetune import (
     RECIPE_RANGES,
     TRAINED_ATTENTION,
     check_length,
-    check_ranges,
 )
 from cascade_train.hardware import bf16_pays
 from cascade_train.layers import embeddings_name, layer_lists
 from cascade_train.losses import hidden_state_error, mean_vector_cosine, relation_divergence
+from cascade_train.ranges import check_ranges
 from cascade_train.sources import check_tokens, load_tokenizer, pretrained
 from cascade_train.work import claim, finish, last_whole_checkpoint, trained, work_folder
 

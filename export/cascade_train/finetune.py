@@ -33,6 +33,7 @@ from cascade_train import RECORD
 from cascade_train.alignment import align, usable_positions
 from cascade_train.inference import EXTRAS, answers, collator, features, first_token_states
 from cascade_train.losses import difficulty_aware_regularization, distillation, patient_distillation
+from cascade_train.ranges import check_ranges
 from cascade_train.sources import check_tokens, classifier_settings, load_classifier, load_tokenizer, pretrained
 from cascade_train.tasks import Examples, TaskData
 from cascade_train.theseus import ModuleReplacing
@@ -48,14 +49,6 @@ RECIPE_RANGES: Mapping[str, tuple[float, float]] = {
     "seed": (0, 2**32 - 1),
 }
 """The lowest and the highest value of each setting of a recipe."""
-
-
-def check_ranges(settings: object, ranges: Mapping[str, tuple[float, float]]) -> None:
-    """Raise InvalidOption for an attribute that is out of its range; None is in every range."""
-    for name, (lowest, highest) in ranges.items():
-        value = getattr(settings, name)
-        if value is not None and not lowest <= value <= highest:
-            raise InvalidOption(name, value, f"a number from {lowest:g} to {highest:g}")
 
 
 @dataclass(frozen=True)
@@ -175,7 +168,7 @@ def finetune(
     if objective.patient is not None:
         _check_patient(objective.patient, model, base)
     claim(work, run)
-    trainer = _trainer(model, member_tokenizer, data, recipe, objective, work)
+    trainer = member_trainer(model, member_tokenizer, data, recipe, objective, work)
     for callback in replacing:
         trainer.add_callback(callback)
     facts = trained(trainer, output, data.metric)
@@ -370,7 +363,7 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]  # the library has no typ
     ) -> Any:
         """Return the loss of a batch; of validation batches, which carry no more than labels, the cross entropy."""
         difficulty, teacher, states = (inputs.pop(name, None) for name in EXTRAS)
-        outputs = model(**inputs, output_hidden_states=states is not None)
+        outputs = model(**inputs) if states is None else model(**inputs, output_hidden_states=True)
         loss, objective = outputs.loss, self._objective
         if teacher is not None:
             soft = distillation(outputs.logits, teacher, objective.temperature)
@@ -384,14 +377,20 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]  # the library has no typ
         return (loss, outputs) if return_outputs else loss
 
 
-def _trainer(
+def member_trainer(
     model: Any,
     tokenizer: PreTrainedTokenizerFast,
     data: TaskData,
     recipe: Recipe,
     objective: Objective,
     work: Path,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> Trainer:
+    """Return what trains a member on its objective and keeps the checkpoint that is best on validation.
+
+    `optimizer`: None for AdamW.
+    """
     train = features(tokenizer, model, data.train, recipe.max_length)
     states = None if objective.patient is None else objective.patient.states
     for name, values in zip(EXTRAS, (objective.difficulty, objective.teacher, states), strict=True):
@@ -400,7 +399,10 @@ def _trainer(
     return ObjectiveTrainer(
         objective,
         model=model,
-        args=validated_arguments(recipe, work, len(data.train), data.metric),
+        args=validated_arguments(
+            recipe, work, len(data.train), data.metric, max_grad_norm=1.0 if optimizer is None else 0.0
+        ),
+        optimizers=(optimizer, None),
         train_dataset=train,
         eval_dataset=features(tokenizer, model, data.validation, recipe.max_length),
         data_collator=collator(tokenizer),

@@ -18,6 +18,7 @@ import huggingface_hub
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+import cascade_train.averaging  # noqa: F401 - registers its architecture
 from cascade_rt.bundle.hub import repository
 from cascade_rt.errors import InputError, MissingExtraError
 from cascade_train.settings import CONFIG, Settings, guarded, read_settings

@@ -11,6 +11,9 @@ from cascade_rt.cli.options import add_label_column, add_reading, of_options, re
 from cascade_rt.cli.parser import CommandParser, Paths
 from cascade_rt.cli.rendering import printable
 from cascade_rt.errors import InputError, MissingExtraError
+from cascade_rt.io.fields import is_blank
+from cascade_rt.io.readers import read_examples
+from cascade_rt.types import Text
 from cascade_train.tasks import TASKS, TaskData, load_file, load_task
 
 
@@ -126,3 +129,10 @@ def data_from(options: argparse.Namespace) -> TaskData:
     if skipped:
         print(printable(f"{len(skipped):,} rows were left out, the first: {skipped[0]}"), file=sys.stderr)
     return data
+
+
+def unlabelled_from(options: argparse.Namespace, pair: bool) -> list[Text]:
+    """Read the texts without labels of the options; blank ones are left out."""
+    how = reading(options)
+    rows = (row for file in options.unlabelled for row in read_examples(file, how.of_texts(file), pair=pair))
+    return [row.text for row in rows if not is_blank(row.text)]

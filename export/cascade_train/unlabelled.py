@@ -1,12 +1,18 @@
-"""Variants of training texts, for distillation when there are no unlabelled texts."""
+"""Texts without labels, to which a member learns its teacher's answers: given ones, and variants of training texts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from random import Random
 
+import numpy as np
+from numpy.typing import NDArray
+
+from cascade_rt.errors import InvalidOption
 from cascade_rt.io.fields import is_blank
 from cascade_rt.types import Text
+from cascade_train.tasks import Examples, TaskData
 
 _DROPPED = 0.2  # of the words, in every other variant
 
@@ -16,8 +22,10 @@ def variants(texts: Sequence[Text], each: int, seed: int) -> list[Text]:
 
     Half of them lack about a fifth of their words; in the other half, the first or last third is that of another text.
     A variant need not make sense: it has no label, but the biggest member's answer. The same `seed` gives the same
-    variants. Of a pair, one text is varied.
+    variants. Of a pair, one text is varied. Raises InvalidOption unless `each` is 0 to 100.
     """
+    if not 0 <= each <= 100:
+        raise InvalidOption("augment", each, "a whole number from 0 to 100")
     draw = Random(seed)
     found: dict[Text, None] = {}
     for text in texts:
@@ -44,3 +52,18 @@ def _varied(text: str, other: str, draw: Random) -> str:
     if draw.random() < 0.5:
         return " ".join(words[: -(-2 * len(words) // 3)] + others[-(-2 * len(others) // 3) :])
     return " ".join(others[: len(others) // 3] + words[len(words) // 3 :])
+
+
+def with_unlabelled(data: TaskData, unlabelled: Sequence[Text]) -> TaskData:
+    """Return the data with the unlabelled texts behind the training texts; their labels are to be filled in."""
+    train = data.train
+    return replace(data, train=Examples([*train.texts, *unlabelled], [*train.labels, *([0] * len(unlabelled))]))
+
+
+def with_answers(data: TaskData, teacher: NDArray[np.float32], labelled: int) -> TaskData:
+    """Return the data with the teacher's answers as the labels of the unlabelled texts, which are the last.
+
+    `teacher`: its logits for all training texts, (texts, labels).
+    """
+    labels = [*data.train.labels[:labelled], *teacher[labelled:].argmax(axis=-1).tolist()]
+    return replace(data, train=Examples(data.train.texts, labels))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cascade_build.augment import variants
+from cascade_train.unlabelled import variants
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -1,0 +1,179 @@
+"""Train a deep averaging network, as other members are trained: labels, a teacher's answers, validation, a record.
+
+The table of n-grams is sparse: a step changes the rows of its texts alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import EarlyStoppingCallback, set_seed
+
+from cascade_rt.errors import InvalidOption
+from cascade_train.averaging import AveragingForSequenceClassification, Network, new_network
+from cascade_train.finetune import LABELS_ALONE, Objective, Recipe, device, load_base, member_trainer
+from cascade_train.ranges import check_ranges
+from cascade_train.sources import load_tokenizer
+from cascade_train.tasks import TaskData
+from cascade_train.work import claim, finish, trained, validated, work_folder
+
+_SPREAD = 2.0  # standard deviation of the first vectors of tokens, from an encoder
+_TOKENS_AT_ONCE = 512
+
+
+@dataclass(frozen=True)
+class AveragingRecipe(Recipe):
+    """A recipe of training; found on Banking77, CLINC150 and SST-2."""
+
+    epochs: float = 20
+    learning_rate: float = 2e-3
+    batch_size: int = 64
+    warmup_ratio: float = 0.05
+    weight_decay: float = 0.01
+    """Weight decay of the linear layers."""
+    patience: int = 5
+    """Validations without an improvement after which training ends."""
+
+    def __post_init__(self) -> None:
+        """Raise InvalidOption for a value out of range."""
+        super().__post_init__()
+        check_ranges(self, {"patience": (1, 1e4)})
+
+
+USUAL = AveragingRecipe()
+
+
+def train_averaging(
+    data: TaskData,
+    output: Path,
+    *,
+    tokenizer: str,
+    unigrams: str | None = None,
+    network: Network,
+    recipe: AveragingRecipe = USUAL,
+    objective: Objective = LABELS_ALONE,
+) -> dict[str, Any]:
+    """Train a deep averaging network on `data` and write its folder, in Hugging Face format, to `output`.
+
+    `tokenizer`: the folder or hf:NAME of the cascade's. `unigrams`: an encoder with the same words; the vectors of
+    tokens start from its answers to single tokens, without it at random. The folder holds the checkpoint that was best
+    on validation, and the record. A killed run resumes from its last checkpoint when it is called again with the same
+    arguments. Returns the record; raises CascadeError if `output` exists, another run's unfinished work is there, or
+    the tokenizer or the encoder cannot be used.
+    """
+    work = work_folder(output, "train")
+    run = {
+        "base": None if unigrams is None else str(unigrams),
+        "layers": 0,
+        "tokenizer": str(tokenizer),
+        "network": asdict(network),
+        "task": data.name,
+        "labels": list(data.labels),
+        "pair": data.pair,
+        "max_length": recipe.max_length,
+        "recipe": asdict(recipe),
+        "objective": objective.described(),
+        "data": data.described(),
+    }
+    set_seed(recipe.seed)
+    own = load_tokenizer(tokenizer)
+    model = new_network(own, data.labels, network, pair=data.pair)
+    claim(work, run)
+    if unigrams is not None:
+        vectors = _kept(
+            work / "unigrams.npy", lambda: token_vectors(unigrams, tokenizer, data.labels, network.dimension)
+        )
+        model.set_token_vectors(vectors)
+    optimizer = _Optimizer(model, recipe)
+    trainer = member_trainer(model, own, data, recipe, objective, work, optimizer=optimizer)
+    trainer.add_callback(EarlyStoppingCallback(recipe.patience))
+    facts = trained(trainer, output, data.metric)
+    record = run | {"metric": data.metric, "validation": validated(trainer), **facts}
+    finish(work, output, model.save_pretrained, own, record, data)
+    return record
+
+
+def token_vectors(encoder: str, tokenizer: str, labels: tuple[str, ...], dimension: int) -> Tensor:
+    """Return a vector for each token: an encoder's answer to the token alone, its principal components.
+
+    float (tokens, dimension). The mean of the last hidden states of a text of one token, as model2vec starts from;
+    minus the mean of all tokens, in the directions of the largest variance, scaled to one spread. Raises InvalidOption
+    for more dimensions than the encoder has, and for one without layers.
+    """
+    words, model = load_base(encoder, labels, None, tokenizer)
+    width = model.config.hidden_size
+    if dimension > width:
+        raise InvalidOption("dimension", dimension, f"at most {width}, the hidden size of {encoder}")
+    if not model.config.num_hidden_layers:
+        raise InvalidOption("unigrams", encoder, "an encoder, with layers")
+    encode = getattr(model, model.base_model_prefix).eval().to(device())
+    special = words("a", return_special_tokens_mask=True)
+    ids, before = torch.tensor(special["input_ids"]), special["special_tokens_mask"].index(0)
+    count = max(words.get_vocab().values()) + 1
+    states = torch.empty(count, width)
+    with torch.inference_mode():
+        for start in tqdm(range(0, count, _TOKENS_AT_ONCE), desc="single tokens", unit=" batches", disable=None):
+            some = torch.arange(start, min(count, start + _TOKENS_AT_ONCE))
+            batch = ids[: before + 1].repeat(len(some), 1)
+            batch[:, before] = some
+            batch = torch.cat([batch, ids[len(ids) - _after(special) :].repeat(len(some), 1)], 1).to(device())
+            answer = encode(input_ids=batch, attention_mask=torch.ones_like(batch))
+            states[some] = answer.last_hidden_state.float().mean(1).cpu()
+    states -= states.mean(0)
+    _, axes = torch.linalg.eigh(states.T @ states)  # ascending
+    vectors = states @ axes.flip(1)[:, :dimension]
+    return _SPREAD * vectors / vectors.std()
+
+
+def _after(special: Any) -> int:
+    """Return how many special tokens end a text."""
+    return int(special["special_tokens_mask"][::-1].index(0))
+
+
+def _kept(file: Path, make: Callable[[], Tensor]) -> Tensor:
+    """Return an array that is kept beside an unfinished run, made now if it is not there."""
+    if not file.exists():
+        with (part := file.with_name(f".{file.name}")).open("wb") as stream:
+            np.save(stream, make().numpy())
+        part.replace(file)
+    return torch.from_numpy(np.load(file))
+
+
+class _Optimizer(torch.optim.Optimizer):  # type: ignore[misc]  # the library has no types
+    """Adam for the rows of the table that a step has read, AdamW for the linear layers; one rate for both."""
+
+    def __init__(self, model: AveragingForSequenceClassification, recipe: Recipe) -> None:
+        tables = [model.table.weight]
+        others = [weight for name, weight in model.named_parameters() if not name.startswith("table.")]
+        self._parts = (
+            torch.optim.SparseAdam(tables, lr=recipe.learning_rate),
+            torch.optim.AdamW(others, lr=recipe.learning_rate, weight_decay=recipe.weight_decay),
+        )
+        super().__init__([*tables, *others], {"lr": recipe.learning_rate})
+        self._join()
+
+    def _join(self) -> None:
+        """Let a schedule see the groups of both parts."""
+        self.param_groups = [group for part in self._parts for group in part.param_groups]
+
+    def step(self, closure: Any = None) -> None:
+        """Change all weights that have a gradient."""
+        for part in self._parts:
+            part.step(closure)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states of both parts."""
+        return {"parts": [part.state_dict() for part in self._parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from the states of both parts."""
+        for part, state in zip(self._parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self._join()
