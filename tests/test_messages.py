@@ -42,7 +42,6 @@ SHOWN_BY = {
     "count": "benchmark",
     "delimiter": READS,
     "encoding": READS,
-    "dimension": "train-dan",
     "every": "train-exits",
     "exit_rule": "export",
     "folds": "difficulty",

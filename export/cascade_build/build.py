@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,12 +22,13 @@ from cascade_export.check import Check
 from cascade_export.export import export_bundle
 from cascade_export.member import AUTO
 from cascade_train import RECORD
+from cascade_train.averaging_training import train_averaging
 from cascade_train.finetune import Objective, finetune, logits_of
 from cascade_train.tasks import Examples, TaskData, write_examples
 from cascade_train.unlabelled import with_answers, with_unlabelled
 from numpy.typing import NDArray
 
-from cascade_build.plan import MemberPlan, Plan, preflight
+from cascade_build.plan import MemberPlan, NetworkPlan, Plan, preflight
 from cascade_build.report import BuildReport, make_report, write_report
 from cascade_build.trial import Start, try_export
 from cascade_rt import CascadeRuntime
@@ -64,30 +65,18 @@ def build(plan: Plan, output: Path, *, overwrite: bool = False) -> BuildReport:
     parts, data = plan.parts, plan.parts.data
     for name, part in (("tuning", parts.tuning), ("certification", parts.certification)):
         write_examples(work / f"{name}.jsonl", part, data.labels)
-    big, *small = plan.members
-    folders = {member.name: work / "members" / member.name for member in plan.members}
-    settings = {member.name: plan.member_settings(member) for member in plan.members}
+    big = plan.members[0]
+    every: list[MemberPlan | NetworkPlan] = [*plan.members, *([plan.network] if plan.network else [])]
+    folders = {member.name: work / "members" / member.name for member in every}
+    settings = {member.name: plan.member_settings(member) for member in every}
     (work / "members").mkdir(exist_ok=True)
 
     _try_export(plan, work, journal)
     with journal.step(f"train {big.name}", folders[big.name], settings[big.name]) as todo:
         if todo:
             _train(big, data, folders[big.name], Objective())
-    if small:
-        student_data = with_unlabelled(data, parts.unlabelled)
-        answers = work / f"answers-{big.name}.npy"
-        given = {key: settings[small[0].name][key] for key in ("teacher", "unlabelled")}
-        with journal.step(f"answers of {big.name}", answers, given) as todo:
-            if todo:
-                source, length, bf16 = str(folders[big.name]), big.recipe.max_length, big.recipe.bf16
-                _write_array(answers, logits_of(source, student_data, student_data.train, length, bf16=bf16))
-        teacher: NDArray[np.float32] = np.load(answers, allow_pickle=False)
-        student_data = with_answers(student_data, teacher, len(data.train))
-        objective = Objective(teacher=teacher, temperature=plan.temperature, distill_weight=plan.distill_weight)
-        for member in small:
-            with journal.step(f"train {member.name}", folders[member.name], settings[member.name]) as todo:
-                if todo:
-                    _train(_continued(member, big, folders[big.name]), student_data, folders[member.name], objective)
+    if len(every) > 1:
+        _train_small(plan, work, folders, journal)
     bundle = work / "bundle"
     with journal.step("export", bundle, {"members": settings, "precision": plan.precision}) as todo:
         if todo:
@@ -106,6 +95,38 @@ def build(plan: Plan, output: Path, *, overwrite: bool = False) -> BuildReport:
         shutil.copytree(bundle, folder, dirs_exist_ok=True)
     _remove(bundle)
     return report
+
+
+def _train_small(plan: Plan, work: Path, folders: Mapping[str, Path], journal: Journal) -> None:
+    """Train all members but the biggest: they learn its answers."""
+    big, *small = plan.members
+    data, teaching = plan.parts.data, plan.teaching()
+    student_data = with_unlabelled(data, plan.parts.unlabelled)
+    answers = work / f"answers-{big.name}.npy"
+    given = {key: teaching[key] for key in ("teacher", "unlabelled")}
+    with journal.step(f"answers of {big.name}", answers, given) as todo:
+        if todo:
+            source, length, bf16 = str(folders[big.name]), big.recipe.max_length, big.recipe.bf16
+            _write_array(answers, logits_of(source, student_data, student_data.train, length, bf16=bf16))
+    teacher: NDArray[np.float32] = np.load(answers, allow_pickle=False)
+    student_data = with_answers(student_data, teacher, len(data.train))
+    objective = Objective(teacher=teacher, temperature=plan.temperature, distill_weight=plan.distill_weight)
+    for member in small:
+        with journal.step(f"train {member.name}", folders[member.name], plan.member_settings(member)) as todo:
+            if todo:
+                _train(_continued(member, big, folders[big.name]), student_data, folders[member.name], objective)
+    if (network := plan.network) is not None:
+        with journal.step(f"train {network.name}", folders[network.name], plan.member_settings(network)) as todo:
+            if todo:
+                train_averaging(
+                    student_data,
+                    folders[network.name],
+                    tokenizer=str(folders[big.name]),
+                    unigrams=str(folders[big.name]),
+                    network=network.network,
+                    recipe=network.recipe,
+                    objective=objective,
+                )
 
 
 def _try_export(plan: Plan, work: Path, journal: Journal) -> None:

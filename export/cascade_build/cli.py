@@ -22,8 +22,8 @@ from cascade_train.tasks import SMART_HOME
 
 from cascade_rt.cli.options import of_options
 from cascade_rt.cli.parser import CommandParser
-from cascade_rt.cli.rendering import percent, table
-from cascade_rt.errors import MissingExtraError
+from cascade_rt.cli.rendering import percent, table, times
+from cascade_rt.errors import InputError, MissingExtraError
 from cascade_rt.tuning.report import COSTS, Question
 
 if TYPE_CHECKING:  # they load torch
@@ -46,9 +46,15 @@ def add_arguments(parser: CommandParser) -> None:
     add(
         "--small",
         action="append",
-        required=True,
+        default=[],
         metavar="BASE",
         help="encoder of a small member, BASE=K for its first K layers only; repeat for each",
+    )
+    add(
+        "--no-dan",
+        dest="dan",
+        action="store_false",
+        help="leave out the member without layers, a deep averaging network (see train-dan)",
     )
     add("--output", required=True, type=Path, metavar="BUNDLE", help="the bundle's folder; work goes to BUNDLE.build")
     add("--unlabelled", type=Path, action="append", default=[], metavar="FILE", help="texts without labels; repeatable")
@@ -117,12 +123,14 @@ def run(options: argparse.Namespace) -> None:
     need_training("build")
     try:
         from cascade_build.build import REPORT, build, work_folder  # noqa: PLC0415 - loads torch
-        from cascade_build.plan import Asked, Plan, plan_members, split, steps  # noqa: PLC0415
+        from cascade_build.plan import Asked, Plan, plan_members, plan_network, split, steps  # noqa: PLC0415
     except ImportError as error:
         raise MissingExtraError("cascade-rt build", "build", error) from error
     from cascade_train.finetune import Recipe  # noqa: PLC0415
     from cascade_train.hardware import bf16_pays  # noqa: PLC0415
 
+    if not (options.small or options.dan):
+        raise InputError("found --no-dan and no --small, expected at least one small member: --small BASE")
     question = Question(max_drop=options.max_drop, confidence=options.confidence, cost=options.cost)
     data = data_from(options)
     unlabelled = unlabelled_from(options, data.pair)
@@ -144,7 +152,9 @@ def run(options: argparse.Namespace) -> None:
         of_big=Asked(options.epochs, options.learning_rate),
         of_small=Asked(options.small_epochs, options.small_learning_rate),
     )
-    plan = of_options(Plan, options, parts=parts, members=members, question=question)
+    texts = len(parts.data.train) + len(parts.unlabelled)
+    network = plan_network(texts, recipe) if options.dan else None
+    plan = of_options(Plan, options, parts=parts, members=members, network=network, question=question)
     if options.dry_run:
         found = steps(plan)
         if options.json:
@@ -208,14 +218,14 @@ def _result(report: BuildReport) -> str:
                 str(sum(cascade.exits)),
                 *map(percent, (cascade.accuracy, cascade.f1, cascade.dis, cascade.ece)),
                 f"{confirmed.latency_ms:.2f}",
-                f"{confirmed.latency_speedup:.2f}x",
+                times(confirmed.latency_speedup),
             ]
         )
     lines = [
         table(["", "layers", "exits", "accuracy", "F1", "DIS", "ECE", "ms per text", "speed-up"], rows),
         f"{report.texts['certification']} test texts, used for no choice; figures in %; thresholds "
         + (", ".join(f"{tau:.4f}" for tau in cascade.thresholds) or "none")
-        + f", layer speed-up {cascade.layer_speedup:.2f}x",
+        + f", layer speed-up {times(cascade.layer_speedup)}",
         f"verdict: {report.tuning.verdict}",
     ]
     return "\n".join(lines)

@@ -14,6 +14,8 @@ import torch
 from cascade_export.check import MAX_ACCURACY_DROP, Check
 from cascade_export.checkpoint import member_name
 from cascade_export.member import AUTO
+from cascade_train.averaging import Network
+from cascade_train.averaging_training import AveragingRecipe
 from cascade_train.finetune import (
     Objective,
     Recipe,
@@ -35,6 +37,8 @@ from cascade_rt.types import Text
 
 _STEPS = 3000  # of a member, about, unless the epochs are given
 _MOST_EPOCHS = 10
+_NETWORK_STEPS, _FEWEST_EPOCHS = 20_000, 3  # of the member without layers, at most
+_NETWORK_SECONDS = 4e-4  # of a text in such a step
 _RATE, _HIGHEST_RATE = 7.5e-5, 6e-4  # of 12 layers of 384; the highest of all
 
 
@@ -78,16 +82,27 @@ class MemberPlan:
 
 
 @dataclass(frozen=True)
+class NetworkPlan:
+    """A deep averaging network, the member without layers, and its training."""
+
+    network: Network
+    recipe: AveragingRecipe
+    name: str = "DAN"
+
+
+@dataclass(frozen=True)
 class Plan:
     """A build."""
 
     parts: Parts
     members: tuple[MemberPlan, ...]
-    """The biggest first: it teaches the others."""
+    """The biggest first: it teaches the others. Those with layers."""
     distill_weight: float
     temperature: float
     precision: str
     question: Question
+    network: NetworkPlan | None = None
+    """The member without layers; None for none."""
     bf16: bool | None = None
     """As asked; None leaves the choice to a measurement, whose result may be another one later."""
     max_accuracy_drop: float = MAX_ACCURACY_DROP
@@ -111,12 +126,16 @@ class Plan:
             "data": {name: part.described() for name, part in examples.items()},
         }
 
-    def member_settings(self, member: MemberPlan) -> dict[str, Any]:
+    def member_settings(self, member: MemberPlan | NetworkPlan) -> dict[str, Any]:
         """Return what a member's weights depend on; a small member's depend on the biggest one's."""
+        if isinstance(member, NetworkPlan):
+            return asdict(member) | self.teaching()
         own = asdict(replace(member, recipe=replace(member.recipe, bf16=bool(self.bf16))))
-        if member is self.members[0]:
-            return own
-        return own | {
+        return own if member is self.members[0] else own | self.teaching()
+
+    def teaching(self) -> dict[str, Any]:
+        """Return what the biggest member's answers depend on, and their weight."""
+        return {
             "teacher": self.member_settings(self.members[0]),
             "unlabelled": Examples(self.parts.unlabelled, [0] * len(self.parts.unlabelled)).described(),
             "distillation": {"weight": self.distill_weight, "temperature": self.temperature},
@@ -241,6 +260,14 @@ def plan_members(
     return tuple(members)
 
 
+def plan_network(texts: int, recipe: Recipe) -> NetworkPlan:
+    """Return the member without layers for so many training texts, with a recipe's seed and length."""
+    usual = AveragingRecipe(max_length=recipe.max_length, seed=recipe.seed)
+    steps = -(-texts // usual.batch_size)
+    epochs = float(np.clip(_NETWORK_STEPS // steps, _FEWEST_EPOCHS, usual.epochs))
+    return NetworkPlan(Network(), replace(usual, epochs=epochs))
+
+
 def preflight(plan: Plan) -> None:
     """Load every base under the bundle's tokenizer, so that what does not fit is found before anything is trained."""
     for member in plan.members:
@@ -266,13 +293,19 @@ def steps(plan: Plan) -> list[Step]:
         what = f"fine-tune {member.layers} layers of {Path(member.base).name}, {member.recipe.epochs:g} epochs at "
         what += f"{member.recipe.learning_rate:g}" + (f", with the answers of {big.name}" if member is not big else "")
         found.append(Step(f"train {member.name}", what, texts, seconds))
-        if member is big and small:
+        if member is big and (small or plan.network):
             what = f"its answers to {train} training" + (f" and {fresh} unlabelled" if fresh else "") + " texts"
             found.append(Step(f"answers of {big.name}", what, train + fresh, forward[big.name] * (train + fresh)))
+    if (network := plan.network) is not None:
+        single = forward[big.name] * load_tokenizer(big.tokenizer or big.base).vocab_size / 4  # of few tokens
+        seconds = single + _NETWORK_SECONDS * (train + fresh) * network.recipe.epochs
+        what = f"a deep averaging network, at most {network.recipe.epochs:g} epochs, with the answers of {big.name}"
+        found.append(Step(f"train {network.name}", what, train + fresh, seconds))
     checked, tuned = len(parts.data.validation), len(parts.tuning) + len(parts.certification)
     everything = sum(forward.values())
-    what = f"{len(plan.members)} members in {plan.precision}, calibrated and checked on {checked} texts"
-    found.append(Step("export", what, checked, 15.0 * len(plan.members) + 4 * everything * checked))
+    count = len(plan.members) + (plan.network is not None)
+    what = f"{count} members in {plan.precision}, calibrated and checked on {checked} texts"
+    found.append(Step("export", what, checked, 15.0 * count + 4 * everything * checked))
     what = f"choose on {len(parts.tuning)} texts, measure on {len(parts.certification)} others"
     found.append(Step("tune", what, tuned, 10.0 + everything * tuned))
     return found

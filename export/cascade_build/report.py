@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from cascade_rt import CascadeRuntime
 from cascade_rt.benchmark.machine import describe
+from cascade_rt.cli.rendering import times
 from cascade_rt.engine.exit_rules import MaximumProbability, replay
 from cascade_rt.engine.task import SingleLabel
 from cascade_rt.io.writers import open_output
@@ -242,7 +243,7 @@ def _advice(report: BuildReport, records: Mapping[str, Mapping[str, Any]]) -> li
     elif report.tuning.guarantee and (more := report.tuning.guarantee.with_more_texts):
         found.append(
             f"With about {more[-1].texts} texts to certify on (here {report.texts['certification']}), "
-            f"{more[-1].speedup:.2f}x could be guaranteed, if the risk stays as measured."
+            f"{times(more[-1].speedup)} could be guaranteed, if the risk stays as measured."
         )
     if report.texts["certification"] < _FEW_TEXTS:
         found.append(

@@ -140,6 +140,12 @@ def _aligned(checkpoint: Checkpoint, first: Checkpoint, differing: Sequence[str]
                 f"{', '.join(differing)}, and {member.name!r} is an ONNX file, which cannot be aligned; use its torch "
                 "weights, or members of one family"
             )
+    if not checkpoint.layers:
+        raise CascadeError(
+            f"members {first.name!r} and {checkpoint.name!r} do not fit together: their tokenizers differ in "
+            f"{', '.join(differing)}, and {checkpoint.name!r} has hashed its own n-grams; train it again with "
+            "--tokenizer"
+        )
     from cascade_export.torch_checkpoint import TorchCheckpoint, align_checkpoint  # noqa: PLC0415 - loads torch
 
     if not (isinstance(checkpoint, TorchCheckpoint) and isinstance(first, TorchCheckpoint)):

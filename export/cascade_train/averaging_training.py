@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 from tqdm import tqdm
-from transformers import EarlyStoppingCallback, set_seed
+from transformers import AutoConfig, EarlyStoppingCallback, set_seed
 
 from cascade_rt.errors import InvalidOption
 from cascade_train.averaging import AveragingForSequenceClassification, Network, new_network
 from cascade_train.finetune import LABELS_ALONE, Objective, Recipe, device, load_base, member_trainer
 from cascade_train.ranges import check_ranges
-from cascade_train.sources import load_tokenizer
+from cascade_train.sources import load_tokenizer, pretrained
 from cascade_train.tasks import TaskData
 from cascade_train.work import claim, finish, trained, validated, work_folder
 
@@ -104,20 +105,17 @@ def token_vectors(encoder: str, tokenizer: str, labels: tuple[str, ...], dimensi
     """Return a vector for each token: an encoder's answer to the token alone, its principal components.
 
     float (tokens, dimension). The mean of the last hidden states of a text of one token, as model2vec starts from;
-    minus the mean of all tokens, in the directions of the largest variance, scaled to one spread. Raises InvalidOption
-    for more dimensions than the encoder has, and for one without layers.
+    minus the mean of all tokens, in the directions of the largest variance, scaled to one spread. Dimensions that the
+    encoder does not have are 0. Raises InvalidOption for a model without layers.
     """
-    words, model = load_base(encoder, labels, None, tokenizer)
-    width = model.config.hidden_size
-    if dimension > width:
-        raise InvalidOption("dimension", dimension, f"at most {width}, the hidden size of {encoder}")
-    if not model.config.num_hidden_layers:
+    if not pretrained(AutoConfig, encoder).num_hidden_layers:
         raise InvalidOption("unigrams", encoder, "an encoder, with layers")
+    words, model = load_base(encoder, labels, None, tokenizer)
     encode = getattr(model, model.base_model_prefix).eval().to(device())
     special = words("a", return_special_tokens_mask=True)
     ids, before = torch.tensor(special["input_ids"]), special["special_tokens_mask"].index(0)
     count = max(words.get_vocab().values()) + 1
-    states = torch.empty(count, width)
+    states = torch.empty(count, model.config.hidden_size)
     with torch.inference_mode():
         for start in tqdm(range(0, count, _TOKENS_AT_ONCE), desc="single tokens", unit=" batches", disable=None):
             some = torch.arange(start, min(count, start + _TOKENS_AT_ONCE))
@@ -129,7 +127,7 @@ def token_vectors(encoder: str, tokenizer: str, labels: tuple[str, ...], dimensi
     states -= states.mean(0)
     _, axes = torch.linalg.eigh(states.T @ states)  # ascending
     vectors = states @ axes.flip(1)[:, :dimension]
-    return _SPREAD * vectors / vectors.std()
+    return functional.pad(_SPREAD * vectors / vectors.std(), (0, dimension - vectors.shape[1]))
 
 
 def _after(special: Any) -> int:

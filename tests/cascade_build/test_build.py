@@ -81,7 +81,7 @@ def _texts(path: Path) -> list[str]:
 
 def test_a_build_ends_in_a_tuned_bundle(built: Path) -> None:
     bundle = read_bundle(built / "bundle")
-    assert [member.layers for member in bundle.members] == [1, 4]
+    assert [member.layers for member in bundle.members] == [0, 1, 4]
     assert all("temperature" in member.other and "auto" in member.other for member in bundle.members)
     assert bundle.tuning is not None
     answers = CascadeRuntime(built / "bundle").predict(["the film is lovely", "a bad day"])
@@ -197,7 +197,7 @@ def test_a_killed_build_goes_on_where_it_was(
     capsys.readouterr()
     assert main(arguments) == 0
     shown = capsys.readouterr()
-    assert shown.err.count("done before") == 5
+    assert shown.err.count("done before") == 6
     assert "verdict: " in shown.out
     CascadeRuntime(tmp_path / "bundle").predict(["good"])
     assert main(arguments) == 2
@@ -230,6 +230,7 @@ def test_steps_whose_settings_changed_are_repeated_and_only_those(
         "train 4L: done before",
         "answers of 4L: done before",
         "train 1L: again, because its settings have changed",
+        "train DAN: done before",
         "export: again, because its settings have changed",
         "tune",
     ]
@@ -250,7 +251,16 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(
     assert main([*arguments.split(), "--json", *TRAINED.split()]) == 0
     found = json.loads(capsys.readouterr().out)
     names = [step["name"] for step in found["steps"]]
-    assert names == ["try the export", "train 4L", "answers of 4L", "train 2L", "train 1L", "export", "tune"]
+    assert names == [
+        "try the export",
+        "train 4L",
+        "answers of 4L",
+        "train 2L",
+        "train 1L",
+        "train DAN",
+        "export",
+        "tune",
+    ]
     assert all(step["seconds"] > 0 for step in found["steps"])
     assert main([*arguments.split(), *TRAINED.split()]) == 0
     shown = capsys.readouterr().out

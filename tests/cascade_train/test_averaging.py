@@ -213,17 +213,18 @@ def test_token_vectors_are_principal_components(base: str) -> None:
     correlations = np.corrcoef(vectors.numpy().T)
     np.testing.assert_allclose(correlations, np.eye(8), atol=1e-3)
     assert float(vectors.std()) == pytest.approx(2.0)
+    assert not token_vectors(base, base, ("a", "b"), 40)[:, 32:].any(), "an encoder of 32 dimensions"
     variances = vectors.var(0).tolist()
     assert variances == sorted(variances, reverse=True)
 
 
-def test_settings_out_of_range_are_refused(base: str) -> None:
+def test_settings_out_of_range_are_refused(trained: Path) -> None:
     with pytest.raises(InvalidOption, match="ngrams"):
         Network(ngrams=4)
     with pytest.raises(InvalidOption, match="patience"):
         AveragingRecipe(patience=0)
-    with pytest.raises(InvalidOption, match="at most 32"):
-        token_vectors(base, base, ("a", "b"), 33)
+    with pytest.raises(InvalidOption, match="with layers"):
+        token_vectors(str(trained), str(trained), ("even", "odd"), 8)
 
 
 def test_the_command(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
