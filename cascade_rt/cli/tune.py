@@ -17,7 +17,7 @@ from ..io.writers import output_folder, write_json
 from ..tuning.collect import cache_folder, collect, open_whole
 from ..tuning.evaluation import true_answers
 from ..tuning.plot import draw_front, pyplot
-from ..tuning.report import COSTS, Question
+from ..tuning.report import AUTO, COSTS, Question
 from ..tuning.tune import local_folder, tune, write_tuning
 from .options import (
     add_bundle,
@@ -76,7 +76,10 @@ def add_arguments(parser: CommandParser) -> None:
         "--fall-back", action="store_true", help="if nothing can be guaranteed, write the last member alone"
     )
     asked.add_argument(
-        "--cost", choices=COSTS, default=Question.cost, help="how speed is measured; latency is timed here"
+        "--cost",
+        choices=(AUTO, *COSTS),
+        default=Question.cost,
+        help="how speed is measured; latency is timed here; auto: by layers, or by latency if a member has no layers",
     )
     asked.add_argument(
         "--shared-threshold", dest="shared", action="store_true", help="one threshold for all members, as in the paper"

@@ -7,7 +7,7 @@ option on the command line. `register` makes a manifest and the command line kno
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from numbers import Integral, Real
@@ -23,6 +23,7 @@ from .task import Task
 
 _FIRST = np.zeros(1, dtype=np.intp)
 _TAUS = 200  # tried for one member at most
+_TOGETHER = 3  # thresholds that change together at most
 _CAREFUL = 12  # rules before one, each more careful than the next
 
 
@@ -95,6 +96,10 @@ class ExitRule(ABC):
         may have its own.
         """
         yield self
+
+    def nearby(self, observed: NDArray[Any], share: float, *, shared: bool) -> Iterator[ExitRule]:
+        """Yield rules that differ a little: about this share of the texts leaves elsewhere. Arguments: `candidates`."""
+        yield from ()
 
     def more_careful(self, observed: NDArray[Any]) -> Iterator[ExitRule]:
         """Yield rules under which fewer texts leave early, from where almost none does."""
@@ -190,6 +195,22 @@ class Thresholds(ExitRule):
         each = min(_TAUS, max(2, int(points ** (1 / max(1, len(early))))))
         for taus in product(*(_quantiles(scores, each) for scores in early)):
             yield replace(self, thresholds=taus)
+
+    def nearby(self, observed: NDArray[Any], share: float, *, shared: bool) -> Iterator[Thresholds]:
+        """Yield rules with thresholds lower and higher by this share of the scores.
+
+        Up to three thresholds change together in all ways, more of them one at a time.
+        """
+        early = observed[:-1]
+        columns, own = ([early.ravel()], self.thresholds[:1]) if shared and len(early) else (early, self.thresholds)
+        around = [_around(scores, tau, share) for scores, tau in zip(columns, own, strict=True)]
+        if len(own) <= _TOGETHER:
+            moved: Iterable[tuple[float, ...]] = product(*around)
+        else:
+            moved = ((*own[:at], tau, *own[at + 1 :]) for at, taus in enumerate(around) for tau in taus)
+        for taus in moved:
+            if taus != own:
+                yield replace(self, thresholds=taus * len(early) if shared else taus)
 
     def more_careful(self, observed: NDArray[Any]) -> Iterator[Thresholds]:
         """Yield rules with higher thresholds, the highest first."""
@@ -332,6 +353,23 @@ def _quantiles(scores: NDArray[np.float64], count: int) -> list[float]:
     """Return values between the scores of texts, so that no text's score equals a threshold."""
     values = np.unique(scores)
     places = np.searchsorted(values, np.quantile(scores, np.linspace(0, 1, count), method="lower"))
-    middles = (values + np.append(values[1:], values[-1])) / 2
-    found: list[float] = middles[np.unique(places)].tolist()
+    found: list[float] = _above(values)[np.unique(places)].tolist()
     return found
+
+
+def _around(scores: NDArray[np.float64], tau: float, share: float) -> tuple[float, float, float]:
+    """Return a lower threshold, this one, and a higher one: each about this share of the scores apart."""
+    values, counts = np.unique(scores, return_counts=True)
+    stay = np.cumsum(counts)  # scores that do not exceed a threshold above each value
+    here = max(0, int(np.searchsorted(values, tau, side="right")) - 1)
+    step = share * len(scores)
+    low = min(here - 1, int(np.searchsorted(stay, stay[here] - step)))
+    high = max(here + 1, int(np.searchsorted(stay, stay[here] + step)))
+    lower, higher = _above(values)[np.clip([low, high], 0, len(values) - 1)].tolist()
+    return lower, tau, higher
+
+
+def _above(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the middle between each of ascending values and the next; for the last, itself."""
+    middles: NDArray[np.float64] = (values + np.append(values[1:], values[-1])) / 2
+    return middles

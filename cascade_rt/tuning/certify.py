@@ -54,9 +54,9 @@ def certify(
     last member alone needs no test and is never returned.
     """
     last_alone = search.alone(len(search.right) - 1)
-    points = operating_points(search, shared=shared, subsets=subsets)
+    points = operating_points(search, shared=shared, subsets=subsets, quality="risk")
     faster = (point for point in points if point.members != last_alone.members and point.cost < last_alone.cost)
-    front = pareto_front(faster, by="risk")
+    front = pareto_front(faster, quality="risk")
     careful = [
         careful
         for first in front[:1]

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,10 @@ from ..engine.cost import cumulative_layers, whole_model
 from ..engine.exit_rules import ExitRule, MaximumProbability, replay
 from ..errors import InvalidOption
 
-_POINTS = 10_000  # tried for each number of members
+_POINTS = 1_000  # tried for each number of members, and again in each round of refinement
 _LARGEST = 4  # members of a subset
+_FRONT = 200  # points that a round refines, about
+_SHARES = 0.1 * 0.5 ** np.arange(6)  # of the texts that leave elsewhere, round by round
 
 
 @dataclass(frozen=True)
@@ -111,12 +114,15 @@ class OperatingPoint:
     cost_p95: float
 
 
-def operating_points(recorded: Recorded, *, shared: bool = False, subsets: bool = True) -> list[OperatingPoint]:
+def operating_points(
+    recorded: Recorded, *, shared: bool = False, subsets: bool = True, quality: str = "accuracy", cost: str = "cost"
+) -> list[OperatingPoint]:
     """Measure the ways to run the bundle that are worth trying, each member alone among them.
 
     `shared`: one threshold for all members. `subsets=False`: all members, or the last one alone; else up to four
-    members where texts may leave. The exit rule names its candidates, about 10,000 for each number of members. With
-    segments, one threshold for all of them is tried too.
+    members where texts may leave. The exit rule names its candidates, a coarse grid; then, in rounds, rules nearer and
+    nearer to those on the front of `quality` and `cost` (see `pareto_front`). With segments, one threshold for all of
+    them is tried too.
     """
     count = len(recorded.right)
     everyone = tuple(range(count))
@@ -136,6 +142,14 @@ def operating_points(recorded: Recorded, *, shared: bool = False, subsets: bool 
         for members in chosen:
             if members != (count - 1,):
                 try_all(members, shared, _POINTS // len(chosen))
+    tried: set[tuple[tuple[int, ...], ExitRule]] = set()
+    for share in _SHARES:
+        front = pareto_front(found, quality=quality, cost=cost)
+        for point in front[:: 1 + len(front) // _FRONT]:
+            near = point.rule.nearby(recorded.observed[list(point.members)], share, shared=shared)
+            new = [rule for rule in near if (point.members, rule) not in tried]
+            tried.update((point.members, rule) for rule in new)
+            found.extend(recorded.measured(point.members, new))
     return found
 
 
@@ -156,12 +170,18 @@ def most_accurate(points: Iterable[OperatingPoint], cost: float, *, p95: bool = 
     return max(within, key=lambda point: (point.accuracy, -point.cost, -len(point.members)), default=None)
 
 
-def pareto_front(points: Iterable[OperatingPoint], *, by: str = "accuracy") -> list[OperatingPoint]:
-    """Return the points that no other beats both in cost and in accuracy, or in `risk`; the most expensive first."""
+def pareto_front(
+    points: Iterable[OperatingPoint], *, quality: str = "accuracy", cost: str = "cost"
+) -> list[OperatingPoint]:
+    """Return the points that no other beats in both of two fields, the most expensive first.
+
+    `quality`: "accuracy" or "risk"; `cost`: "cost" or "cost_p95".
+    """
+    sign = 1 if quality == "risk" else -1
+    of_quality, of_cost = attrgetter(quality), attrgetter(cost)
     front: list[OperatingPoint] = []
-    best = -1.0 if by == "accuracy" else 1.0
-    for point in sorted(points, key=lambda point: (best * getattr(point, by), point.cost, len(point.members))):
-        if not front or point.cost < front[-1].cost:
+    for point in sorted(points, key=lambda point: (sign * of_quality(point), of_cost(point), len(point.members))):
+        if not front or of_cost(point) < of_cost(front[-1]):
             front.append(point)
     return front
 

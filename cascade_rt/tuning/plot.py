@@ -27,7 +27,7 @@ def draw_front(report: TuningReport, path: Path) -> None:
     figure, axis = plotting.subplots(figsize=(6, 4), layout="constrained")
 
     def draw(choices: list[Choice], style: str, label: str, size: int) -> None:
-        speedups = [choice.speedup(report.question.measured_cost) for choice in choices]
+        speedups = [choice.speedup(report.question.cost) for choice in choices]
         axis.plot(speedups, [100 * choice.accuracy for choice in choices], style, label=label, markersize=size)
 
     draw(report.front, ".-", "front", 4)
@@ -35,7 +35,7 @@ def draw_front(report: TuningReport, path: Path) -> None:
     if report.chosen:
         draw([report.chosen], "r*", "chosen", 13)
     measure = "accuracy" if report.compared_with == "labels" else "agreement with the last member"
-    axis.set(xlabel=f"speed-up over the last member alone ({report.question.measured_cost})", ylabel=f"{measure}, %")
+    axis.set(xlabel=f"speed-up over the last member alone ({report.question.cost})", ylabel=f"{measure}, %")
     axis.legend()
     figure.savefig(path, dpi=120)
     plotting.close(figure)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..bundle import MemberEntry
 from ..errors import InvalidOption
 from .certify import Certificate
 
-COSTS = ("layers", "flops", "latency")
+LATENCY, AUTO = "latency", "auto"
+COSTS = ("layers", "flops", LATENCY)
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,8 @@ class Question:
     """True if the budget is for the 95th percentile; else for the mean."""
     confidence: float | None = None
     """Guarantee `max_drop` with this confidence."""
-    cost: str = "layers"
-    """The measure of speed-up: one of COSTS."""
+    cost: str = AUTO
+    """The measure of speed-up: one of COSTS, or "auto" for what `measured_by` says."""
     shared: bool = False
     """One tau for all members, as in the paper."""
     subsets: bool = True
@@ -57,13 +60,20 @@ class Question:
             raise InvalidOption("confidence", self.confidence, "a maximum drop with it: that is what can be guaranteed")
         if self.p95 and self.budget_ms is None:
             raise InvalidOption("p95", self.p95, "a budget in ms with it")
-        if self.cost not in COSTS:
-            raise InvalidOption("cost", self.cost, f"one of {', '.join(COSTS)}")
+        if self.cost not in (AUTO, *COSTS):
+            raise InvalidOption("cost", self.cost, f"one of {', '.join((AUTO, *COSTS))}")
 
-    @property
-    def measured_cost(self) -> str:
-        """The cost that the answer is chosen by: latency for a budget in milliseconds."""
-        return "latency" if self.budget_ms is not None else self.cost
+    def measured_by(self, members: Sequence[MemberEntry]) -> str:
+        """Return the cost, one of COSTS, that the answer is chosen by; a budget in milliseconds is of latency.
+
+        "auto" stands for layers, the paper's measure, unless one of the members has none. Then it stands for latency:
+        to layers such a member is free, and its FLOPs leave out what its texts mostly take, such as tokenization.
+        """
+        if self.budget_ms is not None:
+            return LATENCY
+        if self.cost != AUTO:
+            return self.cost
+        return "layers" if all(member.layers for member in members) else LATENCY
 
     @property
     def asks(self) -> bool:
@@ -153,30 +163,42 @@ class TuningReport:
         return asdict(self)
 
 
-def verdict(chosen: Choice | None, alone: list[Choice], guarantee: Guarantee | None) -> str:
+def verdict(question: Question, chosen: Choice | None, alone: list[Choice], guarantee: Guarantee | None) -> str:
     """Say whether the chosen cascade is worth it, against each member alone at its measured latency."""
     last = alone[-1]
-    if chosen is None and guarantee is None:
-        return "nothing was asked, so nothing was chosen: these are the best trade-offs"
     if chosen is None:
-        return f"do not cascade on this evidence: nothing faster than {last.members[-1]} alone can be guaranteed"
+        if guarantee is None:
+            return "nothing was asked, so nothing was chosen: these are the best trade-offs"
+        return f"do not cascade on this evidence: nothing faster than {_name(last)} alone can be guaranteed"
     if chosen.alone and chosen.members == last.members:
-        return f"do not cascade: use {last.members[-1]} alone"
+        return f"do not cascade: use {_name(last)} alone"
+    found = f"{chosen.latency_speedup:.2f}x as fast as {_name(last)} alone here, {_lost(chosen)}"
     if chosen.alone:
+        return f"do not cascade: use {_name(chosen)} alone, {found}"
+    return _of_cascade(chosen, alone, found, "" if question.cost == LATENCY else "; tune by measured latency")
+
+
+def _of_cascade(chosen: Choice, alone: list[Choice], found: str, tune_again: str) -> str:
+    """Return the verdict on several members: against the most accurate member alone that is as fast as they are."""
+    as_fast = [member for member in alone if member.latency_ms <= chosen.latency_ms]
+    rival = max(as_fast, key=lambda member: (member.accuracy, -member.latency_ms), default=None)
+    if rival is not None and rival.accuracy >= chosen.accuracy:
         return (
-            f"do not cascade: use {chosen.members[-1]} alone, {chosen.latency_speedup:.2f}x as fast as "
-            f"{last.members[-1]} here, {_lost(chosen)}"
+            f"do not cascade: {_name(rival)} alone is as accurate ({100 * rival.accuracy:.2f}%) and as fast here "
+            f"({rival.latency_ms:.2f} ms against {chosen.latency_ms:.2f}){tune_again}"
         )
-    for rival in alone:
-        if rival.accuracy >= chosen.accuracy and rival.latency_ms <= chosen.latency_ms:
-            return (
-                f"do not cascade: {rival.members[-1]} alone is as accurate ({100 * rival.accuracy:.2f}%) and as fast "
-                f"here ({rival.latency_ms:.2f} ms against {chosen.latency_ms:.2f}); tune by measured latency"
-            )
-    slower = "do not cascade, tune by measured latency" if chosen.latency_speedup <= 1 else "cascade"
-    return f"{slower}: {chosen.latency_speedup:.2f}x as fast as {last.members[-1]} alone here, {_lost(chosen)}"
+    if chosen.latency_speedup <= 1:
+        return f"do not cascade{tune_again}: {found}"
+    left_out = ", ".join(_name(member) for member in alone if _name(member) not in chosen.members)
+    cascade = " + ".join(chosen.members) + (f" (without {left_out})" if left_out else "")
+    beside = "" if rival is None else f"; {_name(rival)} alone: {rival.latency_speedup:.2f}x, {_lost(rival)}"
+    return f"cascade {cascade}: {found}{beside}"
 
 
-def _lost(chosen: Choice) -> str:
-    points, error = 100 * chosen.drop, 100 * chosen.drop_error
+def _name(member: Choice) -> str:
+    return member.members[-1]
+
+
+def _lost(choice: Choice) -> str:
+    points, error = 100 * choice.drop, 100 * choice.drop_error
     return f"{abs(points):.2f} (+- {error:.2f}) points of accuracy {'lost' if points >= 0 else 'gained'} on these texts"

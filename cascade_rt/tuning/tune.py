@@ -32,15 +32,16 @@ def tune(bundle: Bundle, data: Collected, question: Question, *, held_out: Colle
     tested on them; without them one half of `data` proposes and the other half certifies. Raises InvalidOption for a
     speed-up or a budget that no point reaches.
     """
-    answers = data.answers[question.measured_cost]
-    options = {"shared": question.shared, "subsets": question.subsets}
-    points = operating_points(answers, **options)
+    question = replace(question, cost=question.measured_by(bundle.members))
+    answers = data.answers[question.cost]
+    cost = "cost_p95" if question.p95 else "cost"
+    points = operating_points(answers, shared=question.shared, subsets=question.subsets, cost=cost)
     whole = answers.alone(len(bundle.members) - 1)
     guarantee: Guarantee | None = None
     point: OperatingPoint | None = None
     if question.confidence is not None and question.max_drop is not None:
-        test = None if held_out is None else held_out.answers[question.measured_cost]
-        point, guarantee = _guaranteed(answers, test, question, options)
+        test = None if held_out is None else held_out.answers[question.cost]
+        point, guarantee = _guaranteed(answers, test, question)
     elif question.max_drop is not None:
         point = fastest(points, whole.accuracy - question.max_drop)
     elif question.speedup is not None:
@@ -66,7 +67,7 @@ def tune(bundle: Bundle, data: Collected, question: Question, *, held_out: Colle
         held_out=confirmed,
         guarantee=guarantee,
         front=[choice(bundle, data, point.members, point.rule) for point in pareto_front(points)],
-        verdict=verdict(*judged, guarantee),
+        verdict=verdict(question, *judged, guarantee),
     )
 
 
@@ -150,9 +151,7 @@ def local_folder(model_dir: str) -> Path:
     return folder
 
 
-def _guaranteed(
-    search: Recorded, test: Recorded | None, question: Question, options: dict[str, bool]
-) -> tuple[OperatingPoint | None, Guarantee]:
+def _guaranteed(search: Recorded, test: Recorded | None, question: Question) -> tuple[OperatingPoint | None, Guarantee]:
     """Certify on other texts what some propose; without other texts, on one half what the other half proposes."""
     confidence, max_risk = question.confidence or 0.0, question.max_drop or 0.0
     halves = 1 if test is not None else 2
@@ -160,7 +159,9 @@ def _guaranteed(
         rows = np.random.default_rng(question.seed).permutation(len(search.overhead))
         half = len(rows) // 2
         search, test = search.take(rows[:half]), search.take(rows[half:])
-    chosen, certificate, sequence = certify(search, test, max_risk, confidence, **options)
+    chosen, certificate, sequence = certify(
+        search, test, max_risk, confidence, shared=question.shared, subsets=question.subsets
+    )
     last = test.alone(len(test.right) - 1)
     promising = []
     for point in sequence:

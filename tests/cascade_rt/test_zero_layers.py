@@ -76,6 +76,7 @@ def test_reports_show_a_dash(with_bag: Path, tmp_path: Path, capsys: pytest.Capt
     status, (report, *_), _ = run(
         capsys, "tune", "--model-dir", with_bag, "--input", source, "--agreement", "--no-cache", "--json"
     )
+    assert report["question"]["cost"] == "latency", "layers say nothing here"
     assert report["alone"][0]["layers_speedup"] is None
     assert report["alone"][0]["flops_speedup"] > 10
 
@@ -89,7 +90,7 @@ def test_a_guarantee_by_layers_can_name_a_member_without_any(
         for text, one in zip(TEXTS, CascadeRuntime(with_bag, thresholds=0.0).predict(TEXTS), strict=True)
     ]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows * 3))
-    asked = ["--max-drop", "0.02", "--confidence", "0.999999", "--no-cache", "--dry-run"]
+    asked = ["--cost", "layers", "--max-drop", "0.02", "--confidence", "0.999999", "--no-cache", "--dry-run"]
     status = main(["tune", "--model-dir", str(with_bag), "--input", str(source), *asked])
     printed = capsys.readouterr().out
     assert status == 0

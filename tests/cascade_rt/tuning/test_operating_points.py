@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import combinations, product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from cascade_rt.engine.exit_rules import MaximumProbability, Patience, replay
 from cascade_rt.errors import InputError
 from cascade_rt.tuning import operating_points as module
 from cascade_rt.tuning.operating_points import (
+    OperatingPoint,
     fastest,
     most_accurate,
     operating_points,
@@ -87,7 +90,8 @@ def test_points_hold_every_member_alone_and_every_way_to_combine_them() -> None:
     points = operating_points(drawn(1, 60))
     assert {point.members for point in points} == {(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)}
     assert all(len(point.rule.thresholds) == len(point.members) - 1 for point in points)
-    assert len(points) <= 3 + 3 * rules._TAUS + module._POINTS
+    each_round = module._FRONT * 3**2  # what a round tries at most: each threshold lower, the same or higher
+    assert len(points) <= 3 + 3 * rules._TAUS + module._POINTS + len(module._SHARES) * 2 * each_round
     shared = operating_points(drawn(1, 60), shared=True)
     assert all(len(set(point.rule.thresholds)) <= 1 for point in shared)
     assert {point.members for point in operating_points(drawn(1, 60), subsets=False)} == {(0, 1, 2), (2,)}
@@ -118,6 +122,69 @@ def test_choices_are_what_trying_all_finds(seed: int) -> None:
         for point in front
         for other in tried
     )
+
+
+@settings(max_examples=3)
+@given(st.integers(0, 11))
+def test_the_search_finds_what_a_plain_grid_finds(seed: int) -> None:
+    """All subsets of four members, and eight quantiles for each threshold."""
+    answers = drawn(seed, 60, members=4)
+    points = operating_points(answers)
+    assert points == operating_points(answers), "deterministic"
+    grid: list[OperatingPoint] = []
+    for members in (chosen for size in range(1, 5) for chosen in combinations(range(4), size)):
+        taus = [np.quantile(answers.observed[member], np.linspace(0, 1, 8)).tolist() for member in members[:-1]]
+        grid += answers.measured(members, map(MaximumProbability, product(*taus)))
+    floors = [answers.alone(3).accuracy - lost for lost in (0, 0.02, 0.05, 0.1)]
+    assert all(fastest(points, floor).cost <= fastest(grid, floor).cost + 1e-9 for floor in floors)
+
+
+@pytest.mark.parametrize("front", [{"quality": "risk"}, {"cost": "cost_p95"}])
+def test_the_front_that_is_asked_for_is_refined(front: dict[str, Any]) -> None:
+    quality, cost = ({"quality": "accuracy", "cost": "cost"} | front).values()
+    answers, better = drawn(0, 150, members=4), 0
+    asked, other = (
+        pareto_front(operating_points(answers, **options), **front) for options in (front, dict[str, Any]())
+    )
+    sign = 1 if quality == "risk" else -1
+    for point in other:
+        reached = [own for own in asked if sign * getattr(own, quality) <= sign * getattr(point, quality)]
+        least = min((getattr(own, cost) for own in reached), default=np.inf)
+        better += int(np.sign(getattr(point, cost) - least))
+    assert better > 0
+
+
+@given(
+    arrays(float, (4, 30), elements=st.integers(0, 40).map(lambda percent: min(1, 0.7 + percent / 100))),
+    st.lists(st.floats(0, 1), min_size=3, max_size=3).map(tuple),
+    st.floats(0.01, 0.5),
+    st.booleans(),
+)
+def test_nearby_rules_change_who_leaves_by_about_a_share(
+    scores: np.ndarray, taus: tuple[float, ...], share: float, shared: bool
+) -> None:
+    rule = MaximumProbability(taus[:1] * 3 if shared else taus)
+    found = list(rule.nearby(scores, share, shared=shared))
+    assert len({near.thresholds for near in [*found, rule]}) <= (3 if shared else 27)
+    assert rule not in found
+    for near in found:
+        assert not shared or len(set(near.thresholds)) == 1
+        for column, own, tau in zip(
+            [scores[:-1]] * 3 if shared else scores, rule.thresholds, near.thresholds, strict=False
+        ):
+            between = np.sum((column > min(own, tau)) & (column <= max(own, tau)))
+            jumped = max(np.unique(column, return_counts=True)[1])  # equal scores leave together
+            assert between <= share * column.size + 2 * jumped
+            assert tau == own or tau == column.max() or not np.any(column == tau)
+
+
+def test_many_thresholds_move_one_at_a_time() -> None:
+    rule = MaximumProbability((0.5,) * 5)
+    scores = np.random.default_rng(0).random((6, 40))
+    moved = [
+        np.flatnonzero(np.array(near.thresholds) != 0.5).tolist() for near in rule.nearby(scores, 0.1, shared=False)
+    ]
+    assert moved == [[at] for at in range(5) for _ in range(2)]
 
 
 def test_a_budget_below_every_member_has_no_answer() -> None:
