@@ -143,8 +143,8 @@ def _aligned(checkpoint: Checkpoint, first: Checkpoint, differing: Sequence[str]
     if not checkpoint.layers:
         raise CascadeError(
             f"members {first.name!r} and {checkpoint.name!r} do not fit together: their tokenizers differ in "
-            f"{', '.join(differing)}, and {checkpoint.name!r} has hashed its own n-grams; train it again with "
-            "--tokenizer"
+            f"{', '.join(differing)}, and {checkpoint.name!r} has hashed its own n-grams; train it again under the "
+            "other tokenizer"
         )
     from cascade_export.torch_checkpoint import TorchCheckpoint, align_checkpoint  # noqa: PLC0415 - loads torch
 
