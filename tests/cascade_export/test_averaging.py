@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +15,13 @@ from cascade_export.averaging import PRECISIONS, write_network
 from cascade_export.export import export_bundle
 from cascade_export.single_file import pack
 from cascade_train.averaging import AveragingConfig, AveragingForSequenceClassification, Network, new_network
+from cascade_train.sources import load_classifier, load_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from cascade_rt import CascadeRuntime
+from cascade_rt.bundle import sha256_of, write_manifest
 from cascade_rt.engine.execution import Execution
 from cascade_rt.engine.providers import OPENVINO, is_installed
 from cascade_rt.engine.tokenization import TextTokenizer
@@ -168,3 +172,25 @@ def test_it_cannot_be_aligned_to_another_tokenizer(members: dict[bool, list[str]
     type(tokenizer)(vocab_file=str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "DAN")
     with pytest.raises(CascadeError, match="tokenizer"):
         export_bundle([members[False][0], str(tmp_path / "DAN")], tmp_path / "bundle", max_length=24)
+
+
+def test_several_labels_through_the_task(members: dict[bool, list[str]], tmp_path: Path) -> None:
+    """The network learns which labels a text has, and the bundle's task reads its logits as that."""
+    model = load_classifier(members[False][1]).train()
+    model.config.problem_type = "multi_label_classification"
+    tokenizer = load_tokenizer(members[False][1])
+    texts = ["good cat", "cat", "good dog", "the dog"]
+    wanted = torch.tensor([[1, 0, 1], [0, 0, 1], [1, 1, 0], [0, 1, 0]])
+    encoded = tokenizer(texts, padding=True, return_tensors="pt")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    for _ in range(200):
+        optimizer.zero_grad()
+        model(encoded["input_ids"], encoded["attention_mask"], labels=wanted).loss.backward()
+        optimizer.step()
+    bundle = export_bundle(members[False][1:], tmp_path / "bundle", max_length=24, precision="int8")
+    write_network(model.eval(), tmp_path / "bundle" / bundle.members[0].file, "int8-table")
+    written = replace(bundle.members[0], sha256=sha256_of(tmp_path / "bundle" / bundle.members[0].file))
+    write_manifest(tmp_path / "bundle", replace(bundle, members=(written,), task="multi_label"))
+    with CascadeRuntime(tmp_path / "bundle") as runtime:
+        answers = [answer.labels for answer in runtime.predict(texts)]
+    assert answers == [tuple(compress(LABELS, row)) for row in wanted.tolist()]
