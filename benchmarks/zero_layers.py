@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -30,7 +32,8 @@ from common import RESULTS, TASKS, Parts, joined, race, read_parts, run_command
 from numpy.typing import NDArray
 
 from cascade_rt import CascadeRuntime
-from cascade_rt.bundle import MANIFEST
+from cascade_rt.benchmark.turns import batch_by_batch, in_turns
+from cascade_rt.bundle import MANIFEST, read_bundle, write_bundle, write_manifest
 from cascade_rt.engine.cost import ratio
 from cascade_rt.errors import InputError
 from cascade_rt.io.writers import write_json
@@ -70,9 +73,9 @@ def main() -> None:
     output: Path = options.output or RESULTS / f"zero-layers-{options.task}.json"
     for seed in range(options.seeds):
         network = _network(taught, named[big], work, seed, options)
-        bundle = _bundle([str(network), *reversed(list(named.values()))], work / f"bundle-{seed}")
+        bundle = _bundle(network, list(named.values()), work / f"bundle-{seed}", work / "bundle-0")
         report["network"] = json.loads((network / RECORD).read_text("utf-8"))["network"]
-        report["seeds"].append(_measured(bundle, parts, options.threads))
+        report["seeds"].append(_measured(bundle, parts, timed=seed == 0))
         write_json(output, report)
     _show(report)
     print(f"written: {output}")
@@ -113,15 +116,27 @@ def _network(
     return folder
 
 
-def _bundle(sources: Sequence[str], folder: Path) -> Path:
-    if not (folder / MANIFEST).is_file():
-        export_bundle(sources, folder, precision="int8", check=Check(max_accuracy_drop=100, calibrate=True))
+def _bundle(network: Path, others: Sequence[str], folder: Path, first: Path) -> Path:
+    """Export the bundle of a seed, if it is not there: the first with all members, the others with its other ones."""
+    if (folder / MANIFEST).is_file():
+        return folder
+    check = Check(max_accuracy_drop=100, calibrate=True)
+    if folder == first:
+        export_bundle([str(network), *others], folder, precision="int8", check=check)
+        return folder
+    with TemporaryDirectory(prefix="zero-layers-") as work, write_bundle(folder) as target:
+        alone = export_bundle([str(network)], Path(work) / "alone", precision="int8", check=check)
+        shutil.copytree(first, target, dirs_exist_ok=True)
+        shutil.copyfile(Path(work) / "alone" / alone.members[0].file, target / alone.members[0].file)
+        bundle = read_bundle(first)
+        entry = replace(alone.members[0], threshold=bundle.members[0].threshold)
+        write_manifest(target, replace(bundle, members=(entry, *bundle.members[1:])))
     return folder
 
 
-def _measured(bundle: Path, parts: Parts, threads: int | None) -> dict[str, Any]:
+def _measured(bundle: Path, parts: Parts, *, timed: bool) -> dict[str, Any]:
     """Return the figures of one seed: members alone, and cascades, tuned and on the clock."""
-    whole = open_whole(bundle, preload=True, threads=threads)
+    whole = open_whole(bundle, preload=True)
     names = [member.name for member in whole.bundle.members]
     big, middle = names[-1], names[1:-1]
     chains = {name: [name] for name in names} | {
@@ -155,7 +170,9 @@ def _measured(bundle: Path, parts: Parts, threads: int | None) -> dict[str, Any]
         if tuned.chosen is not None:
             way = whole.with_members(tuned.chosen.members).with_thresholds(tuned.chosen.thresholds)
             ways[f"guaranteed, {100 * CERTIFIED_DROP:g} point"] = way
-    found["ways"] = _raced(ways, big, parts)
+    found["ways"] = _answered(ways, big, parts)
+    if timed:
+        found["times"] = _timed(ways, big, parts.reported)
     return found
 
 
@@ -176,31 +193,38 @@ def _facts(member: Any) -> dict[str, Any]:
     return {"name": member.name, "layers": member.layers, "precision": member.precision, **member.other}
 
 
-def _raced(ways: Mapping[str, CascadeRuntime], big: str, parts: Parts) -> dict[str, Any]:
-    """Return accuracy, FLOPs and milliseconds of each way on the reported texts; all are timed in turn."""
+def _timed(ways: Mapping[str, CascadeRuntime], big: str, reported: Examples) -> dict[str, Any]:
+    """Return milliseconds and speed-ups of each way, in turn; of single texts quantiles too."""
+    drawn = np.random.default_rng(0).permutation(len(reported))[:TIMED_IN_BULK]
+    texts = [reported.texts[row] for row in drawn]
+    found: dict[str, Any] = dict(race(ways, big, texts, TIMED, ROUNDS))
+    contestants = {way: batch_by_batch(runtime) for way, runtime in ways.items()}
+    each = in_turns(contestants, [[[text]] for text in texts[:TIMED]], ROUNDS)
+    for way, own in each.items():
+        times = 1000 * np.median(own.seconds, axis=0)
+        found[way] |= {"single_p50_ms": float(np.median(times)), "single_p95_ms": float(np.quantile(times, 0.95))}
+    return found
+
+
+def _answered(ways: Mapping[str, CascadeRuntime], big: str, parts: Parts) -> dict[str, Any]:
+    """Return accuracy, exits and FLOPs of each way on the reported texts."""
     reported = parts.reported
-    labels = np.array(reported.labels)
-    names = ways[big].bundle.labels
-    drawn = np.random.default_rng(0).permutation(len(labels))[:TIMED_IN_BULK]
-    times = race(ways, big, [reported.texts[row] for row in drawn], TIMED, ROUNDS)
+    labels, names = np.array(reported.labels), ways[big].bundle.labels
     lengths = ways[big].member_logits(reported.texts)[1]
-    right = {
-        way: np.array([names.index(answer.label) for answer in runtime.predict(reported.texts)])
-        for way, runtime in ways.items()
-    }
     whole = float(ways[big].bundle.members[-1].cost(lengths).sum())
     rows = {}
     for way, runtime in ways.items():
-        exits = np.array([answer.exit for answer in runtime.predict(reported.texts)])
+        predictions = runtime.predict(reported.texts)
+        exits = np.array([answer.exit for answer in predictions])
+        answers = np.array([names.index(answer.label) for answer in predictions])
         costs = np.cumsum([member.cost(lengths) for member in runtime.bundle.members], axis=0)
         rows[way] = {
             "members": [member.name for member in runtime.bundle.members],
             "thresholds": list(runtime.thresholds),
             "exits": np.bincount(exits, minlength=len(runtime.bundle.members)).tolist(),
-            "accuracy": float(np.mean(right[way] == labels)),
+            "accuracy": float(np.mean(answers == labels)),
             "flops_speedup": ratio(whole, float(costs[exits, np.arange(len(exits))].sum())),
-            **_slices(right[way], labels, names, parts),
-            **times[way],
+            **_slices(answers, labels, names, parts),
         }
     return rows
 
@@ -222,21 +246,21 @@ def _slices(answers: NDArray[np.intp], labels: NDArray[np.intp], names: Sequence
 
 
 def _show(report: Mapping[str, Any]) -> None:
-    seeds = report["seeds"]
-    print(f"\n{report['task']}, {report['rows']}, {len(seeds)} seed(s); accuracy in %, speed-ups over {DAN}'s teacher")
-    for way in seeds[0]["ways"]:
+    seeds, times = report["seeds"], report["seeds"][0]["times"]
+    print(f"\n{report['task']}, {report['rows']}, {len(seeds)} seed(s); accuracy in %, the rest of the first seed")
+    for way, row in seeds[0]["ways"].items():
         rows = [seed["ways"][way] for seed in seeds if way in seed["ways"]]
-        columns = [100 * row["accuracy"] for row in rows]
-        speedups = [[row[key]["median"] for row in rows] for key in ("single_speedup", "bulk_speedup")]
-        flops = [row["flops_speedup"] for row in rows if row["flops_speedup"]]
-        more = "".join(
-            f"  {key} {100 * np.mean([row[key] for row in rows]):.1f}"
-            for key in ("f1", "out_of_scope_recall", "negation")
-            if key in rows[0]
+        accuracies = [100 * each["accuracy"] for each in rows]
+        keys = [key for key in ("f1", "out_of_scope_recall", "negation") if key in row]
+        more = "".join(f"  {key} {100 * np.mean([each[key] for each in rows]):.1f}" for key in keys)
+        own = times[way]
+        shown = "  ".join(
+            f"{kind} {own[f'{kind}_ms']['median']:6.3f} ms {own[f'{kind}_speedup']['median']:6.2f}x"
+            for kind in ("single", "bulk")
         )
         print(
-            f"{way:30} {np.mean(columns):6.2f} +- {np.std(columns):4.2f}  flops {np.mean(flops):8.2f}x  single "
-            f"{np.mean(speedups[0]):6.2f}x  bulk {np.mean(speedups[1]):6.2f}x  exits {rows[0]['exits']}{more}"
+            f"{way:28} {np.mean(accuracies):6.2f} +- {np.std(accuracies):4.2f}  flops {row['flops_speedup'] or 0:7.1f}x "
+            f"{shown}  p50 {own['single_p50_ms']:6.3f}  {row['exits']}{more}"
         )
     if "guarantee" in seeds[0]:
         print(f"guarantee: {seeds[0]['guarantee']['verdict']}")
@@ -255,7 +279,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--dimension", type=int, default=128)
     add("--augment", type=int, default=0, help="variants of each training text, answered by the biggest member")
     add("--distill-weight", type=float, default=0.9)
-    add("--threads", type=int, help="threads of each member (default: all)")
     add("--work", type=Path, help="networks and bundles (default: runs/zero-layers/TASK)")
     add("--output", type=Path, help="default: results/zero-layers-TASK.json beside this script")
     return parser

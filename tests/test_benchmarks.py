@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from cascade_rt import CascadeRuntime
+
 from .conftest import LABELS, WORDS, make_member
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -88,6 +90,23 @@ def test_operators_have_shares_of_the_time(bundle: Path, tmp_path: Path) -> None
     assert Path("report.svg").stat().st_size > 5000
 
 
+def test_blind_texts_are_answered_in_order(bundle: Path, tmp_path: Path) -> None:
+    texts = [" ".join(WORDS[row : row + 3]) for row in range(30)]
+    (tmp_path / "toy.txt").write_text("\n".join(texts))
+    command = [sys.executable, str(BENCHMARKS / "blind.py"), "--model-dir", str(bundle), "--texts", "toy.txt"]
+    subprocess.run([*command, "--name", "tiny", "--built", "by hand", "--output", "out"], check=True)
+    answers = [json.loads(line) for line in Path("out/toy-tiny.jsonl").read_text("utf-8").splitlines()]
+    with CascadeRuntime(bundle) as runtime:
+        expected = runtime.predict(texts)
+        alone = [runtime.with_members([entry.name]).predict(texts) for entry in runtime.bundle.members]
+    for row, (answer, found) in enumerate(zip(answers, expected, strict=True)):
+        assert (answer["label"], answer["exit"]) == (found.label, found.exit)
+        assert answer["members"] == [member[row].label for member in alone]
+    written = Path("out/toy-tiny.json").read_text("utf-8")
+    assert "sha256" not in written
+    assert json.loads(written)["milliseconds_per_text"].keys() == {"cascade", "big"}
+
+
 @pytest.fixture
 def task(tmp_path: Path) -> list[object]:
     """A learnable task as a benchmark's options."""
@@ -157,6 +176,15 @@ def test_results_go_from_training_to_figures(task: list[object], tmp_path: Path)
         assert {"1L-0", "4L-0", "2x by layers"} <= ways.keys()
         assert ways["4L-0"]["layers"] == 4
         assert ways["4L-0"]["bulk_speedup"]["median"] == 1
+    members = [f"--member={name}={tmp_path / 'work' / name}-0" for name in ("4L", "1L")]
+    sizes = ["--seeds", 2, "--epochs", 2, "--buckets", 512, "--dimension", 16, "--augment", 1]
+    report = run("zero_layers.py", *task[:4], *members, *sizes, "--work", tmp_path / "zero")
+    assert report["network"]["buckets"] == 512
+    for seed in report["seeds"]:
+        assert {"DAN", "1L-0", "4L-0", "DAN + 4L-0, -1", "DAN + 1L-0 + 4L-0, 5x"} <= seed["ways"].keys()
+        assert seed["ways"]["4L-0"] == report["seeds"][0]["ways"]["4L-0"]
+        assert seed["ways"]["DAN"]["flops_speedup"] > 10
+    assert report["seeds"][0]["times"]["DAN"]["single_p50_ms"] > 0
 
 
 def test_single_file_compares_answers_and_times(bundle: Path) -> None:
