@@ -259,7 +259,7 @@ def _show(report: Mapping[str, Any]) -> None:
             for kind in ("single", "bulk")
         )
         print(
-            f"{way:28} {np.mean(accuracies):6.2f} +- {np.std(accuracies):4.2f}  flops {row['flops_speedup'] or 0:7.1f}x "
+            f"{way:27} {np.mean(accuracies):6.2f} +- {np.std(accuracies):4.2f} flops {row['flops_speedup'] or 0:7.1f}x "
             f"{shown}  p50 {own['single_p50_ms']:6.3f}  {row['exits']}{more}"
         )
     if "guarantee" in seeds[0]:
