@@ -35,7 +35,7 @@ from cascade_rt import CascadeRuntime
 from cascade_rt.benchmark.turns import batch_by_batch, in_turns
 from cascade_rt.bundle import MANIFEST, read_bundle, write_bundle, write_manifest
 from cascade_rt.engine.cost import ratio
-from cascade_rt.errors import InputError
+from cascade_rt.errors import InputError, InvalidOption
 from cascade_rt.io.writers import write_json
 from cascade_rt.tuning.collect import Collected, collect, open_whole
 from cascade_rt.tuning.metrics import f1
@@ -158,7 +158,10 @@ def _measured(bundle: Path, parts: Parts, *, timed: bool) -> dict[str, Any]:
             continue
         data = _collected(runtime, seen)
         for question in _questions():
-            chosen = tune(runtime.bundle, data, question).chosen
+            try:
+                chosen = tune(runtime.bundle, data, question).chosen
+            except InvalidOption:  # no member of this cascade is so fast
+                continue
             if chosen is not None:
                 name = f"{chain}, {_asked(question)}"
                 ways[name] = runtime.with_members(chosen.members).with_thresholds(chosen.thresholds)
