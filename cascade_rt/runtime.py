@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from numbers import Integral
-from operator import add
 from pathlib import Path
 from struct import Struct
 from threading import Lock
@@ -303,7 +302,8 @@ class CascadeRuntime:
     def count(self, exits: Sequence[int]) -> None:
         """Count texts that were answered otherwise than by `predict`, one number for each member, for `stats`."""
         with FORKS, self._counting:
-            self._exits = list(map(add, self._exits, exits))
+            for index, texts in enumerate(exits):
+                self._exits[index] += texts
 
     def with_exit_rule(self, rule: ExitRule) -> CascadeRuntime:
         """Return a runtime with another exit rule, of any kind, which shares the sessions.

@@ -35,6 +35,9 @@ _SPLIT_FURTHER = {"Digits", "Punctuation"}
 _KEEP_RUNS = {"BertPreTokenizer", "Punctuation", "Whitespace", "WhitespaceSplit"}  # of letters and digits
 _KEEP_LETTERS = {"BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "StripAccents"}
 
+_ONES = np.ones((1, 512), dtype=np.int64)
+_ONES.flags.writeable = False
+
 
 @dataclass(frozen=True)
 class _Tokens:
@@ -100,7 +103,7 @@ class Encoded:
         """
         if len(rows) == 1 and len(encoding := self._encodings[rows[0]]):  # nothing to pad
             ids = np.array([encoding.ids], dtype=np.int64)
-            batch = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+            batch = {"input_ids": ids, "attention_mask": _present(len(encoding))}
             if "token_type_ids" in names:
                 batch["token_type_ids"] = np.array([encoding.type_ids], dtype=np.int64)
             return batch
@@ -127,6 +130,11 @@ class Encoded:
                 each = chain.from_iterable(getattr(encoding, name) for encoding in self._encodings)
                 self._joined[name] = np.fromiter(chain(each, [padding]), np.int64, 1 + int(self.lengths.sum()))
         return self._joined[name]
+
+
+def _present(tokens: int) -> NDArray[np.int64]:
+    """Return the attention mask of one text, (1, tokens)."""
+    return _ONES[:, :tokens] if tokens <= _ONES.size else np.ones((1, tokens), dtype=np.int64)
 
 
 _NO_TOKENS = _Tokens([], [], False)
