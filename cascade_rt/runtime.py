@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from numbers import Integral
 from pathlib import Path
+from struct import Struct
 from threading import Lock
 from types import TracebackType
 from typing import Any
@@ -173,7 +174,7 @@ class CascadeRuntime:
         """
         plan = self.plan
         encoded = plan.tokenizer.encode(list(iterated(texts)))
-        if len(encoded.lengths) == 1:
+        if len(encoded) == 1:
             return [self._predict_one(plan, encoded)]
         journey = _begun(plan, encoded)
         for index in range(len(plan.stages)):
@@ -200,27 +201,30 @@ class CascadeRuntime:
     def finish(self, journey: Journey) -> list[Prediction]:
         """Return the answers to a journey's texts in input order, after all members; counted in `stats`."""
         plan = self._plan
-        exits, winners = journey.exits.tolist(), journey.probabilities.argmax(axis=1).tolist()
         counts = np.bincount(journey.exits, minlength=len(plan.bundle.members)).tolist()
         self._record(counts, journey.tokenization_seconds, journey.runs)
-        rows = zip(journey.probabilities.tolist(), winners, exits, journey.truncated, strict=True)
-        return [plan.prediction(*row) for row in rows]
+        probabilities = journey.probabilities
+        rows = Struct(f"{probabilities.shape[1]}d").iter_unpack(probabilities.data)  # half the time of `tolist`
+        winners, exits = probabilities.argmax(axis=1).tolist(), journey.exits.tolist()
+        return list(map(plan.prediction, rows, winners, exits, journey.truncated))
 
     def _predict_one(self, plan: Plan, encoded: Encoded) -> Prediction:
-        """The same journey for one text: there is nothing to order, and all members read the same arrays."""
-        inputs: dict[str, dict[str, Any]] = {TOKENS: encoded.batch(_FIRST)}
+        """The same journey for one text: there is nothing to order or to regroup."""
         state = plan.rule.begin(1)
         runs: list[StageRun] = []
+        following: Any = None  # what a segment reads
         for index, stage in enumerate(plan.stages):
-            batch = inputs[stage.reads]
+            batch = stage.batch(encoded, _FIRST) if stage.reads == TOKENS else following
             logits, hidden_states, seconds = stage.run(batch)
             if plan.trace is not None:
                 runs.append(StageRun(index, stage.entry.name, *shape(batch), seconds))
             probabilities = plan.task.probabilities_of_one(logits[0])
             if stage is plan.stages[-1] or plan.rule.leaves_alone(state, index, plan.task, probabilities):
                 break
-            inputs[HIDDEN_STATES] = {"hidden_states": hidden_states, "attention_mask": batch["attention_mask"]}
-        self._record([int(at == index) for at in range(len(plan.stages))], encoded.seconds, runs)
+            following = {"hidden_states": hidden_states, "attention_mask": batch["attention_mask"]}
+        exits = [0] * len(plan.stages)
+        exits[index] = 1
+        self._record(exits, encoded.seconds, runs)
         return plan.prediction(probabilities, probabilities.index(max(probabilities)), index, encoded.truncated(0))
 
     def predict_iter(self, texts: Iterable[Text], chunk_size: int = 1024) -> Iterator[Prediction]:
@@ -298,7 +302,8 @@ class CascadeRuntime:
     def count(self, exits: Sequence[int]) -> None:
         """Count texts that were answered otherwise than by `predict`, one number for each member, for `stats`."""
         with FORKS, self._counting:
-            self._exits = [one + other for one, other in zip(self._exits, exits, strict=True)]
+            for index, texts in enumerate(exits):
+                self._exits[index] += texts
 
     def with_exit_rule(self, rule: ExitRule) -> CascadeRuntime:
         """Return a runtime with another exit rule, of any kind, which shares the sessions.

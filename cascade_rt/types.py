@@ -52,6 +52,11 @@ class Trace(NamedTuple):
     runs: list[StageRun]
     """Every run of every stage, in order."""
 
+    @property
+    def seconds(self) -> float:
+        """Time of the calls of the tokenizers library and of the engine."""
+        return self.tokenization_seconds + sum(run.seconds for run in self.runs)
+
 
 class Stats(NamedTuple):
     """Counts of a runtime's answers so far."""

@@ -84,7 +84,7 @@ def measure_latency(
             progress=lambda: progress(next(done), total),
         )
         report["batches"][BULK if size == len(texts) else str(size)] = _compared(bundle, timed, lengths)
-    report["overhead"] = _overhead(cascade.with_thresholds(0.0), texts)
+    report["overhead"], report["first_member"] = _first_member(cascade.with_thresholds(0.0), texts)
     options = ["--provider", execution.provider, "--threads", str(usable_threads(execution.threads))]
     for key, value in (execution.provider_options or {}).items():
         options += ["--provider-option", f"{key}={value}"]
@@ -116,22 +116,32 @@ def _compared(bundle: Bundle, timed: Mapping[str, Timed[list[Prediction]]], leng
     return outcome
 
 
-def _overhead(runtime: CascadeRuntime, texts: list[Text]) -> dict[str, Any]:
-    """Return the time of `predict` over the sum of its calls of tokenizers and ONNX Runtime; first member only."""
+def _first_member(runtime: CascadeRuntime, texts: list[Text]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what texts cost that leave at the first member, by texts per call.
+
+    First the time of `predict` over the sum of its calls of tokenizers and the engine; then its milliseconds per text
+    in tokenization and beyond, and its time over that of tokenization.
+    """
     traces: list[Trace] = []
     traced = runtime.with_trace(traces.append)
-    traced.predict(texts)  # warms up
-    outcome = {}
+    overhead, parts = {}, {}
     for name, calls in (("1", [[text] for text in texts]), (BULK, [texts] * 5)):
-        ratios = []
+        traced.predict(calls[0])  # warms up
+        traces.clear()
+        totals = []
         for call in calls:
             start = time.perf_counter()
             traced.predict(call)
-            total = time.perf_counter() - start
-            trace = traces.pop()
-            ratios.append(total / (trace.tokenization_seconds + sum(run.seconds for run in trace.runs)))
-        outcome[name] = spread(np.array(ratios))
-    return outcome
+            totals.append(time.perf_counter() - start)
+        total, each = np.array(totals), 1e3 / len(calls[0])
+        tokenization = np.array([trace.tokenization_seconds for trace in traces])
+        overhead[name] = spread(total / [trace.seconds for trace in traces])
+        parts[name] = {
+            "tokenization_ms": spread(each * tokenization),
+            "beyond_tokenization_ms": spread(each * (total - tokenization)),
+            "over_tokenization": spread(total / tokenization),
+        }
+    return overhead, parts
 
 
 def _cold_start(model_dir: str | Path, text: Text, options: Sequence[str], runs: int = 5) -> dict[str, Any]:

@@ -182,6 +182,12 @@ def latency_summary(report: Mapping[str, Any]) -> str:
     lines.append(table(header, rows))
     for size, ratio in report["overhead"].items():
         lines.append(f"predict over its tokenizer and ONNX Runtime calls, batch {size}: {ratio['median']:.3f}")
+    for size, parts in report["first_member"].items():
+        tokenization, beyond, ratio = (part["median"] for part in parts.values())
+        lines.append(
+            f"a text that leaves at the first member, batch {size}: tokenization {tokenization:.3f} ms, "
+            f"beyond it {beyond:.3f} ms, in all {ratio:.2f} times the tokenization"
+        )
     for name, row in report["cold_start"].items():
         memory = "" if row["peak_memory_mb"] is None else f", peak {row['peak_memory_mb']} MB"
         lines.append(f"cold start, {name}: {row['seconds']['median']:.2f} s{memory}")

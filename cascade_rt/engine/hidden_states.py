@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,8 +45,11 @@ class HiddenStates:
             own = slice(start, start + max(1, int(self.lengths[row])))  # a text without a token has one of padding
             self._states[row] = states[at, own], mask[at, own]
 
-    def batch(self, rows: NDArray[np.intp]) -> dict[str, NDArray[Any]]:
-        """Pad some texts to the longest: `hidden_states` (rows, tokens, hidden) and `attention_mask` (rows, tokens)."""
+    def batch(self, rows: NDArray[np.intp], names: Collection[str] = ()) -> dict[str, NDArray[Any]]:
+        """Pad some texts to the longest: `hidden_states` (rows, tokens, hidden) and `attention_mask` (rows, tokens).
+
+        Both, whatever the `names` of those that are needed.
+        """
         some = [self._states[row] for row in rows.tolist()]
         shape = (len(some), max(len(mask) for _, mask in some))
         hidden = np.zeros((*shape, some[0][0].shape[-1]), dtype=np.float32)

@@ -17,6 +17,8 @@ from ..types import Text
 
 def iterated(texts: Iterable[Text]) -> Iterator[Text]:
     """Iterate over texts; raise InputError for one text, a mapping, a set or a table."""
+    if isinstance(texts, list):  # the usual case, without the slower questions below
+        return iter(texts)
     if isinstance(texts, str | bytes | Mapping):
         raise InputError(f"found one {type(texts).__name__}, expected a list of texts; wrap it: [text]")
     is_scalar = not isinstance(texts, Iterable) or (isinstance(texts, np.ndarray) and texts.ndim == 0)

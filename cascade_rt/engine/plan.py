@@ -98,18 +98,13 @@ class Plan:
         """The tokenizer, which all members share."""
         return self.opened.tokenizer
 
-    @property
-    def budget(self) -> int:
-        """Padded tokens per micro-batch."""
-        return self.stages[0].budget
-
     def only(self, members: Sequence[str] | None) -> Plan:
         """Return the plan with other members, by name; None for all that were opened."""
         whole = self.opened.bundle
         bundle = whole if members is None else whole.only(members)
         return replace(self, bundle=bundle, rule=self.rule.among(self.bundle.members, bundle.members))
 
-    def prediction(self, probabilities: list[float], winner: int, exit: int, truncated: bool) -> Prediction:
+    def prediction(self, probabilities: Sequence[float], winner: int, exit: int, truncated: bool) -> Prediction:
         """Return the answer to one text; `winner`: its most probable class."""
         names = self.bundle.labels
         labels = self.task.labels(names, probabilities, winner)

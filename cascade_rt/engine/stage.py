@@ -7,7 +7,7 @@ multi-exit model).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -20,19 +20,19 @@ from numpy.typing import NDArray
 
 from ..bundle import MemberEntry
 from ..bundle.files import file_identity
-from ..bundle.manifest import HIDDEN_STATES, TOKENS
+from ..bundle.manifest import HIDDEN_STATES, TOKENS, TYPICAL_TOKENS
 from ..errors import BundleError, InferenceError, first_line
 from .backends import backend_for, out_of_memory
+from .batching import token_budget
 from .execution import Execution
 from .forks import FORKS, never_destroy
+from .hidden_states import HiddenStates
 from .openvino import Feed
 from .providers import check_precision
+from .tokenization import INPUTS, Encoded
 
 _SPIN_MICROSECONDS, _SEGMENT_SPIN_MICROSECONDS = 500, 50
-_INPUTS = {
-    TOKENS: ("input_ids", "attention_mask", "token_type_ids"),
-    HIDDEN_STATES: ("hidden_states", "attention_mask"),
-}  # the first is required
+_INPUTS = {TOKENS: INPUTS, HIDDEN_STATES: ("hidden_states", "attention_mask")}  # the first is required
 _HIDDEN_OUTPUT = "last_hidden_state"
 Batch = Feed
 """A padded micro-batch: arrays of shape (rows, tokens, ...) by input name."""
@@ -79,16 +79,13 @@ class Stage:
         default = _SEGMENT_SPIN_MICROSECONDS if segment else _SPIN_MICROSECONDS
         spin = default if execution.spin_us is None else execution.spin_us
         self._backend = backend_for(replace(execution, spin_us=spin))
+        self.budget = token_budget(self._backend.budget, float(entry.cost(TYPICAL_TOKENS)) / TYPICAL_TOKENS)
+        """Padded tokens per micro-batch."""
         self._leaves_hidden_states = leaves_hidden_states
         self._sessions: dict[bool, Any] = {}  # by whether it is that for bulk work
         self._loading = Lock()
         self._device_in_parent = False
         FORKS.register(self)
-
-    @property
-    def budget(self) -> int:
-        """Padded tokens per micro-batch."""
-        return self._backend.budget
 
     @property
     def loaded(self) -> bool:
@@ -113,27 +110,32 @@ class Stage:
                     self._sessions[for_bulk] = self._make_session(for_bulk)
         return self._sessions[for_bulk]
 
+    def batch(self, inputs: Encoded | HiddenStates, rows: NDArray[np.intp]) -> Batch:
+        """Make the micro-batch of some rows, (rows,), of what this stage reads."""
+        if not self._sessions:
+            self.load()
+        return inputs.batch(rows, self._inputs)
+
     def run(self, batch: Batch) -> RunOutput:
         """Run a micro-batch; raise InferenceError where that fails or answers NaN or infinity."""
         return self._run(self.load(), batch)
 
     def run_each(
-        self, groups: Sequence[NDArray[np.intp]], batch_of: Callable[[NDArray[np.intp]], Batch], *, share_threads: bool
+        self, inputs: Encoded | HiddenStates, groups: Sequence[NDArray[np.intp]], *, share_threads: bool
     ) -> Iterator[tuple[Batch, RunOutput]]:
         """Run micro-batches, in order; errors as of `run`.
 
-        `groups`: the rows of each, (rows,). `batch_of` makes the micro-batch of some rows. `share_threads`: whether to
-        run several at a time, one thread each.
+        `groups`: the rows of each, (rows,). `share_threads`: whether to run several at a time, one thread each.
         """
         if not share_threads:
             for rows in groups:
-                batch = batch_of(rows)
+                batch = self.batch(inputs, rows)
                 yield batch, self.run(batch)
             return
         session = self.load(for_bulk=True)
 
         def run(rows: NDArray[np.intp]) -> tuple[Batch, RunOutput]:
-            batch = batch_of(rows)
+            batch = self.batch(inputs, rows)
             return batch, self._run(session, batch)
 
         started = perf_counter()

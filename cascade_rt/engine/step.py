@@ -87,7 +87,7 @@ def run_rows(
     left = HiddenStates(inputs.lengths)
     runs: list[StageRun] = []
     done = 0
-    outputs = stage.run_each(groups, inputs.batch, share_threads=share_threads)
+    outputs = stage.run_each(inputs, groups, share_threads=share_threads)
     for some, (batch, output) in zip(groups, outputs, strict=True):
         logits[done : done + len(some)] = output.logits
         left.put(some, batch["attention_mask"], output.hidden_states)

@@ -42,12 +42,16 @@ class SingleLabel:
 
     def probabilities_of_one(self, logits: NDArray[np.floating]) -> list[float]:
         """Return the softmax of the logits of one text."""
+        if len(logits) > _FEW:
+            wide = logits.astype(np.float64)
+            wide -= wide.item(wide.argmax())  # a quarter of the time of `max`
+            np.exp(wide, out=wide)
+            wide /= np.add.accumulate(wide).item(-1)
+            found: list[float] = wide.tolist()
+            return found
         values: list[float] = logits.tolist()
         largest = max(values)
-        if len(values) > _FEW:
-            exponentials: list[float] = np.exp(logits.astype(np.float64) - largest).tolist()
-        else:
-            exponentials = [math.exp(value - largest) for value in values]
+        exponentials = [math.exp(value - largest) for value in values]
         total = 0.0
         for exponential in exponentials:  # Python's `sum` compensates for rounding since 3.12
             total += exponential

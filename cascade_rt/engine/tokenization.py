@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import chain, compress
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -18,6 +19,9 @@ from tokenizers import Encoding, Tokenizer
 from ..errors import BundleError, InferenceError, TextError
 from ..types import Text
 from .forks import FORKS
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+"""Names of a member's inputs, where it reads tokens."""
 
 _CHARACTERS_AT_ONCE = 2**22  # bounds what the library holds before long texts are cut
 _LONGEST = 2**20  # characters that are tokenized of one text; the library takes 100 bytes for each
@@ -31,13 +35,16 @@ _SPLIT_FURTHER = {"Digits", "Punctuation"}
 _KEEP_RUNS = {"BertPreTokenizer", "Punctuation", "Whitespace", "WhitespaceSplit"}  # of letters and digits
 _KEEP_LETTERS = {"BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "StripAccents"}
 
+_ONES = np.ones((1, 512), dtype=np.int64)
+_ONES.flags.writeable = False
+
 
 @dataclass(frozen=True)
 class _Tokens:
     """The tokens of a text that was too long, or that another process has tokenized."""
 
-    ids: NDArray[np.int32]
-    type_ids: NDArray[np.int32]
+    ids: list[int]
+    type_ids: list[int]
     truncated: bool
 
     def __len__(self) -> int:
@@ -52,8 +59,19 @@ class Encoded:
         self._padding = padding
         self.seconds = seconds
         """Time of the tokenizers library's calls."""
-        self.lengths: NDArray[np.intp] = np.fromiter(map(len, encodings), dtype=np.intp, count=len(encodings))
+        self._lengths: NDArray[np.intp] | None = None
+        self._joined: dict[str, NDArray[np.int64]] = {}  # arrays for all texts, made when a batch first needs them
+
+    def __len__(self) -> int:
+        """Return the number of texts."""
+        return len(self._encodings)
+
+    @property
+    def lengths(self) -> NDArray[np.intp]:
         """Tokens per text, special tokens included, shape (texts,)."""
+        if self._lengths is None:
+            self._lengths = np.fromiter(map(len, self._encodings), dtype=np.intp, count=len(self))
+        return self._lengths
 
     @classmethod
     def gathered(cls, picks: Sequence[tuple[Encoded, int]]) -> Encoded:
@@ -69,8 +87,7 @@ class Encoded:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by four arrays, a quarter of what the library's encodings take."""
-        ids = np.array([id for encoding in self._encodings for id in encoding.ids], dtype=np.int32)
-        types = np.array([id for encoding in self._encodings for id in encoding.type_ids], dtype=np.int32)
+        ids, types = (self._all(name)[:-1].astype(np.int32) for name in ("ids", "type_ids"))
         truncated = np.array([self.truncated(row) for row in range(len(self._encodings))], dtype=bool)
         return _unpickled, (ids, types, self.lengths, truncated, self._padding, self.seconds)
 
@@ -79,30 +96,48 @@ class Encoded:
         encoding = self._encodings[row]
         return isinstance(encoding, _Tokens) and encoding.truncated
 
-    def batch(self, rows: NDArray[np.intp]) -> dict[str, NDArray[np.int64]]:
-        """Pad some texts to the longest of them: three int64 arrays of shape (rows, tokens), by input name."""
+    def batch(self, rows: NDArray[np.intp], names: Collection[str] = INPUTS) -> dict[str, NDArray[np.int64]]:
+        """Pad some texts to the longest of them: int64 arrays of shape (rows, tokens), by input name.
+
+        `names`: those that are needed, among `INPUTS`; the attention mask is always there.
+        """
         if len(rows) == 1 and len(encoding := self._encodings[rows[0]]):  # nothing to pad
             ids = np.array([encoding.ids], dtype=np.int64)
-            types = np.array([encoding.type_ids], dtype=np.int64)
-            return {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": types}
-        lengths = self.lengths[rows]
-        shape = (len(rows), max(1, int(lengths.max())))
-        ids = np.full(shape, self._padding["pad_id"], dtype=np.int64)
-        types = np.full(shape, self._padding["pad_type_id"], dtype=np.int64)
-        mask = np.zeros(shape, dtype=np.int64)
+            batch = {"input_ids": ids, "attention_mask": _present(len(encoding))}
+            if "token_type_ids" in names:
+                batch["token_type_ids"] = np.array([encoding.type_ids], dtype=np.int64)
+            return batch
+        lengths, starts = self.lengths[rows, None], self._all("starts")[rows, None]
+        tokens = max(1, int(lengths.max()))
         left = self._padding["direction"] == "left"
-        for at, row in enumerate(rows):
-            encoding, length = self._encodings[row], lengths[at]
-            span = slice(shape[1] - length, None) if left else slice(length)
-            ids[at, span] = encoding.ids
-            types[at, span] = encoding.type_ids
-            mask[at, span] = 1
-            if not length:  # attends to one token of padding, whatever the length of the others
-                mask[at, -1 if left else 0] = 1
-        return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+        places = np.arange(tokens) - (tokens - lengths if left else 0)  # of a text's tokens, those of padding outside
+        present = (places >= 0) & (places < lengths)
+        indices = np.where(present, starts + places, -1)  # the last is one of padding
+        mask = present.astype(np.int64)
+        mask[lengths[:, 0] == 0, -1 if left else 0] = 1  # attends to one token of padding, whatever the others' length
+        batch = {"input_ids": self._all("ids")[indices], "attention_mask": mask}
+        if "token_type_ids" in names:
+            batch["token_type_ids"] = self._all("type_ids")[indices]
+        return batch
+
+    def _all(self, name: str) -> NDArray[np.int64]:
+        """Return the "ids" or "type_ids" of all texts, one after another, then one of padding; or each text's start."""
+        if name not in self._joined:  # two threads may both make it, and it is the same
+            if name == "starts":
+                self._joined[name] = self.lengths.cumsum() - self.lengths
+            else:
+                padding = self._padding["pad_id" if name == "ids" else "pad_type_id"]
+                each = chain.from_iterable(getattr(encoding, name) for encoding in self._encodings)
+                self._joined[name] = np.fromiter(chain(each, [padding]), np.int64, 1 + int(self.lengths.sum()))
+        return self._joined[name]
 
 
-_NO_TOKENS = _Tokens(np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int32), False)
+def _present(tokens: int) -> NDArray[np.int64]:
+    """Return the attention mask of one text, (1, tokens)."""
+    return _ONES[:, :tokens] if tokens <= _ONES.size else np.ones((1, tokens), dtype=np.int64)
+
+
+_NO_TOKENS = _Tokens([], [], False)
 
 
 def _unpickled(
@@ -113,9 +148,11 @@ def _unpickled(
     padding: dict[str, Any],
     seconds: float,
 ) -> Encoded:
-    ends = np.cumsum(lengths)[:-1]
-    each = zip(np.split(ids, ends), np.split(type_ids, ends), truncated.tolist(), strict=True)
-    return Encoded([_Tokens(*tokens) for tokens in each] if len(lengths) else [], padding, seconds)
+    ends = lengths.cumsum()
+    spans = map(slice, (ends - lengths).tolist(), ends.tolist())
+    of_each = zip(spans, truncated.tolist(), strict=True)
+    every_id, every_type = ids.tolist(), type_ids.tolist()
+    return Encoded([_Tokens(every_id[own], every_type[own], cut) for own, cut in of_each], padding, seconds)
 
 
 class TextTokenizer:
@@ -153,7 +190,7 @@ class TextTokenizer:
             self._check(text, index)
         texts, long = list(texts), {}
         for index, text in enumerate(texts):
-            if _longest_side(text) > _LONGEST:
+            if (len(text) if isinstance(text, str) else _longest_side(text)) > _LONGEST:
                 with FORKS:  # a cached property has a lock before Python 3.12
                     whole = texts[index] = _each_side(self._with_shorter_words, text)
                     if _longest_side(whole) > _LONGEST:
@@ -165,8 +202,9 @@ class TextTokenizer:
             for part in _parts(texts):
                 started = perf_counter()
                 encoded = self._encode(part)
-                for at, (encoding, text) in enumerate(zip(encoded, part, strict=True)):
-                    if (index := len(encodings) + at) in long and (few := self._too_few(encoding, text, long[index])):
+                for at in range(len(part)) if long else ():
+                    index = len(encodings) + at
+                    if index in long and (few := self._too_few(encoded[at], part[at], long[index])):
                         self._check_whole(long[index], index, few)
                         encoded[at] = self._encode([long[index]])[0]
                 seconds += perf_counter() - started
@@ -258,8 +296,8 @@ class TextTokenizer:
         for side, room in enumerate(_room(int(np.sum(sides == 0)), int(np.sum(sides == 1)), excess)):
             tokens = np.flatnonzero(sides == side)
             kept[tokens[len(tokens) - room :] if self.cuts_left else tokens[:room]] = True
-        ids, types = np.array(encoding.ids, dtype=np.int32), np.array(encoding.type_ids, dtype=np.int32)
-        return _Tokens(ids[kept], types[kept], truncated=True)
+        ids, types = (list(compress(each, kept)) for each in (encoding.ids, encoding.type_ids))
+        return _Tokens(ids, types, truncated=True)
 
     def _check(self, text: object, index: int) -> None:
         if self._pair:

@@ -358,7 +358,7 @@ class Batcher:
             stage
             for stage in waiting
             if now - min(text.queued for text in self._queues[stage][:_WINDOW]) >= self._max_wait
-            or sum(text.length for text in self._queues[stage]) >= self._plan.budget
+            or sum(text.length for text in self._queues[stage]) >= self._plan.stages[stage].budget
         ]
         return min(ready, key=lambda stage: self._queues[stage][0].arrived) if ready else waiting[0]
 
@@ -366,7 +366,7 @@ class Batcher:
         """Take the text that arrived first, and waiting texts of similar length, out of a stage's queue."""
         queue = self._queues[stage]
         lengths = np.array([text.length for text in queue[:_WINDOW]], dtype=np.intp)
-        for rows in micro_batches(by_length(lengths), lengths, self._plan.budget):
+        for rows in micro_batches(by_length(lengths), lengths, self._plan.stages[stage].budget):
             if 0 in rows:
                 break
         taken = [queue[row] for row in rows]

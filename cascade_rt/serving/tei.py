@@ -96,7 +96,7 @@ def describe(service: Service, model: Model) -> dict[str, Any]:
         "max_input_length": bundle.max_length,
         "max_client_batch_size": service.settings.max_texts,
         "max_concurrent_requests": service.settings.max_queue,
-        "max_batch_tokens": model.runtime.plan.budget,
+        "max_batch_tokens": max(stage.budget for stage in model.runtime.plan.stages),
         "auto_truncate": True,
         "version": __version__,
         "loaded": model.loaded,

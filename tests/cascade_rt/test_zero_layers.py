@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from cascade_rt import BundleError, CascadeRuntime, MaximumProbability, read_bundle
+from cascade_rt.benchmark import latency
 from cascade_rt.cli import main
 from cascade_rt.engine.cost import flops_speedup, layer_speedup
 from cascade_rt.engine.exit_rules import replay
@@ -79,6 +80,18 @@ def test_reports_show_a_dash(with_bag: Path, tmp_path: Path, capsys: pytest.Capt
     assert report["question"]["cost"] == "latency", "layers say nothing here"
     assert report["alone"][0]["layers_speedup"] is None
     assert report["alone"][0]["flops_speedup"] > 10
+
+
+def test_the_benchmark_says_what_its_texts_cost(
+    with_bag: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latency, "_cold_start", lambda *_: {})
+    asked = ["--model-dir", str(with_bag), "--texts", "8", "--rounds", "1", "--batch-size", "1", "--threads", "1"]
+    assert main(["benchmark", *asked, "--speedup", "2", "100"]) == 0
+    printed = capsys.readouterr().out
+    assert "100.0x" in printed, "a ratio that only a member without layers reaches"
+    for size in ("1", "bulk"):
+        assert f"a text that leaves at the first member, batch {size}: tokenization 0." in printed
 
 
 def test_a_guarantee_by_layers_can_name_a_member_without_any(

@@ -60,6 +60,11 @@ def test_the_report_is_printed_and_written(
             assert 0 < wall["min"] <= wall["median"] <= wall["max"]
             assert realised["median"] == pytest.approx(wall["median"] / rows[aimed]["layer_speedup"])
     assert report["overhead"]["1"]["median"] > 1
+    assert report["first_member"].keys() == {"1", "bulk"}
+    for parts in report["first_member"].values():
+        assert 1 < parts["over_tokenization"]["min"] <= parts["over_tokenization"]["median"]
+        assert 0 < parts["tokenization_ms"]["min"] < parts["tokenization_ms"]["max"]
+        assert parts["beyond_tokenization_ms"]["min"] > 0
     assert report["cold_start"]["all members run"]["seconds"]["median"] > 0
 
 
@@ -69,7 +74,8 @@ def test_the_table_and_the_picture(bundle: Path, tmp_path: Path, capsys: pytest.
     assert main(["benchmark", "--model-dir", str(bundle), *ARGUMENTS, "--output", str(output)]) == 0
     captured = capsys.readouterr()
     assert all(
-        word in captured.out for word in ("batch", "layers", "FLOPs", "wall", "realised", "p95 ms", "cold start")
+        word in captured.out
+        for word in ("batch", "layers", "FLOPs", "wall", "realised", "p95 ms", "beyond it", "cold start")
     )
     assert f"written: {output}, {output.with_suffix('.png')}" in captured.err
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

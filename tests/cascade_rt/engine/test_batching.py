@@ -6,7 +6,14 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cascade_rt.engine.batching import bulk_batches, by_length, micro_batches
+from cascade_rt.engine.batching import (
+    DEVICE_TOKEN_BUDGET,
+    TOKEN_BUDGET,
+    bulk_batches,
+    by_length,
+    micro_batches,
+    token_budget,
+)
 
 lengths_of_texts = st.lists(st.integers(0, 60), min_size=1, max_size=50).map(lambda some: np.array(some, dtype=np.intp))
 
@@ -47,3 +54,11 @@ def test_equal_texts_are_shared_and_a_long_one_beside_short_ones_is_not() -> Non
     assert [len(batch) for batch in batches] == [32, 32]
     uneven = np.array([400, 20, 20, 20], dtype=np.intp)
     assert not bulk_batches(by_length(uneven), uneven, 512, 2)[1]
+
+
+@given(st.floats(0, 1e12), st.sampled_from([TOKEN_BUDGET, DEVICE_TOKEN_BUDGET]))
+def test_a_budget_grows_for_cheap_members_alone(flops: float, usual: int) -> None:
+    budget = token_budget(usual, flops)
+    assert usual <= budget <= max(usual, 4096)
+    assert budget == usual or flops * budget <= 5e6, "no more than gives a micro-batch enough to do"
+    assert token_budget(usual, 400_000) == usual, "the smallest transformers have enough"

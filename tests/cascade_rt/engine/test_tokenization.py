@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ from tokenizers import (
 )
 
 from cascade_rt.engine import tokenization
-from cascade_rt.engine.tokenization import TextTokenizer
+from cascade_rt.engine.tokenization import Encoded, TextTokenizer
 from cascade_rt.errors import InferenceError, TextError
 from cascade_rt.types import Text
 
@@ -63,6 +64,39 @@ def test_tokens_are_those_of_the_library_that_cuts_and_pads_itself(
             np.testing.assert_array_equal(batch[name], [getattr(encoding, field) for encoding in wanted])
         whole = uncut.encode_batch(given_texts)
         assert [encoded.truncated(row) for row in range(len(rows))] == [len(encoding.ids) > 32 for encoding in whole]
+
+    compare()
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_any_rows_make_a_batch_also_from_elsewhere(bundle: Path, tmp_path: Path, padding: str) -> None:
+    tokenizer = Tokenizer.from_file(str(bundle / "tokenizer.json"))
+    tokenizer.enable_padding(direction=padding, pad_id=7, pad_type_id=5, pad_token=".")
+    tokenizer.post_processor = None  # so that a text may have no token
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    ours = TextTokenizer(tmp_path / "tokenizer.json", 8, pair=False)
+
+    @given(st.lists(sides, min_size=1, max_size=6), st.data())
+    def compare(texts: list[str], data: st.DataObject) -> None:
+        encoded = ours.encode(texts)
+        rows = np.array(data.draw(st.lists(st.integers(0, len(texts) - 1), min_size=1, max_size=6)))
+        batch = encoded.batch(rows, ["input_ids", "token_type_ids"])
+        for at, row in enumerate(rows):
+            ids = tokenizer.encode(texts[row]).ids[:8]
+            fill = batch["input_ids"].shape[1] - len(ids)
+            front, back = (fill, 0) if padding == "left" else (0, fill)
+            assert batch["input_ids"][at].tolist() == [7] * front + ids + [7] * back
+            assert batch["token_type_ids"][at].tolist() == [5] * front + [0] * len(ids) + [5] * back
+            if ids:
+                assert batch["attention_mask"][at].tolist() == [0] * front + [1] * len(ids) + [0] * back
+            else:
+                assert batch["attention_mask"][at].nonzero()[0].tolist() == [fill - 1 if padding == "left" else 0]
+        assert encoded.batch(rows, ["input_ids"]).keys() == {"input_ids", "attention_mask"}
+        elsewhere = pickle.loads(pickle.dumps(encoded))
+        gathered = Encoded.gathered([(encoded, row) for row in rows])
+        for other, own in ((elsewhere, rows), (encoded.kept(rows), rows), (gathered, np.arange(len(rows)))):
+            for name, values in other.batch(own).items():
+                np.testing.assert_array_equal(values, batch[name])
 
     compare()
 
