@@ -28,10 +28,16 @@ def write_network(network: AveragingForSequenceClassification, path: Path, preci
     graph = _Graph()
     config: AveragingConfig = network.config
     rows, masks = _ngrams(graph, config)
-    sums = PRECISIONS[precision](graph, weights["table.weight"], rows, masks)
-    vectors = _pair_vectors(graph, sums) if config.pair else sums
+    sums, scales = PRECISIONS[precision](graph, weights["table.weight"], rows, masks)
+    counts = graph.add("Cast", graph.add("ReduceSum", masks, graph.constant(np.array([2]))), to=TensorProto.FLOAT)
+    if config.pair:  # whose texts may share nothing; a text has at least one token, padding if need be
+        counts = graph.add("Max", counts, graph.constant(np.float32(1)))
+        sums, scales = graph.add("Mul", sums, graph.constant(scales)), np.ones(1, dtype=np.float32)
+    vectors = graph.add("Div", sums, graph.add("Sqrt", counts))
+    if config.pair:
+        vectors = _pair_vectors(graph, vectors)
     text = graph.add("Squeeze", vectors, graph.constant(np.array([1])))
-    hidden = graph.add("Relu", graph.linear(text, weights["hidden.weight"], weights["hidden.bias"]))
+    hidden = graph.add("Relu", graph.linear(text, weights["hidden.weight"] * scales, weights["hidden.bias"]))
     graph.linear(hidden, weights["classifier.weight"], weights["classifier.bias"], "logits")
     onnx.save(graph.model(config.num_labels), path)
 
@@ -121,13 +127,6 @@ def _pair_masks(graph: _Graph, config: AveragingConfig, rows: str, mask: str) ->
     return first, second, shared
 
 
-def _normalized(graph: _Graph, sums: str, masks: str) -> str:
-    """Add the division of sums, (rows, sums, dimension), by the square root of the number of their n-grams."""
-    counts = graph.add("ReduceSum", masks, graph.constant(np.array([2])))
-    least = graph.add("Max", graph.add("Cast", counts, to=TensorProto.FLOAT), graph.constant(np.float32(1)))
-    return graph.add("Div", sums, graph.add("Sqrt", least))
-
-
 def _pair_vectors(graph: _Graph, sums: str) -> str:
     """Add the vector of a pair: both texts, how they differ, their product, and what they share."""
     first, second, shared = (graph.columns(sums, place, place + 1) for place in range(3))
@@ -135,25 +134,24 @@ def _pair_vectors(graph: _Graph, sums: str) -> str:
     return graph.add("Concat", first, second, difference, graph.add("Mul", first, second), shared, axis=2)
 
 
-def _float_sums(graph: _Graph, table: NDArray[np.floating], rows: str, masks: str) -> str:
+def _float_sums(graph: _Graph, table: NDArray[np.floating], rows: str, masks: str) -> tuple[str, NDArray[np.float32]]:
     vectors = graph.add("Gather", graph.constant(table), rows)
     if table.dtype != np.float32:
         vectors = graph.add("Cast", vectors, to=TensorProto.FLOAT)
     sums = graph.add("MatMul", graph.add("Cast", masks, to=TensorProto.FLOAT), vectors)
-    return _normalized(graph, sums, masks)
+    return sums, np.ones(table.shape[1], dtype=np.float32)
 
 
-def _int8_sums(graph: _Graph, table: NDArray[np.float32], rows: str, masks: str) -> str:
+def _int8_sums(graph: _Graph, table: NDArray[np.float32], rows: str, masks: str) -> tuple[str, NDArray[np.float32]]:
     scales = np.maximum(np.abs(table).max(axis=0), np.finfo(np.float32).tiny) / _LARGEST
     vectors = graph.add("Gather", graph.constant(np.rint(table / scales).astype(np.int8)), rows)
     sums = graph.add("MatMulInteger", graph.add("Cast", masks, to=TensorProto.UINT8), vectors)
-    scaled = graph.add("Mul", graph.add("Cast", sums, to=TensorProto.FLOAT), graph.constant(scales.astype(np.float32)))
-    return _normalized(graph, scaled, masks)
+    return graph.add("Cast", sums, to=TensorProto.FLOAT), scales.astype(np.float32)
 
 
-PRECISIONS: Mapping[str, Callable[[_Graph, NDArray[np.float32], str, str], str]] = {
+PRECISIONS: Mapping[str, Callable[[_Graph, NDArray[np.float32], str, str], tuple[str, NDArray[np.float32]]]] = {
     "fp32": _float_sums,
     "fp16": lambda graph, table, rows, masks: _float_sums(graph, table.astype(np.float16), rows, masks),
     "int8-table": _int8_sums,
 }
-"""Number formats of the table, with what adds the sums of its rows."""
+"""Number formats of the table; each adds the sums of its rows, and returns a factor for each column of them."""
