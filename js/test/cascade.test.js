@@ -15,7 +15,7 @@ const read = (name) => readFile(new URL(name, folder));
 const load = async (name, options = {}) =>
   Cascade.load({ model: await read(`${name}/cascade.onnx`), tokenizer: await read(`${name}/tokenizer.json`), ort, ...options });
 
-for (const name of ["texts", "pairs", "several", "int8"]) {
+for (const name of ["texts", "pairs", "several", "int8", "zero", "zero-pairs"]) {
   const skip = name === "int8" && !existsSync(new URL("int8/", folder)) && "this CPU has no VNNI: int8 saturates in one file";
   test(`${name}: answers are those of the Python package`, { skip }, async () => {
     const cascade = await load(name);
@@ -41,6 +41,16 @@ test("several labels per text: each text has those above their cut, possibly non
   const sizes = new Set((await cascade.classify(texts)).map(({ labels }) => labels.length));
   assert.equal(cascade.task, "multi_label");
   assert.ok(sizes.has(0) && sizes.has(2));
+});
+
+test("a text that leaves at a member without layers ran none", async () => {
+  const cascade = await load("zero");
+  const { texts } = JSON.parse(await read("zero/answers.json"));
+  assert.deepEqual(cascade.members[0], { name: "DAN", layers: 0 });
+  const answers = await cascade.classify(texts);
+  assert.deepEqual([...new Set(answers.map(({ exit }) => exit))].sort(), [0, 1, 2, 3]);
+  assert.ok(answers.every(({ exit, layers }) => (exit === 0) === (layers === 0)));
+  for (const [row, text] of texts.entries()) assert.deepEqual((await cascade.classify([text]))[0].exit, answers[row].exit);
 });
 
 test("what a cascade says about itself, and its default thresholds", async () => {
