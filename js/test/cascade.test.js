@@ -6,6 +6,7 @@ import { readFile } from "node:fs/promises";
 import { test } from "node:test";
 import { fileURLToPath } from "node:url";
 import ort from "onnxruntime-node";
+import * as web from "onnxruntime-web/wasm";
 
 import { Cascade, CascadeError } from "../dist/index.js";
 import { serve } from "./server.js";
@@ -15,10 +16,14 @@ const read = (name) => readFile(new URL(name, folder));
 const load = async (name, options = {}) =>
   Cascade.load({ model: await read(`${name}/cascade.onnx`), tokenizer: await read(`${name}/tokenizer.json`), ort, ...options });
 
-for (const name of ["texts", "pairs", "several", "int8", "zero", "zero-pairs"]) {
+web.env.wasm.numThreads = 1;
+const bundles = ["texts", "pairs", "several", "int8", "zero", "zero-pairs"].map((name) => [name, ort, ""]);
+bundles.push(...["zero", "zero-pairs"].map((name) => [name, web, " in WebAssembly, as in browsers"]));
+
+for (const [name, runtime, where] of bundles) {
   const skip = name === "int8" && !existsSync(new URL("int8/", folder)) && "this CPU has no VNNI: int8 saturates in one file";
-  test(`${name}: answers are those of the Python package`, { skip }, async () => {
-    const cascade = await load(name);
+  test(`${name}: answers are those of the Python package${where}`, { skip }, async () => {
+    const cascade = await load(name, { ort: runtime });
     const { texts, answers } = JSON.parse(await read(`${name}/answers.json`));
     for (const [tau, expected] of Object.entries(answers)) {
       const thresholds = cascade.thresholds.map(() => Number(tau));
