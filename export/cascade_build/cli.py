@@ -101,6 +101,9 @@ def add_arguments(parser: CommandParser) -> None:
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--epochs", type=float, help="passes over the data (default: about 3,000 steps, 2 to 10)")
     recipe.add_argument("--small-epochs", type=float, help="of the small members (default: as the biggest)")
+    recipe.add_argument(
+        "--dan-epochs", type=float, help="of the member without layers, at most (default: by size, 3 to 20)"
+    )
     recipe.add_argument("--learning-rate", type=float, help="of the biggest member (default: by depth and width)")
     recipe.add_argument("--small-learning-rate", type=float, help="of the small members (default: likewise)")
     recipe.add_argument("--batch-size", type=int, default=32, help="texts per step, grouped by length")
@@ -153,7 +156,7 @@ def run(options: argparse.Namespace) -> None:
         of_small=Asked(options.small_epochs, options.small_learning_rate),
     )
     texts = len(parts.data.train) + len(parts.unlabelled)
-    network = plan_network(texts, recipe) if options.dan else None
+    network = plan_network(texts, recipe, options.dan_epochs) if options.dan else None
     plan = of_options(Plan, options, parts=parts, members=members, network=network, question=question)
     if options.dry_run:
         found = steps(plan)
