@@ -15,7 +15,7 @@ from cascade_export.check import MAX_ACCURACY_DROP, Check
 from cascade_export.checkpoint import member_name
 from cascade_export.member import AUTO
 from cascade_train.averaging import Network
-from cascade_train.averaging_training import AveragingRecipe
+from cascade_train.averaging_training import AveragingRecipe, untrained
 from cascade_train.finetune import RECIPE_RANGES, Objective, Recipe, check_length, device, load_base
 from cascade_train.inference import collator, features
 from cascade_train.sources import load_tokenizer, pretrained
@@ -274,6 +274,9 @@ def preflight(plan: Plan) -> None:
     for member in plan.members:
         tokenizer, model = load_base(member.base, plan.parts.data.labels, member.truncated, member.tokenizer)
         check_length(member.recipe.max_length, member.base, tokenizer, model)
+    if (network := plan.network) is not None:
+        source = plan.members[0].tokenizer or plan.members[0].base
+        untrained(plan.parts.data, source, None, network.network, network.recipe)
 
 
 def steps(plan: Plan) -> list[Step]:
@@ -317,6 +320,8 @@ def _base(role: str, written: str) -> tuple[str, int | None, Any]:
     if not equals or not layers.isdecimal() or Path(written).is_dir():
         base, layers = written, ""
     config = pretrained(AutoConfig, base)
+    if not config.num_hidden_layers:
+        raise InvalidOption(role, written, "an encoder, with layers")
     if layers and not 1 <= int(layers) <= config.num_hidden_layers:
         raise InvalidOption(role, written, f"1 to {config.num_hidden_layers} layers of {base}")
     return base, int(layers) if layers else None, config
