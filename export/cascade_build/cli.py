@@ -84,9 +84,14 @@ def add_arguments(parser: CommandParser) -> None:
     asked.add_argument(
         "--max-drop",
         type=float,
-        default=0.01,
         metavar="SHARE",
-        help="the fastest that loses at most this share of accuracy against the biggest member",
+        help="the fastest that loses at most this share of accuracy against the biggest member (default: 0.01)",
+    )
+    asked.add_argument(
+        "--speedup",
+        type=float,
+        metavar="X",
+        help="instead: the most accurate that is at least X times as fast as the biggest member",
     )
     asked.add_argument("--confidence", type=float, metavar="P", help="guarantee that with this confidence, e.g. 0.95")
     asked.add_argument("--cost", choices=COSTS, default="latency", help="how speed is measured; latency is timed here")
@@ -134,7 +139,8 @@ def run(options: argparse.Namespace) -> None:
 
     if not (options.small or options.dan):
         raise InputError("found --no-dan and no --small, expected at least one small member: --small BASE")
-    question = Question(max_drop=options.max_drop, confidence=options.confidence, cost=options.cost)
+    max_drop = 0.01 if options.max_drop is None and options.speedup is None else options.max_drop
+    question = Question(max_drop=max_drop, speedup=options.speedup, confidence=options.confidence, cost=options.cost)
     data = data_from(options)
     unlabelled = unlabelled_from(options, data.pair)
     parts = split(
