@@ -32,7 +32,7 @@ demo: $(DEMO)/bundle
 	@echo "Next:"
 	@echo '  $(BIN)/cascade-rt predict --model-dir $(DEMO)/bundle "it is getting dark in here"'
 	@echo '  $(BIN)/cascade-rt predict --model-dir $(DEMO)/bundle --input examples/commands.csv'
-	@echo '  $(BIN)/cascade-rt tune --model-dir $(DEMO)/bundle --input $(DEMO)/bundle.build/tuning.jsonl --speedup 5 --dry-run'
+	@echo '  $(BIN)/cascade-rt tune --model-dir $(DEMO)/bundle --input $(DEMO)/bundle.build/tuning.jsonl --max-drop 0.01 --dry-run'
 	@echo 'The report: $(DEMO)/bundle.build/report.html'
 
 # A killed build continues where it was.
