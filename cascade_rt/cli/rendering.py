@@ -139,8 +139,9 @@ def evaluation_summary(report: Evaluation, seconds: Sequence[float] | None = Non
             row += [f"{1000 * own:.2f}", f"{seconds[-2] / own:.2f}x"]
     lines = table(header, cells)
     taus = ", ".join(f"{tau:.4f}" for tau in cascade.thresholds) or "none"
+    clock = "" if seconds is None else f"speed-up on the clock {seconds[-2] / seconds[-1]:.2f}x, "
     return (
-        f"{lines}\n{report.texts} texts, thresholds {taus}; layer speed-up {times(cascade.layer_speedup)}, "
+        f"{lines}\n{report.texts} texts, thresholds {taus}; {clock}layer speed-up {times(cascade.layer_speedup)}, "
         f"FLOPs speed-up {times(cascade.flops_speedup)}; figures in %, F1 {report.f1}"
     )
 

@@ -84,9 +84,14 @@ def add_arguments(parser: CommandParser) -> None:
     asked.add_argument(
         "--max-drop",
         type=float,
-        default=0.01,
         metavar="SHARE",
-        help="the fastest that loses at most this share of accuracy against the biggest member",
+        help="the fastest that loses at most this share of accuracy against the biggest member (default: 0.01)",
+    )
+    asked.add_argument(
+        "--speedup",
+        type=float,
+        metavar="X",
+        help="instead: the most accurate that is at least X times as fast as the biggest member",
     )
     asked.add_argument("--confidence", type=float, metavar="P", help="guarantee that with this confidence, e.g. 0.95")
     asked.add_argument("--cost", choices=COSTS, default="latency", help="how speed is measured; latency is timed here")
@@ -101,6 +106,9 @@ def add_arguments(parser: CommandParser) -> None:
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--epochs", type=float, help="passes over the data (default: about 3,000 steps, 2 to 10)")
     recipe.add_argument("--small-epochs", type=float, help="of the small members (default: as the biggest)")
+    recipe.add_argument(
+        "--dan-epochs", type=float, help="of the member without layers, at most (default: by size, 3 to 20)"
+    )
     recipe.add_argument("--learning-rate", type=float, help="of the biggest member (default: by depth and width)")
     recipe.add_argument("--small-learning-rate", type=float, help="of the small members (default: likewise)")
     recipe.add_argument("--batch-size", type=int, default=32, help="texts per step, grouped by length")
@@ -131,7 +139,8 @@ def run(options: argparse.Namespace) -> None:
 
     if not (options.small or options.dan):
         raise InputError("found --no-dan and no --small, expected at least one small member: --small BASE")
-    question = Question(max_drop=options.max_drop, confidence=options.confidence, cost=options.cost)
+    max_drop = 0.01 if options.max_drop is None and options.speedup is None else options.max_drop
+    question = Question(max_drop=max_drop, speedup=options.speedup, confidence=options.confidence, cost=options.cost)
     data = data_from(options)
     unlabelled = unlabelled_from(options, data.pair)
     parts = split(
@@ -153,7 +162,7 @@ def run(options: argparse.Namespace) -> None:
         of_small=Asked(options.small_epochs, options.small_learning_rate),
     )
     texts = len(parts.data.train) + len(parts.unlabelled)
-    network = plan_network(texts, recipe) if options.dan else None
+    network = plan_network(texts, recipe, options.dan_epochs) if options.dan else None
     plan = of_options(Plan, options, parts=parts, members=members, network=network, question=question)
     if options.dry_run:
         found = steps(plan)

@@ -15,14 +15,8 @@ from cascade_export.check import MAX_ACCURACY_DROP, Check
 from cascade_export.checkpoint import member_name
 from cascade_export.member import AUTO
 from cascade_train.averaging import Network
-from cascade_train.averaging_training import AveragingRecipe
-from cascade_train.finetune import (
-    Objective,
-    Recipe,
-    check_length,
-    device,
-    load_base,
-)
+from cascade_train.averaging_training import AveragingRecipe, untrained
+from cascade_train.finetune import RECIPE_RANGES, Objective, Recipe, check_length, device, load_base
 from cascade_train.inference import collator, features
 from cascade_train.sources import load_tokenizer, pretrained
 from cascade_train.tasks import Examples, TaskData, load_part, reserve
@@ -260,11 +254,18 @@ def plan_members(
     return tuple(members)
 
 
-def plan_network(texts: int, recipe: Recipe) -> NetworkPlan:
-    """Return the member without layers for so many training texts, with a recipe's seed and length."""
+def plan_network(texts: int, recipe: Recipe, epochs: float | None = None) -> NetworkPlan:
+    """Return the member without layers for so many training texts, with a recipe's seed and length.
+
+    Unless `epochs` is given, it takes about 20,000 steps, in 3 to 20 epochs. Raises InvalidOption where they are out of
+    range.
+    """
     usual = AveragingRecipe(max_length=recipe.max_length, seed=recipe.seed)
-    steps = -(-texts // usual.batch_size)
-    epochs = float(np.clip(_NETWORK_STEPS // steps, _FEWEST_EPOCHS, usual.epochs))
+    if epochs is None:
+        epochs = float(np.clip(_NETWORK_STEPS // -(-texts // usual.batch_size), _FEWEST_EPOCHS, usual.epochs))
+    lowest, highest = RECIPE_RANGES["epochs"]
+    if not lowest <= epochs <= highest:
+        raise InvalidOption("dan_epochs", epochs, f"a number from {lowest:g} to {highest:g}")
     return NetworkPlan(Network(), replace(usual, epochs=epochs))
 
 
@@ -273,6 +274,9 @@ def preflight(plan: Plan) -> None:
     for member in plan.members:
         tokenizer, model = load_base(member.base, plan.parts.data.labels, member.truncated, member.tokenizer)
         check_length(member.recipe.max_length, member.base, tokenizer, model)
+    if (network := plan.network) is not None:
+        source = plan.members[0].tokenizer or plan.members[0].base
+        untrained(plan.parts.data, source, None, network.network, network.recipe)
 
 
 def steps(plan: Plan) -> list[Step]:
@@ -316,6 +320,8 @@ def _base(role: str, written: str) -> tuple[str, int | None, Any]:
     if not equals or not layers.isdecimal() or Path(written).is_dir():
         base, layers = written, ""
     config = pretrained(AutoConfig, base)
+    if not config.num_hidden_layers:
+        raise InvalidOption(role, written, "an encoder, with layers")
     if layers and not 1 <= int(layers) <= config.num_hidden_layers:
         raise InvalidOption(role, written, f"1 to {config.num_hidden_layers} layers of {base}")
     return base, int(layers) if layers else None, config

@@ -216,7 +216,8 @@ def _advice(report: BuildReport, records: Mapping[str, Mapping[str, Any]]) -> li
         history = record["validation"]["history"]
         values = [entry[f"eval_{record['metric']}"] for entry in history]
         if len(values) > 2 and values[-1] == max(values) and values[-1] > values[-2]:
-            option = "--epochs" if name == biggest.quality.name else "--small-epochs"
+            small = "--small-epochs" if record["layers"] != 0 else "--dan-epochs"
+            option = "--epochs" if name == biggest.quality.name else small
             found.append(f"{name} was best at its last validation: more epochs ({option}) may help.")
     if chosen is not None and chosen.members == [biggest.quality.name]:
         found.append(
@@ -238,7 +239,7 @@ def _advice(report: BuildReport, records: Mapping[str, Mapping[str, Any]]) -> li
             f"The confidences of {biggest.quality.name} are {100 * error:.1f} points off in the mean (ECE), although "
             "they were scaled: the validation part may be small, or differ from the others."
         )
-    if question.confidence is None:
+    if question.confidence is None and question.max_drop is not None:
         found.append("The drop is measured, not guaranteed: add --confidence 0.95 for a guarantee.")
     elif report.tuning.guarantee and (more := report.tuning.guarantee.with_more_texts):
         found.append(

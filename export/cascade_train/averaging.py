@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from cascade_rt.errors import InputError
+from cascade_rt.errors import InputError, InvalidOption
 from cascade_train.ranges import check_ranges
 
 MODEL_TYPE = "averaging-network"
@@ -31,6 +31,7 @@ LONGEST_NGRAM = 3
 PAIR_PARTS = 3
 """Sums of a pair: over the n-grams of its first text, of its second, and over those that occur in both."""
 _PAIR_VECTORS = 5
+_LARGEST_TABLE = 2**29 - 2**20  # numbers of 4 bytes
 _FACTORS = (1_000_003, 998_244_353)  # of the second and the third token of an n-gram
 
 
@@ -52,7 +53,7 @@ class Network:
 
     def __post_init__(self) -> None:
         """Raise InvalidOption for a value out of range."""
-        sizes = {"buckets": (1, 2**22), "dimension": (1, 2**14), "hidden": (1, 2**16)}
+        sizes = {"buckets": (1, 2**22), "dimension": (1, 2**12), "hidden": (1, 2**13)}
         check_ranges(self, {"ngrams": (1, LONGEST_NGRAM), **sizes, "dropout": (0, 0.99), "token_dropout": (0, 0.99)})
 
 
@@ -199,15 +200,24 @@ def _shared(rows: Tensor, first: Tensor, second: Tensor) -> Tensor:
 def new_network(
     tokenizer: PreTrainedTokenizerFast, labels: tuple[str, ...], size: Network, *, pair: bool
 ) -> AveragingForSequenceClassification:
-    """Return a network for a tokenizer and labels; raise InputError for pairs and a tokenizer without a separator."""
-    if pair and tokenizer.sep_token_id is None:
+    """Return a network for a tokenizer and labels.
+
+    Raises InputError for pairs and a tokenizer that does not separate their texts, and InvalidOption for a table of
+    more than 2 GB, the limit of an ONNX file.
+    """
+    if pair and (tokenizer.sep_token_id is None or tokenizer.sep_token_id not in tokenizer("a", "b").input_ids):
         raise InputError(
-            f"{tokenizer.name_or_path}: its tokenizer has no separator between the texts of a pair; expected sep_token"
+            f"{tokenizer.name_or_path}: its tokenizer has no separator between the texts of a pair, expected a "
+            "sep_token that it puts there; use the tokenizer of another encoder"
         )
+    vocabulary = max(tokenizer.get_vocab().values()) + 1
+    if (most := max(0, _LARGEST_TABLE // size.dimension - vocabulary)) < size.buckets:
+        expected = f"at most {most:,} with {size.dimension} columns and {vocabulary:,} tokens (2 GB), or fewer columns"
+        raise InvalidOption("buckets", size.buckets, expected)
     longest = min(tokenizer.model_max_length, 2**16)
     return AveragingForSequenceClassification(
         AveragingConfig(
-            vocab_size=max(tokenizer.get_vocab().values()) + 1,
+            vocab_size=vocabulary,
             network=asdict(size),
             pair=pair,
             max_position_embeddings=longest,

@@ -15,18 +15,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
-from transformers import AutoConfig, EarlyStoppingCallback, set_seed
+from transformers import AutoConfig, EarlyStoppingCallback, PreTrainedTokenizerFast, set_seed
 
 from cascade_rt.errors import InvalidOption
 from cascade_train.averaging import AveragingForSequenceClassification, Network, new_network
-from cascade_train.finetune import LABELS_ALONE, Objective, Recipe, device, load_base, member_trainer
+from cascade_train.finetune import LABELS_ALONE, Objective, Recipe, check_length, device, load_base, member_trainer
 from cascade_train.ranges import check_ranges
 from cascade_train.sources import load_tokenizer, pretrained
 from cascade_train.tasks import TaskData
-from cascade_train.work import claim, finish, trained, validated, work_folder
+from cascade_train.work import CHECKPOINTS, claim, finish, trained, validated, work_folder
 
 _SPREAD = 2.0  # standard deviation of the first vectors of tokens, from an encoder
 _TOKENS_AT_ONCE = 512
+_VECTORS = "unigrams.npy"
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,10 @@ def train_averaging(
         "data": data.described(),
     }
     set_seed(recipe.seed)
-    own = load_tokenizer(tokenizer)
-    model = new_network(own, data.labels, network, pair=data.pair)
-    claim(work, run)
+    own, model = untrained(data, tokenizer, unigrams, network, recipe)
+    claim(work, run, CHECKPOINTS, _VECTORS)
     if unigrams is not None:
-        vectors = _kept(
-            work / "unigrams.npy", lambda: token_vectors(unigrams, tokenizer, data.labels, network.dimension)
-        )
+        vectors = _kept(work / _VECTORS, lambda: token_vectors(unigrams, tokenizer, data.labels, network.dimension))
         model.set_token_vectors(vectors)
     optimizer = _Optimizer(model, recipe)
     trainer = member_trainer(model, own, data, recipe, objective, work, optimizer=optimizer)
@@ -101,15 +99,27 @@ def train_averaging(
     return record
 
 
+def untrained(
+    data: TaskData, tokenizer: str, unigrams: str | None, network: Network, recipe: AveragingRecipe
+) -> tuple[PreTrainedTokenizerFast, AveragingForSequenceClassification]:
+    """Return the tokenizer and a new network; raise CascadeError for arguments of `train_averaging` that do not fit."""
+    if unigrams is not None:
+        if not pretrained(AutoConfig, unigrams).num_hidden_layers:
+            raise InvalidOption("unigrams", unigrams, "an encoder, with layers")
+        load_base(unigrams, data.labels, None, tokenizer)
+    own = load_tokenizer(tokenizer)
+    model = new_network(own, data.labels, network, pair=data.pair)
+    check_length(recipe.max_length, tokenizer, own, model)
+    return own, model
+
+
 def token_vectors(encoder: str, tokenizer: str, labels: tuple[str, ...], dimension: int) -> Tensor:
     """Return a vector for each token: an encoder's answer to the token alone, its principal components.
 
     float (tokens, dimension). The mean of the last hidden states of a text of one token, as model2vec starts from;
     minus the mean of all tokens, in the directions of the largest variance, scaled to one spread. Dimensions that the
-    encoder does not have are 0. Raises InvalidOption for a model without layers.
+    encoder does not have are 0. Raises InputError for an encoder that does not have the tokenizer's words.
     """
-    if not pretrained(AutoConfig, encoder).num_hidden_layers:
-        raise InvalidOption("unigrams", encoder, "an encoder, with layers")
     words, model = load_base(encoder, labels, None, tokenizer)
     encode = getattr(model, model.base_model_prefix).eval().to(device())
     special = words("a", return_special_tokens_mask=True)

@@ -313,6 +313,8 @@ def load_base(
     With `tokenizer`, the encoder is aligned to that one.
     """
     config = pretrained(AutoConfig, base)
+    if not config.num_hidden_layers:
+        raise InputError(f"{base}: found a network without layers, expected an encoder; train-dan trains such networks")
     own = load_tokenizer(base)
     target = None if tokenizer is None else load_tokenizer(tokenizer)
     if layers is not None:

@@ -17,6 +17,8 @@ from cascade_train import RECORD, VALIDATION
 from cascade_train.progress import Progress
 from cascade_train.tasks import TaskData, write_examples
 
+CHECKPOINTS = "checkpoint-*"
+
 
 def work_folder(output: Path, again: str, suffix: str = "training") -> Path:
     """Return the folder of the work for an output; raise InputError if the output exists. `again`: the verb."""
@@ -25,10 +27,10 @@ def work_folder(output: Path, again: str, suffix: str = "training") -> Path:
     return output.with_name(f"{output.name}.{suffix}")
 
 
-def claim(work: Path, run: dict[str, Any], begun: str = "checkpoint-*") -> None:
-    """Make the work folder; if one exists with files like `begun`, check that it belongs to this same run."""
+def claim(work: Path, run: dict[str, Any], *begun: str) -> None:
+    """Make the work folder; if it exists with files like `begun`, or checkpoints, check that it is this run's."""
     settings = work / "run.json"
-    if any(work.glob(begun)) and settings.is_file():
+    if any(path for pattern in begun or (CHECKPOINTS,) for path in work.glob(pattern)) and settings.is_file():
         other = json.loads(settings.read_text("utf-8"))
         differing = [key for key in run if run[key] != other.get(key)]
         if differing:
@@ -45,7 +47,7 @@ def claim(work: Path, run: dict[str, Any], begun: str = "checkpoint-*") -> None:
 def last_whole_checkpoint(work: Path) -> Path | None:
     """Return the newest complete checkpoint, and delete incomplete ones."""
     whole = []
-    for folder in work.glob("checkpoint-*"):
+    for folder in work.glob(CHECKPOINTS):
         try:  # the Trainer writes its state last
             whole.append((int(json.loads((folder / "trainer_state.json").read_text("utf-8"))["global_step"]), folder))
         except (OSError, ValueError, KeyError):

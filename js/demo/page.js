@@ -65,7 +65,7 @@ function showAnswers({ predictions, milliseconds }) {
   element("table").hidden = !predictions.length;
   const biggest = members.at(-1).layers;
   const executed = predictions.reduce((sum, { layers }) => sum + layers, 0) / predictions.length;
-  const speedup = (biggest / executed).toFixed(2);
+  const speedup = executed ? `${(biggest / executed).toFixed(2)}x` : "-"; // members without layers answered all texts
   const count = `${predictions.length} text${predictions.length === 1 ? "" : "s"}`;
-  show(predictions.length ? `${count} in ${milliseconds.toFixed(0)} ms; layer speed-up ${speedup}x.` : "Enter a text.");
+  show(predictions.length ? `${count} in ${milliseconds.toFixed(0)} ms; layer speed-up ${speedup}.` : "Enter a text.");
 }

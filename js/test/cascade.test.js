@@ -6,6 +6,7 @@ import { readFile } from "node:fs/promises";
 import { test } from "node:test";
 import { fileURLToPath } from "node:url";
 import ort from "onnxruntime-node";
+import * as web from "onnxruntime-web/wasm";
 
 import { Cascade, CascadeError } from "../dist/index.js";
 import { serve } from "./server.js";
@@ -15,10 +16,14 @@ const read = (name) => readFile(new URL(name, folder));
 const load = async (name, options = {}) =>
   Cascade.load({ model: await read(`${name}/cascade.onnx`), tokenizer: await read(`${name}/tokenizer.json`), ort, ...options });
 
-for (const name of ["texts", "pairs", "several", "int8"]) {
+web.env.wasm.numThreads = 1;
+const bundles = ["texts", "pairs", "several", "int8", "zero", "zero-pairs"].map((name) => [name, ort, ""]);
+bundles.push(...["zero", "zero-pairs"].map((name) => [name, web, " in WebAssembly, as in browsers"]));
+
+for (const [name, runtime, where] of bundles) {
   const skip = name === "int8" && !existsSync(new URL("int8/", folder)) && "this CPU has no VNNI: int8 saturates in one file";
-  test(`${name}: answers are those of the Python package`, { skip }, async () => {
-    const cascade = await load(name);
+  test(`${name}: answers are those of the Python package${where}`, { skip }, async () => {
+    const cascade = await load(name, { ort: runtime });
     const { texts, answers } = JSON.parse(await read(`${name}/answers.json`));
     for (const [tau, expected] of Object.entries(answers)) {
       const thresholds = cascade.thresholds.map(() => Number(tau));
@@ -41,6 +46,16 @@ test("several labels per text: each text has those above their cut, possibly non
   const sizes = new Set((await cascade.classify(texts)).map(({ labels }) => labels.length));
   assert.equal(cascade.task, "multi_label");
   assert.ok(sizes.has(0) && sizes.has(2));
+});
+
+test("a text that leaves at a member without layers ran none", async () => {
+  const cascade = await load("zero");
+  const { texts } = JSON.parse(await read("zero/answers.json"));
+  assert.deepEqual(cascade.members[0], { name: "DAN", layers: 0 });
+  const answers = await cascade.classify(texts);
+  assert.deepEqual([...new Set(answers.map(({ exit }) => exit))].sort(), [0, 1, 2, 3]);
+  assert.ok(answers.every(({ exit, layers }) => (exit === 0) === (layers === 0)));
+  for (const [row, text] of texts.entries()) assert.deepEqual((await cascade.classify([text]))[0].exit, answers[row].exit);
 });
 
 test("what a cascade says about itself, and its default thresholds", async () => {

@@ -281,6 +281,10 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(
         ("--small SMALL --reserve 0.05", "found 540 training texts, expected at least 951"),
         ("--small SMALL --distill-weight 2", "--distill-weight: found 2"),
         ("--small SMALL --max-drop 2", "--max-drop: found 2"),
+        ("--dan-epochs -1", "--dan-epochs: found -1"),
+        ("--speedup 0", "--speedup: found 0"),
+        ("--speedup 2 --max-drop 0.1", "one objective"),
+        ("--speedup 2 --confidence 0.9", "--confidence: found 0.9, expected a maximum drop with it"),
     ],
 )
 def test_what_would_fail_later_fails_at_once(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,8 @@ def test_reports_show_a_dash(with_bag: Path, tmp_path: Path, capsys: pytest.Capt
     runtime = CascadeRuntime(with_bag, thresholds=0.0)
     rows = [{"text": text, "label": one.label} for text, one in zip(TEXTS, runtime.predict(TEXTS), strict=True)]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert main(["evaluate", "--model-dir", str(with_bag), "--input", str(source), "--threshold", "0"]) == 0
-    assert "layer speed-up -, FLOPs speed-up" in capsys.readouterr().out
+    assert main(["evaluate", "--model-dir", str(with_bag), "--input", str(source), "--threshold", "0", "--timed"]) == 0
+    assert re.search(r"; speed-up on the clock [\d.]+x, layer speed-up -, FLOPs speed-up", capsys.readouterr().out)
     assert main(["info", "--model-dir", str(with_bag)]) == 0
     capsys.readouterr()
     asked = ["--agreement", "--no-cache", "--dry-run", "--max-drop", "1e-9", "--cost", "flops"]

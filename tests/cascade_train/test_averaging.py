@@ -27,8 +27,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
 from cascade_rt.cli import main
-from cascade_rt.errors import InputError, InvalidOption
+from cascade_rt.errors import CascadeError, InputError, InvalidOption
 
+from ..cascade_export.families import FAMILIES
 from ..conftest import WORDS, make_member
 
 NETWORK = Network(buckets=64, dimension=8, hidden=8)
@@ -223,8 +224,9 @@ def test_settings_out_of_range_are_refused(trained: Path) -> None:
         Network(ngrams=4)
     with pytest.raises(InvalidOption, match="patience"):
         AveragingRecipe(patience=0)
-    with pytest.raises(InvalidOption, match="with layers"):
-        token_vectors(str(trained), str(trained), ("even", "odd"), 8)
+    with pytest.raises(InvalidOption, match="at most 130,"):
+        train_averaging(task(), trained.parent / "other", tokenizer=str(trained), network=Network(dimension=4096))
+    assert [path.name for path in trained.parent.iterdir()] == ["DAN"]
 
 
 def test_the_command(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -256,3 +258,76 @@ def test_pairs_need_a_separator(base: str, tmp_path: Path) -> None:
         train_averaging(
             task(pair=True), tmp_path / "DAN", tokenizer=str(tmp_path / "tokenizer"), network=NETWORK, recipe=RECIPE
         )
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ("--ngrams 0", "--ngrams: found 0, expected a number from 1 to 3"),
+        ("--buckets 0", "--buckets: found 0, expected a number from 1 to"),
+        ("--dimension 4096 --buckets 4000000", "--buckets: found 4000000, expected at most 130,"),
+        ("--hidden 100000", "--hidden: found 100000"),
+        ("--dropout 1", "--dropout: found 1"),
+        ("--epochs 0", "--epochs: found 0"),
+        ("--max-length 100", "--max-length: found 100, expected at most 64"),
+        ("--tokenizer nowhere", "nowhere: no such folder"),
+        ("--unigrams DAN", "--unigrams: found '{DAN}', expected an encoder, with layers"),
+        ("--unigrams FAMILY", "lacks 79 of the 109 tokens of"),
+        ("--teacher DAN", "--unigrams"),
+        ("--teacher OTHER --unigrams BASE", "--teacher: found '{OTHER}', expected a member with the labels"),
+        ("--unlabelled nowhere.txt --teacher BASE", "nowhere.txt"),
+        ("--output there", "there exists; choose another output folder"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_once_and_leaves_nothing(
+    options: str, says: str, base: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = ["yes", "no"] if "DAN" not in options else ["even", "odd"]
+    rows = [f"{text},{labels[label]}" for text, label in zip(task().train.texts, task().train.labels, strict=True)]
+    (tmp_path / "data.csv").write_text("text,label\n" + "\n".join(rows))
+    (tmp_path / "there").mkdir()
+    folders = {"DAN": str(trained), "OTHER": base, "BASE": base}
+    if "FAMILY" in options:
+        folders["FAMILY"] = str(FAMILIES["xlm-roberta"](tmp_path.parent / f"{tmp_path.name}-family"))
+    for name, folder in folders.items():
+        options, says = options.replace(name, folder), says.replace(f"{{{name}}}", folder)
+    usual = {"--tokenizer": base, "--train-file": "data.csv", "--max-length": "16", "--output": "out"}
+    given = [*options.split(), *(word for pair in usual.items() if pair[0] not in options for word in pair)]
+    assert main(["train-dan", *given]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.csv", "there"]
+
+
+@pytest.mark.parametrize(("command", "option"), [("train", "--base"), ("build", "--big")])
+def test_other_commands_refuse_it_as_an_encoder(
+    command: str, option: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, option, str(trained), "--task", "smart-home", "--output", "out"]) == 2
+    assert "expected an encoder" in (error := capsys.readouterr().err)
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_start_does_not_take_the_vectors_of_the_unfinished_one(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    settings: dict[str, Any] = {"tokenizer": base, "unigrams": base, "recipe": RECIPE}
+    monkeypatch.setattr(module, "member_trainer", kill)
+    with contextlib.suppress(KeyboardInterrupt):
+        train_averaging(task(), tmp_path / "DAN", network=NETWORK, **settings)
+    monkeypatch.undo()
+    with pytest.raises(CascadeError, match="holds an unfinished run with another network"):
+        train_averaging(task(), tmp_path / "DAN", network=Network(buckets=64, dimension=6, hidden=8), **settings)
+
+
+def test_labels_without_validation_texts_and_few_texts_are_fine(base: str, tmp_path: Path) -> None:
+    few = TaskData(
+        "few", ("a", "b", "c"), False, "f1", Examples(["a cat", "bad", "good"], [0, 1, 2]), Examples(["a"], [0])
+    )
+    record = train_averaging(few, tmp_path / "DAN", tokenizer=base, network=NETWORK, recipe=RECIPE)
+    assert record["validation"]["best"] is not None

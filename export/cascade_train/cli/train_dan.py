@@ -68,9 +68,10 @@ def run(options: argparse.Namespace) -> None:
     """Train, and print where the member is."""
     need_training("train-dan")
     from cascade_train.averaging import Network  # noqa: PLC0415 - loads torch
-    from cascade_train.averaging_training import AveragingRecipe, train_averaging  # noqa: PLC0415
+    from cascade_train.averaging_training import AveragingRecipe, train_averaging, untrained  # noqa: PLC0415
     from cascade_train.finetune import Objective, teacher_logits  # noqa: PLC0415
     from cascade_train.unlabelled import variants, with_answers, with_unlabelled  # noqa: PLC0415
+    from cascade_train.work import work_folder  # noqa: PLC0415
 
     data, network, recipe = data_from(options), of_options(Network, options), of_options(AveragingRecipe, options)
     tokenizer = options.tokenizer or options.teacher or options.unigrams
@@ -78,6 +79,9 @@ def run(options: argparse.Namespace) -> None:
         raise InputError("found neither --tokenizer nor --teacher, expected --tokenizer DIR, that of the cascade")
     if not options.teacher and (options.unlabelled or options.augment):
         raise InputError("found texts without labels and no --teacher, expected --teacher DIR, whose answers they get")
+    unigrams = options.unigrams or options.teacher
+    work_folder(options.output, "train")
+    untrained(data, tokenizer, unigrams, network, recipe)  # fails before the teacher's answers, not after
     labelled, teacher = len(data.train), None
     with redirect_stdout(sys.stderr):  # whatever libraries print is not the answer
         if options.teacher:
@@ -91,7 +95,7 @@ def run(options: argparse.Namespace) -> None:
             data,
             options.output,
             tokenizer=tokenizer,
-            unigrams=options.unigrams or options.teacher,
+            unigrams=unigrams,
             network=network,
             recipe=recipe,
             objective=of_options(Objective, options, teacher=teacher),
