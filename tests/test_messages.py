@@ -75,7 +75,7 @@ SHOWN_BY = {
     "shard_format": "predict",
     "shard_rows": "predict",
     "small": "build",
-    "speedup": "benchmark tune",
+    "speedup": "benchmark build tune",
     "split_seed": TRAINS,
     "target_requests": "serve",
     "task": TRAINS,
