@@ -2,7 +2,8 @@
 
     python benchmarks/zero_layers.py --task banking77 --data DATA/banking77 --member 12L=DIR --member 3L=DIR
 
-The members are fine-tuned already, by results.py for instance, and the biggest one teaches the networks. Each seed's
+The members are fine-tuned already, by results.py for instance. Networks learn labels, and with --augment the biggest
+member's answers to variants of the training texts. Each seed's
 bundle is in int8. Thresholds come from the validation and tuning parts; figures are of the reported part, which is used
 for nothing else. All ways to run a seed's bundle are timed in turn. It resumes: networks and bundles lie under --work.
 """
@@ -25,7 +26,7 @@ from cascade_export.export import export_bundle
 from cascade_train import RECORD
 from cascade_train.averaging import Network
 from cascade_train.averaging_training import AveragingRecipe, train_averaging
-from cascade_train.finetune import Objective, logits_of
+from cascade_train.finetune import LABELS_ALONE, Objective, logits_of
 from cascade_train.tasks import Examples, TaskData
 from cascade_train.unlabelled import variants, with_answers, with_unlabelled
 from common import RESULTS, TASKS, Parts, joined, race, read_parts, run_command
@@ -86,6 +87,8 @@ def _taught(data: TaskData, teacher: str, work: Path, augment: int) -> tuple[Tas
     known = {*data.train.texts, *data.validation.texts}
     more = [text for text in variants(data.train.texts, augment, 0) if text not in known]
     labelled, data = len(data.train), with_unlabelled(data, more)
+    if not augment:
+        return data, np.zeros((labelled, len(data.labels)), dtype=np.float32)
     kept = work / f"answers-{augment}.npy"
     if not kept.exists():
         length = json.loads((Path(teacher) / RECORD).read_text("utf-8"))["recipe"]["max_length"]
@@ -108,10 +111,12 @@ def _network(
             data,
             folder,
             tokenizer=teacher,
-            unigrams=teacher,
+            unigrams=options.unigrams or teacher,
             network=Network(ngrams=options.ngrams, buckets=options.buckets, dimension=options.dimension),
             recipe=AveragingRecipe(epochs=options.epochs, max_length=length, seed=seed),
-            objective=Objective(teacher=answers, distill_weight=options.distill_weight, temperature=3.0),
+            objective=Objective(teacher=answers, temperature=3.0, distill_weight=0.9)
+            if options.augment
+            else LABELS_ALONE,
         )
     return folder
 
@@ -281,7 +286,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--buckets", type=int, default=131_072)
     add("--dimension", type=int, default=128)
     add("--augment", type=int, default=0, help="variants of each training text, answered by the biggest member")
-    add("--distill-weight", type=float, default=0.9)
+    add("--unigrams", metavar="DIR", help="encoder that the tokens start from (default: the biggest member)")
     add("--work", type=Path, help="networks and bundles (default: runs/zero-layers/TASK)")
     add("--output", type=Path, help="default: results/zero-layers-TASK.json beside this script")
     return parser

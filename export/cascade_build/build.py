@@ -23,7 +23,7 @@ from cascade_export.export import export_bundle
 from cascade_export.member import AUTO
 from cascade_train import RECORD
 from cascade_train.averaging_training import train_averaging
-from cascade_train.finetune import Objective, finetune, logits_of
+from cascade_train.finetune import LABELS_ALONE, Objective, finetune, logits_of
 from cascade_train.tasks import Examples, TaskData, write_examples
 from cascade_train.unlabelled import with_answers, with_unlabelled
 from numpy.typing import NDArray
@@ -98,7 +98,10 @@ def build(plan: Plan, output: Path, *, overwrite: bool = False) -> BuildReport:
 
 
 def _train_small(plan: Plan, work: Path, folders: Mapping[str, Path], journal: Journal) -> None:
-    """Train all members but the biggest: they learn its answers."""
+    """Train all members but the biggest: they learn its answers.
+
+    The network without layers does so where there are texts without labels: to those with labels it gains nothing.
+    """
     big, *small = plan.members
     data, teaching = plan.parts.data, plan.teaching()
     student_data = with_unlabelled(data, plan.parts.unlabelled)
@@ -122,10 +125,10 @@ def _train_small(plan: Plan, work: Path, folders: Mapping[str, Path], journal: J
                     student_data,
                     folders[network.name],
                     tokenizer=str(folders[big.name]),
-                    unigrams=str(folders[big.name]),
+                    unigrams=big.base,
                     network=network.network,
                     recipe=network.recipe,
-                    objective=objective,
+                    objective=objective if plan.parts.unlabelled else LABELS_ALONE,
                 )
 
 
