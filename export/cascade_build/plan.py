@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from cascade_export.check import MAX_ACCURACY_DROP, Check
 from cascade_export.checkpoint import member_name
-from cascade_export.member import AUTO
+from cascade_export.member import AUTO, TABLE
 from cascade_train.averaging import Network
 from cascade_train.averaging_training import AveragingRecipe, untrained
 from cascade_train.finetune import RECIPE_RANGES, Objective, Recipe, check_length, device, load_base
@@ -105,8 +105,9 @@ class Plan:
     def __post_init__(self) -> None:
         """Raise InvalidOption for what would only fail after hours of training."""
         Objective(temperature=self.temperature, distill_weight=self.distill_weight)
-        if self.precision not in (*PRECISIONS, AUTO):
-            raise InvalidOption("precision", self.precision, f"one of {', '.join((*PRECISIONS, AUTO))}")
+        of_all = [name for name in (*PRECISIONS, AUTO) if name != TABLE]
+        if self.precision not in of_all:
+            raise InvalidOption("precision", self.precision, f"one of {', '.join(of_all)}")
         Check(max_accuracy_drop=self.max_accuracy_drop)
 
     def data_settings(self) -> dict[str, Any]:
