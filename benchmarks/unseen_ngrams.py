@@ -3,8 +3,8 @@
     python benchmarks/unseen_ngrams.py --data DATA/clinc150 --network runs/zero-layers/clinc150/DAN-0/DAN
 
 A network's logits are multiplied by 1 - alpha * (share of a text's tokens and n-grams that no training text has), for
-several alphas, chosen by nothing: 0 leaves it to the threshold. For each, the threshold lets the same share of the
-reported texts leave; what counts is how many of those that are out of scope stay, and how many answers are right.
+several alphas; 0 leaves them as they are. For each, the threshold lets the same share of the reported texts leave. The
+report has how many of the texts out of scope stay, and how many answers of those that leave are right.
 """
 
 from __future__ import annotations

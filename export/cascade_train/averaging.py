@@ -28,8 +28,6 @@ from cascade_train.ranges import check_ranges
 
 MODEL_TYPE = "averaging-network"
 LONGEST_NGRAM = 3
-PAIR_PARTS = 3
-"""Sums of a pair: over the n-grams of its first text, of its second, and over those that occur in both."""
 _PAIR_VECTORS = 5
 _LARGEST_TABLE = 2**29 - 2**20  # numbers of 4 bytes
 _FACTORS = (1_000_003, 998_244_353)  # of the second and the third token of an n-gram

@@ -434,7 +434,7 @@ def validated_arguments(recipe: Recipe, work: Path, examples: int, metric: str, 
     )
 
 
-def arguments(recipe: Recipe, work: Path, **more: Any) -> TrainingArguments:
+def arguments(recipe: Recipe, work: Path, *, group_by_length: bool = True, **more: Any) -> TrainingArguments:
     """Return the Trainer's arguments for a recipe."""
     return TrainingArguments(
         output_dir=str(work),
@@ -444,7 +444,7 @@ def arguments(recipe: Recipe, work: Path, **more: Any) -> TrainingArguments:
         weight_decay=recipe.weight_decay,
         per_device_train_batch_size=recipe.batch_size,
         per_device_eval_batch_size=4 * recipe.batch_size,
-        group_by_length=more.pop("group_by_length", True),
+        group_by_length=group_by_length,
         seed=recipe.seed,
         bf16=recipe.bf16,
         optim=OPTIMIZER,
