@@ -151,7 +151,7 @@ def _kept(file: Path, make: Callable[[], Tensor]) -> Tensor:
         with (part := file.with_name(f".{file.name}")).open("wb") as stream:
             np.save(stream, make().numpy())
         part.replace(file)
-    return torch.from_numpy(np.load(file))
+    return torch.from_numpy(np.load(file, allow_pickle=False))
 
 
 class _Optimizer(torch.optim.Optimizer):  # type: ignore[misc]  # the library has no types
