@@ -3,8 +3,9 @@
     python benchmarks/unseen_ngrams.py --data DATA/clinc150 --network runs/zero-layers/clinc150/DAN-0/DAN
 
 A network's logits are multiplied by 1 - alpha * (share of a text's tokens and n-grams that no training text has), for
-several alphas; 0 leaves them as they are. For each, the threshold lets the same share of the reported texts leave. The
-report has how many of the texts out of scope stay, and how many answers of those that leave are right.
+several alphas: with 0 they are as the last layer has them, with 1 as the network gives them. For each, the threshold
+lets the same share of the reported texts leave. The report has how many of the texts out of scope stay, and how many
+answers of those that leave are right.
 """
 
 from __future__ import annotations
@@ -52,9 +53,8 @@ def main() -> None:
 
 def _measured(folder: str, parts: Parts) -> dict[str, Any]:
     tokenizer, model = load_tokenizer(folder), load_classifier(folder).eval()
-    seen = np.zeros(model.table.num_embeddings, dtype=bool)
-    for rows, _ in _rows(tokenizer, model, parts.data.train.texts):
-        seen[rows] = True
+    seen = model.seen.numpy().copy()
+    model.seen.fill_(True)
     shares, logits = [], []
     for rows, answer in _rows(tokenizer, model, parts.reported.texts):
         shares.append(1 - seen[rows].mean())

@@ -1,7 +1,8 @@
 """A deep averaging network as one ONNX graph: token ids in, logits out, n-grams hashed inside.
 
 The table is stored in fp32, fp16 or int8, the linear layers always in fp32. In int8 each column has one scale, so the
-sum of a text's rows is exact in int32, whatever the batch, and multiplying by 0 or 1 cannot saturate.
+sum of a text's rows is exact in int32, whatever the batch, and multiplying by 0 or 1 cannot saturate. The last column
+has 1 in the rows that training has seen: its sum is their number.
 """
 
 from __future__ import annotations
@@ -27,19 +28,30 @@ def write_network(network: AveragingForSequenceClassification, path: Path, preci
     weights = {name: weight.detach().numpy() for name, weight in network.named_parameters()}
     graph = _Graph()
     config: AveragingConfig = network.config
+    width = config.size.dimension
     rows, masks = _ngrams(graph, config)
-    sums, scales = PRECISIONS[precision](graph, weights["table.weight"], rows, masks)
+    table = np.column_stack([weights["table.weight"], network.seen.numpy().astype(np.float32)])
+    sums, scales = PRECISIONS[precision](graph, table, rows, masks)
     counts = graph.add("Cast", graph.add("ReduceSum", masks, graph.constant(np.array([2]))), to=TensorProto.FLOAT)
     if config.pair:  # whose texts may share nothing; a text has at least one token, padding if need be
         counts = graph.add("Max", counts, graph.constant(np.float32(1)))
-        sums, scales = graph.add("Mul", sums, graph.constant(scales)), np.ones(1, dtype=np.float32)
-    vectors = graph.add("Div", sums, graph.add("Sqrt", counts))
+        sums, scales = graph.add("Mul", sums, graph.constant(scales)), np.ones(width + 1, dtype=np.float32)
+    roots = graph.add("Sqrt", counts)
+    vectors = graph.add("Div", sums, roots)
+    seen = graph.add("Div", graph.columns(vectors, width, axis=2), roots)  # a share, times the last scale
     if config.pair:
-        vectors = _pair_vectors(graph, vectors)
-    text = graph.add("Squeeze", vectors, graph.constant(np.array([1])))
-    hidden = graph.add("Relu", graph.linear(text, weights["hidden.weight"] * scales, weights["hidden.bias"]))
-    graph.linear(hidden, weights["classifier.weight"], weights["classifier.bias"], "logits")
+        vectors, seen = _pair_vectors(graph, vectors), graph.columns(seen, -1)
+    text, share = (graph.add("Squeeze", each, graph.constant(np.array([1]))) for each in (vectors, seen))
+    hidden = graph.add("Relu", graph.linear(text, _no_seen(weights["hidden.weight"], scales), weights["hidden.bias"]))
+    scaled = (weights[f"classifier.{name}"] * scales[-1] for name in ("weight", "bias"))
+    graph.add("Mul", graph.linear(hidden, *scaled), share, output="logits")
     onnx.save(graph.model(config.num_labels), path)
+
+
+def _no_seen(weight: NDArray[np.float32], scales: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the weights of the hidden layer with 0 for the column of what training has seen, times the scales."""
+    parts = weight.reshape(len(weight), -1, len(scales) - 1)
+    return (np.pad(parts, ((0, 0), (0, 0), (0, 1))) * scales).reshape(len(weight), -1)
 
 
 class _Graph:
@@ -62,18 +74,17 @@ class _Graph:
         self._constants.append(numpy_helper.from_array(np.asarray(value), name))
         return name
 
-    def columns(self, of: str, start: int, end: int = _END) -> str:
-        """Add the slice of the second axis from `start` to `end`."""
-        return self.add("Slice", of, *(self.constant(np.array([bound])) for bound in (start, end, 1)))
+    def columns(self, of: str, start: int, end: int = _END, axis: int = 1) -> str:
+        """Add the slice of an axis from `start` to `end`."""
+        return self.add("Slice", of, *(self.constant(np.array([bound])) for bound in (start, end, axis)))
 
     def unsqueeze(self, of: str, axis: int) -> str:
         """Add an axis."""
         return self.add("Unsqueeze", of, self.constant(np.array([axis])))
 
-    def linear(self, of: str, weight: NDArray[np.float32], bias: NDArray[np.float32], output: str = "") -> str:
+    def linear(self, of: str, weight: NDArray[np.float32], bias: NDArray[np.float32]) -> str:
         """Add a linear layer with torch's weights."""
-        constants = self.constant(np.ascontiguousarray(weight.T)), self.constant(bias)
-        return self.add("Gemm", of, *constants, output=output)
+        return self.add("Gemm", of, self.constant(np.ascontiguousarray(weight.T)), self.constant(bias))
 
     def model(self, labels: int) -> onnx.ModelProto:
         """Return the model of a classifier."""
@@ -102,7 +113,7 @@ def _ngrams(graph: _Graph, config: AveragingConfig) -> tuple[str, str]:
     all_rows, mask = (graph.add("Concat", *parts, axis=1) if len(parts) > 1 else parts[0] for parts in (rows, real))
     if not config.pair:
         return all_rows, graph.unsqueeze(mask, 1)
-    parts = _pair_masks(graph, config, all_rows, mask)
+    parts = *_pair_masks(graph, config, all_rows, mask), mask
     return all_rows, graph.add("Concat", *(graph.unsqueeze(part, 1) for part in parts), axis=1)
 
 

@@ -1,9 +1,9 @@
 """Deep averaging networks (DAN; Iyyer et al., 2015): classifiers without layers, over word pieces and their n-grams.
 
 Each word piece and each hashed n-gram has a vector. A text is the sum of its vectors over the square root of their
-number, and two small linear layers classify it. The sum grows with the share of n-grams that training has seen, so
-confidence falls with the share of those that it has not. A pair is its first text, its second one, how they differ,
-and what they share.
+number, and two small linear layers classify it. A pair is its first text, its second one, how they differ, and what
+they share. Logits are multiplied by the share of the n-grams that training has seen: texts unlike those of training
+are answered with less confidence, and by the same label.
 """
 
 from __future__ import annotations
@@ -99,6 +99,7 @@ class AveragingForSequenceClassification(PreTrainedModel):  # type: ignore[misc]
         self.table = nn.EmbeddingBag(config.vocab_size + size.buckets, size.dimension, mode="sum", sparse=True)
         self.hidden = nn.Linear(size.dimension * (_PAIR_VECTORS if config.pair else 1), size.hidden)
         self.classifier = nn.Linear(size.hidden, config.num_labels)
+        self.register_buffer("seen", torch.ones(self.table.num_embeddings, dtype=torch.bool))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -116,6 +117,11 @@ class AveragingForSequenceClassification(PreTrainedModel):  # type: ignore[misc]
         """Start the tokens from given vectors, float (tokens, dimension)."""
         with torch.no_grad():
             self.table.weight[: len(vectors)] = vectors
+
+    def see(self, input_ids: Tensor, attention_mask: Tensor) -> None:
+        """Note that training has the n-grams of these texts, int64 (batch, tokens), padded on the right."""
+        rows, real = ngram_rows(input_ids, attention_mask, self.config)
+        self.seen[rows[real]] = True
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
@@ -141,6 +147,7 @@ class AveragingForSequenceClassification(PreTrainedModel):  # type: ignore[misc]
             vectors = torch.cat([ours, theirs, (ours - theirs).abs(), ours * theirs, both], dim=-1)
         hidden = torch.relu(self.hidden(vectors))
         logits = self.classifier(functional.dropout(hidden, self.config.size.dropout, self.training))
+        logits = logits * ((self.seen[rows] & real).sum(1) / real.sum(1))[:, None]
         return SequenceClassifierOutput(loss=None if labels is None else self._loss(logits, labels), logits=logits)
 
     def _mean(self, rows: Tensor, kept: Tensor) -> Tensor:

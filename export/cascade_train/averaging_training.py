@@ -20,6 +20,7 @@ from transformers import AutoConfig, EarlyStoppingCallback, PreTrainedTokenizerF
 from cascade_rt.errors import InvalidOption
 from cascade_train.averaging import AveragingForSequenceClassification, Network, new_network
 from cascade_train.finetune import LABELS_ALONE, Objective, Recipe, check_length, device, load_base, member_trainer
+from cascade_train.inference import collator, features
 from cascade_train.ranges import check_ranges
 from cascade_train.sources import load_tokenizer, pretrained
 from cascade_train.tasks import TaskData
@@ -27,6 +28,7 @@ from cascade_train.work import CHECKPOINTS, claim, finish, trained, validated, w
 
 _SPREAD = 2.0  # standard deviation of the first vectors of tokens, from an encoder
 _TOKENS_AT_ONCE = 512
+_TEXTS_AT_ONCE = 1024
 _VECTORS = "unigrams.npy"
 
 
@@ -86,6 +88,7 @@ def train_averaging(
     }
     set_seed(recipe.seed)
     own, model = untrained(data, tokenizer, unigrams, network, recipe)
+    _see(model, own, data, recipe.max_length)
     claim(work, run, CHECKPOINTS, _VECTORS)
     if unigrams is not None:
         vectors = _kept(work / _VECTORS, lambda: token_vectors(unigrams, tokenizer, data.labels, network.dimension))
@@ -138,6 +141,17 @@ def token_vectors(encoder: str, tokenizer: str, labels: tuple[str, ...], dimensi
     _, axes = torch.linalg.eigh(states.T @ states)  # ascending
     vectors = states @ axes.flip(1)[:, :dimension]
     return functional.pad(_SPREAD * vectors / vectors.std(), (0, dimension - vectors.shape[1]))
+
+
+def _see(
+    model: AveragingForSequenceClassification, tokenizer: PreTrainedTokenizerFast, data: TaskData, max_length: int
+) -> None:
+    """Let the network know the n-grams of the training texts."""
+    rows, collate = features(tokenizer, model, data.train, max_length), collator(tokenizer)
+    model.seen.fill_(False)
+    for start in range(0, len(rows), _TEXTS_AT_ONCE):
+        batch = collate(rows[start : start + _TEXTS_AT_ONCE])
+        model.see(batch["input_ids"], batch["attention_mask"])
 
 
 def _after(special: Any) -> int:

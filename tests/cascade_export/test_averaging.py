@@ -41,6 +41,7 @@ def network(pair: bool, ngrams: int, seed: int = 0) -> AveragingForSequenceClass
         AveragingConfig(vocab_size=60, network=size, pair=pair, sep_token_id=3, num_labels=5)
     )
     torch.nn.init.normal_(model.table.weight)
+    model.seen.bernoulli_(0.7)
     model.eval()
     return model
 
@@ -99,6 +100,7 @@ def members(member_folders: list[Path], tmp_path_factory: pytest.TempPathFactory
         torch.manual_seed(1)
         model = new_network(tokenizer, LABELS, NETWORK, pair=pair)
         torch.nn.init.normal_(model.table.weight, std=4)
+        model.seen.bernoulli_(0.9)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         found[pair] = [str(member_folders[-1]), str(folder)]

@@ -68,6 +68,7 @@ def network(pair: bool = False, **size: int) -> AveragingForSequenceClassificati
     )
     model = AveragingForSequenceClassification(config)
     torch.nn.init.normal_(model.table.weight)
+    model.seen.bernoulli_(0.7)
     model.eval()
     return model
 
@@ -108,7 +109,8 @@ def loops(model: AveragingForSequenceClassification, ids: list[int]) -> Any:
         weight.detach().numpy().astype(np.float64)
         for weight in (*model.hidden.parameters(), *model.classifier.parameters())
     ]
-    return np.maximum(weights[0] @ vector + weights[1], 0) @ weights[2].T + weights[3]
+    share = np.mean([bool(model.seen[row(gram, config)]) for gram in grams(ids, config)])
+    return share * (np.maximum(weights[0] @ vector + weights[1], 0) @ weights[2].T + weights[3])
 
 
 @given(
@@ -145,6 +147,17 @@ def test_it_learns_and_is_a_hugging_face_folder(trained: Path) -> None:
     assert isinstance(model, AveragingForSequenceClassification)
     assert model.config.id2label == {0: "even", 1: "odd"}
     assert AutoTokenizer.from_pretrained(trained).sep_token == "[SEP]"
+
+
+def test_it_knows_the_ngrams_of_its_training_texts(trained: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(trained).eval()
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    seen = {
+        row(gram, model.config)
+        for text in task().train.texts
+        for gram in grams(tokenizer(text).input_ids, model.config)
+    }
+    assert set(model.seen.nonzero().flatten().tolist()) == seen
 
 
 def test_a_pair_is_what_its_texts_share(base: str, tmp_path: Path) -> None:
