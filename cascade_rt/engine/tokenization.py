@@ -208,7 +208,7 @@ class TextTokenizer:
                         self._check_whole(long[index], index, few)
                         encoded[at] = self._encode([long[index]])[0]
                 seconds += perf_counter() - started
-                encodings += map(self._cut, encoded)
+                encodings += [self._cut(each) if len(each) > self.max_length else each for each in encoded]
         except TextError:
             raise
         except (TypeError, UnicodeEncodeError) as error:
@@ -286,11 +286,9 @@ class TextTokenizer:
             pairs = [(text, None) if isinstance(text, str) else text for text in texts]
             return [self._tokenizer.encode(first, second) for first, second in pairs]
 
-    def _cut(self, encoding: Encoding) -> Encoding | _Tokens:
+    def _cut(self, encoding: Encoding) -> _Tokens:
         """Cut a text to the maximum length, a pair on its longer side first; special tokens stay."""
         excess = len(encoding) - self.max_length
-        if excess <= 0:
-            return encoding
         sides = np.array([-1 if side is None else side for side in encoding.sequence_ids])
         kept = sides < 0
         for side, room in enumerate(_room(int(np.sum(sides == 0)), int(np.sum(sides == 1)), excess)):

@@ -103,17 +103,10 @@ def _train_small(plan: Plan, work: Path, folders: Mapping[str, Path], journal: J
     The network without layers does so where there are texts without labels: to those with labels it gains nothing.
     """
     big, *small = plan.members
-    data, teaching = plan.parts.data, plan.teaching()
-    student_data = with_unlabelled(data, plan.parts.unlabelled)
-    answers = work / f"answers-{big.name}.npy"
-    given = {key: teaching[key] for key in ("teacher", "unlabelled")}
-    with journal.step(f"answers of {big.name}", answers, given) as todo:
-        if todo:
-            source, length, bf16 = str(folders[big.name]), big.recipe.max_length, big.recipe.bf16
-            _write_array(answers, logits_of(source, student_data, student_data.train, length, bf16=bf16))
-    teacher: NDArray[np.float32] = np.load(answers, allow_pickle=False)
-    student_data = with_answers(student_data, teacher, len(data.train))
-    objective = Objective(teacher=teacher, temperature=plan.temperature, distill_weight=plan.distill_weight)
+    student_data, objective = plan.parts.data, LABELS_ALONE
+    if plan.teaches:
+        teacher, student_data = _answers(plan, work, folders[big.name], journal)
+        objective = Objective(teacher=teacher, temperature=plan.temperature, distill_weight=plan.distill_weight)
     for member in small:
         with journal.step(f"train {member.name}", folders[member.name], plan.member_settings(member)) as todo:
             if todo:
@@ -130,6 +123,19 @@ def _train_small(plan: Plan, work: Path, folders: Mapping[str, Path], journal: J
                     recipe=network.recipe,
                     objective=objective if plan.parts.unlabelled else LABELS_ALONE,
                 )
+
+
+def _answers(plan: Plan, work: Path, big: Path, journal: Journal) -> tuple[NDArray[np.float32], TaskData]:
+    """Return the biggest member's logits for all texts that others learn from, and these texts."""
+    recipe, teaching, labelled = plan.members[0].recipe, plan.teaching(), len(plan.parts.data.train)
+    data = with_unlabelled(plan.parts.data, plan.parts.unlabelled)
+    answers = work / f"answers-{big.name}.npy"
+    given = {key: teaching[key] for key in ("teacher", "unlabelled")}
+    with journal.step(f"answers of {big.name}", answers, given) as todo:
+        if todo:
+            _write_array(answers, logits_of(str(big), data, data.train, recipe.max_length, bf16=recipe.bf16))
+    teacher: NDArray[np.float32] = np.load(answers, allow_pickle=False)
+    return teacher, with_answers(data, teacher, labelled)
 
 
 def _try_export(plan: Plan, work: Path, journal: Journal) -> None:

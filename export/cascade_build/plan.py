@@ -110,6 +110,11 @@ class Plan:
             raise InvalidOption("precision", self.precision, f"one of {', '.join(of_all)}")
         Check(max_accuracy_drop=self.max_accuracy_drop)
 
+    @property
+    def teaches(self) -> bool:
+        """True if a member learns the biggest one's answers: a network does so from unlabelled texts alone."""
+        return len(self.members) > 1 or (self.network is not None and bool(self.parts.unlabelled))
+
     def data_settings(self) -> dict[str, Any]:
         """Return what identifies the labelled data and their split."""
         parts = self.parts
@@ -284,7 +289,7 @@ def steps(plan: Plan) -> list[Step]:
     """Return what a build does, in order, and how long each step takes, from a few training steps here."""
     parts = plan.parts
     found: list[Step] = []
-    big, *small = plan.members
+    big = plan.members[0]
     train, fresh = len(parts.data.train), len(parts.unlabelled)
     forward: dict[str, float] = {}
     what = f"{len(plan.members)} untrained members of at most 2 layers, together"
@@ -298,13 +303,14 @@ def steps(plan: Plan) -> list[Step]:
         what = f"fine-tune {member.layers} layers of {Path(member.base).name}, {member.recipe.epochs:g} epochs at "
         what += f"{member.recipe.learning_rate:g}" + (f", with the answers of {big.name}" if member is not big else "")
         found.append(Step(f"train {member.name}", what, texts, seconds))
-        if member is big and (small or plan.network):
+        if member is big and plan.teaches:
             what = f"its answers to {train} training" + (f" and {fresh} unlabelled" if fresh else "") + " texts"
             found.append(Step(f"answers of {big.name}", what, train + fresh, forward[big.name] * (train + fresh)))
     if (network := plan.network) is not None:
         single = forward[big.name] * load_tokenizer(big.tokenizer or big.base).vocab_size / 4  # of few tokens
         seconds = single + _NETWORK_SECONDS * (train + fresh) * network.recipe.epochs
-        what = f"a deep averaging network, at most {network.recipe.epochs:g} epochs, with the answers of {big.name}"
+        what = f"a deep averaging network, at most {network.recipe.epochs:g} epochs"
+        what += f", with the answers of {big.name}" if fresh else ""
         found.append(Step(f"train {network.name}", what, train + fresh, seconds))
     checked, tuned = len(parts.data.validation), len(parts.tuning) + len(parts.certification)
     everything = sum(forward.values())
