@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from cascade_train.tasks import GLUE, Examples, TaskData, hold_out, load_evaluation, load_file, load_task, reserve
 
-from cascade_rt import CascadeError, CascadeRuntime
+from cascade_rt import CascadeError, CascadeRuntime, InputError
 from cascade_rt.benchmark.machine import describe
 from cascade_rt.benchmark.turns import batch_by_batch, in_turns
 from cascade_rt.benchmark.workload import Spread, spread
@@ -103,6 +103,14 @@ def _held_out(
         return Examples([text for text, _ in rows], [names.index(label) for _, label in rows])
 
     return TaskData(task, names, pair, "accuracy", *hold_out(indexed(train), 0.1, 0)), indexed(reported)
+
+
+def named_folders(option: str, written: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the names and folders of an option that is written as NAME=DIR, once for each."""
+    pairs = [(name, folder) for name, _, folder in (entry.partition("=") for entry in written)]
+    if not all(name and folder for name, folder in pairs):
+        raise InputError(f"found --{option} {' '.join(written)}, expected NAME=DIR, the biggest first")
+    return pairs
 
 
 def joined(one: Examples, other: Examples) -> Examples:

@@ -30,7 +30,7 @@ from cascade_train.analysis import draw_curves, speedup_curve
 from cascade_train.difficulty import Splits, label_difficulty, read_difficulty
 from cascade_train.finetune import Objective, Recipe, finetune, logits_of
 from cascade_train.tasks import Examples, TaskData
-from common import RESULTS, Parts, joined, race, read_parts, run_command, training_parser
+from common import RESULTS, Parts, joined, named_folders, race, read_parts, run_command, training_parser
 from numpy.typing import NDArray
 
 from cascade_rt import CascadeRuntime
@@ -118,9 +118,7 @@ def main() -> None:
 
 def _kinds(options: argparse.Namespace) -> list[Kind]:
     """Return the kinds of members, the biggest first: the one that teaches the others."""
-    named = [base.partition("=")[::2] for base in options.base]
-    if not all(name and base for name, base in named):
-        raise InputError(f"found --base {' '.join(options.base)}, expected NAME=DIR, the biggest first")
+    named = named_folders("base", options.base)
     (big, base), *others = named
     complete = [Kind(name, path, once=name in options.once) for name, path in others]
     kinds = complete + [_truncated(base, layers, options) for layers in options.truncated]

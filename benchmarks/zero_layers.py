@@ -3,9 +3,10 @@
     python benchmarks/zero_layers.py --task banking77 --data DATA/banking77 --member 12L=DIR --member 3L=DIR
 
 The members are fine-tuned already, by results.py for instance. Networks learn labels, and with --augment the biggest
-member's answers to variants of the training texts. Each seed's
-bundle is in int8. Thresholds come from the validation and tuning parts; figures are of the reported part, which is used
-for nothing else. All ways to run a seed's bundle are timed in turn. It resumes: networks and bundles lie under --work.
+member's answers to variants of the training texts. Each seed's bundle is in int8. Thresholds come from the tuning and
+certification parts, those of a guarantee from the tuning part alone; tasks without a certification part take the
+validation part, on which checkpoints look too good. Figures are of the reported part, which is used for nothing else.
+All ways to run a seed's bundle are timed in turn. It resumes: networks and bundles lie under --work.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ from cascade_train.averaging_training import AveragingRecipe, train_averaging
 from cascade_train.finetune import LABELS_ALONE, Objective, logits_of
 from cascade_train.tasks import Examples, TaskData
 from cascade_train.unlabelled import variants, with_answers, with_unlabelled
-from common import RESULTS, TASKS, Parts, joined, race, read_parts, run_command
+from common import RESULTS, TASKS, Parts, joined, named_folders, race, read_parts, run_command
 from numpy.typing import NDArray
 
 from cascade_rt import CascadeRuntime
 from cascade_rt.benchmark.turns import batch_by_batch, in_turns
 from cascade_rt.bundle import MANIFEST, read_bundle, write_bundle, write_manifest
 from cascade_rt.engine.cost import ratio
-from cascade_rt.errors import InputError, InvalidOption
+from cascade_rt.errors import InvalidOption
 from cascade_rt.io.writers import write_json
 from cascade_rt.tuning.collect import Collected, collect, open_whole
 from cascade_rt.tuning.metrics import f1
@@ -59,9 +60,7 @@ def main() -> None:
     parts = read_parts(options.task, options.data)
     work: Path = options.work or Path("runs") / "zero-layers" / options.task
     work.mkdir(parents=True, exist_ok=True)
-    named = dict(member.partition("=")[::2] for member in options.member)
-    if not all(name and folder for name, folder in named.items()):
-        raise InputError(f"found --member {' '.join(options.member)}, expected NAME=DIR, the biggest first")
+    named = dict(named_folders("member", options.member))
     big = next(iter(named))
     taught = _taught(parts.data, named[big], work, options.augment)
     report = parts.described() | {
@@ -155,7 +154,7 @@ def _measured(bundle: Path, parts: Parts, *, timed: bool) -> dict[str, Any]:
     }
     ways: dict[str, CascadeRuntime] = {}
     found: dict[str, Any] = {"members": [_facts(member) for member in whole.bundle.members], "ways": {}, "tuned": {}}
-    seen = joined(parts.data.validation, parts.tuning)
+    seen = joined(parts.tuning, parts.certification or parts.data.validation)
     for chain, members in chains.items():
         runtime = whole.with_members(members)
         if len(members) == 1:
@@ -173,7 +172,8 @@ def _measured(bundle: Path, parts: Parts, *, timed: bool) -> dict[str, Any]:
                 found["tuned"][name] = asdict(chosen)
     if parts.certification is not None:
         question = Question(max_drop=CERTIFIED_DROP, confidence=CONFIDENCE, cost="flops")
-        tuned = tune(whole.bundle, _collected(whole, seen), question, held_out=_collected(whole, parts.certification))
+        tuning, held_out = (_collected(whole, part) for part in (parts.tuning, parts.certification))
+        tuned = tune(whole.bundle, tuning, question, held_out=held_out)
         found["guarantee"] = {"verdict": tuned.verdict, **(asdict(tuned.guarantee) if tuned.guarantee else {})}
         if tuned.chosen is not None:
             way = whole.with_members(tuned.chosen.members).with_thresholds(tuned.chosen.thresholds)

@@ -19,7 +19,16 @@ from transformers import AutoConfig, EarlyStoppingCallback, PreTrainedTokenizerF
 
 from cascade_rt.errors import InvalidOption
 from cascade_train.averaging import AveragingForSequenceClassification, Network, new_network
-from cascade_train.finetune import LABELS_ALONE, Objective, Recipe, check_length, device, load_base, member_trainer
+from cascade_train.finetune import (
+    LABELS_ALONE,
+    Objective,
+    Recipe,
+    check_length,
+    described,
+    device,
+    load_base,
+    member_trainer,
+)
 from cascade_train.inference import collator, features
 from cascade_train.ranges import check_ranges
 from cascade_train.sources import load_tokenizer, pretrained
@@ -78,13 +87,8 @@ def train_averaging(
         "layers": 0,
         "tokenizer": str(tokenizer),
         "network": asdict(network),
-        "task": data.name,
-        "labels": list(data.labels),
-        "pair": data.pair,
-        "max_length": recipe.max_length,
-        "recipe": asdict(recipe),
         "objective": objective.described(),
-        "data": data.described(),
+        **described(data, recipe),
     }
     set_seed(recipe.seed)
     own, model = untrained(data, tokenizer, unigrams, network, recipe)

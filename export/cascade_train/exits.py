@@ -10,7 +10,6 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,15 @@ from transformers import Trainer, set_seed
 from cascade_rt.errors import InvalidOption
 from cascade_rt.tuning.metrics import accuracy
 from cascade_train import RECORD
-from cascade_train.finetune import Recipe, check_length, finetune, load_base, load_member, validated_arguments
+from cascade_train.finetune import (
+    Recipe,
+    check_length,
+    described,
+    finetune,
+    load_base,
+    load_member,
+    validated_arguments,
+)
 from cascade_train.inference import collator, features
 from cascade_train.losses import distillation
 from cascade_train.settings import guarded
@@ -168,12 +175,7 @@ def train_exits(
         "base": str(base),
         "kind": kind,
         "every": every,
-        "task": data.name,
-        "labels": list(data.labels),
-        "pair": data.pair,
-        "max_length": recipe.max_length,
-        "recipe": asdict(recipe),
-        "data": data.described(),
+        **described(data, recipe),
     }
     set_seed(recipe.seed)
     if kind == PABEE:

@@ -155,13 +155,8 @@ def finetune(
         "layers": layers,
         "tokenizer": None if tokenizer is None else str(tokenizer),
         "module_replacing": module_replacing,
-        "task": data.name,
-        "labels": list(data.labels),
-        "pair": data.pair,
-        "max_length": recipe.max_length,
-        "recipe": asdict(recipe),
         "objective": objective.described(),
-        "data": data.described(),
+        **described(data, recipe),
     }
     set_seed(recipe.seed)
     member_tokenizer, model = load_base(base, data.labels, layers, tokenizer)
@@ -177,6 +172,18 @@ def finetune(
     record = run | {"metric": data.metric, "validation": validated(trainer), **facts}
     finish(work, output, model.save_pretrained, member_tokenizer, record, data)
     return record
+
+
+def described(data: TaskData, recipe: Recipe) -> dict[str, Any]:
+    """Return what the record of every training has."""
+    return {
+        "task": data.name,
+        "labels": list(data.labels),
+        "pair": data.pair,
+        "max_length": recipe.max_length,
+        "recipe": asdict(recipe),
+        "data": data.described(),
+    }
 
 
 def _module_replacing(base: str, labels: tuple[str, ...], model: Any, tokenizer: str | None) -> ModuleReplacing:
