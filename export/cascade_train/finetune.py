@@ -460,6 +460,7 @@ def arguments(recipe: Recipe, work: Path, *, group_by_length: bool = True, **mor
         disable_tqdm=True,
         dataloader_pin_memory=False,
         remove_unused_columns=False,  # the objective's columns are not the model's
+        restore_callback_states_from_checkpoint=True,  # how long early stopping has waited
         **more,
     )
 

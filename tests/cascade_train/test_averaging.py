@@ -165,27 +165,32 @@ def test_a_pair_is_what_its_texts_share(base: str, tmp_path: Path) -> None:
     assert record["validation"]["best"] >= 0.9, "single texts cannot tell"
 
 
-def test_the_same_seed_gives_the_same_weights_and_a_killed_run_resumes(
-    base: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def killed_at(step: int, monkeypatch: pytest.MonkeyPatch, output: Path, settings: dict[str, Any]) -> None:
+    """Train until the checkpoint of a step."""
+
     class Kill(TrainerCallback):  # type: ignore[misc]  # the library has no types
         def on_save(self, arguments: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.global_step == 24:
+            if state.global_step == step:
                 raise KeyboardInterrupt
 
     plain = finetune.member_trainer
 
-    def killed(*arguments: Any, **settings: Any) -> Any:
-        trainer = plain(*arguments, **settings)
+    def killed(*arguments: Any, **others: Any) -> Any:
+        trainer = plain(*arguments, **others)
         trainer.add_callback(Kill())
         return trainer
 
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(module, "member_trainer", killed)
+        train_averaging(task(), output, **settings)
+    assert not output.exists()
+
+
+def test_the_same_seed_gives_the_same_weights_and_a_killed_run_resumes(
+    base: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings: dict[str, Any] = {"tokenizer": base, "unigrams": base, "network": NETWORK, "recipe": RECIPE}
-    monkeypatch.setattr(module, "member_trainer", killed)
-    with contextlib.suppress(KeyboardInterrupt):
-        train_averaging(task(), tmp_path / "DAN", **settings)
-    assert not (tmp_path / "DAN").exists()
-    monkeypatch.setattr(module, "member_trainer", plain)
+    killed_at(24, monkeypatch, tmp_path / "DAN", settings)
     monkeypatch.setattr(module, "token_vectors", None)  # kept with the work
     train_averaging(task(), tmp_path / "DAN", **settings)
     ours, theirs = (
@@ -198,6 +203,15 @@ def test_training_ends_when_validation_no_longer_improves(base: str, tmp_path: P
     recipe = AveragingRecipe(epochs=50, learning_rate=2e-2, batch_size=8, max_length=16, patience=2)
     record = train_averaging(task(), tmp_path / "DAN", tokenizer=base, network=NETWORK, recipe=recipe)
     assert record["steps"] < 50 * 8
+
+
+def test_a_resumed_run_has_waited_for_an_improvement_as_long_as_the_killed_one(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = AveragingRecipe(epochs=50, learning_rate=1e-12, batch_size=8, max_length=16, patience=3)
+    settings: dict[str, Any] = {"tokenizer": base, "network": NETWORK, "recipe": recipe}
+    killed_at(24, monkeypatch, tmp_path / "DAN", settings)
+    assert train_averaging(task(), tmp_path / "DAN", **settings)["steps"] == 32, "one best validation, three others"
 
 
 def test_a_teacher_is_learnt(base: str, tmp_path: Path) -> None:
