@@ -15,8 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 PASSED: dict[str, dict[str, object]] = {
-    "TrainingArguments": {"report_to": "none"},  # else every tracker that is installed gets the run
-    "main_export": {"trust_remote_code": False},
+    "training_arguments": {"report_to": "none"},  # else every tracker that is installed gets the run
     "from_pretrained": {"trust_remote_code": False},
     "from_config": {"trust_remote_code": False},
     "np.load": {"allow_pickle": False},

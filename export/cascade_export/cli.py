@@ -1,4 +1,4 @@
-"""Export fine-tuned classifiers as one bundle: to ONNX by Optimum, fused by ONNX Runtime, compared with torch.
+"""Export fine-tuned classifiers as one bundle: converted to ONNX, fused by ONNX Runtime, compared with torch.
 
 The bundle appears only when every member has passed its checks.
 """

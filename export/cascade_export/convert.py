@@ -1,12 +1,17 @@
-"""Checkpoint -> ONNX through Optimum -> fused by ONNX Runtime's transformer optimizer."""
+"""Checkpoint -> ONNX by torch's tracing exporter -> fused by ONNX Runtime's transformer optimizer.
+
+Its fusions know the graphs that tracing makes of eager attention. torch's other exporter, dynamo, makes graphs of the
+same models in which they find none.
+"""
 
 from __future__ import annotations
 
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,18 +22,16 @@ from cascade_train.settings import guarded
 from onnx import helper
 from onnxruntime.transformers.fusion_options import FusionOptions
 from onnxruntime.transformers.optimizer import optimize_model
-from optimum.exporters.onnx import main_export
-from optimum.exporters.tasks import TasksManager
+from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from cascade_export.onnx_graph import TOKEN_INPUTS
+from cascade_export.checkpoint import SENTENCES
 from cascade_export.segments import Segment
 from cascade_export.torch_checkpoint import TorchCheckpoint
-from cascade_rt.errors import InputError
 
-_TASK = "text-classification"
 _REMEDY = "expected a model of a family that docs/guide/families.md lists; fine-tune one of those"
 _OPSET = 18  # what the precisions are written for
+_TRACED = SENTENCES[1:4]  # of different lengths, so that some are padded
 
 
 def convert(checkpoint: TorchCheckpoint, path: Path) -> dict[str, int]:
@@ -36,51 +39,15 @@ def convert(checkpoint: TorchCheckpoint, path: Path) -> dict[str, int]:
 
     Returns how often each fused operator occurs in it. Raises InputError for an architecture that cannot be exported.
     """
-    _check_exportable(checkpoint)
-    with (
-        guarded(checkpoint.source, f"a {checkpoint.model_type} cannot be exported to ONNX", _REMEDY),
-        TemporaryDirectory(prefix="cascade-export-") as folder,
-        _quiet(),
-    ):
-        checkpoint.model.save_pretrained(Path(folder) / "torch")
-        checkpoint.tokenizer.save_pretrained(Path(folder) / "torch")
-        main_export(
-            str(Path(folder) / "torch"),
-            output=folder,
-            task=_TASK,
-            device="cpu",
-            dtype="fp32",
-            library_name="transformers",
-            trust_remote_code=False,
-            pad_token_id=checkpoint.tokenizer.pad_token_id or 0,  # else it opens the tokenizer by its own rules
-            do_validation=False,  # the finished, fused graph is verified, not this one
-            no_post_process=True,
-        )
-        _check_inputs(checkpoint, Path(folder) / "model.onnx")
-        return _fuse(Path(folder) / "model.onnx", path, checkpoint.config)
-
-
-def _check_inputs(checkpoint: TorchCheckpoint, file: Path) -> None:
-    names = {node.name for node in onnx.load(file, load_external_data=False).graph.input}
-    if others := sorted(names - set(TOKEN_INPUTS)):
-        raise InputError(
-            f"{checkpoint.source}: a {checkpoint.model_type} also takes {', '.join(others)}, which the runtime does "
-            f"not have; {_REMEDY}"
-        )
-
-
-def _check_exportable(checkpoint: TorchCheckpoint) -> None:
-    try:
-        tasks = TasksManager.get_supported_tasks_for_model_type(
-            checkpoint.model_type, "onnx", library_name="transformers"
-        )
-    except KeyError:  # it does not know the architecture
-        tasks = {}
-    if _TASK not in tasks:
-        raise InputError(
-            f"{checkpoint.source}: found a {checkpoint.model_type}, which Optimum does not export to ONNX for text "
-            f"classification; {_REMEDY}"
-        )
+    encoded = checkpoint.backend.encode_batch(list(_TRACED))
+    values = {
+        "input_ids": torch.tensor([text.ids for text in encoded]),
+        "attention_mask": torch.tensor([text.attention_mask for text in encoded]),
+    }
+    if "token_type_ids" in signature(checkpoint.model.forward).parameters:
+        values["token_type_ids"] = torch.zeros_like(values["input_ids"])
+    with guarded(checkpoint.source, f"a {checkpoint.model_type} cannot be exported to ONNX", _REMEDY):
+        return _convert(_Classifier(checkpoint.model), values, ["logits"], path, checkpoint.config)
 
 
 def convert_segment(segment: Segment, path: Path, tokens: int) -> dict[str, int]:
@@ -88,22 +55,40 @@ def convert_segment(segment: Segment, path: Path, tokens: int) -> dict[str, int]
 
     Returns how often each fused operator occurs in it.
     """
-    names, values = zip(*segment.example(tokens).items(), strict=True)
     outputs = ["logits", "last_hidden_state"][: 1 + segment.leaves_hidden_states]
+    return _convert(segment, segment.example(tokens), outputs, path, segment.config)
+
+
+class _Classifier(nn.Module):  # type: ignore[misc]  # the library has no types
+    """A classifier whose inputs have a fixed order, and whose only output is logits."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, **types).logits
+
+
+def _convert(
+    module: nn.Module, example: Mapping[str, Tensor], outputs: Sequence[str], path: Path, config: Any
+) -> dict[str, int]:
+    """Trace a module on an example, by input name, and fuse the graph; return how often each fused operator occurs."""
     shape = {0: "rows", 1: "tokens"}
-    axes = dict.fromkeys(names, shape) | {"logits": {0: "rows"}, "last_hidden_state": shape}
+    axes = dict.fromkeys(example, shape) | {"logits": {0: "rows"}, "last_hidden_state": shape}
     with TemporaryDirectory(prefix="cascade-export-") as folder, _quiet(), torch.inference_mode():
         torch.onnx.export(
-            segment,
-            values,
+            module.eval(),
+            tuple(example.values()),
             str(Path(folder) / "model.onnx"),
-            input_names=list(names),
-            output_names=outputs,
-            dynamic_axes={name: axes[name] for name in [*names, *outputs]},
+            input_names=list(example),
+            output_names=list(outputs),
+            dynamic_axes={name: axes[name] for name in [*example, *outputs]},
             opset_version=_OPSET,
             dynamo=False,
         )
-        return _fuse(Path(folder) / "model.onnx", path, segment.config)
+        return _fuse(Path(folder) / "model.onnx", path, config)
 
 
 def _fuse(source: Path, target: Path, config: Any) -> dict[str, int]:

@@ -25,7 +25,7 @@ from cascade_rt.errors import CascadeError, InputError, InvalidOption, MissingEx
 DEFAULT_THRESHOLD = 0.9
 TOKENIZER_FILE = "tokenizer.json"
 _ALIGNMENT_TEXTS = 1000
-_TOOLS = ("cascade-rt", "torch", "transformers", "optimum-onnx", "onnx", "onnxruntime", "tokenizers")
+_TOOLS = ("cascade-rt", "torch", "transformers", "onnx", "onnxruntime", "tokenizers")
 
 
 def export_bundle(

@@ -23,7 +23,16 @@ from onnx import helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.transformers.onnx_model import OnnxModel
 
-from cascade_export.rounding import LARGEST, Inputs, compensated, measure_inputs, rounded, smoothing, steps_of
+from cascade_export.rounding import (
+    LARGEST,
+    Inputs,
+    compensated,
+    dimensions,
+    measure_inputs,
+    rounded,
+    smoothing,
+    steps_of,
+)
 from cascade_rt.engine.batching import TOKEN_BUDGET, by_length, micro_batches
 from cascade_rt.engine.tokenization import Encoded
 from cascade_rt.errors import InputError
@@ -179,10 +188,11 @@ class _Graph:
         """
         unit, middle = self._constant("unit", np.float32(1)), self._constant("middle", np.uint8(128))
         factors = self._round_all(measured, _STRENGTH_BY_TOKEN)
+        ranks = dimensions(self.model, list(factors))
         quantized: dict[str, tuple[str, str]] = {}
         for tokens, weight, output in self._products():
             if tokens not in quantized:  # query, key and value share theirs
-                quantized[tokens] = self._by_token(tokens, self._array(weight).shape[0], middle, factors[tokens])
+                quantized[tokens] = self._by_token(tokens, self._array(weight).shape[0], ranks[tokens], factors[tokens])
             values, scale = quantized[tokens]
             # Without a zero point of the weights, ONNX Runtime before 1.30 ends the process on CPUs without VNNI.
             zero = self._constant(f"{weight}_zero", np.int8(0))
@@ -303,8 +313,11 @@ class _Graph:
                 found.update(node.output)
         return found
 
-    def _by_token(self, tokens: str, width: int, middle: str, factors: str | None) -> tuple[str, str]:
-        """Quantise activations of shape (..., width), times `factors`: return uint8 values, float32 scales (..., 1)."""
+    def _by_token(self, tokens: str, width: int, rank: int, factors: str | None) -> tuple[str, str]:
+        """Quantise activations of shape (..., width), times `factors`: return uint8 values, float32 scales (..., 1).
+
+        `rank`: how many dimensions they have. Those with as many share the tensor of their zero points.
+        """
         name = f"token{next(self._number)}"
         last = self._constant("last", np.array([-1], dtype=np.int64))
         if factors is not None:
@@ -314,9 +327,10 @@ class _Graph:
         self._add("ReduceMax", [f"{name}_size", last], f"{name}_range", keepdims=1)
         # Where all values are 0, so is this scale, and whatever the bytes are, their product with it.
         self._add("Mul", [f"{name}_range", self._constant("step", np.float32(1 / LARGEST))], f"{name}_scale")
-        self._add_once("Shape", [f"{name}_scale"], "token_count")
-        self._add_once("Expand", [middle, "token_count"], "middles")
-        self._add("QuantizeLinear", [tokens, f"{name}_scale", "middles"], f"{name}_values", axis=-1, block_size=width)
+        count, middles = f"token_count_{rank}d", f"middles_{rank}d"
+        self._add_once("Shape", [f"{name}_scale"], count)
+        self._add_once("Expand", ["middle", count], middles)
+        self._add("QuantizeLinear", [tokens, f"{name}_scale", middles], f"{name}_values", axis=-1, block_size=width)
         return f"{name}_values", f"{name}_scale"
 
     def _by_one_range(self, tokens: str, inputs: Inputs, factors: str | None) -> str:

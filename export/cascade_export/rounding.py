@@ -46,6 +46,16 @@ class Inputs:
         self.tokens += len(rows)
 
 
+def dimensions(model: onnx.ModelProto, tensors: Sequence[str]) -> dict[str, int]:
+    """Return how many dimensions tensors of a model have, from a run on three texts of three tokens."""
+    session = _session(model, tensors)
+    text = {}
+    for tensor in session.get_inputs():  # ids, and where a segment reads them hidden states
+        shape = [size if isinstance(size, int) else 3 for size in tensor.shape]
+        text[tensor.name] = np.zeros(shape, dtype=np.int64 if "int64" in tensor.type else np.float32)
+    return {name: value.ndim for name, value in zip(tensors, session.run(None, text), strict=True)}
+
+
 def measure_inputs(
     model: onnx.ModelProto, read_by: Mapping[str, tuple[str, ...]], batches: Iterable[Mapping[str, NDArray[Any]]]
 ) -> dict[tuple[str, ...], Inputs]:
@@ -53,13 +63,7 @@ def measure_inputs(
 
     `read_by`: for each tensor, the weights that multiply it; the answer is by these weights.
     """
-    measured = onnx.ModelProto()
-    measured.CopyFrom(model)
-    del measured.graph.output[:]
-    measured.graph.output.extend(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in read_by)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(measured.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = _session(model, list(read_by))
     names = [tensor.name for tensor in session.get_inputs()]
     found: dict[tuple[str, ...], Inputs] = {}
     for batch in batches:
@@ -74,6 +78,17 @@ def measure_inputs(
                 found[weights] = Inputs(none, none, np.zeros((width, width), np.float32), 0)
             found[weights].add(rows)
     return found
+
+
+def _session(model: onnx.ModelProto, outputs: Sequence[str]) -> onnxruntime.InferenceSession:
+    """Return a session that gives these float tensors."""
+    measured = onnx.ModelProto()
+    measured.CopyFrom(model)
+    del measured.graph.output[:]
+    measured.graph.output.extend(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in outputs)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(measured.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def smoothing(inputs: Inputs, weights: Sequence[Floats], strength: float) -> Floats:

@@ -6,11 +6,12 @@ transformers changes what `tokenizer.json` says by `tokenizer_config.json`; the 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from cascade_train.settings import TOKENIZER_CONFIG, Settings, guarded
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from cascade_rt.errors import InputError
 
@@ -86,7 +87,7 @@ def bundled(backend: Tokenizer, padding: Padding, max_length: int, cut: str, *, 
     """
     written = json.loads(backend.to_str())
     if not typed:
-        _clear_types(written["post_processor"])
+        written["post_processor"] = _without_types(written["post_processor"])
     backend = Tokenizer.from_str(json.dumps(written))
     backend.enable_padding(
         direction="right", pad_id=padding.id, pad_type_id=padding.type_id if typed else 0, pad_token=padding.token
@@ -188,11 +189,14 @@ def _padding(backend: Tokenizer, settings: Settings, named: Mapping[str, str], p
     return Padding(token, pad_id if found is None else found, int(type_id))
 
 
-def _clear_types(processor: Any) -> None:
-    """Give all tokens that a post-processor makes the type 0."""
-    nested: Sequence[Any] = list(processor.values()) if isinstance(processor, dict) else processor
-    for part in nested:
-        if isinstance(part, dict | list):
-            _clear_types(part)
-    if isinstance(processor, dict) and "type_id" in processor:
-        processor["type_id"] = 0
+def _without_types(processor: Any) -> Any:
+    """Return a post-processor, or a part of one, that gives all tokens the type 0."""
+    if isinstance(processor, list):
+        return [_without_types(part) for part in processor]
+    if not isinstance(processor, dict):
+        return processor
+    if processor.get("type") == "BertProcessing":  # whose types are not written
+        (begin, first), (end, last) = processor["cls"], processor["sep"]
+        template = TemplateProcessing(f"{begin} $A {end}", f"{begin} $A {end} $B {end}", [(begin, first), (end, last)])
+        return json.loads(template.__getstate__())
+    return {key: 0 if key == "type_id" else _without_types(part) for key, part in processor.items()}

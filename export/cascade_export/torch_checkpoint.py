@@ -48,7 +48,7 @@ def open_torch(source: str, *, pair: bool | None = None, max_length: int | None 
     labels = classifier_settings(source).labels
     config = pretrained(AutoConfig, source)
     tokenizer = load_tokenizer(source)
-    model = load_classifier(source)
+    model = load_classifier(source, attn_implementation="eager")  # which the fusions of the export know
     with guarded(source, "cannot be used", "expected a fine-tuned encoder of a family in docs/guide/families.md"):
         return _checked(source, labels, config, tokenizer, model, pair, max_length)
 

@@ -33,6 +33,7 @@ from transformers import (
 from cascade_rt.errors import InputError, InvalidOption
 from cascade_rt.io.fields import is_blank
 from cascade_rt.io.readers import AS_USUAL, Reading, read_examples
+from cascade_train.compat import training_arguments
 from cascade_train.finetune import (
     OPTIMIZER,
     RECIPE_RANGES,
@@ -460,7 +461,8 @@ def _arguments(recipe: Distillation, work: Path, texts: int, *, new: bool) -> Tr
     """Return the Trainer's arguments; a `new` run is validated before its first step too."""
     total = recipe.steps or int(np.ceil(recipe.epochs * -(-texts // recipe.batch_size)))
     interval = max(1, total // _EVALUATIONS)
-    return TrainingArguments(
+    return training_arguments(
+        group_by_length=False,
         output_dir=str(work),
         max_steps=total,
         learning_rate=recipe.learning_rate,

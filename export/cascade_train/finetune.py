@@ -31,10 +31,18 @@ from cascade_rt.io.writers import write_json
 from cascade_rt.tuning.metrics import accuracy, f1
 from cascade_train import RECORD
 from cascade_train.alignment import align, usable_positions
+from cascade_train.compat import training_arguments
 from cascade_train.inference import EXTRAS, answers, collator, features, first_token_states
 from cascade_train.losses import difficulty_aware_regularization, distillation, patient_distillation
 from cascade_train.ranges import check_ranges
-from cascade_train.sources import check_tokens, classifier_settings, load_classifier, load_tokenizer, pretrained
+from cascade_train.sources import (
+    check_tokens,
+    classifier_settings,
+    load_classifier,
+    load_tokenizer,
+    mismatched_weights,
+    pretrained,
+)
 from cascade_train.tasks import Examples, TaskData
 from cascade_train.theseus import ModuleReplacing
 from cascade_train.work import claim, finish, trained, validated, work_folder
@@ -352,8 +360,7 @@ def load_base(
 
 def _check_encoder(base: str, model: Any, loading: Mapping[str, Any]) -> None:
     """Raise InputError if weights of the encoder are missing or have other shapes; the head and its pooler are new."""
-    mismatched = [key if isinstance(key, str) else key[0] for key in loading["mismatched_keys"]]  # once tuples
-    others = [*loading["missing_keys"], *mismatched]
+    others = [*loading["missing_keys"], *mismatched_weights(loading)]
     lacking = sorted(key for key in others if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key)
     if lacking:
         raise InputError(
@@ -368,6 +375,10 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]  # the library has no typ
     def __init__(self, objective: Objective, **settings: Any) -> None:
         super().__init__(**settings)
         self._objective = objective
+
+    def _get_grad_norm(self, model: Any, grad_norm: float | None = None) -> float | None:
+        """Return no norm where gradients are not clipped: transformers 5 would log it, and sparse ones have none."""
+        return super()._get_grad_norm(model, grad_norm) if self.args.max_grad_norm else grad_norm
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -443,7 +454,7 @@ def validated_arguments(recipe: Recipe, work: Path, examples: int, metric: str, 
 
 def arguments(recipe: Recipe, work: Path, *, group_by_length: bool = True, **more: Any) -> TrainingArguments:
     """Return the Trainer's arguments for a recipe."""
-    return TrainingArguments(
+    return training_arguments(
         output_dir=str(work),
         num_train_epochs=recipe.epochs,
         learning_rate=recipe.learning_rate,

@@ -133,10 +133,6 @@ class Settings:
                 "tokenizer.json", "dropout", model["dropout"], "null: a text would get other tokens each time"
             )
 
-    def check_version(self) -> None:
-        """Raise InputError for a tokenizer that transformers 5 has written, and 4 reads otherwise or not at all."""
-        self._check(_WRITTEN_BY_4)
-
     def _check(self, rules: Collection[_Rule]) -> None:
         for rule in rules:
             found = (self.config if rule.file == CONFIG else self.tokenizer).get(rule.key)
@@ -153,7 +149,6 @@ class _Rule(NamedTuple):
     expected: str
 
 
-_V5 = "as transformers 4 writes it; this is transformers 5's"
 _ACTIVATION = (
     "Identity or Softmax: cascade-rt gives probabilities of one label per text; if the model was trained so, remove it"
 )
@@ -198,20 +193,6 @@ _WEIGHTS = (
         "quantization_config",
         lambda _: False,
         "weights of 32 or 16 bits; load it with transformers, dequantize() and save_pretrained, or use the original",
-    ),
-)
-_WRITTEN_BY_4 = (
-    _Rule(
-        TOKENIZER_CONFIG,
-        "tokenizer_class",
-        lambda found: found != "TokenizersBackend",
-        f"a class {_V5}; if tokenizer.json is complete, write PreTrainedTokenizerFast there",
-    ),
-    _Rule(
-        TOKENIZER_CONFIG,
-        "extra_special_tokens",
-        lambda found: isinstance(found, dict),
-        f"an object, {_V5}; call the list additional_special_tokens",
     ),
 )
 _TOKENIZER = (

@@ -7,8 +7,7 @@ no code of the repository, no other pickled data than weights, float32, no weigh
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -16,11 +15,11 @@ from typing import Any
 
 import huggingface_hub
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
-from transformers.utils import logging
 
 import cascade_train.averaging  # noqa: F401 - registers its architecture
 from cascade_rt.bundle.hub import repository
 from cascade_rt.errors import InputError, MissingExtraError
+from cascade_train.compat import MAJOR, quiet
 from cascade_train.settings import CONFIG, Settings, guarded, read_settings
 
 _SETTINGS = ("*.json", "*.txt", "*.model")
@@ -49,8 +48,8 @@ def pretrained(kind: Any, source: str, **settings: Any) -> Any:
     if kind is AutoTokenizer:
         found.check_code(["AutoTokenizer"])
         found.check_tokenizer()
-        found.check_version()
         _check_files(found)
+        kind, settings = _read_by_4(found, kind, settings) if MAJOR < 5 else (kind, settings)
     else:
         _check_model(found, kind)
         found.check_weights()
@@ -58,7 +57,7 @@ def pretrained(kind: Any, source: str, **settings: Any) -> Any:
         _check_weight_files(found)
         settings.setdefault("config", pretrained(AutoConfig, source))
         settings = {"dtype": "float32", "weights_only": True, "ignore_mismatched_sizes": False} | settings
-    with guarded(source, "cannot be opened", _EXPECTED), _quiet():
+    with guarded(source, "cannot be opened", _EXPECTED), quiet():
         opened = kind.from_pretrained(str(found.folder), trust_remote_code=False, **settings)
         if kind is AutoConfig:
             _check_read(found, opened)
@@ -68,12 +67,21 @@ def pretrained(kind: Any, source: str, **settings: Any) -> Any:
 
 
 def load_classifier(source: str, **settings: Any) -> Any:
-    """Open a fine-tuned classifier; raise InputError, which names the source, for one without all its weights."""
-    model, loading = pretrained(AutoModelForSequenceClassification, source, output_loading_info=True, **settings)
+    """Open a fine-tuned classifier; raise InputError, which names the source, unless all weights are there and fit."""
+    checked = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, on transformers 5 by name
+    model, loading = pretrained(AutoModelForSequenceClassification, source, **checked, **settings)
+    if mismatched := mismatched_weights(loading):
+        raise InputError(f"{source}: cannot be opened (size mismatch for {', '.join(mismatched[:3])}); {_EXPECTED}")
     if loading["missing_keys"]:
         missing = ", ".join(sorted(loading["missing_keys"])[:3])
         raise InputError(f"{source}: not a fine-tuned classifier (has no weights for {missing}); fine-tune it first")
     return model
+
+
+def mismatched_weights(loading: Mapping[str, Any]) -> list[str]:
+    """Return the names of weights whose shape is not the model's, from transformers' loading info."""
+    found = loading["mismatched_keys"]  # by some versions with both shapes
+    return sorted(key if isinstance(key, str) else key[0] for key in found)
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
@@ -161,15 +169,13 @@ def _check_weight_files(found: Settings) -> None:
         )
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' lists of weights that are new or left out: what matters of them is checked here."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
+def _read_by_4(found: Settings, kind: Any, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the class and the settings by which transformers 4 reads a tokenizer as transformers 5 has written it."""
+    if found.tokenizer.get("tokenizer_class") == "TokenizersBackend":
+        kind = PreTrainedTokenizerFast
+    if isinstance(extra := found.tokenizer.get("extra_special_tokens"), list):
+        settings = {"extra_special_tokens": {}, "additional_special_tokens": extra} | settings
+    return kind, settings
 
 
 def _check_files(found: Settings) -> None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast, PrinterCallback, Trainer
 from cascade_rt.errors import CascadeError, InputError
 from cascade_rt.io.writers import write_json
 from cascade_train import RECORD, VALIDATION
+from cascade_train.compat import quiet
 from cascade_train.progress import Progress
 from cascade_train.tasks import TaskData, write_examples
 
@@ -60,7 +61,8 @@ def trained(trainer: Trainer, output: Path, *metrics: str) -> dict[str, Any]:
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress(output.name, *metrics))
     resume = last_whole_checkpoint(Path(trainer.args.output_dir))
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    with quiet():
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return {
         "steps": trainer.state.global_step,
         "versions": {name: version(name) for name in ("torch", "transformers", "cascade-rt")},
@@ -84,7 +86,8 @@ def finish(
     """Write a model's folder with `save`, its tokenizer, record and validation examples; it appears when complete."""
     finished = work / "model"
     shutil.rmtree(finished, ignore_errors=True)
-    save(finished)
+    with quiet():
+        save(finished)
     tokenizer.save_pretrained(finished)
     write_json(finished / RECORD, record)
     if data is not None:

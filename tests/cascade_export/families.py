@@ -79,6 +79,24 @@ def _write(
     return folder
 
 
+def _modernbert(folder: Path, pooling: str) -> Path:
+    """As Ettin's: every second layer attends to 8 tokens on each side, far fewer than a text may have."""
+    return _write(
+        folder,
+        "modernbert",
+        _byte_pairs(),
+        _ROBERTA_NAMES,
+        classifier_pooling=pooling,
+        local_attention=16,
+        global_attn_every_n_layers=2,
+        initializer_cutoff_factor=2.0,
+        bos_token_id=0,
+        cls_token_id=0,
+        eos_token_id=2,
+        sep_token_id=2,
+    )
+
+
 _BERT = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _BERT_NAMES = {
     "pad_token": "[PAD]",
@@ -137,6 +155,8 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
         {"pad_token": "<pad>", "unk_token": "[UNK]", "cls_token": "<s>", "sep_token": "</s>", "mask_token": "<mask>"},
         max_position_embeddings=POSITIONS + 2,
     ),
+    "modernbert": lambda folder: _modernbert(folder, "cls"),
+    "modernbert, mean pooling": lambda folder: _modernbert(folder, "mean"),
     "deberta-v2": lambda folder: _write(
         folder,
         "deberta-v2",

@@ -148,7 +148,7 @@ def test_what_training_recorded_reaches_the_bundle(member_folders: list[Path], t
     bundle = export_bundle([str(folder)], tmp_path / "bundle")
     assert (bundle.pair, bundle.max_length, bundle.labels) == (True, 24, LABELS)
     assert bundle.provenance["checkpoints"]["trained"]["training"] == {"task": "toy"}
-    assert {"torch", "onnxruntime", "optimum-onnx"} <= bundle.provenance["versions"].keys()
+    assert {"torch", "transformers", "onnx", "onnxruntime"} <= bundle.provenance["versions"].keys()
     assert CascadeRuntime(tmp_path / "bundle").predict([("a film", "a cat")])[0].exit == 0
 
 

@@ -13,10 +13,10 @@ ARGUMENTS = {
 }
 
 
-@pytest.mark.parametrize("package", ["transformers", "torch", "sklearn", "optimum"])
+@pytest.mark.parametrize("package", ["transformers", "torch", "sklearn"])
 @pytest.mark.parametrize("stage", ["train", "export"])
 def test_an_offline_stage_that_is_not_installed_names_its_extra(stage: str, package: str) -> None:
-    if (stage, package) in {("train", "optimum"), ("export", "sklearn")}:
+    if (stage, package) == ("export", "sklearn"):
         pytest.skip("not used there")
     code = (
         "import sys\n"
