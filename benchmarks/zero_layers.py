@@ -2,11 +2,12 @@
 
     python benchmarks/zero_layers.py --task banking77 --data DATA/banking77 --member 12L=DIR --member 3L=DIR
 
-The members are fine-tuned already, by results.py for instance. Networks learn labels, and with --augment the biggest
-member's answers to variants of the training texts. Each seed's bundle is in int8. Thresholds come from the tuning and
-certification parts, those of a guarantee from the tuning part alone; tasks without a certification part take the
-validation part, on which checkpoints look too good. Figures are of the reported part, which is used for nothing else.
-All ways to run a seed's bundle are timed in turn. It resumes: networks and bundles lie under --work.
+The members are fine-tuned already, by results.py for instance. Networks learn labels, and with --distill-weight the
+biggest member's answers, with --augment to variants of the training texts too. Each seed's bundle is in int8.
+Thresholds come from the tuning and certification parts, those of a guarantee from the tuning part alone; tasks without
+a certification part take the validation part, on which checkpoints look too good. Figures are of the reported part,
+which is used for nothing else. All ways to run a seed's bundle are timed in turn. It resumes: networks and bundles lie
+under --work.
 """
 
 from __future__ import annotations
@@ -62,12 +63,13 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     named = dict(named_folders("member", options.member))
     big = next(iter(named))
-    taught = _taught(parts.data, named[big], work, options.augment)
+    taught = _taught(parts.data, named[big], work, options)
     report = parts.described() | {
         "members": {
             name: json.loads((Path(folder) / RECORD).read_text("utf-8"))["recipe"] for name, folder in named.items()
         },
         "augment": options.augment,
+        "distillation": {"weight": options.distill_weight, "temperature": options.temperature},
         "seeds": [],
     }
     output: Path = options.output or RESULTS / f"zero-layers-{options.task}.json"
@@ -81,27 +83,28 @@ def main() -> None:
     print(f"written: {output}")
 
 
-def _taught(data: TaskData, teacher: str, work: Path, augment: int) -> tuple[TaskData, NDArray[np.float32]]:
-    """Return the data that networks learn, variants of training texts included, and the teacher's answers to them."""
+def _taught(data: TaskData, teacher: str, work: Path, options: argparse.Namespace) -> tuple[TaskData, Objective]:
+    """Return the data that networks learn, variants of training texts included, and how: with the teacher's answers."""
+    if not options.distill_weight:
+        return data, LABELS_ALONE
     known = {*data.train.texts, *data.validation.texts}
-    more = [text for text in variants(data.train.texts, augment, 0) if text not in known]
+    more = [text for text in variants(data.train.texts, options.augment, 0) if text not in known]
     labelled, data = len(data.train), with_unlabelled(data, more)
-    if not augment:
-        return data, np.zeros((labelled, len(data.labels)), dtype=np.float32)
-    kept = work / f"answers-{augment}.npy"
+    kept = work / f"answers-{options.augment}.npy"
     if not kept.exists():
         length = json.loads((Path(teacher) / RECORD).read_text("utf-8"))["recipe"]["max_length"]
         np.save(part := kept.with_suffix(".part.npy"), logits_of(teacher, data, data.train, length))
         part.rename(kept)
     answers = np.load(kept)
-    return with_answers(data, answers, labelled), answers
+    objective = Objective(teacher=answers, temperature=options.temperature, distill_weight=options.distill_weight)
+    return with_answers(data, answers, labelled), objective
 
 
 def _network(
-    taught: tuple[TaskData, NDArray[np.float32]], teacher: str, work: Path, seed: int, options: argparse.Namespace
+    taught: tuple[TaskData, Objective], teacher: str, work: Path, seed: int, options: argparse.Namespace
 ) -> Path:
     """Train the network of a seed, if it is not there; return its folder."""
-    data, answers = taught
+    data, objective = taught
     folder = work / f"{DAN}-{seed}" / DAN
     if not folder.exists():
         length = json.loads((Path(teacher) / RECORD).read_text("utf-8"))["recipe"]["max_length"]
@@ -113,9 +116,7 @@ def _network(
             unigrams=options.unigrams or teacher,
             network=Network(ngrams=options.ngrams, buckets=options.buckets, dimension=options.dimension),
             recipe=AveragingRecipe(epochs=options.epochs, max_length=length, seed=seed),
-            objective=Objective(teacher=answers, temperature=3.0, distill_weight=0.9)
-            if options.augment
-            else LABELS_ALONE,
+            objective=objective,
         )
     return folder
 
@@ -285,7 +286,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--ngrams", type=int, default=2)
     add("--buckets", type=int, default=131_072)
     add("--dimension", type=int, default=128)
-    add("--augment", type=int, default=0, help="variants of each training text, answered by the biggest member")
+    add("--distill-weight", type=float, default=0.0, help="weight of the biggest member's answers in the loss")
+    add("--temperature", type=float, default=1.0, help="temperature of these answers")
+    add("--augment", type=int, default=0, help="with --distill-weight: variants of each training text to learn from")
     add("--unigrams", metavar="DIR", help="encoder that the tokens start from (default: the biggest member)")
     add("--work", type=Path, help="networks and bundles (default: runs/zero-layers/TASK)")
     add("--output", type=Path, help="default: results/zero-layers-TASK.json beside this script")

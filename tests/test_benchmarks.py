@@ -177,7 +177,7 @@ def test_results_go_from_training_to_figures(task: list[object], tmp_path: Path)
         assert ways["4L-0"]["layers"] == 4
         assert ways["4L-0"]["bulk_speedup"]["median"] == 1
     members = [f"--member={name}={tmp_path / 'work' / name}-0" for name in ("4L", "1L")]
-    sizes = ["--seeds", 2, "--epochs", 2, "--buckets", 512, "--dimension", 16, "--augment", 1]
+    sizes = ["--seeds", 2, "--epochs", 2, "--buckets", 512, "--dimension", 16, "--augment", 1, "--distill-weight", 0.5]
     report = run("zero_layers.py", *task[:4], *members, *sizes, "--work", tmp_path / "zero")
     assert report["network"]["buckets"] == 512
     for seed in report["seeds"]:
