@@ -25,17 +25,15 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def unknown(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An encoder that torch can train and nothing can export: BERT under the name of another architecture."""
-    folder = make_member(tmp_path_factory.mktemp("unknown") / "ernie", layers=2, spread=0.05)
-    from safetensors.torch import load_file, save_file
+def unknown(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder that torch can train and nothing can export: it has Fourier transforms in place of attention."""
+    from transformers import AutoTokenizer, FNetConfig, FNetForSequenceClassification
 
-    weights = load_file(folder / "model.safetensors")
-    renamed = {name.replace("bert.", "ernie.", 1): values for name, values in weights.items()}
-    save_file(renamed, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    config |= {"model_type": "ernie", "architectures": ["ErnieForSequenceClassification"], "task_type_vocab_size": 3}
-    (folder / "config.json").write_text(json.dumps(config | {"use_task_id": False}), "utf-8")
+    folder = tmp_path_factory.mktemp("unknown") / "fnet"
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "max_position_embeddings": 64}
+    FNetForSequenceClassification(FNetConfig(vocab_size=len(tokenizer), **size)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -50,22 +48,23 @@ def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("untrained")
-@pytest.mark.parametrize("command", ["train", "distil --layers 1 --no-bf16"])
 def test_an_encoder_that_cannot_be_exported_is_refused_before_it_is_trained(
-    command: str, unknown: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    unknown: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _refused_unless_told_to(command, unknown, tmp_path, capsys)
+    _refused_unless_told_to("train", unknown, tmp_path, capsys)
 
 
 @pytest.mark.usefixtures("untrained")
-def test_a_multi_exit_model_is_tried_as_one(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("command", ["distil --layers 1 --no-bf16", "train-exits --kind pabee"])
+def test_a_student_and_a_multi_exit_model_are_tried_too(
+    command: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(source: str, *_: object, **__: object) -> None:
-        raise CascadeError(f"{source}: no")
+    def refuse(sources: str | list[str], *_: object, **__: object) -> None:
+        raise CascadeError(f"{sources if isinstance(sources, str) else sources[0]}: no")
 
-    monkeypatch.setattr("cascade_build.trial.export_exits", refuse)
-    _refused_unless_told_to("train-exits --kind pabee", base, tmp_path, capsys)
+    monkeypatch.setattr("cascade_build.trial.export_exits", refuse)  # the whole model, as one
+    monkeypatch.setattr("cascade_build.trial.export_bundle", refuse)
+    _refused_unless_told_to(command, base, tmp_path, capsys)
 
 
 def _refused_unless_told_to(command: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
