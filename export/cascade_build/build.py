@@ -112,6 +112,7 @@ def _train_small(plan: Plan, work: Path, folders: Mapping[str, Path], journal: J
             if todo:
                 _train(_continued(member, big, folders[big.name]), student_data, folders[member.name], objective)
     if (network := plan.network) is not None:
+        soft = replace(objective, temperature=network.temperature, distill_weight=network.distill_weight)
         with journal.step(f"train {network.name}", folders[network.name], plan.member_settings(network)) as todo:
             if todo:
                 train_averaging(
@@ -121,7 +122,7 @@ def _train_small(plan: Plan, work: Path, folders: Mapping[str, Path], journal: J
                     unigrams=big.base,
                     network=network.network,
                     recipe=network.recipe,
-                    objective=objective if plan.parts.unlabelled else LABELS_ALONE,
+                    objective=soft if plan.parts.unlabelled else LABELS_ALONE,
                 )
 
 

@@ -82,6 +82,10 @@ class NetworkPlan:
     network: Network
     recipe: AveragingRecipe
     name: str = "DAN"
+    distill_weight: float = 0.5
+    """Weight of the biggest member's answers: such a network loses by what helps members with layers."""
+    temperature: float = 1.0
+    """Temperature of these answers."""
 
 
 @dataclass(frozen=True)

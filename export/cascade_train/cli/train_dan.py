@@ -60,7 +60,7 @@ def add_arguments(parser: CommandParser) -> None:
         "--augment", type=int, default=0, metavar="N", help="make N variants of each training text as such texts"
     )
     parser.reads("teacher", "unlabelled")
-    distillation.add_argument("--temperature", type=float, default=2.0, help="temperature of the distillation")
+    distillation.add_argument("--temperature", type=float, default=1.0, help="temperature of the distillation")
     distillation.add_argument("--distill-weight", type=float, default=0.5, help="weight of the soft loss, out of 1")
 
 
