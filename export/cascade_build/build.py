@@ -119,7 +119,7 @@ def _train_small(plan: Plan, work: Path, folders: Mapping[str, Path], journal: J
                     student_data,
                     folders[network.name],
                     tokenizer=str(folders[big.name]),
-                    unigrams=big.base,
+                    unigrams=str(folders[big.name]),
                     network=network.network,
                     recipe=network.recipe,
                     objective=soft if plan.parts.unlabelled else LABELS_ALONE,
