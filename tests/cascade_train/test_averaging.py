@@ -269,7 +269,7 @@ def test_the_command(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(f"{command} --output DAN".split()) == 0
     assert "unlabelled" in capsys.readouterr().out
     record = json.loads((tmp_path / "DAN" / RECORD).read_text())
-    assert record["objective"]["distillation"] == {"temperature": 2.0, "weight": 0.5}
+    assert record["objective"]["distillation"] == {"temperature": 1.0, "weight": 0.5}
     for given_too, message in (("--augment 1", "--teacher"), ("--unlabelled more.txt", "--teacher")):
         assert main(f"train-dan --tokenizer {base} --train-file data.csv {given_too} --output other".split()) == 2
         assert message in capsys.readouterr().err
