@@ -38,7 +38,7 @@ from cascade_rt import CascadeRuntime
 from cascade_rt.benchmark.turns import batch_by_batch, in_turns
 from cascade_rt.bundle import MANIFEST, read_bundle, write_bundle, write_manifest
 from cascade_rt.engine.cost import ratio
-from cascade_rt.errors import InvalidOption
+from cascade_rt.errors import InputError, InvalidOption
 from cascade_rt.io.writers import write_json
 from cascade_rt.tuning.collect import Collected, collect, open_whole
 from cascade_rt.tuning.metrics import f1
@@ -58,6 +58,8 @@ def main() -> None:
     """Train, tune, measure, print and write the report."""
     options = _parser().parse_args()
     transformers.logging.set_verbosity_error()
+    if options.augment and not options.distill_weight:
+        raise InputError("found --augment, expected --distill-weight with it: variants have no labels")
     parts = read_parts(options.task, options.data)
     work: Path = options.work or Path("runs") / "zero-layers" / options.task
     work.mkdir(parents=True, exist_ok=True)

@@ -100,7 +100,7 @@ def build(plan: Plan, output: Path, *, overwrite: bool = False) -> BuildReport:
 def _train_small(plan: Plan, work: Path, folders: Mapping[str, Path], journal: Journal) -> None:
     """Train all members but the biggest: they learn its answers.
 
-    The network without layers does so where there are texts without labels: to those with labels it gains nothing.
+    The network without layers does so only where there are texts without labels.
     """
     big, *small = plan.members
     student_data, objective = plan.parts.data, LABELS_ALONE

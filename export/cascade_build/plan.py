@@ -83,7 +83,7 @@ class NetworkPlan:
     recipe: AveragingRecipe
     name: str = "DAN"
     distill_weight: float = 0.5
-    """Weight of the biggest member's answers: such a network loses by what helps members with layers."""
+    """Weight of the biggest member's answers, lower than for members with layers, as is their temperature."""
     temperature: float = 1.0
     """Temperature of these answers."""
 

@@ -13,6 +13,7 @@ from cascade_export.checkpoint import member_name
 from cascade_export.exits import export_exits
 from cascade_export.export import export_bundle
 from cascade_train import RECORD
+from cascade_train.compat import quiet
 from cascade_train.exits import MultiExitClassifier, write_exits
 from cascade_train.finetune import load_base
 from cascade_train.settings import guarded
@@ -83,7 +84,8 @@ def _write(folder: Path, tokenizer: Any, model: Any, record: Mapping[str, Any], 
         write_exits(folder, whole)
         record = {**record, "exits": {"kind": exits, "after": list(whole.after)}}
     else:
-        model.save_pretrained(folder)
+        with quiet():
+            model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_json(folder / RECORD, record)
 

@@ -5,7 +5,7 @@ The table of n-grams is sparse: a step changes the rows of its texts alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from cascade_train.finetune import (
     load_base,
     member_trainer,
 )
-from cascade_train.inference import collator, features
+from cascade_train.inference import Row, collator
 from cascade_train.ranges import check_ranges
 from cascade_train.sources import load_tokenizer, pretrained
 from cascade_train.tasks import TaskData
@@ -92,13 +92,13 @@ def train_averaging(
     }
     set_seed(recipe.seed)
     own, model = untrained(data, tokenizer, unigrams, network, recipe)
-    _see(model, own, data, recipe.max_length)
     claim(work, run, CHECKPOINTS, _VECTORS)
     if unigrams is not None:
         vectors = _kept(work / _VECTORS, lambda: token_vectors(unigrams, tokenizer, data.labels, network.dimension))
         model.set_token_vectors(vectors)
     optimizer = _Optimizer(model, recipe)
     trainer = member_trainer(model, own, data, recipe, objective, work, optimizer=optimizer)
+    _see(model, trainer.train_dataset, collator(own))
     trainer.add_callback(EarlyStoppingCallback(recipe.patience))
     facts = trained(trainer, output, data.metric)
     record = run | {"metric": data.metric, "validation": validated(trainer), **facts}
@@ -148,13 +148,12 @@ def token_vectors(encoder: str, tokenizer: str, labels: tuple[str, ...], dimensi
 
 
 def _see(
-    model: AveragingForSequenceClassification, tokenizer: PreTrainedTokenizerFast, data: TaskData, max_length: int
+    model: AveragingForSequenceClassification, rows: Sequence[Row], collate: Callable[[list[Row]], dict[str, Tensor]]
 ) -> None:
     """Let the network know the n-grams of the training texts."""
-    rows, collate = features(tokenizer, model, data.train, max_length), collator(tokenizer)
     model.seen.fill_(False)
     for start in range(0, len(rows), _TEXTS_AT_ONCE):
-        batch = collate(rows[start : start + _TEXTS_AT_ONCE])
+        batch = collate(list(rows[start : start + _TEXTS_AT_ONCE]))
         model.see(batch["input_ids"], batch["attention_mask"])
 
 
