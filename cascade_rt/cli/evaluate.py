@@ -45,6 +45,7 @@ def add_arguments(parser: CommandParser) -> None:
     parser.add_argument(
         "--timed", action="store_true", help="time each member alone and the cascade too, on up to 100 single texts"
     )
+    parser.add_argument("--by-label", action="store_true", help="the quality of each label too")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     add_exit_rule(parser)
     add_running(parser)
@@ -77,6 +78,7 @@ def run(options: argparse.Namespace) -> None:
         np.concatenate(lengths),
         runtime.original,
         task=runtime.task,
+        names=bundle.labels if options.by_label else None,
     )
     seconds = time_alone(runtime, timed) if options.timed else None
     if options.json:

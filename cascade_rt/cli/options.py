@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from ..bundle.manifest import EXIT_RULES
 from ..engine.execution import Execution
 from ..errors import InferenceError, InputError, InvalidOption, TextError
-from ..io.readers import FORMATS, LABEL, Example, Reading, Reject, read_examples
+from ..io.readers import FORMATS, LABEL, LABELS, Example, Reading, Reject, read_examples
 from ..jobs.answering import CHUNK, answered, chunks
 from ..runtime import CascadeRuntime
 from .parser import CommandParser
@@ -122,9 +122,24 @@ def add_reading(parser: CommandParser, *, of: str, group: Any = None, pair: bool
 
 
 def add_label_column(parser: CommandParser, group: Any = None) -> None:
-    """Add the column of the labels."""
+    """Add the column of the labels, and how several labels of a text are written."""
     add = (group or parser).add_argument
-    add("--label-column", metavar="NAME", help=f"column of the label (default: {LABEL})")
+    add(
+        "--label-column",
+        metavar="NAME",
+        help=f"column of the label, or of a text's several labels (default: {LABEL}, or {LABELS})",
+    )
+    add(
+        "--label-separator",
+        metavar="TEXT",
+        help='what stands between several labels in that column, for instance ";" (default: a comma); lists need none',
+    )
+    add(
+        "--label-columns",
+        nargs="+",
+        metavar="NAME",
+        help="with several labels: a column for each, with 1 where a text has the label, else 0",
+    )
 
 
 def of_options(kind: Callable[..., T], options: argparse.Namespace, **others: Any) -> T:

@@ -140,9 +140,22 @@ def evaluation_summary(report: Evaluation, seconds: Sequence[float] | None = Non
     lines = table(header, cells)
     taus = ", ".join(f"{tau:.4f}" for tau in cascade.thresholds) or "none"
     clock = "" if seconds is None else f"speed-up on the clock {seconds[-2] / seconds[-1]:.2f}x, "
+    if report.by_label is not None:
+        lines = f"{_label_table(report)}\n\n{lines}"
     return (
         f"{lines}\n{report.texts} texts, thresholds {taus}; {clock}layer speed-up {times(cascade.layer_speedup)}, "
         f"FLOPs speed-up {times(cascade.flops_speedup)}; figures in %, F1 {report.f1}"
+    )
+
+
+def _label_table(report: Evaluation) -> str:
+    header = ["label", "texts", "precision", "recall", "F1", *(f"F1 of {member.name}" for member in report.members)]
+    return table(
+        header,
+        [
+            [row.label, str(row.texts), *map(percent, (row.precision, row.recall, row.f1, *row.members))]
+            for row in report.by_label or []
+        ],
     )
 
 

@@ -38,13 +38,26 @@ def label(value: object) -> str:
     return str(value).strip()
 
 
-def labels(value: object) -> list[str]:
-    """Return all labels that a value spells: a list, a JSON list, or labels between commas; [] where it spells none."""
+def labels(value: object, separator: str = ",") -> list[str]:
+    """Return all labels that a value spells, each once: a list, a JSON list, or labels between separators.
+
+    [] where it spells none.
+    """
+    value = _unpacked(value)
+    found = value if isinstance(value, list | tuple | set) else label(value).split(separator)
+    return list(dict.fromkeys(name for name in map(label, found) if name))
+
+
+def is_list(value: object) -> bool:
+    """Return whether a value is a list of labels, also one written as JSON."""
+    return isinstance(_unpacked(value), list | tuple | set)
+
+
+def _unpacked(value: object) -> object:
     if isinstance(value, str) and value.lstrip().startswith("["):
         with suppress(ValueError):
-            value = json.loads(value)
-    found = value if isinstance(value, list | tuple | set) else label(value).split(",")
-    return [name for name in map(label, found) if name]
+            return json.loads(value)
+    return value
 
 
 def number(label: str) -> Decimal | None:

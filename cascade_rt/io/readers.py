@@ -18,7 +18,7 @@ from ..errors import CascadeError, InputError, InvalidOption
 from ..types import Text
 from .compression import ending
 from .csv_rows import Lines, read_header, read_rows, stripped
-from .fields import label, labels
+from .fields import is_list, label, labels
 from .lines import Line, Record, read_lines, source_name
 from .remote import files_behind, import_parquet, is_uri, located
 
@@ -28,6 +28,7 @@ _TABLES = ("csv", "tsv", "parquet")
 LABEL, LABELS = "label", "labels"
 """The usual column of the labels."""
 
+_FLAGS = {"1": True, "true": True, "0": False, "false": False, "": False}
 _ARRAY = "expected an array of objects; for one object per line name the format jsonl"
 _USUAL_COLUMNS: dict[bool, tuple[tuple[str, ...], ...]] = {
     False: (("text",), ("sentence",)),
@@ -53,6 +54,10 @@ class Reading:
     "hypothesis", ...)."""
     label_column: str | None = None
     """Name of the label's column, for readers of labels; None for LABEL."""
+    label_separator: str | None = None
+    """With several labels in one column: what stands between them; None for a comma."""
+    label_columns: tuple[str, ...] | None = None
+    """With several labels: the columns of the labels, each 1 where a text has its label, else 0."""
     encoding: str | None = None
     """None for UTF-8, or what a byte order mark says."""
     delimiter: str | None = None
@@ -66,6 +71,13 @@ class Reading:
             raise InvalidOption("format", self.format, f"one of {', '.join(FORMATS)}")
         if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in '"\r\n'):
             raise InvalidOption("delimiter", self.delimiter, "one character that is no quote and no line end")
+        if self.label_separator == "":
+            raise InvalidOption("label_separator", self.label_separator, "what stands between labels")
+        if self.label_columns is not None:
+            if self.label_column is not None or self.label_separator is not None:
+                raise InputError("found a column for each label and one column of all, expected either")
+            if len(set(self.label_columns)) < 2 or len(set(self.label_columns)) < len(self.label_columns):
+                raise InvalidOption("label_columns", list(self.label_columns), "two or more different names of columns")
 
     def label_of(self, example: Example) -> str:
         """Return the label of an example; raise InputError if it has none."""
@@ -73,7 +85,23 @@ class Reading:
 
     def labels_of(self, example: Example) -> list[str]:
         """Return all labels of an example, by default in the column "labels" or "label"; errors as of `labels`."""
-        return example.labels(self.label_column or (LABELS if LABELS in example.fields else LABEL))
+        if self.label_columns is not None:
+            return [column for column in self.label_columns if example.flag(column)]
+        return example.labels(self._labels_column(example), self.label_separator or ",")
+
+    def has_labels(self, example: Example, *, several: bool) -> bool:
+        """Return whether an example has the column of its label, or those of several labels."""
+        one = self.label_column or LABEL
+        wanted = self.label_columns or (self._labels_column(example) if several else one,)
+        return set(wanted) <= example.fields.keys()
+
+    def lists_labels(self, example: Example) -> bool:
+        """Return whether these settings, or the example itself, say that a text can have several labels."""
+        named = self.label_columns is not None or self.label_separator is not None
+        return named or is_list(example.fields.get(self._labels_column(example)))
+
+    def _labels_column(self, example: Example) -> str:
+        return self.label_column or (LABELS if LABELS in example.fields else LABEL)
 
     def of_texts(self, source: str | Path) -> Reading:
         """Return how to read one of several files; for txt, which has no columns, without what is for tables."""
@@ -108,8 +136,8 @@ class Example:
             found = label(value)
         except TypeError as error:
             raise InputError(
-                f"{self.where}: column {column!r} holds {error} ({_shortened(value)}), expected one label: only "
-                "bundles of the task multi_label take several; keep one of them"
+                f"{self.where}: column {column!r} holds {error} ({_shortened(value)}), expected one label; keep one of "
+                "them, or, where texts have several, write those of every text as a list"
             ) from error
         if not found:
             raise InputError(
@@ -117,11 +145,22 @@ class Example:
             )
         return found
 
-    def labels(self, column: str) -> list[str]:
+    def flag(self, column: str) -> bool:
+        """Return whether a field is 1 or true; raise InputError unless it is that, or 0, false or empty."""
+        _check_column(self.fields, column, self.where)
+        written = label(self.fields[column])
+        if written.lower() not in _FLAGS:
+            raise InputError(
+                f"{self.where}: column {column!r} holds {written[:40]!r}, expected 1 where the text has "
+                "this label, else 0"
+            )
+        return _FLAGS[written.lower()]
+
+    def labels(self, column: str, separator: str = ",") -> list[str]:
         """Return all labels of a field, possibly none; raise InputError if the record has no such field."""
         _check_column(self.fields, column, self.where)
         try:
-            return labels(self.fields[column])
+            return labels(self.fields[column], separator)
         except TypeError as error:
             raise InputError(f"{self.where}: column {column!r} holds {error}, expected a list of labels") from error
 

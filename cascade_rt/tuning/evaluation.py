@@ -55,6 +55,21 @@ class CascadeQuality(Quality):
 
 
 @dataclass(frozen=True)
+class LabelQuality:
+    """One label: the texts that have it, and how well the cascade, and each member alone, finds them."""
+
+    label: str
+    texts: int
+    precision: float
+    """0 where the cascade gives the label to no text."""
+    recall: float
+    """0 where no text has the label."""
+    f1: float
+    members: list[float]
+    """F1 of each member alone."""
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """A cascade measured on labelled texts."""
 
@@ -63,10 +78,14 @@ class Evaluation:
     """The F1 that is given."""
     members: list[MemberQuality]
     cascade: CascadeQuality
+    by_label: list[LabelQuality] | None = None
+    """None unless it was asked for."""
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain values for JSON; `f1_micro` only with several labels per text."""
         report = asdict(self)
+        if self.by_label is None:
+            del report["by_label"]
         for found in (*report["members"], report["cascade"]):
             if found["f1_micro"] is None:
                 del found["f1_micro"]
@@ -108,15 +127,19 @@ def _unknown(label: str, labels: Sequence[str], known_by: str) -> str:
     return f"found the label {label[:80]!r}, expected one that {known_by}: {shown}{hint}"
 
 
-def true_answers(task: Task, rows: Sequence[Example], how: Reading, labels: Sequence[str]) -> NDArray[Any]:
+def true_answers(
+    task: Task, rows: Sequence[Example], how: Reading, labels: Sequence[str], *, known_by: str = "the bundle knows"
+) -> NDArray[Any]:
     """Return the right answers as the task gives them, from rows of a file: int (texts,) or bool (texts, labels).
 
-    Raises InputError for a row without a label, where there has to be one, and for a label that is not among `labels`.
+    `known_by` says in a message what `labels` are. Raises InputError for a row without a label, where there has to be
+    one, and for a label that is not among them.
     """
     if not task.several:
-        return label_ids([(how.label_of(row), row.where) for row in rows], labels)
+        return label_ids([(how.label_of(row), row.where) for row in rows], labels, known_by=known_by)
     found = [how.labels_of(row) for row in rows]
-    ids = label_ids([(name, row.where) for row, names in zip(rows, found, strict=True) for name in names], labels)
+    written = [(name, row.where) for row, names in zip(rows, found, strict=True) for name in names]
+    ids = label_ids(written, labels, known_by=known_by)
     answers = np.zeros((len(rows), len(labels)), dtype=bool)
     answers[np.repeat(np.arange(len(rows)), list(map(len, found))), ids] = True
     return answers
@@ -131,12 +154,14 @@ def evaluate(
     original: Sequence[MemberEntry] | None = None,
     *,
     task: Task = _ONE_LABEL,
+    names: Sequence[str] | None = None,
 ) -> Evaluation:
     """Measure each member alone, and the cascade under an exit rule, on labelled texts.
 
     `logits`: float32 (members, texts, labels), and `lengths`: tokens (texts,), both from
     `CascadeRuntime.member_logits`; `labels`: right answers as the task gives them, for instance by `true_answers`.
-    Speed-up ratios are over `original`, None for the last member (or the whole model of the last segment).
+    Speed-up ratios are over `original`, None for the last member (or the whole model of the last segment). With the
+    labels' `names` the result has the quality of each label.
     """
     probabilities = task.probabilities(logits)
     confidences = task.confidence(probabilities)
@@ -161,7 +186,26 @@ def evaluate(
         flops_speedup=flops_speedup(members, exits, lengths, original),
     )
     only_one = classes == 2 and not task.several
-    return Evaluation(len(labels), "of class 1" if only_one else "mean over the classes", alone, cascade)
+    by_label = None if names is None else _by_label(task, labels, [*answers, answers[exits, rows]], names)
+    return Evaluation(len(labels), "of class 1" if only_one else "mean over the classes", alone, cascade, by_label)
+
+
+def _by_label(
+    task: Task, labels: NDArray[Any], answers: Sequence[NDArray[Any]], names: Sequence[str]
+) -> list[LabelQuality]:
+    """Return the quality of each label, from the answers of the members and, last, of the cascade."""
+    truth = task.indicators(labels, len(names))
+    found = np.array([task.indicators(some, len(names)) for some in answers])
+    hits, given, texts = (truth & found).sum(axis=1), found.sum(axis=1), truth.sum(axis=0)
+    scores = 2 * hits / np.maximum(given + texts, 1)
+    precision, recall = hits[-1] / np.maximum(given[-1], 1), hits[-1] / np.maximum(texts, 1)
+    return [
+        LabelQuality(name, *figures)
+        for name, *figures in zip(
+            names, texts.tolist(), precision.tolist(), recall.tolist(), scores[-1].tolist(), scores[:-1].T.tolist(),
+            strict=True,
+        )
+    ]  # fmt: skip
 
 
 def quality(

@@ -81,7 +81,8 @@ def build(plan: Plan, output: Path, *, overwrite: bool = False) -> BuildReport:
     with journal.step("export", bundle, {"members": settings, "precision": plan.precision}) as todo:
         if todo:
             sources = [str(folder) for folder in folders.values()]
-            check = Check(max_accuracy_drop=plan.max_accuracy_drop, calibrate=True)
+            calibrate = not data.several  # whose cuts are of the probabilities that training ended with
+            check = Check(max_accuracy_drop=plan.max_accuracy_drop, calibrate=calibrate)
             export_bundle(sources, bundle, precision=plan.precision, check=check)
     with journal.step("tune", None, None):
         runtime = open_whole(bundle, preload=True)
@@ -211,7 +212,7 @@ def _as_begun(plan: Plan, journal: Journal) -> Plan:
 
 
 def _collected(runtime: CascadeRuntime, part: Examples) -> Collected:
-    return collect(runtime, part.texts, np.array(part.labels, dtype=np.intp), cache=cache_folder())
+    return collect(runtime, part.texts, part.answers(len(runtime.bundle.labels)), cache=cache_folder())
 
 
 def _write_array(path: Path, array: NDArray[np.float32]) -> None:

@@ -205,7 +205,7 @@ def _check_size(data: TaskData, share: float) -> None:
             f"found {len(data.train)} training texts, expected at least {least}, to set aside twice {FEWEST_TEXTS} for "
             "thresholds and for the measurement; add texts, or set aside a larger reserve"
         )
-    counts = np.bincount(data.train.labels, minlength=len(data.labels))
+    counts = data.task.indicators(data.train.answers(len(data.labels)), len(data.labels)).sum(axis=0)
     least = math.ceil((1 - share) / share)
     if rare := np.flatnonzero(counts < least).tolist():
         some = ", ".join(f"{data.labels[index]!r} {counts[index]}" for index in rare[:5]) + ", ..." * (len(rare) > 5)
@@ -282,7 +282,8 @@ def plan_network(texts: int, recipe: Recipe, epochs: float | None = None) -> Net
 def preflight(plan: Plan) -> None:
     """Load every base under the bundle's tokenizer, so that what does not fit is found before anything is trained."""
     for member in plan.members:
-        tokenizer, model = load_base(member.base, plan.parts.data.labels, member.truncated, member.tokenizer)
+        data = plan.parts.data
+        tokenizer, model = load_base(member.base, data.labels, member.truncated, member.tokenizer, several=data.several)
         check_length(member.recipe.max_length, member.base, tokenizer, model)
     if (network := plan.network) is not None:
         source = plan.members[0].tokenizer or plan.members[0].base
@@ -363,7 +364,7 @@ def _same_tokenizer(one: str, other: str) -> bool:
 
 def _seconds_per_text(member: MemberPlan, data: TaskData) -> float:
     """Return the time of a training step here, per text, with texts of usual length."""
-    tokenizer, model = load_base(member.base, data.labels, member.truncated, member.tokenizer)
+    tokenizer, model = load_base(member.base, data.labels, member.truncated, member.tokenizer, several=data.several)
     model.to(device())
     size = min(member.recipe.batch_size, len(data.train))
     some = data.train.take(np.linspace(0, len(data.train) - 1, 4 * size).astype(int).tolist())

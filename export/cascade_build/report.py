@@ -17,7 +17,6 @@ from cascade_rt import CascadeRuntime
 from cascade_rt.benchmark.machine import describe
 from cascade_rt.cli.rendering import times
 from cascade_rt.engine.exit_rules import MaximumProbability, replay
-from cascade_rt.engine.task import SingleLabel
 from cascade_rt.io.writers import open_output
 from cascade_rt.tuning.collect import Collected
 from cascade_rt.tuning.evaluation import CascadeQuality, MemberQuality, evaluate
@@ -25,8 +24,6 @@ from cascade_rt.tuning.plot import draw_front
 from cascade_rt.tuning.report import TuningReport
 from cascade_rt.tuning.tune import members_alone
 from cascade_rt.types import Text
-
-_TASK = SingleLabel()
 
 if TYPE_CHECKING:
     from cascade_build.plan import Plan
@@ -104,12 +101,13 @@ def make_report(
     if found.chosen is None or found.held_out is None:
         raise ValueError("a report needs a chosen point")
     part = plan.parts.certification
-    labels = np.array(part.labels, dtype=np.intp)
+    task, known = runtime.task, runtime.bundle.labels
+    labels = part.answers(len(known))
     logits, lengths = runtime.member_logits(part.texts)
     members = runtime.bundle.members
     names = [member.name for member in members]
     chosen = [names.index(name) for name in found.chosen.members]
-    everything = evaluate(members, MaximumProbability((1.0,) * (len(members) - 1)), logits, labels, lengths)
+    everything = evaluate(members, MaximumProbability((1.0,) * (len(members) - 1)), logits, labels, lengths, task=task)
     cascade = evaluate(
         [members[index] for index in chosen],
         MaximumProbability(tuple(found.chosen.thresholds)),
@@ -117,10 +115,17 @@ def make_report(
         labels,
         lengths,
         members[-1:],
+        task=task,
     ).cascade
-    probabilities = _TASK.probabilities(logits)
-    sure, answers = _TASK.confidence(probabilities), probabilities.argmax(axis=-1)
-    wrong = _wrong_early(chosen, found.chosen.thresholds, sure, answers != labels)
+    probabilities = task.probabilities(logits)
+    sure, answers = task.confidence(probabilities), task.answers(probabilities)
+    right = np.stack([task.equal(labels, found) for found in answers])
+    wrong = _wrong_early(chosen, found.chosen.thresholds, sure, ~right)
+
+    def spelled(answer: Any) -> str:
+        has = task.indicators(np.asarray(answer), len(known))
+        return ", ".join(name for name, yes in zip(known, has, strict=True) if yes) or "no label"
+
     report_members = [
         BuiltMember(
             quality,
@@ -150,11 +155,11 @@ def make_report(
         wrong_early=[
             WrongEarly(
                 part.texts[row],
-                runtime.bundle.labels[labels[row]],
-                runtime.bundle.labels[answers[member, row]],
+                spelled(labels[row]),
+                spelled(answers[member, row]),
                 float(sure[member, row]),
                 names[member],
-                runtime.bundle.labels[answers[-1, row]],
+                spelled(answers[-1, row]),
             )
             for member, row in wrong[:_WRONG_SHOWN]
         ],
@@ -162,7 +167,7 @@ def make_report(
         advice=[],  # from the rest, below
         seconds=dict(seconds),
         machine=describe(),
-        reliability={name: reliability(sure[index], answers[index] == labels) for index, name in enumerate(names)},
+        reliability={name: reliability(sure[index], right[index]) for index, name in enumerate(names)},
     )
     return replace(report, advice=_advice(report, records))
 

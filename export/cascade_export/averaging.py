@@ -38,13 +38,17 @@ def write_network(network: AveragingForSequenceClassification, path: Path, preci
         sums, scales = graph.add("Mul", sums, graph.constant(scales)), np.ones(width + 1, dtype=np.float32)
     roots = graph.add("Sqrt", counts)
     vectors = graph.add("Div", sums, roots)
-    seen = graph.add("Div", graph.columns(vectors, width, axis=2), roots)  # a share, times the last scale
-    if config.pair:
-        vectors, seen = _pair_vectors(graph, vectors), graph.columns(seen, -1)
-    text, share = (graph.add("Squeeze", each, graph.constant(np.array([1]))) for each in (vectors, seen))
+    texts = _pair_vectors(graph, vectors) if config.pair else vectors
+    text = graph.add("Squeeze", texts, graph.constant(np.array([1])))
     hidden = graph.add("Relu", graph.linear(text, _no_seen(weights["hidden.weight"], scales), weights["hidden.bias"]))
-    scaled = (weights[f"classifier.{name}"] * scales[-1] for name in ("weight", "bias"))
-    graph.add("Mul", graph.linear(hidden, *scaled), share, output="logits")
+    classifier = weights["classifier.weight"], weights["classifier.bias"]
+    if config.several:
+        graph.linear(hidden, *classifier, output="logits")
+    else:
+        seen = graph.add("Div", graph.columns(vectors, width, axis=2), roots)  # a share, times the last scale
+        seen = graph.columns(seen, -1) if config.pair else seen
+        share = graph.add("Squeeze", seen, graph.constant(np.array([1])))
+        graph.add("Mul", graph.linear(hidden, *(weight * scales[-1] for weight in classifier)), share, output="logits")
     onnx.save(graph.model(config.num_labels), path)
 
 
@@ -82,9 +86,10 @@ class _Graph:
         """Add an axis."""
         return self.add("Unsqueeze", of, self.constant(np.array([axis])))
 
-    def linear(self, of: str, weight: NDArray[np.float32], bias: NDArray[np.float32]) -> str:
+    def linear(self, of: str, weight: NDArray[np.float32], bias: NDArray[np.float32], output: str = "") -> str:
         """Add a linear layer with torch's weights."""
-        return self.add("Gemm", of, self.constant(np.ascontiguousarray(weight.T)), self.constant(bias))
+        constants = self.constant(np.ascontiguousarray(weight.T)), self.constant(bias)
+        return self.add("Gemm", of, *constants, output=output)
 
     def model(self, labels: int) -> onnx.ModelProto:
         """Return the model of a classifier."""

@@ -17,14 +17,14 @@ from cascade_rt.engine.backends import usable
 from cascade_rt.engine.batching import TOKEN_BUDGET, by_length, micro_batches
 from cascade_rt.engine.execution import Execution
 from cascade_rt.engine.stage import Stage
-from cascade_rt.engine.task import SingleLabel
+from cascade_rt.engine.task import SingleLabel, Task
 from cascade_rt.engine.tokenization import Encoded
 from cascade_rt.errors import CascadeError, InputError, InvalidOption
-from cascade_rt.io.readers import AS_USUAL, LABEL, Reading, read_examples
-from cascade_rt.tuning.evaluation import label_ids, quality
+from cascade_rt.io.readers import AS_USUAL, Reading, read_examples
+from cascade_rt.tuning.evaluation import quality, true_answers
 from cascade_rt.types import Text
 
-_TASK = SingleLabel()
+_ONE_LABEL = SingleLabel()
 
 MAX_ACCURACY_DROP = 0.5
 """Percentage points of accuracy that a precision may cost, by default."""
@@ -65,10 +65,10 @@ USUAL_CHECK = Check()
 
 @dataclass(frozen=True)
 class CheckData:
-    """Texts to check on; `labels`: class ids, int (texts,), or None where they are not known."""
+    """Texts to check on; `labels`: right answers as the task gives them, or None where they are not known."""
 
     texts: list[Text]
-    labels: NDArray[np.intp] | None
+    labels: NDArray[Any] | None
 
 
 def load_check_data(file: Path | None, checkpoint: Checkpoint, reading: Reading = AS_USUAL) -> CheckData | None:
@@ -85,12 +85,11 @@ def load_check_data(file: Path | None, checkpoint: Checkpoint, reading: Reading 
             raise InputError(f"{file}: found no texts to check on, expected at least one")
         return None
     labels = None
-    labelled = sum((reading.label_column or LABEL) in example.fields for example in examples)
+    labelled = sum(reading.has_labels(example, several=checkpoint.task.several) for example in examples)
     if 0 < labelled < len(examples):
         raise InputError(f"{file}: found labels for {labelled} of {len(examples)} texts, expected all or none")
-    if labelled or reading.label_column:
-        written = [(reading.label_of(example), example.where) for example in examples]
-        labels = label_ids(written, checkpoint.labels, known_by="the member knows")
+    if labelled or reading.label_column or reading.label_columns:
+        labels = true_answers(checkpoint.task, examples, reading, checkpoint.labels, known_by="the member knows")
     return CheckData([example.text for example in examples], labels)
 
 
@@ -100,15 +99,17 @@ def reference(checkpoint: Checkpoint, path: Path) -> Stage:
     return Stage(entry, path, len(checkpoint.labels), usable(Execution()))
 
 
-def probabilities(member: Stage, encoded: Encoded) -> Probabilities:
-    """Return a member's class probabilities as the runtime computes them, float64 (texts, labels)."""
+def probabilities(member: Stage, encoded: Encoded, task: Task = _ONE_LABEL) -> Probabilities:
+    """Return a member's probabilities as the runtime computes them, float64 (texts, labels)."""
     rows = by_length(encoded.lengths)
     batches = list(micro_batches(rows, encoded.lengths, TOKEN_BUDGET))
-    answers = _TASK.probabilities(np.concatenate([member.run(encoded.batch(batch)).logits for batch in batches]))
+    answers = task.probabilities(np.concatenate([member.run(encoded.batch(batch)).logits for batch in batches]))
     return answers[np.argsort(rows)]
 
 
-def batch_difference(member: Stage, encoded: Encoded, answers: Probabilities, seed: int = 0) -> float | None:
+def batch_difference(
+    member: Stage, encoded: Encoded, answers: Probabilities, task: Task = _ONE_LABEL, seed: int = 0
+) -> float | None:
     """Return the largest change of a probability over 20 random batchings of some texts.
 
     None if there are too few texts, or if all have the same length.
@@ -122,12 +123,14 @@ def batch_difference(member: Stage, encoded: Encoded, answers: Probabilities, se
         for batch in np.array_split(rows, int(draw.integers(1, len(rows) + 1))):
             worst = max(
                 worst,
-                float(np.abs(_TASK.probabilities(member.run(encoded.batch(batch)).logits) - answers[batch]).max()),
+                float(np.abs(task.probabilities(member.run(encoded.batch(batch)).logits) - answers[batch]).max()),
             )
     return worst
 
 
-def compare(original: Probabilities | None, exported: Probabilities, labels: NDArray[np.intp] | None) -> dict[str, Any]:
+def compare(
+    original: Probabilities | None, exported: Probabilities, labels: NDArray[Any] | None, task: Task = _ONE_LABEL
+) -> dict[str, Any]:
     """Compare two answers to the same texts, float64 (texts, labels); accuracy, DIS and ECE where labels are known.
 
     Without an original the report has the exported member's own figures only.
@@ -136,20 +139,21 @@ def compare(original: Probabilities | None, exported: Probabilities, labels: NDA
     if original is not None:
         difference = np.abs(exported - original)
         report |= {
-            "labels_agree": float(np.mean(original.argmax(axis=1) == exported.argmax(axis=1))),
+            "labels_agree": float(task.equal(task.answers(original), task.answers(exported)).mean()),
             "max_probability_difference": float(difference.max()),
             "mean_probability_difference": float(difference.mean()),
         }
     if labels is not None:
-        before = {} if original is None else _quality(original, labels)
-        after = _quality(exported, labels)
+        before = {} if original is None else _quality(original, labels, task)
+        after = _quality(exported, labels, task)
         report |= {name: {"original": before.get(name), "exported": after[name]} for name in after}
     return report
 
 
-def _quality(answers: Probabilities, labels: NDArray[np.intp]) -> dict[str, float | None]:
-    found = quality(SingleLabel(), labels, answers.argmax(axis=1), _TASK.confidence(answers), answers.shape[1])
-    return {"accuracy": found.accuracy, "dis": found.dis, "ece": found.ece}
+def _quality(found: Probabilities, labels: NDArray[Any], task: Task) -> dict[str, float | None]:
+    figures = quality(task, labels, task.answers(found), task.confidence(found), found.shape[1])
+    of_sets = {"f1": figures.f1, "f1_micro": figures.f1_micro} if task.several else {}
+    return {"accuracy": figures.accuracy, **of_sets, "dis": figures.dis, "ece": figures.ece}
 
 
 def check_drop(name: str, precision: str, report: dict[str, Any], allowed: float) -> None:

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from cascade_train import RECORD, VALIDATION
+from cascade_train.settings import Settings
 from tokenizers import Tokenizer
 
+from cascade_rt.engine.task import MultiLabel, SingleLabel, Task
 from cascade_rt.errors import CascadeError, InputError, InvalidOption
 from cascade_rt.io.readers import Example, read_examples
 from cascade_rt.types import Text
 
+_NUMBER = {True: "several labels per text (sigmoid)", False: "one label per text (softmax)"}
 SHORTEST = 3  # a token between [CLS] and [SEP]
 
 SENTENCES = (
@@ -45,6 +48,7 @@ class Checkpoint:
     source: str
     name: str
     labels: tuple[str, ...]
+    task: Task
     pair: bool
     max_length: int
     positions: int
@@ -73,6 +77,13 @@ def training_record(source: str) -> dict[str, Any]:
     return dict(json.loads(record.read_text("utf-8"))) if record.is_file() else {}
 
 
+def task_of(settings: Settings, recorded: Mapping[str, Any]) -> Task:
+    """Return the task of a classifier: with several labels, at the cuts that training recorded, else 0.5."""
+    if not settings.several:
+        return SingleLabel()
+    return MultiLabel(tuple(recorded.get("cuts") or (0.5,) * len(settings.labels)))
+
+
 def member_name(source: str) -> str:
     """Return a member's name: that of its folder, or of its hub repository."""
     path = Path(source)
@@ -91,7 +102,7 @@ def checked_length(source: str, asked: int | None, recorded: Mapping[str, Any], 
 
 
 def check_fit(checkpoints: Sequence[Checkpoint]) -> None:
-    """Raise CascadeError unless all members share labels, pair-ness and length; say what differs."""
+    """Raise CascadeError unless all members share labels, task, pair-ness and length; say what differs."""
     sources: dict[str, str] = {}
     for checkpoint in checkpoints:
         if checkpoint.name in sources:
@@ -103,6 +114,8 @@ def check_fit(checkpoints: Sequence[Checkpoint]) -> None:
         where = f"members {first.name!r} and {other.name!r} do not fit together:"
         if first.labels != other.labels:
             raise CascadeError(f"{where} labels {_shown(first.labels)} against {_shown(other.labels)}")
+        if first.task.several != other.task.several:
+            raise CascadeError(f"{where} {_NUMBER[first.task.several]} against {_NUMBER[other.task.several]}")
         if first.pair != other.pair:
             kinds = {True: "pairs", False: "single texts"}
             raise CascadeError(f"{where} {kinds[first.pair]} against {kinds[other.pair]}")

@@ -19,6 +19,7 @@ from cascade_export.onnx_checkpoint import OnnxCheckpoint, is_onnx, open_onnx
 from cascade_rt.bundle import Bundle, MemberEntry, sha256_of, write_bundle, write_manifest
 from cascade_rt.bundle.manifest import encoder_flops
 from cascade_rt.engine.backends import usable
+from cascade_rt.engine.task import MultiLabel
 from cascade_rt.engine.tokenization import TextTokenizer
 from cascade_rt.errors import CascadeError, InputError, InvalidOption, MissingExtraError
 
@@ -90,9 +91,11 @@ def _cost(one: Checkpoint) -> tuple[float, int]:
 
 def bundle_of(checkpoints: Sequence[Checkpoint], members: Sequence[MemberEntry], folder: Path) -> Bundle:
     """Return the manifest of members in `folder`, where the tokenizer is too, with the facts of their checkpoints."""
-    first = checkpoints[0]
+    first, task = checkpoints[0], checkpoints[-1].task
     return Bundle(
         labels=first.labels,
+        task=task.name,
+        cuts=task.cuts if isinstance(task, MultiLabel) else (),
         pair=first.pair,
         max_length=first.max_length,
         tokenizer_file=TOKENIZER_FILE,

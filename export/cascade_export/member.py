@@ -165,11 +165,13 @@ class MemberExport:
     def _checked(self, entry: MemberEntry, member: Stage) -> MemberEntry:
         """Run the finished member; return its entry with the measurements; raise CascadeError if it lost too much."""
         found: dict[str, Any] = {}
-        alone = probabilities(member, self._batched)
-        if (difference := batch_difference(member, self._batched, alone)) is not None:
+        task = self._checkpoint.task
+        alone = probabilities(member, self._batched, task)
+        if (difference := batch_difference(member, self._batched, alone, task)) is not None:
             found["batch_difference"] = difference
         if self._encoded is not None and self._data is not None:
-            found["check"] = report = compare(self._original, probabilities(member, self._encoded), self._data.labels)
+            exported = probabilities(member, self._encoded, task)
+            found["check"] = report = compare(self._original, exported, self._data.labels, task)
             if self._original is not None:
                 check_drop(entry.name, entry.precision, report, self._max_accuracy_drop)
         return replace(entry, other={**entry.other, **found})

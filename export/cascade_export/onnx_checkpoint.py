@@ -12,7 +12,7 @@ from cascade_train.settings import guarded, read_settings
 from tokenizers import Tokenizer
 
 from cascade_export.check import Probabilities, probabilities, reference
-from cascade_export.checkpoint import Checkpoint, checked_length, member_name, training_record
+from cascade_export.checkpoint import Checkpoint, checked_length, member_name, task_of, training_record
 from cascade_export.onnx_graph import OnnxGraph
 from cascade_export.tokenizer_file import bundled, check_same_tokens, longest, read_tokenizer
 from cascade_rt.bundle.onnx_file import OnnxFile, scan
@@ -54,10 +54,10 @@ class OnnxCheckpoint(Checkpoint):
         return {}
 
     def original(self, texts: Sequence[Text], tokenizer: TextTokenizer) -> Probabilities | None:
-        """Return the class probabilities of the fp32 file, float64 (texts, labels); None if there is none."""
+        """Return the probabilities of the fp32 file, float64 (texts, labels); None if there is none."""
         if "fp32" not in self.files:
             return None
-        return probabilities(reference(self, self.files["fp32"]), tokenizer.encode(texts))
+        return probabilities(reference(self, self.files["fp32"]), tokenizer.encode(texts), self.task)
 
     def copy(self, precision: str, folder: Path) -> tuple[str, list[str]]:
         """Copy the file of a precision into a bundle's folder; return the paths there: its own, its external data's."""
@@ -139,6 +139,7 @@ def open_onnx(source: str, *, pair: bool | None = None, max_length: int | None =
         source=source,
         name=member_name(str(folder)),
         labels=labels,
+        task=task_of(settings, training),
         pair=is_pair,
         max_length=length,
         positions=positions,

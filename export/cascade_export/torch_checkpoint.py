@@ -8,7 +8,7 @@ from inspect import signature
 from typing import Any
 
 from cascade_train.alignment import align, check_alignment, check_token_types, usable_positions
-from cascade_train.settings import guarded
+from cascade_train.settings import Settings, guarded
 from cascade_train.sources import (
     check_tokens,
     check_weights,
@@ -19,7 +19,7 @@ from cascade_train.sources import (
 )
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from cascade_export.checkpoint import Checkpoint, checked_length, member_name, training_record
+from cascade_export.checkpoint import Checkpoint, checked_length, member_name, task_of, training_record
 from cascade_export.tokenizer_file import Padding, bundled, check_same_tokens
 from cascade_rt.errors import InputError
 from cascade_rt.types import Text
@@ -45,23 +45,24 @@ def open_torch(source: str, *, pair: bool | None = None, max_length: int | None 
     single texts, and as many tokens as the model takes. Raises InputError, which names the source, where it cannot be
     opened or has settings that would change its answers (docs/guide/families.md).
     """
-    labels = classifier_settings(source).labels
+    settings = classifier_settings(source)
+    settings.labels  # noqa: B018 - fails before the weights are loaded
     config = pretrained(AutoConfig, source)
     tokenizer = load_tokenizer(source)
     model = load_classifier(source, attn_implementation="eager")  # which the fusions of the export know
     with guarded(source, "cannot be used", "expected a fine-tuned encoder of a family in docs/guide/families.md"):
-        return _checked(source, labels, config, tokenizer, model, pair, max_length)
+        return _checked(settings, config, tokenizer, model, pair, max_length)
 
 
 def _checked(
-    source: str,
-    labels: tuple[str, ...],
+    settings: Settings,
     config: Any,
     tokenizer: PreTrainedTokenizerFast,
     model: Any,
     pair: bool | None,
     max_length: int | None,
 ) -> TorchCheckpoint:
+    source = settings.source
     training = training_record(source)
     is_pair = bool(training.get("pair", False)) if pair is None else pair
     check_weights(source, model)
@@ -76,7 +77,8 @@ def _checked(
     return TorchCheckpoint(
         source=source,
         name=member_name(source),
-        labels=labels,
+        labels=settings.labels,
+        task=task_of(settings, training),
         pair=is_pair,
         max_length=length,
         positions=usable_positions(model),

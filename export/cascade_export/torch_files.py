@@ -17,13 +17,11 @@ from cascade_export.precision import WRITERS, write_precision
 from cascade_export.temperature import divide_logits, fit_temperature
 from cascade_export.torch_checkpoint import TorchCheckpoint
 from cascade_export.verify import check_texts, torch_probabilities, verify
-from cascade_rt.engine.task import SingleLabel
 from cascade_rt.engine.tokenization import TextTokenizer
-from cascade_rt.errors import InputError
+from cascade_rt.errors import InputError, InvalidOption
 from cascade_rt.tuning.metrics import ece
 from cascade_rt.types import Text
 
-_TASK = SingleLabel()
 _ROUNDING_TEXTS = 512
 
 
@@ -70,12 +68,14 @@ class TorchFiles:
         return self._source.name, []
 
     def original(self, texts: Sequence[Text], _: TextTokenizer) -> Probabilities:
-        """Return torch's class probabilities, with the member's own tokenizer, float64 (texts, labels)."""
+        """Return torch's probabilities, with the member's own tokenizer, float64 (texts, labels)."""
         return torch_probabilities(self._checkpoint.original or self._checkpoint, texts)
 
 
 def _calibrate(checkpoint: TorchCheckpoint, data: CheckData | None) -> dict[str, Any]:
     """Scale the checkpoint's logits by the temperature that fits the check data; return it for the manifest."""
+    if checkpoint.task.several:
+        raise InvalidOption("calibrate", True, "False with several labels: their cuts are of these probabilities")
     if data is None or data.labels is None:
         raise InputError(f"member {checkpoint.name!r}: found no labelled data to calibrate on; give check data")
     before = torch_probabilities(checkpoint, data.texts)
@@ -84,15 +84,15 @@ def _calibrate(checkpoint: TorchCheckpoint, data: CheckData | None) -> dict[str,
     divide_logits(checkpoint.model, temperature)
     if checkpoint.original:
         divide_logits(checkpoint.original.model, temperature)
-    after = _TASK.probabilities(logits / temperature)
+    after = checkpoint.task.probabilities(logits / temperature)
     correct = before.argmax(axis=1) == data.labels
     return {
         "temperature": {
             "value": temperature,
             "texts": len(correct),
             "ece": {
-                "before": ece(correct, _TASK.confidence(before)),
-                "after": ece(correct, _TASK.confidence(after)),
+                "before": ece(correct, checkpoint.task.confidence(before)),
+                "after": ece(correct, checkpoint.task.confidence(after)),
             },
         }
     }

@@ -11,12 +11,9 @@ from numpy.typing import NDArray
 from cascade_export.checkpoint import SENTENCES
 from cascade_export.torch_checkpoint import TorchCheckpoint
 from cascade_rt.engine.stage import Stage
-from cascade_rt.engine.task import SingleLabel
 from cascade_rt.engine.tokenization import TextTokenizer
 from cascade_rt.errors import CascadeError
 from cascade_rt.types import Text
-
-_TASK = SingleLabel()
 
 TOLERANCE = 1e-4
 """Largest allowed |difference of a class probability| between torch and the exported fp32 graph."""
@@ -44,7 +41,7 @@ def verify(checkpoint: TorchCheckpoint, member: Stage, tokenizer: TextTokenizer,
     batches = [np.arange(start, min(start + 4, len(texts))) for start in range(0, len(texts), 4)]
     worst = 0.0
     for rows in [*alone, *batches]:
-        exported = _TASK.probabilities(member.run(encoded.batch(rows)).logits)
+        exported = checkpoint.task.probabilities(member.run(encoded.batch(rows)).logits)
         original = torch_probabilities(checkpoint, [texts[row] for row in rows])
         difference = np.abs(exported - original).max(axis=1)
         at = int(difference.argmax())
@@ -60,4 +57,5 @@ def verify(checkpoint: TorchCheckpoint, member: Stage, tokenizer: TextTokenizer,
 
 def torch_probabilities(checkpoint: TorchCheckpoint, texts: Sequence[Text]) -> NDArray[np.float64]:
     """Return the original's answers, float64 (texts, labels), from its own tokenizer and torch."""
-    return _TASK.probabilities(text_logits(checkpoint.tokenizer, checkpoint.model, texts, checkpoint.max_length))
+    logits = text_logits(checkpoint.tokenizer, checkpoint.model, texts, checkpoint.max_length)
+    return checkpoint.task.probabilities(logits)

@@ -2,8 +2,8 @@
 
 Each word piece and each hashed n-gram has a vector. A text is the sum of its vectors over the square root of their
 number, and two small linear layers classify it. A pair is its first text, its second one, how they differ, and what
-they share. Logits are multiplied by the share of the n-grams that training has seen: texts unlike those of training
-are answered with less confidence, and by the same label.
+they share. With one label per text, logits are multiplied by the share of the n-grams that training has seen: texts
+unlike those of training are answered with less confidence, and by the same label.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from cascade_rt.errors import InputError, InvalidOption
 from cascade_train.ranges import check_ranges
+from cascade_train.settings import PROBLEM_TYPES
 
 MODEL_TYPE = "averaging-network"
 LONGEST_NGRAM = 3
@@ -84,6 +85,11 @@ class AveragingConfig(PretrainedConfig):  # type: ignore[misc]  # the library ha
     def size(self) -> Network:
         """The size of the network."""
         return Network(**self.network)
+
+    @property
+    def several(self) -> bool:
+        """True if a text has any number of labels."""
+        return bool(self.problem_type == PROBLEM_TYPES[True])
 
 
 class AveragingForSequenceClassification(PreTrainedModel):  # type: ignore[misc]  # the library has no types
@@ -147,7 +153,8 @@ class AveragingForSequenceClassification(PreTrainedModel):  # type: ignore[misc]
             vectors = torch.cat([ours, theirs, (ours - theirs).abs(), ours * theirs, both], dim=-1)
         hidden = torch.relu(self.hidden(vectors))
         logits = self.classifier(functional.dropout(hidden, self.config.size.dropout, self.training))
-        logits = logits * ((self.seen[rows] & real).sum(1) / real.sum(1))[:, None]
+        if not self.config.several:
+            logits = logits * ((self.seen[rows] & real).sum(1) / real.sum(1))[:, None]
         return SequenceClassifierOutput(loss=None if labels is None else self._loss(logits, labels), logits=logits)
 
     def _mean(self, rows: Tensor, kept: Tensor) -> Tensor:
@@ -157,7 +164,7 @@ class AveragingForSequenceClassification(PreTrainedModel):  # type: ignore[misc]
         return self.table(rows[kept], offsets) / counts.clamp_min(1).sqrt()[:, None]
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        if self.config.problem_type == "multi_label_classification":
+        if self.config.several:
             return functional.binary_cross_entropy_with_logits(logits, labels.float())
         return functional.cross_entropy(logits, labels)
 
@@ -203,9 +210,9 @@ def _shared(rows: Tensor, first: Tensor, second: Tensor) -> Tensor:
 
 
 def new_network(
-    tokenizer: PreTrainedTokenizerFast, labels: tuple[str, ...], size: Network, *, pair: bool
+    tokenizer: PreTrainedTokenizerFast, labels: tuple[str, ...], size: Network, *, pair: bool, several: bool = False
 ) -> AveragingForSequenceClassification:
-    """Return a network for a tokenizer and labels.
+    """Return a network for a tokenizer and labels; `several`: a text has any number of them.
 
     Raises InputError for pairs and a tokenizer that does not separate their texts, and InvalidOption for a table of
     more than 2 GB, the limit of an ONNX file.
@@ -231,7 +238,7 @@ def new_network(
             num_labels=len(labels),
             id2label=dict(enumerate(labels)),
             label2id={label: index for index, label in enumerate(labels)},
-            problem_type="single_label_classification",
+            problem_type=PROBLEM_TYPES[several],
         )
     )
 

@@ -24,6 +24,7 @@ from cascade_train.finetune import (
     Objective,
     Recipe,
     check_length,
+    chosen_cuts,
     described,
     device,
     load_base,
@@ -101,7 +102,7 @@ def train_averaging(
     _see(model, trainer.train_dataset, collator(own))
     trainer.add_callback(EarlyStoppingCallback(recipe.patience))
     facts = trained(trainer, output, data.metric)
-    record = run | {"metric": data.metric, "validation": validated(trainer), **facts}
+    record = run | {"metric": data.metric, "validation": validated(trainer), **chosen_cuts(trainer, data), **facts}
     finish(work, output, model.save_pretrained, own, record, data)
     return record
 
@@ -115,7 +116,7 @@ def untrained(
             raise InvalidOption("unigrams", unigrams, "an encoder, with layers")
         load_base(unigrams, data.labels, None, tokenizer)
     own = load_tokenizer(tokenizer)
-    model = new_network(own, data.labels, network, pair=data.pair)
+    model = new_network(own, data.labels, network, pair=data.pair, several=data.several)
     check_length(recipe.max_length, tokenizer, own, model)
     return own, model
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
@@ -37,7 +38,7 @@ from cascade_train.finetune import (
 )
 from cascade_train.inference import answers, collator, features
 from cascade_train.ranges import check_ranges
-from cascade_train.tasks import Examples, TaskData
+from cascade_train.tasks import Examples, TaskData, strata_of
 from cascade_train.work import claim, work_folder
 
 LABELS_FILE = "difficulty.jsonl"
@@ -97,7 +98,7 @@ def label_difficulty(
     work = work_folder(output, "label", "labelling")
     if jobs < 1:
         raise InvalidOption("jobs", jobs, "at least 1")
-    rarest = int(np.bincount(data.train.labels, minlength=len(data.labels)).min())
+    rarest = min(Counter(strata_of(data.train.labels)).values(), default=0)
     if rarest < splits.folds:
         raise InvalidOption("folds", splits.folds, f"at most {rarest}, the training instances of the rarest class")
     run = _Run(base, data, layers, tokenizer, recipe, splits, work)
@@ -168,17 +169,18 @@ def _trained(run: _Run, missing: list[tuple[int, int]], jobs: int) -> Iterator[N
 
 
 def _train_fold(run: _Run, seed: int, fold: int, threads: int | None = None) -> None:
-    """Train on all folds but one, and store the predictions of that one: [row, class id] pairs."""
+    """Train on all folds but one, and store the predictions of that one: [row, class id], or [row, class ids]."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if threads:
         torch.set_num_threads(threads)
     train = run.data.train
     split = StratifiedKFold(run.splits.folds, shuffle=True, random_state=seed)
-    kept, held = list(split.split(np.zeros(len(train)), train.labels))[fold]
+    kept, held = list(split.split(np.zeros(len(train)), strata_of(train.labels)))[fold]
     recipe = replace(run.recipe, seed=run.recipe.seed + 1000 * seed + fold)
     set_seed(recipe.seed)
-    tokenizer, model = load_base(run.base, run.data.labels, run.layers, run.tokenizer)
+    data = run.data
+    tokenizer, model = load_base(run.base, data.labels, run.layers, run.tokenizer, several=data.several)
     with TemporaryDirectory(prefix="cascade-fold-") as folder:
         trainer = ObjectiveTrainer(
             LABELS_ALONE,
@@ -191,35 +193,40 @@ def _train_fold(run: _Run, seed: int, fold: int, threads: int | None = None) -> 
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     rows = features(tokenizer, model, train.take(held), recipe.max_length)
-    predictions: NDArray[np.intp] = answers(tokenizer, model, rows).argmax(axis=-1)
-    write_json(run.part(seed, fold), np.column_stack([held, predictions]).tolist())
+    logits = answers(tokenizer, model, rows)
+    predictions = [np.flatnonzero(row > 0).tolist() for row in logits] if data.several else logits.argmax(-1).tolist()
+    write_json(run.part(seed, fold), list(zip(held.tolist(), predictions, strict=True)))
 
 
 def _collected(run: _Run, target: Path) -> dict[str, Any]:
     """Write the labels of all instances; return their shares."""
-    data = run.data
-    predictions = np.full((len(data.train), run.splits.seeds), -1)
-    for seed in range(run.splits.seeds):
+    data, seeds = run.data, range(run.splits.seeds)
+    found: list[list[Any]] = [[None] * len(seeds) for _ in data.train.labels]
+    for seed in seeds:
         for fold in range(run.splits.folds):
-            rows, answers = np.array(json.loads(run.part(seed, fold).read_text("utf-8"))).T
-            predictions[rows, seed] = answers
-    if (predictions < 0).any():
+            for row, answer in json.loads(run.part(seed, fold).read_text("utf-8")):
+                found[row][seed] = tuple(answer) if data.several else answer
+    if any(None in some for some in found):
         raise CascadeError(f"{run.work}: some folds lack predictions; delete the folder and label again")
-    labels = np.array(data.train.labels)
-    difficult = (predictions != labels[:, None]).any(axis=1)
+
+    def named(answer: Any) -> Any:
+        return [data.labels[index] for index in answer] if data.several else data.labels[answer]
+
+    labelled = zip(found, data.train.labels, strict=True)
+    right = np.array([[answer == label for answer in some] for some, label in labelled], dtype=bool)
+    difficult: NDArray[np.bool_] = np.logical_not(right.all(axis=1))
     with target.open("w", encoding="utf-8", newline="\n") as stream:
-        for row in range(len(labels)):
+        for row, label in enumerate(data.train.labels):
             fields = {
                 "id": row,
-                "label": data.labels[labels[row]],
-                "predictions": [data.labels[answer] for answer in predictions[row]],
+                "label": named(label),
+                "predictions": [named(answer) for answer in found[row]],
                 "difficulty": int(difficult[row]),
             }
             stream.write(json.dumps(fields, ensure_ascii=False) + "\n")
+    has = data.task.indicators(data.train.answers(len(data.labels)), len(data.labels))
     return {
         "difficult": float(difficult.mean()),
-        "difficult_by_class": {
-            name: float(difficult[labels == index].mean()) for index, name in enumerate(data.labels)
-        },
-        "accuracy_by_seed": [float(np.mean(predictions[:, seed] == labels)) for seed in range(run.splits.seeds)],
+        "difficult_by_class": {name: float(difficult[has[:, index]].mean()) for index, name in enumerate(data.labels)},
+        "accuracy_by_seed": right.mean(axis=0).tolist(),
     }

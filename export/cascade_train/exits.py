@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Trainer, set_seed
 
-from cascade_rt.errors import InvalidOption
+from cascade_rt.errors import InputError, InvalidOption
 from cascade_rt.tuning.metrics import accuracy
 from cascade_train import RECORD
 from cascade_train.finetune import (
@@ -165,6 +165,11 @@ def train_exits(
     """
     if kind not in KINDS:
         raise InvalidOption("kind", kind, f"one of {', '.join(KINDS)}")
+    if data.several:
+        raise InputError(
+            f"{data.name}: found several labels per text, expected one: exits are trained with one label; "
+            "train complete members instead"
+        )
     work = work_folder(output, "train")
     member = base
     if kind != PABEE and not (Path(base) / RECORD).is_file():

@@ -26,15 +26,23 @@ from transformers import (
     set_seed,
 )
 
+from cascade_rt.engine.task import MultiLabel
 from cascade_rt.errors import CascadeError, InputError, InvalidOption
 from cascade_rt.io.writers import write_json
-from cascade_rt.tuning.metrics import accuracy, f1
+from cascade_rt.tuning.cuts import best_cuts
+from cascade_rt.tuning.metrics import accuracy, f1, f1_of_sets
 from cascade_train import RECORD
 from cascade_train.alignment import align, usable_positions
 from cascade_train.compat import training_arguments
 from cascade_train.inference import EXTRAS, answers, collator, features, first_token_states
-from cascade_train.losses import difficulty_aware_regularization, distillation, patient_distillation
+from cascade_train.losses import (
+    difficulty_aware_regularization,
+    distillation,
+    distillation_of_sets,
+    patient_distillation,
+)
 from cascade_train.ranges import check_ranges
+from cascade_train.settings import PROBLEM_TYPES
 from cascade_train.sources import (
     check_tokens,
     classifier_settings,
@@ -167,9 +175,9 @@ def finetune(
         **described(data, recipe),
     }
     set_seed(recipe.seed)
-    member_tokenizer, model = load_base(base, data.labels, layers, tokenizer)
+    member_tokenizer, model = load_base(base, data.labels, layers, tokenizer, several=data.several)
     check_length(recipe.max_length, base, member_tokenizer, model)
-    replacing = [_module_replacing(base, data.labels, model, tokenizer)] if module_replacing else []
+    replacing = [_module_replacing(base, data, model, tokenizer)] if module_replacing else []
     if objective.patient is not None:
         _check_patient(objective.patient, model, base)
     claim(work, run)
@@ -177,9 +185,17 @@ def finetune(
     for callback in replacing:
         trainer.add_callback(callback)
     facts = trained(trainer, output, data.metric)
-    record = run | {"metric": data.metric, "validation": validated(trainer), **facts}
+    record = run | {"metric": data.metric, "validation": validated(trainer), **chosen_cuts(trainer, data), **facts}
     finish(work, output, model.save_pretrained, member_tokenizer, record, data)
     return record
+
+
+def chosen_cuts(trainer: Trainer, data: TaskData) -> dict[str, list[float]]:
+    """Return what the record of a member with several labels has: the cut of each, the best on validation."""
+    if not data.several:
+        return {}
+    outcome = trainer.predict(trainer.eval_dataset)
+    return {"cuts": list(_cuts(outcome.predictions, outcome.label_ids))}
 
 
 def described(data: TaskData, recipe: Recipe) -> dict[str, Any]:
@@ -187,6 +203,7 @@ def described(data: TaskData, recipe: Recipe) -> dict[str, Any]:
     return {
         "task": data.name,
         "labels": list(data.labels),
+        **({"several": True} if data.several else {}),
         "pair": data.pair,
         "max_length": recipe.max_length,
         "recipe": asdict(recipe),
@@ -194,10 +211,11 @@ def described(data: TaskData, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _module_replacing(base: str, labels: tuple[str, ...], model: Any, tokenizer: str | None) -> ModuleReplacing:
+def _module_replacing(base: str, data: TaskData, model: Any, tokenizer: str | None) -> ModuleReplacing:
     if tokenizer is not None:
         raise InvalidOption("tokenizer", tokenizer, "none with module replacing: the member has its own")
-    _, predecessor = load_member(base, labels, "base", attention=TRAINED_ATTENTION)  # as the successor's layers
+    # Its attention is that of the successor's layers.
+    _, predecessor = load_member(base, data.labels, "base", several=data.several, attention=TRAINED_ATTENTION)
     if model.config.num_hidden_layers >= predecessor.config.num_hidden_layers:
         deep = predecessor.config.num_hidden_layers
         raise InvalidOption("layers", model.config.num_hidden_layers, f"fewer than the {deep} layers of {base}")
@@ -282,7 +300,7 @@ def teacher_states(source: str, data: TaskData, recipe: Recipe, layers: int, str
 
     `strategy`: that of `patient_layers`.
     """
-    tokenizer, model = load_member(source, data.labels, "teacher")
+    tokenizer, model = load_member(source, data.labels, "teacher", several=data.several)
     model.to(device())
     matched = patient_layers(model.config.num_hidden_layers, layers, strategy)
     rows = features(tokenizer, model, data.train, recipe.max_length)
@@ -297,23 +315,29 @@ def logits_of(
 
     `bf16` computes in bfloat16, for answers that are only learnt from.
     """
-    tokenizer, model = load_member(source, data.labels, "teacher")
+    tokenizer, model = load_member(source, data.labels, "teacher", several=data.several)
     model.eval().to(device())
     with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
         return answers(tokenizer, model, features(tokenizer, model, examples, max_length))
 
 
 def load_member(
-    source: str, labels: tuple[str, ...], option: str, *, attention: str | None = None
+    source: str, labels: tuple[str, ...], option: str, *, several: bool = False, attention: str | None = None
 ) -> tuple[PreTrainedTokenizerFast, Any]:
-    """Load a fine-tuned member; raise InputError where that fails, and InvalidOption for one with other labels."""
-    found = classifier_settings(source).labels
+    """Load a fine-tuned member; raise InputError where that fails, and InvalidOption for one of another task.
+
+    `several`: a text has any number of the labels.
+    """
+    settings = classifier_settings(source)
     tokenizer = load_tokenizer(source)
     model = load_classifier(source, attn_implementation=attention)
-    if found != labels:
+    if settings.labels != labels:
         raise InvalidOption(
-            option, source, f"a member with the labels {', '.join(labels[:6])}, not {', '.join(found[:6])}"
+            option, source, f"a member with the labels {', '.join(labels[:6])}, not {', '.join(settings.labels[:6])}"
         )
+    if settings.several != several:
+        kinds = {True: "several labels per text", False: "one label per text"}
+        raise InvalidOption(option, source, f"a member that gives {kinds[several]}, as the data have")
     return tokenizer, model
 
 
@@ -323,11 +347,11 @@ def device() -> str:
 
 
 def load_base(
-    base: str, labels: tuple[str, ...], layers: int | None, tokenizer: str | None = None
+    base: str, labels: tuple[str, ...], layers: int | None, tokenizer: str | None = None, *, several: bool = False
 ) -> tuple[PreTrainedTokenizerFast, Any]:
     """Load an encoder, whole or its first k layers, with a new classifier; raise InputError where that fails.
 
-    With `tokenizer`, the encoder is aligned to that one.
+    With `tokenizer`, the encoder is aligned to that one. `several`: a text has any number of the labels.
     """
     config = pretrained(AutoConfig, base)
     if not config.num_hidden_layers:
@@ -341,7 +365,7 @@ def load_base(
     config.num_labels = len(labels)
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: index for index, label in enumerate(labels)}
-    config.problem_type = "single_label_classification"  # the head is new, and so is its task
+    config.problem_type = PROBLEM_TYPES[several]  # the head is new, and so is its task
     for key in ("function_to_apply", "task_specific_params"):
         if getattr(config, key, None) is not None:
             setattr(config, key, None)
@@ -387,14 +411,17 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]  # the library has no typ
         difficulty, teacher, states = (inputs.pop(name, None) for name in EXTRAS)
         outputs = model(**inputs) if states is None else model(**inputs, output_hidden_states=True)
         loss, objective = outputs.loss, self._objective
+        several = model.config.problem_type == PROBLEM_TYPES[True]
         if teacher is not None:
-            soft = distillation(outputs.logits, teacher, objective.temperature)
+            soft = (distillation_of_sets if several else distillation)(outputs.logits, teacher, objective.temperature)
             loss = (1 - objective.distill_weight) * loss + objective.distill_weight * soft
         if states is not None:
             ours = torch.stack([layer[:, 0] for layer in outputs.hidden_states[1:-1]], 1)
             loss = loss + objective.patient_weight * patient_distillation(ours, states)
         if difficulty is not None:
-            regularization = difficulty_aware_regularization(outputs.logits, difficulty, objective.dar_margin)
+            regularization = difficulty_aware_regularization(
+                outputs.logits, difficulty, objective.dar_margin, several=several
+            )
             loss = loss + objective.dar_weight * regularization
         return (loss, outputs) if return_outputs else loss
 
@@ -428,7 +455,7 @@ def member_trainer(
         train_dataset=train,
         eval_dataset=features(tokenizer, model, data.validation, recipe.max_length),
         data_collator=collator(tokenizer),
-        compute_metrics=lambda outcome: _measured(outcome, len(data.labels)),
+        compute_metrics=_measured_sets if data.several else lambda outcome: _measured(outcome, len(data.labels)),
     )
 
 
@@ -474,6 +501,21 @@ def arguments(recipe: Recipe, work: Path, *, group_by_length: bool = True, **mor
         restore_callback_states_from_checkpoint=True,  # how long early stopping has waited
         **more,
     )
+
+
+def _cuts(logits: NDArray[np.float32], labels: NDArray[Any]) -> tuple[float, ...]:
+    return best_cuts(MultiLabel(()).probabilities(logits), labels > 0)
+
+
+def _measured_sets(outcome: EvalPrediction) -> dict[str, float]:
+    """Return the metrics of several labels at the best cuts: how well they can be told apart."""
+    found = MultiLabel(_cuts(outcome.predictions, outcome.label_ids))
+    answers, labels = found.answers(found.probabilities(outcome.predictions)), outcome.label_ids > 0
+    return {
+        "accuracy": float(found.equal(answers, labels).mean()),
+        "f1": f1_of_sets(labels, answers),
+        "f1_micro": f1_of_sets(labels, answers, micro=True),
+    }
 
 
 def _measured(outcome: EvalPrediction, classes: int) -> dict[str, float]:

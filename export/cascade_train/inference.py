@@ -40,9 +40,15 @@ def features(tokenizer: PreTrainedTokenizerFast, model: Any, examples: Examples,
     taken = inspect.signature(model.forward).parameters  # DistilBERT, for one, takes no token types
     empty = _padding(tokenizer) | {"attention_mask": 1}
     return [
-        {name: values[row] or [empty[name]] for name, values in encoded.items() if name in taken} | {"label": label}
+        {name: values[row] or [empty[name]] for name, values in encoded.items() if name in taken}
+        | {"label": _target(label, model.config.num_labels)}
         for row, label in enumerate(examples.labels)
     ]
+
+
+def _target(label: Any, labels: int) -> Any:
+    """Return what a loss compares with: several class ids as a list of 0 and 1, one for each label; others as it is."""
+    return [float(index in label) for index in range(labels)] if isinstance(label, tuple) else label
 
 
 def collator(tokenizer: PreTrainedTokenizerFast) -> Callable[[list[Row]], dict[str, Tensor]]:

@@ -13,20 +13,28 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def confidence(logits: Tensor) -> Tensor:
-    """Return the largest class probability of each instance, float (batch,), from logits (batch, labels)."""
+def confidence(logits: Tensor, *, several: bool = False) -> Tensor:
+    """Return the largest class probability of each instance, float (batch,), from logits (batch, labels).
+
+    With several labels per text, the smallest probability of a decision about a label.
+    """
+    if several:
+        return torch.sigmoid(logits.float().abs()).amin(dim=-1)
     return torch.softmax(logits.float(), dim=-1).amax(dim=-1)
 
 
-def difficulty_aware_regularization(logits: Tensor, difficulty: Tensor, margin: float) -> Tensor:
+def difficulty_aware_regularization(
+    logits: Tensor, difficulty: Tensor, margin: float, *, several: bool = False
+) -> Tensor:
     """Return the difficulty-aware regularization of a batch (paper, section 3.3), a scalar.
 
     The mean, over all pairs of one easy and one difficult instance, of max(0, c(difficult) - c(easy) + margin): the
     confidence of an easy instance should exceed that of a difficult one by `margin`. 0 where the batch has no such
-    pair. `logits`: (batch, labels); `difficulty`: 0 (easy) or 1, (batch,). Eq. (5)-(6), as printed, would push the
-    difficult instance's confidence up; the text around them describes this, and equal difficulty adds nothing.
+    pair. `logits`: (batch, labels); `difficulty`: 0 (easy) or 1, (batch,); `several`: that of `confidence`. Eq.
+    (5)-(6), as printed, would push the difficult instance's confidence up; the text around them describes this, and
+    equal difficulty adds nothing.
     """
-    sure = confidence(logits)
+    sure = confidence(logits, several=several)
     easy, difficult = sure[difficulty == 0], sure[difficulty == 1]
     violations = torch.relu(difficult[:, None] - easy[None, :] + margin)
     return violations.sum() / max(1, violations.numel())
@@ -41,6 +49,18 @@ def distillation(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     student = functional.log_softmax(logits.float() / temperature, dim=-1)
     target = functional.log_softmax(teacher.float() / temperature, dim=-1)
     return functional.kl_div(student, target, reduction="batchmean", log_target=True) * temperature**2
+
+
+def distillation_of_sets(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Return the soft loss of knowledge distillation with several labels per text, a scalar.
+
+    T^2 times the mean, over texts and labels, of the Kullback-Leibler divergence of the student's softened decision
+    from the teacher's; arguments as of `distillation`, whose one distribution over the labels is here one for each.
+    """
+    softened = teacher.float() / temperature
+    target = torch.sigmoid(softened)
+    cross_entropy = functional.binary_cross_entropy_with_logits(logits.float() / temperature, target)
+    return (cross_entropy - functional.binary_cross_entropy_with_logits(softened, target)) * temperature**2
 
 
 def patient_distillation(student: Tensor, teacher: Tensor) -> Tensor:

@@ -19,6 +19,9 @@ CONFIG, TOKENIZER_CONFIG, ADAPTER = "config.json", "tokenizer_config.json", "ada
 DEFAULT_LABELS = 2
 """Labels of a config.json that names none, as in transformers."""
 
+PROBLEM_TYPES = {False: "single_label_classification", True: "multi_label_classification"}
+"""The `problem_type` of a classifier whose texts have one label, and of one whose texts have any number."""
+
 _CLASSIFIER = "ForSequenceClassification"
 _SHOWN, _LINE = 60, 240  # characters of a setting's value, and of another library's message
 
@@ -110,9 +113,31 @@ class Settings:
                 "merge them with peft (merge_and_unload) and save that"
             )
 
+    @property
+    def several(self) -> bool:
+        """True if a text has any number of labels, each with its own probability, a sigmoid."""
+        problem = self.config.get("problem_type")
+        if problem is None:
+            return any(_class(found) == "sigmoid" for found in self._activations.values())
+        return bool(problem == PROBLEM_TYPES[True])
+
+    @property
+    def _activations(self) -> dict[str, object]:
+        """What sentence-transformers' CrossEncoders name as the function of their answers, by setting."""
+        found = self.config.get("sentence_transformers")
+        named = found.get("activation_fn") if isinstance(found, dict) else None
+        once = "sbert_ce_default_activation_function"
+        return {"sentence_transformers": named, once: self.config.get(once)}
+
     def check_task(self) -> None:
-        """Raise InputError unless the model is a classifier of one label per text."""
+        """Raise InputError unless the model is a classifier: of one label per text, softmax, or several, sigmoid."""
         self._check(_TASK)
+        wanted = "sigmoid" if self.several else "softmax"
+        functions = self._activations | {"function_to_apply": self.config.get("function_to_apply")}
+        for key, found in functions.items():
+            if found is not None and _class(found) not in (wanted, "identity"):
+                remedy = f"{wanted}, as of problem_type {PROBLEM_TYPES[self.several]}; correct the one that is wrong"
+                raise self.refusal(CONFIG, key, found, remedy)
         names = self.config.get("architectures") or []
         if names and not any(str(name).endswith(_CLASSIFIER) for name in names):
             raise InputError(
@@ -149,36 +174,17 @@ class _Rule(NamedTuple):
     expected: str
 
 
-_ACTIVATION = (
-    "Identity or Softmax: cascade-rt gives probabilities of one label per text; if the model was trained so, remove it"
-)
-
-
-def _keeps_softmax(activation: object) -> bool:
-    """Return whether a CrossEncoder with this activation function, the name of a class of torch, keeps the softmax."""
-    return activation is None or str(activation).rpartition(".")[2] in ("Identity", "Softmax")
+def _class(activation: object) -> str:
+    """Return the name of a function, or of a class of torch, in small letters and without its module."""
+    return str(activation).rpartition(".")[2].lower()
 
 
 _TASK = (
     _Rule(
         CONFIG,
-        "sentence_transformers",
-        lambda found: not isinstance(found, dict) or _keeps_softmax(found.get("activation_fn")),
-        _ACTIVATION,
-    ),
-    _Rule(CONFIG, "sbert_ce_default_activation_function", _keeps_softmax, _ACTIVATION),
-    _Rule(
-        CONFIG,
         "problem_type",
-        lambda found: found == "single_label_classification",
-        "single_label_classification: cascade-rt answers one label per text; train a classifier of one label per text, "
-        "or one for each label (yes or no)",
-    ),
-    _Rule(
-        CONFIG,
-        "function_to_apply",
-        lambda found: found == "softmax",
-        "softmax: cascade-rt gives probabilities of one label per text; if the model was trained so, remove the line",
+        lambda found: found in PROBLEM_TYPES.values(),
+        f"{' or '.join(PROBLEM_TYPES.values())}: cascade-rt answers labels, not numbers; train a classifier",
     ),
     _Rule(
         CONFIG,

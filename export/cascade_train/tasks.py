@@ -12,12 +12,17 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from cascade_rt.engine.task import MultiLabel, SingleLabel, Task
 from cascade_rt.errors import InputError, InvalidOption
 from cascade_rt.io.fields import is_blank, label_order
-from cascade_rt.io.readers import AS_USUAL, LABEL, Reading, Reject, read_examples, read_records
+from cascade_rt.io.readers import AS_USUAL, LABEL, LABELS, Reading, Reject, read_examples, read_records
 from cascade_rt.io.writers import json_line, open_output
 from cascade_rt.tuning.evaluation import label_ids
 from cascade_rt.types import Text
@@ -28,13 +33,22 @@ _MANY_LABELS = 20
 
 @dataclass(frozen=True)
 class Examples:
-    """Texts (or pairs) and their class ids."""
+    """Texts (or pairs) and their class ids: of each text one, int, or with several labels all, in a tuple.
+
+    A teacher's answers, with several labels, are a list: the probability of each label.
+    """
 
     texts: Sequence[Text]
-    labels: Sequence[int]
+    labels: Sequence[Any]
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def answers(self, labels: int) -> NDArray[Any]:
+        """Return the class ids, int (texts,), or with several labels which of all, bool (texts, labels)."""
+        if not any(isinstance(label, tuple) for label in self.labels):
+            return np.array(self.labels, dtype=np.intp)
+        return np.array([[index in some for index in range(labels)] for some in self.labels])
 
     def take(self, rows: Iterable[int]) -> Examples:
         """Return the examples at these indices, in this order."""
@@ -62,6 +76,13 @@ class TaskData:
     validation: Examples
     nested: bool = False
     """True if training texts are phrases of one another, as SST-2's are."""
+    several: bool = False
+    """True if a text has any number of labels."""
+
+    @property
+    def task(self) -> Task:
+        """The meaning of answers; several labels are cut at 0.5."""
+        return MultiLabel((0.5,) * len(self.labels)) if self.several else SingleLabel()
 
     def described(self) -> dict[str, Any]:
         """Return the examples' numbers and hashes, for a record."""
@@ -149,7 +170,7 @@ def load_evaluation(name: str, folder: Path | None) -> dict[str, Examples]:
 
 def load_part(part: str) -> Examples:
     """Load a part of the built-in task: "train", "tuning" or "heldout"."""
-    return _indexed([(text, label, part) for text, label in smart_home.load(part)], smart_home.LABELS)
+    return _indexed([(text, [label], part) for text, label in smart_home.load(part)], smart_home.LABELS)
 
 
 def load_file(
@@ -158,25 +179,28 @@ def load_file(
     validation: Path | None = None,
     reading: Reading = AS_USUAL,
     pair: bool = False,
-    metric: str = "accuracy",
+    metric: str | None = None,
     holdout: float = 0.1,
     split_seed: int = 0,
     skipped: list[str] | None = None,
 ) -> TaskData:
     """Load any labelled csv, tsv, jsonl or parquet file with named columns, as `reading` says.
 
-    Class ids follow the labels in the order of `fields.label_order`: numbers by value, then the others by spelling.
-    Without a `validation` file a share `holdout` of the rows is held out. A row without a text or a label, or one that
-    cannot be read, raises InputError; with a list `skipped`, it is left out, and the reason is appended.
+    Texts have several labels if `reading` or the file's first record says so (`Reading.lists_labels`). Class ids follow
+    the labels in the order of `fields.label_order`, numbers by value, then the others by spelling; or their columns.
+    `metric`: "accuracy" or "f1"; None for the F1 of several labels, else accuracy. Without a `validation` file a share
+    `holdout` of the rows is held out. A row without a text or a label, or one that cannot be read, raises InputError;
+    with a list `skipped`, it is left out, and the reason is appended.
     """
-    rows = _read_labelled(path, reading, pair, skipped)
-    names = tuple(sorted({label for _, label, _ in rows}, key=label_order))
+    several = _has_several(path, reading, pair)
+    rows = _read_labelled(path, reading, pair, skipped, several)
+    names = reading.label_columns or tuple(sorted({name for _, found, _ in rows for name in found}, key=label_order))
     if len(names) < 2:
         without = f" ({len(skipped)} rows were left out, the first: {skipped[0]})" if skipped else ""
         raise InputError(
             f"{path}: found the label(s) {', '.join(names) or 'none'}{without}, expected at least two different ones"
         )
-    train = _indexed(rows, names)
+    train = _indexed(rows, names, several)
     if validation is None and len(names) > max(_MANY_LABELS, len(rows) // 2):
         raise InputError(
             f"{path}: found {len(names):,} different labels in {len(rows):,} rows of the column "
@@ -187,10 +211,10 @@ def load_file(
     if validation is None:
         train, held = hold_out(train, holdout, split_seed)
     else:
-        held = _indexed(_read_labelled(validation, reading, pair, skipped), names)
+        held = _indexed(_read_labelled(validation, reading, pair, skipped, several), names, several)
         if not held:
             raise InputError(f"{validation}: no rows; validation needs some")
-    return TaskData(path.stem, names, pair, metric, train, held)
+    return TaskData(path.stem, names, pair, metric or ("f1" if several else "accuracy"), train, held, several=several)
 
 
 def reserve(data: TaskData, share: float, seed: int) -> tuple[TaskData, Examples, Examples]:
@@ -205,7 +229,7 @@ def reserve(data: TaskData, share: float, seed: int) -> tuple[TaskData, Examples
 
 
 def hold_out(examples: Examples, share: float, seed: int, *, nested: bool = False) -> tuple[Examples, Examples]:
-    """Split into (kept, held out), stratified by label.
+    """Split into (kept, held out), stratified by label; of several labels, by the rarest that a text has.
 
     With `nested` only whole texts, which are not a phrase of another text, are held out, together with all their
     phrases. SST-2 trains on the phrases of its sentences: a random split would validate on fragments of training
@@ -218,7 +242,8 @@ def hold_out(examples: Examples, share: float, seed: int, *, nested: bool = Fals
     if not 0 <= seed < 2**32:
         raise InvalidOption("split_seed", seed, f"a number from 0 to {2**32 - 1}")
     candidates = _whole_texts(examples.texts) if nested else list(range(len(examples)))
-    counts = Counter(examples.labels[row] for row in candidates)
+    strata = strata_of([examples.labels[row] for row in candidates])
+    counts = Counter(strata)
     rarest = min(counts.values(), default=0)
     if rarest < 2 or math.ceil(share * len(candidates)) < len(counts):
         raise InputError(
@@ -230,7 +255,7 @@ def hold_out(examples: Examples, share: float, seed: int, *, nested: bool = Fals
             candidates,
             test_size=share,
             random_state=seed,
-            stratify=[examples.labels[row] for row in candidates],
+            stratify=strata,
         )
     except ValueError as error:
         raise InputError(
@@ -244,12 +269,28 @@ def hold_out(examples: Examples, share: float, seed: int, *, nested: bool = Fals
     return examples.take(row for row in range(len(examples)) if row not in gone), examples.take(sorted(held))
 
 
+def strata_of(labels: Sequence[Any]) -> list[int]:
+    """Return the class by which each example is stratified: its label, or of several the rarest; -1 for none.
+
+    With several labels, a class of one example joins the largest.
+    """
+    counts = Counter(label for some in labels for label in (some if isinstance(some, tuple) else (some,)))
+    if not any(isinstance(some, tuple) for some in labels):
+        return list(labels)
+    strata = [min(some, key=lambda label: (counts[label], label), default=-1) for some in labels]
+    sizes = Counter(strata)
+    largest = max(sizes, key=lambda stratum: sizes[stratum])
+    return [stratum if sizes[stratum] > 1 else largest for stratum in strata]
+
+
 def write_examples(path: Path, examples: Examples, labels: Sequence[str]) -> None:
-    """Write examples as JSON lines with the fields text, text_pair (of pairs) and label, atomically."""
+    """Write examples as JSON lines with the fields text, text_pair (of pairs) and label or labels, atomically."""
     with open_output(path) as stream:
         for text, label in zip(examples.texts, examples.labels, strict=True):
             fields = {"text": text} if isinstance(text, str) else {"text": text[0], "text_pair": text[1]}
-            stream.write(json_line(fields, {"label": labels[label]}))
+            several = isinstance(label, tuple)
+            answer = {LABELS: [labels[index] for index in label]} if several else {LABEL: labels[label]}
+            stream.write(json_line(fields, answer))
 
 
 def _whole_texts(texts: Sequence[Text]) -> list[int]:
@@ -298,16 +339,25 @@ def _read_glue(task: GlueTask, folder: Path | None, files: Sequence[str]) -> Exa
     return Examples(texts, labels)
 
 
-def _read_labelled(path: Path, reading: Reading, pair: bool, skipped: list[str] | None) -> list[tuple[Text, str, str]]:
-    """Return the text, the label and the position of each row."""
-    rows: list[tuple[Text, str, str]] = []
+def _has_several(path: Path, reading: Reading, pair: bool) -> bool:
+    """Return whether the texts of a file have several labels, by its first usable record."""
+    first = next((record for record in read_records(path, reading, pair=pair) if not isinstance(record, Reject)), None)
+    return first is not None and reading.lists_labels(first)
+
+
+def _read_labelled(
+    path: Path, reading: Reading, pair: bool, skipped: list[str] | None, several: bool
+) -> list[tuple[Text, list[str], str]]:
+    """Return the text, the labels and the position of each row."""
+    rows: list[tuple[Text, list[str], str]] = []
     for record in read_records(path, reading, pair=pair):
         try:
             if isinstance(record, Reject):
                 raise record.error
             if is_blank(record.text):
                 raise InputError(f"{record.where}: found an empty text; leave the row out")
-            rows.append((record.text, reading.label_of(record), record.where))
+            found = reading.labels_of(record) if several else [reading.label_of(record)]
+            rows.append((record.text, found, record.where))
         except InputError as error:
             if skipped is None:
                 raise
@@ -315,7 +365,8 @@ def _read_labelled(path: Path, reading: Reading, pair: bool, skipped: list[str] 
     return rows
 
 
-def _indexed(rows: Sequence[tuple[Text, str, str]], names: Sequence[str]) -> Examples:
-    written = [(label, where) for _, label, where in rows]
-    ids = label_ids(written, names, by_number=False, known_by="training has")
-    return Examples([text for text, _, _ in rows], ids.tolist())
+def _indexed(rows: Sequence[tuple[Text, list[str], str]], names: Sequence[str], several: bool = False) -> Examples:
+    written = [(label, where) for _, found, where in rows for label in found]
+    ids = iter(label_ids(written, names, by_number=False, known_by="training has").tolist())
+    texts = [text for text, _, _ in rows]
+    return Examples(texts, [tuple(sorted(islice(ids, len(found)))) for _, found, _ in rows] if several else list(ids))

@@ -56,14 +56,17 @@ def _varied(text: str, other: str, draw: Random) -> str:
 
 def with_unlabelled(data: TaskData, unlabelled: Sequence[Text]) -> TaskData:
     """Return the data with the unlabelled texts behind the training texts; their labels are to be filled in."""
-    train = data.train
-    return replace(data, train=Examples([*train.texts, *unlabelled], [*train.labels, *([0] * len(unlabelled))]))
+    train, none = data.train, () if data.several else 0
+    return replace(data, train=Examples([*train.texts, *unlabelled], [*train.labels, *([none] * len(unlabelled))]))
 
 
 def with_answers(data: TaskData, teacher: NDArray[np.float32], labelled: int) -> TaskData:
     """Return the data with the teacher's answers as the labels of the unlabelled texts, which are the last.
 
-    `teacher`: its logits for all training texts, (texts, labels).
+    With several labels, its probabilities: few of them may be above a half. `teacher`: its logits for all training
+    texts, (texts, labels).
     """
-    labels = [*data.train.labels[:labelled], *teacher[labelled:].argmax(axis=-1).tolist()]
+    found = data.task.probabilities(teacher[labelled:])
+    answers = found if data.several else data.task.answers(found)
+    labels = [*data.train.labels[:labelled], *answers.tolist()]
     return replace(data, train=Examples(data.train.texts, labels))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+import shutil
 from itertools import compress
 from pathlib import Path
 
@@ -21,7 +22,6 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from cascade_rt import CascadeRuntime
-from cascade_rt.bundle import sha256_of, write_manifest
 from cascade_rt.engine.execution import Execution
 from cascade_rt.engine.providers import OPENVINO, is_installed
 from cascade_rt.engine.tokenization import TextTokenizer
@@ -177,10 +177,12 @@ def test_it_cannot_be_aligned_to_another_tokenizer(members: dict[bool, list[str]
 
 
 def test_several_labels_through_the_task(members: dict[bool, list[str]], tmp_path: Path) -> None:
-    """The network learns which labels a text has, and the bundle's task reads its logits as that."""
-    model = load_classifier(members[False][1]).train()
-    model.config.problem_type = "multi_label_classification"
-    tokenizer = load_tokenizer(members[False][1])
+    """The network learns which labels a text has, and the bundle gives them."""
+    folder = tmp_path / "network"
+    shutil.copytree(members[False][1], folder)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"problem_type": "multi_label_classification"}))
+    model, tokenizer = load_classifier(str(folder)).train(), load_tokenizer(str(folder))
     texts = ["good cat", "cat", "good dog", "the dog"]
     wanted = torch.tensor([[1, 0, 1], [0, 0, 1], [1, 1, 0], [0, 1, 0]])
     encoded = tokenizer(texts, padding=True, return_tensors="pt")
@@ -189,10 +191,8 @@ def test_several_labels_through_the_task(members: dict[bool, list[str]], tmp_pat
         optimizer.zero_grad()
         model(encoded["input_ids"], encoded["attention_mask"], labels=wanted).loss.backward()
         optimizer.step()
-    bundle = export_bundle(members[False][1:], tmp_path / "bundle", max_length=24, precision="int8")
-    write_network(model.eval(), tmp_path / "bundle" / bundle.members[0].file, "int8-table")
-    written = replace(bundle.members[0], sha256=sha256_of(tmp_path / "bundle" / bundle.members[0].file))
-    write_manifest(tmp_path / "bundle", replace(bundle, members=(written,), task="multi_label"))
+    model.save_pretrained(folder)
+    export_bundle([str(folder)], tmp_path / "bundle", max_length=24, precision="int8")
     with CascadeRuntime(tmp_path / "bundle") as runtime:
         answers = [answer.labels for answer in runtime.predict(texts)]
     assert answers == [tuple(compress(LABELS, row)) for row in wanted.tolist()]

@@ -79,9 +79,15 @@ TOKENIZER = ("tokenizer.json", "vocab.txt", "tokenizer_config.json", "special_to
 HALF = {"rope_type": "default", "rope_theta": 50.0}
 
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "several labels": (config(problem_type="multi_label_classification"), "problem_type .*one label per text"),
-    "regression": (config(problem_type="regression"), "problem_type .*one label per text"),
-    "another function": (config(function_to_apply="sigmoid"), "function_to_apply .*expected softmax"),
+    "regression": (config(problem_type="regression"), "problem_type .*answers labels, not numbers"),
+    "another function": (
+        config(function_to_apply="sigmoid"),
+        "function_to_apply .*expected softmax, as of problem_type",
+    ),
+    "functions that contradict": (
+        config(problem_type="multi_label_classification", function_to_apply="softmax"),
+        "function_to_apply .*expected sigmoid, as of problem_type multi_label_classification",
+    ),
     "settings of a task": (
         config(task_specific_params={"text-classification": {"function_to_apply": "none"}}),
         "task_specific_params .*move them",
@@ -123,9 +129,9 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a config.json that is a folder": (a_folder("config.json"), "cannot read config.json .*Is a directory"),
     "a tokenizer_config.json that is not JSON": (write("tokenizer_config.json", b"{"), "cannot read tokenizer_config"),
     "no weights": (without("model.safetensors"), "has no weights; expected model.safetensors"),
-    "scores of a CrossEncoder": (
-        config(sentence_transformers={"activation_fn": "torch.nn.modules.activation.Sigmoid"}),
-        "sentence_transformers .*expected Identity or Softmax",
+    "another function of a CrossEncoder": (
+        config(sentence_transformers={"activation_fn": "torch.nn.modules.activation.Tanh"}),
+        "sentence_transformers .*Tanh.*expected softmax",
     ),
     "room for special tokens alone": (tokenizer_config(model_max_length=2), "takes 2 tokens .*expected 3 or more"),
     "a broken sentencepiece model": (
@@ -162,6 +168,31 @@ def test_what_would_change_answers_or_cannot_be_opened_is_refused_in_one_line(fo
     assert message.startswith(f"{folder}: ")
     assert "\n" not in message
     assert len(message) < 500
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"problem_type": "multi_label_classification"},
+        {"sentence_transformers": {"activation_fn": "torch.nn.modules.activation.Sigmoid"}},
+        {"sbert_ce_default_activation_function": "torch.nn.modules.activation.Sigmoid"},
+    ],
+)
+def test_a_classifier_of_several_labels_answers_as_transformers(
+    folder: Path, said: dict[str, Any], tmp_path: Path
+) -> None:
+    from transformers import pipeline
+
+    edit(folder, **said)
+    export_bundle([str(folder)], tmp_path / "bundle")
+    theirs = pipeline("text-classification", model=str(folder), top_k=None, function_to_apply="sigmoid")
+    with CascadeRuntime(tmp_path / "bundle") as runtime:
+        assert runtime.task.name == "multi_label"
+        for text in ("good cat", "a bad dog runs", "film"):
+            expected = {row["label"]: row["score"] for row in theirs([text])[0]}
+            (answer,) = runtime.predict([text])
+            assert answer.probabilities == pytest.approx([expected[label] for label in LABELS], abs=1e-5)
+            assert answer.labels == tuple(label for label in LABELS if expected[label] > 0.5)
 
 
 def test_settings_of_how_a_model_runs_are_not_those_of_the_folder(folder: Path) -> None:

@@ -112,7 +112,7 @@ def a_folder(
         ({"config": {"id2label": None, "num_labels": 2}}, r"shape \(64, 3\), expected \(64, 2\) .* the 2 labels"),
         ({"config": {"id2label": None}}, r"shape \(64, 3\), expected \(64, 2\) .* the 2 labels"),
         ({"config": {"id2label": {"1": "a", "2": "b", "3": "c"}}}, r"ids \[1, 2, 3\]; expected all from 0"),
-        ({"config": {"problem_type": "multi_label_classification"}}, "problem_type .*one label per text"),
+        ({"config": {"problem_type": "regression"}}, "problem_type .*labels, not numbers"),
         ({"config": {"architectures": ["BertForTokenClassification"]}}, "found the architecture BertForToken"),
         ({"inputs": ("input_ids",)}, "has no input attention_mask"),
         ({"rows": 40}, r"has no embedding for '##z', token \d+ of tokenizer.json"),

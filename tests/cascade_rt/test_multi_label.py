@@ -118,8 +118,15 @@ def test_evaluation_is_scikit_learns(
         assert row["accuracy"] == pytest.approx(metrics.accuracy_score(truth, predicted))
         assert row["f1"] == pytest.approx(metrics.f1_score(truth, predicted, average="macro", zero_division=0))
         assert row["f1_micro"] == pytest.approx(metrics.f1_score(truth, predicted, average="micro"))
+    status, (report,), _ = run(capsys, "evaluate", "--model-dir", several, "--input", source, "--json", "--by-label")
+    figures = metrics.precision_recall_fscore_support(truth, cascade, zero_division=0)
+    for row, name, precision, recall, f1, texts in zip(report["by_label"], LABELS, *figures, strict=True):
+        assert (row["label"], row["texts"]) == (name, texts)
+        assert (row["precision"], row["recall"], row["f1"]) == pytest.approx((precision, recall, f1))
+    last = metrics.f1_score(truth, probabilities[-1] > CUTS, average=None, zero_division=0)
+    assert [row["members"][-1] for row in report["by_label"]] == pytest.approx(last.tolist())
     assert report["cascade"]["exits"] == np.bincount([one.exit for one in answers]).tolist()
-    assert main(["evaluate", "--model-dir", str(several), "--input", str(source)]) == 0
+    assert main(["evaluate", "--model-dir", str(several), "--input", str(source), "--by-label"]) == 0
     assert "micro F1" in capsys.readouterr().out
 
 

@@ -181,7 +181,7 @@ def test_class_ids_follow_one_rule(tmp_path: Path, labels: list[object], names: 
     [
         (
             ["a", "b"],
-            r"holds a list \(\['a', 'b'\]\), expected one label: only bundles of the task multi_label take several",
+            r"holds a list \(\['a', 'b'\]\), expected one label; keep one of them, or, where texts have several",
         ),
         ({"a": 1}, r"holds an object \(\{'a': 1\}\), expected one label"),
         (["x" * 500], r"holds a list \(.{80}\), expected one label"),

@@ -64,6 +64,8 @@ def run(options: argparse.Namespace) -> None:
     bundle = runtime.bundle
     if not bundle.is_cascade:
         raise InputError("found a bundle of segments or with another exit rule, expected a cascade of complete members")
+    if runtime.task.several:
+        raise InputError("found a bundle of several labels per text, expected one label; evaluate takes both")
     how, rows = reading(options), list(examples(options, bundle.pair, labelled=True))
     if not rows:
         raise InputError(f"{options.input}: found no examples, expected at least one")

@@ -64,7 +64,9 @@ def add_data(parser: CommandParser) -> None:
         default="stop",
         help="a row of --train-file without text or label, or one that cannot be read: stop, or leave it out",
     )
-    data.add_argument("--metric", choices=("accuracy", "f1"), default="accuracy", help="with --train-file")
+    data.add_argument(
+        "--metric", choices=("accuracy", "f1"), help="with --train-file (default: accuracy, or f1 with several labels)"
+    )
     data.add_argument("--holdout", type=float, default=0.1, help="share of training held out for validation")
     data.add_argument("--split-seed", type=int, default=0, help="random seed of that split; use one for all members")
 
