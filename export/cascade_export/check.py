@@ -51,6 +51,9 @@ class Check:
     """Where finished members are checked and timed."""
     calibrate: bool = False
     """Divide each member's logits by the temperature that fits the texts best; they need labels."""
+    choose_cuts: bool = False
+    """With several labels per text: take the cuts with the best F1 of the biggest member on the texts, which need
+    labels, in place of those that training chose, or of 0.5."""
 
     def __post_init__(self) -> None:
         """Raise InvalidOption for a loss that is not a number of percentage points."""

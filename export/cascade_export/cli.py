@@ -89,6 +89,12 @@ def add_arguments(parser: CommandParser) -> None:
         help="percentage points that a member may lose in the check",
     )
     add(
+        "--choose-cuts",
+        action="store_true",
+        help="with several labels: the cuts with the best F1 of the biggest member on the check data, which need "
+        "labels (default: those that training chose, else 0.5)",
+    )
+    add(
         "--calibrate",
         action="store_true",
         help="divide each member's logits by the temperature that fits the labels of the check data best",
@@ -161,6 +167,7 @@ def _segments(members: Sequence[str], options: argparse.Namespace, check: Check)
         "--pair": options.pair,
         "--max-length": options.max_length,
         "--calibrate": options.calibrate or None,
+        "--choose-cuts": options.choose_cuts or None,
         "--provider": None if options.provider == "cpu" else options.provider,
         "--provider-option": options.provider_options or None,
     }

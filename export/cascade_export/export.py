@@ -69,7 +69,7 @@ def export_bundle(
     with write_bundle(output, overwrite=overwrite) as folder:
         first.write_tokenizer(folder / TOKENIZER_FILE)
         tokenizer = TextTokenizer(folder / TOKENIZER_FILE, first.max_length, first.pair)
-        members = []
+        members, tasks = [], {}
         for checkpoint in tqdm(checkpoints, desc="exporting", unit=" members", disable=None):
             data = load_check_data(check.data, checkpoint, check.reading)
             with (
@@ -78,8 +78,11 @@ def export_bundle(
             ):
                 files = _files(checkpoint, tokenizer, data, Path(work), calibrate=check.calibrate)
                 member = MemberExport(checkpoint, files, tokenizer, folder, check, data)
+                if check.choose_cuts:
+                    tasks[checkpoint.name] = member.choose_cuts()
                 members.append(member.export(wanted[checkpoint.name]))
         members[:-1] = [replace(member, threshold=threshold) for member in members[:-1]]
+        checkpoints = [replace(one, task=tasks.get(one.name, one.task)) for one in checkpoints]
         bundle = bundle_of(checkpoints, members, folder)
         write_manifest(folder, bundle)
     return bundle

@@ -29,6 +29,7 @@ from cascade_train.finetune import (
     device,
     load_base,
     member_trainer,
+    start_at_rates,
 )
 from cascade_train.inference import Row, collator
 from cascade_train.ranges import check_ranges
@@ -97,6 +98,7 @@ def train_averaging(
     if unigrams is not None:
         vectors = _kept(work / _VECTORS, lambda: token_vectors(unigrams, tokenizer, data.labels, network.dimension))
         model.set_token_vectors(vectors)
+    start_at_rates(model, data)
     optimizer = _Optimizer(model, recipe)
     trainer = member_trainer(model, own, data, recipe, objective, work, optimizer=optimizer)
     _see(model, trainer.train_dataset, collator(own))

@@ -34,7 +34,7 @@ from cascade_rt.tuning.metrics import accuracy, f1, f1_of_sets
 from cascade_train import RECORD
 from cascade_train.alignment import align, usable_positions
 from cascade_train.compat import training_arguments
-from cascade_train.inference import EXTRAS, answers, collator, features, first_token_states
+from cascade_train.inference import EXTRAS, answers, collator, features, first_token_states, target
 from cascade_train.losses import (
     difficulty_aware_regularization,
     distillation,
@@ -181,6 +181,7 @@ def finetune(
     if objective.patient is not None:
         _check_patient(objective.patient, model, base)
     claim(work, run)
+    start_at_rates(model, data)
     trainer = member_trainer(model, member_tokenizer, data, recipe, objective, work)
     for callback in replacing:
         trainer.add_callback(callback)
@@ -249,6 +250,19 @@ def last_linear(model: Any) -> torch.nn.Linear:
     if not heads:
         raise CascadeError(f"found no linear last layer in a {type(model).__name__}; this model is not supported here")
     return heads[-1]
+
+
+def start_at_rates(model: Any, data: TaskData) -> None:
+    """Let a new classifier of several labels answer each with its rate in training, by the bias of its last layer.
+
+    Rare labels start far below a half, as in RetinaNet (Lin et al., 2017, section 3.3). From a bias of 0, the first
+    hundreds of steps push the whole encoder to one answer, which a deep one does not recover from.
+    """
+    if data.several:
+        has = np.array([target(label, len(data.labels)) for label in data.train.labels])
+        rates = (has.sum(axis=0) + 1) / (len(has) + 2)
+        with torch.no_grad():
+            last_linear(model).bias.copy_(torch.logit(torch.as_tensor(rates)))
 
 
 def search_margin(

@@ -41,12 +41,12 @@ def features(tokenizer: PreTrainedTokenizerFast, model: Any, examples: Examples,
     empty = _padding(tokenizer) | {"attention_mask": 1}
     return [
         {name: values[row] or [empty[name]] for name, values in encoded.items() if name in taken}
-        | {"label": _target(label, model.config.num_labels)}
+        | {"label": target(label, model.config.num_labels)}
         for row, label in enumerate(examples.labels)
     ]
 
 
-def _target(label: Any, labels: int) -> Any:
+def target(label: Any, labels: int) -> Any:
     """Return what a loss compares with: several class ids as a list of 0 and 1, one for each label; others as it is."""
     return [float(index in label) for index in range(labels)] if isinstance(label, tuple) else label
 

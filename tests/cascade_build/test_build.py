@@ -89,6 +89,31 @@ def test_a_build_ends_in_a_tuned_bundle(built: Path) -> None:
     assert sorted(path.name for path in built.iterdir()) == ["bundle", "bundle.build", "data.csv", "more.txt"]
 
 
+def test_a_build_of_several_labels_per_text(bases: tuple[str, str], tmp_path: Path) -> None:
+    kinds = {"good": "praise", "lovely": "praise", "bad": "blame"}
+    draw, texts = Random(0), {}
+    while len(texts) < 520:
+        words = draw.sample([*FILLERS[:20], *kinds], 5)
+        texts[" ".join(words)] = sorted({kinds[word] for word in words if word in kinds})
+    rows = [{"text": text, "labels": labels} for text, labels in texts.items()]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = (
+        f"--train-file {tmp_path}/data.jsonl --big {bases[0]} --small {bases[1]} --output {tmp_path}/bundle {TRAINED}"
+    )
+    assert main(["build", *arguments.split(), "--max-drop", "0.05", "--cost", "layers", "--augment", "1"]) == 0
+    runtime = CascadeRuntime(tmp_path / "bundle")
+    assert (runtime.task.name, runtime.bundle.labels) == ("multi_label", ("blame", "praise"))
+    held = [
+        json.loads(line) for line in (tmp_path / "bundle.build/certification.jsonl").read_text("utf-8").splitlines()
+    ]
+    answers = runtime.predict([row["text"] for row in held])
+    right = [list(answer.labels) == row["labels"] for answer, row in zip(answers, held, strict=True)]
+    report = json.loads((tmp_path / "bundle.build/report.json").read_text("utf-8"))
+    assert report["cascade"]["accuracy"] == pytest.approx(np.mean(right))
+    assert report["metric"] == "f1"
+    assert {row["label"] for row in report["wrong_early"]} <= {"no label", "blame", "praise", "blame, praise"}
+
+
 def test_no_text_is_in_two_parts(built: Path) -> None:
     work = built / "bundle.build"
     parts = [_texts(work / "tuning.jsonl"), _texts(work / "certification.jsonl")]

@@ -16,7 +16,15 @@ from cascade_train.averaging import AveragingForSequenceClassification, Network
 from cascade_train.averaging_training import AveragingRecipe, train_averaging
 from cascade_train.difficulty import Splits, label_difficulty, read_difficulty
 from cascade_train.exits import train_exits
-from cascade_train.finetune import Objective, Recipe, finetune, logits_of, teacher_logits
+from cascade_train.finetune import (
+    Objective,
+    Recipe,
+    finetune,
+    load_base,
+    logits_of,
+    start_at_rates,
+    teacher_logits,
+)
 from cascade_train.losses import confidence, difficulty_aware_regularization, distillation_of_sets
 from cascade_train.tasks import Examples, TaskData, hold_out, load_file, strata_of
 from cascade_train.unlabelled import with_answers, with_unlabelled
@@ -260,6 +268,13 @@ def test_unlabelled_texts_get_the_teachers_probabilities(data: TaskData) -> None
     labels = with_answers(more, teacher, len(data.train)).train.labels
     assert list(labels[:-2]) == list(data.train.labels)
     assert labels[-2:] == [[0.5] * 3, pytest.approx(expit([2.0, -1.0, 0.0]).tolist())]
+
+
+def test_a_new_classifier_answers_the_rates_of_training(base: str, data: TaskData) -> None:
+    _, model = load_base(base, LABELS, None, several=True)
+    start_at_rates(model, data)
+    rates = [(1 + sum(index in some for some in data.train.labels)) / (len(data.train) + 2) for index in range(3)]
+    assert torch.sigmoid(model.classifier.bias).tolist() == pytest.approx(rates)
 
 
 def test_members_of_another_task_are_refused(base: str, members: list[Path], data: TaskData, tmp_path: Path) -> None:
