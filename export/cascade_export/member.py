@@ -90,11 +90,11 @@ class MemberExport:
         """
         if not self._task.several:
             raise InvalidOption("choose_cuts", True, "False with one label per text, which has no cuts")
-        if self._data is None or self._data.labels is None or self._original is None:
-            missing = (
-                "no fp32 file" if self._data is not None and self._data.labels is not None else "no labelled texts"
-            )
-            raise InputError(f"member {self._checkpoint.name!r}: found {missing} to choose cuts on; give check data")
+        name = self._checkpoint.name
+        if self._data is None or self._data.labels is None:
+            raise InputError(f"member {name!r}: found no labelled texts to choose cuts on; give check data")
+        if self._original is None:
+            raise InputError(f"member {name!r}: found no fp32 file to choose cuts by; add it to the folder")
         self._task = MultiLabel(best_cuts(self._original, self._data.labels))
         return self._task
 

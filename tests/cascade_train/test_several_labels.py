@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cascade_export.check import Check
 from cascade_export.export import export_bundle
 from cascade_train import RECORD
 from cascade_train.averaging import AveragingForSequenceClassification, Network
@@ -244,6 +245,20 @@ def test_commands_lead_from_a_table_to_an_evaluation(
     assert report["cascade"]["f1"] == pytest.approx(metrics.f1_score(truth, found, average="macro"))
     check = json.loads(Path("bundle/cascade.json").read_text("utf-8"))["members"][0]["check"]
     assert check["f1"]["exported"] == pytest.approx(check["f1"]["original"])
+
+
+def test_cuts_can_be_chosen_at_export(members: list[Path], data: TaskData, tmp_path: Path) -> None:
+    file, reading = written_as("separator", tmp_path, ROWS)
+    check = Check(file, reading, choose_cuts=True)
+    bundle = export_bundle([str(member) for member in members[1:]], tmp_path / "bundle", check=check)
+    examples = Examples([text for text, _ in ROWS], [tuple(LABELS.index(name) for name in has) for _, has in ROWS])
+    logits = logits_of(str(members[-1]), data, examples, 16).astype(np.float64)
+    assert bundle.cuts == pytest.approx(best_cuts(expit(logits), examples.answers(3)), abs=1e-4)
+    (tmp_path / "texts.txt").write_text("cat\ndog\n")
+    with pytest.raises(InputError, match="found no labelled texts to choose cuts on"):
+        check = Check(tmp_path / "texts.txt", choose_cuts=True)
+        export_bundle([str(members[-1])], tmp_path / "other", check=check)
+    assert not (tmp_path / "other").exists()
 
 
 def test_difficulty_and_its_regularization_are_those_of_sets(base: str, data: TaskData, tmp_path: Path) -> None:
