@@ -22,6 +22,7 @@ from .options import (
     add_input,
     add_label_column,
     add_running,
+    add_windows,
     examples,
     located,
     open_runtime,
@@ -47,6 +48,7 @@ def add_arguments(parser: CommandParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     add_exit_rule(parser)
+    add_windows(parser)
     add_running(parser)
 
 
@@ -77,6 +79,7 @@ def run(options: argparse.Namespace) -> None:
         np.concatenate(lengths),
         runtime.original,
         task=runtime.task,
+        window=runtime.plan.window,
     )
     seconds = time_alone(runtime, timed) if options.timed else None
     if options.json:

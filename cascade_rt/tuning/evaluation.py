@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..bundle import MemberEntry
-from ..engine.cost import cumulative_layers, flops_speedup, layer_speedup
+from ..engine.cost import cumulative_layers, flops_speedup, layer_speedup, windows_of
 from ..engine.exit_rules import ExitRule, replay
 from ..engine.task import SingleLabel, Task
 from ..errors import InputError
@@ -131,13 +131,16 @@ def evaluate(
     original: Sequence[MemberEntry] | None = None,
     *,
     task: Task = _ONE_LABEL,
+    window: int | None = None,
 ) -> Evaluation:
     """Measure each member alone, and the cascade under an exit rule, on labelled texts.
 
     `logits`: float32 (members, texts, labels), and `lengths`: tokens (texts,), both from
     `CascadeRuntime.member_logits`; `labels`: right answers as the task gives them, for instance by `true_answers`.
-    Speed-up ratios are over `original`, None for the last member (or the whole model of the last segment).
+    Speed-up ratios are over `original`, None for the last member (or the whole model of the last segment). `window`:
+    with a stride, the bundle's maximum length, from which the windows of each text follow.
     """
+    texts_rows = windows_of(lengths, window)
     probabilities = task.probabilities(logits)
     confidences = task.confidence(probabilities)
     answers = task.answers(probabilities)
@@ -156,9 +159,9 @@ def evaluate(
         **vars(quality(task, labels, answers[exits, rows], confidences[exits, rows], classes)),
         thresholds=list(rule.thresholds),
         exits=np.bincount(exits, minlength=len(members)).tolist(),
-        mean_layers=float(cumulative_layers(members)[exits].mean()),
-        layer_speedup=layer_speedup(members, exits, original),
-        flops_speedup=flops_speedup(members, exits, lengths, original),
+        mean_layers=float((texts_rows * cumulative_layers(members)[exits]).mean()),
+        layer_speedup=layer_speedup(members, exits, original, texts_rows),
+        flops_speedup=flops_speedup(members, exits, lengths, original, window=window),
     )
     only_one = classes == 2 and not task.several
     return Evaluation(len(labels), "of class 1" if only_one else "mean over the classes", alone, cascade)
