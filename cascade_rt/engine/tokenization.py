@@ -351,9 +351,9 @@ class TextTokenizer:
         sides = np.array([-1 if side is None else side for side in encoding.sequence_ids])
         first, second = np.flatnonzero(sides == 0), np.flatnonzero(sides == 1)
         rooms = _room(len(first), len(second), excess)
-        (moving, size), (other, room) = sorted(
-            zip((second, first), rooms[::-1], strict=True), key=lambda side: -len(side[0])
-        )
+        moving, other, size, room = first, second, *rooms
+        if len(first) <= len(second):
+            moving, other, room, size = second, first, *rooms
         fixed = np.concatenate([np.flatnonzero(sides < 0), self._part(other, 0, room)])
         starts = range(1) if stride is None else range(0, max(1, len(moving) - stride), size - stride)
         cut = len(other) > room or (stride is None and len(moving) > size)
