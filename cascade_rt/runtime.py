@@ -1,14 +1,14 @@
 """The journey of a text, from top to bottom.
 
 texts -> token ids (once) -> micro-batches by length -> stage 1 -> exit rule -> remaining texts regrouped -> stage 2 ->
-... -> predictions in input order.
+... -> predictions in input order. A text may be several rows of micro-batches, its windows; they leave together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import asdict, dataclass, replace
+from itertools import islice, repeat
 from numbers import Integral
 from pathlib import Path
 from struct import Struct
@@ -31,9 +31,10 @@ from .engine.hidden_states import HiddenStates
 from .engine.inputs import check_types, iterated, listed, unwrapped
 from .engine.plan import OpenBundle, Plan
 from .engine.stage import Stage
-from .engine.step import Journey, run_rows, shape
+from .engine.step import Journey, run_texts, shape
 from .engine.task import Task
 from .engine.tokenization import Encoded
+from .engine.windows import Windows
 from .errors import BundleError, CascadeError, InputError, InvalidOption, TextError
 from .types import Prediction, StageRun, Stats, Text, Trace
 
@@ -72,6 +73,8 @@ class CascadeRuntime:
         verify: bool = True,
         expected_sha256: str | None = None,
         trace: Callable[[Trace], object] | None = None,
+        stride: int | None = None,
+        aggregate: str | None = None,
     ) -> None:
         """Read and verify a bundle; each member is loaded when a text first needs it.
 
@@ -92,6 +95,9 @@ class CascadeRuntime:
             verify: Check the sha256 of the files; False is for huge models on a trusted disk.
             expected_sha256: The bundle's, as `cascade-rt info` prints it; another bundle is refused.
             trace: Called after each call of `predict` with what was executed; its exceptions propagate.
+            stride: None to cut texts of too many tokens; a number to read them in windows, of which each shares so many
+                tokens with the one before it, as in the tokenizers library.
+            aggregate: With a stride, what becomes of the probabilities of the windows: "mean", the default, or "max".
 
         Raises:
             BundleError: The bundle cannot be used.
@@ -100,7 +106,7 @@ class CascadeRuntime:
         self._counting = Lock()
         if isinstance(model_dir, Plan):
             others = (threads, thresholds, members, provider_options, spin_us, expected_sha256, trace)
-            if any(other is not None for other in others):
+            if any(other is not None for other in (*others, stride, aggregate)):
                 raise InputError(
                     "found a plan and other arguments, expected the plan alone; change it by dataclasses.replace"
                 )
@@ -115,6 +121,7 @@ class CascadeRuntime:
                 expected_sha256=expected_sha256,
                 trace=trace,
             )
+            windows = Windows.of(stride, aggregate)
             execution = Execution(provider, threads, provider_options, spin_us)
             opened = OpenBundle.open(
                 model_dir, execution, members=members, verify=verify, expected_sha256=expected_sha256
@@ -123,11 +130,11 @@ class CascadeRuntime:
             rule = exit_rule(bundle)
             if thresholds is not None:
                 rule = _changed(rule, "thresholds", thresholds, len(bundle.members))
-            self._plan = Plan(opened, bundle, rule, trace)
+            self._plan = Plan(opened, bundle, rule, trace, windows)
             if preload:
                 for stage in self._plan.stages:
                     stage.load()
-        self._exits = [0] * len(self._plan.bundle.members)
+        self._exits, self._layers = [0] * len(self._plan.bundle.members), 0
 
     @property
     def plan(self) -> Plan:
@@ -173,8 +180,8 @@ class CascadeRuntime:
         anything that is not a text (or pair), and InferenceError if a member fails.
         """
         plan = self.plan
-        encoded = plan.tokenizer.encode(list(iterated(texts)))
-        if len(encoded) == 1:
+        encoded = plan.encode(list(iterated(texts)))
+        if len(encoded) == 1 and encoded.counts is None:
             return [self._predict_one(plan, encoded)]
         journey = _begun(plan, encoded)
         for index in range(len(plan.stages)):
@@ -188,7 +195,7 @@ class CascadeRuntime:
         only the tokens of texts that have not left go with it.
         """
         plan = self.plan
-        return _begun(plan, plan.tokenizer.encode(list(iterated(texts))))
+        return _begun(plan, plan.encode(list(iterated(texts))))
 
     def advance(self, journey: Journey, member: int, stage: Stage | None = None) -> None:
         """Run a member on the texts of a journey that have not left.
@@ -202,14 +209,18 @@ class CascadeRuntime:
         """Return the answers to a journey's texts in input order, after all members; counted in `stats`."""
         plan = self._plan
         counts = np.bincount(journey.exits, minlength=len(plan.bundle.members)).tolist()
-        self._record(counts, journey.tokenization_seconds, journey.runs)
+        many, executed = journey.rows, None
+        if many is not None:
+            executed = int(many @ np.array(plan.layers)[journey.exits])
+        self._record(counts, journey.tokenization_seconds, journey.runs, executed)
         probabilities = journey.probabilities
         rows = Struct(f"{probabilities.shape[1]}d").iter_unpack(probabilities.data)  # half the time of `tolist`
         winners, exits = probabilities.argmax(axis=1).tolist(), journey.exits.tolist()
-        return list(map(plan.prediction, rows, winners, exits, journey.truncated))
+        each = repeat(1) if many is None else many.tolist()
+        return list(map(plan.prediction, rows, winners, exits, journey.truncated, each))
 
     def _predict_one(self, plan: Plan, encoded: Encoded) -> Prediction:
-        """The same journey for one text: there is nothing to order or to regroup."""
+        """The same journey for one text of one row: there is nothing to order or to regroup."""
         state = plan.rule.begin(1)
         runs: list[StageRun] = []
         following: Any = None  # what a segment reads
@@ -267,17 +278,19 @@ class CascadeRuntime:
     def member_logits(self, texts: Iterable[Text]) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
         """Run every member on every text, whatever the exit rule: the input of evaluation and tuning.
 
-        Returns the logits, float32 of shape (members, texts, labels), and each text's length in tokens, (texts,).
+        Returns the logits, float32 of shape (members, texts, labels), and each text's length in tokens, (texts,). With
+        a stride, a text's logits are those of its windows together (see `Task.aggregated`), and its length is that of
+        all its windows: each has the bundle's `max_length` tokens, and the last one has the rest.
         """
         plan = self.plan
-        encoded = plan.tokenizer.encode(list(iterated(texts)))
-        rows = by_length(encoded.lengths)
-        logits = np.empty((len(plan.stages), len(rows), len(plan.bundle.labels)), dtype=np.float32)
+        encoded = plan.encode(list(iterated(texts)))
+        order = by_length(encoded.tokens)
+        logits = np.empty((len(plan.stages), len(order), len(plan.bundle.labels)), dtype=np.float32)
         inputs: dict[str, Encoded | HiddenStates] = {TOKENS: encoded}
         for index, stage in enumerate(plan.stages):
-            answers, inputs[HIDDEN_STATES], _ = run_rows(stage, index, inputs[stage.reads], rows, stage.at_once)
-            logits[index, rows] = answers
-        return logits, encoded.lengths
+            read = inputs[stage.reads]
+            logits[index, order], inputs[HIDDEN_STATES], _ = run_texts(plan, index, stage, read, order, stage.at_once)
+        return logits, encoded.tokens
 
     def stats(self, *, reset: bool = False) -> Stats:
         """Return what this runtime has answered so far, and whether the texts are still of the kind of tuning.
@@ -285,23 +298,34 @@ class CascadeRuntime:
         `reset` starts a new count, for instance every hour.
         """
         with FORKS, self._counting:
-            seen = list(self._exits)
+            seen, executed = list(self._exits), self._layers
             if reset:
-                self._exits = [0] * len(seen)
+                self._exits, self._layers = [0] * len(seen), 0
         texts = sum(seen)
-        executed = sum(count * layers for count, layers in zip(seen, self._plan.layers, strict=True))
         mean_layers = executed / texts if texts else float("nan")
         tuning = self.bundle.tuning
         names = [entry.name for entry in self.bundle.members]
-        if tuning is None or tuning.members != names or self.exit_rule != exit_rule(self.bundle):
+        as_tuned = tuning is not None and tuning.members == names and tuning.windows == self._windows
+        if tuning is None or not as_tuned or self.exit_rule != exit_rule(self.bundle):
             return Stats(texts, seen, mean_layers, None, None, None)
         rates = [count / sum(tuning.exits) for count in tuning.exits]
         distance, p_value = exit_shift(tuning.exits, seen) if texts else (None, None)
         return Stats(texts, seen, mean_layers, rates, distance, p_value)
 
-    def count(self, exits: Sequence[int]) -> None:
-        """Count texts that were answered otherwise than by `predict`, one number for each member, for `stats`."""
+    @property
+    def _windows(self) -> dict[str, Any]:
+        """The settings of windows, as a tuning records them; none where texts are cut."""
+        return {} if self._plan.windows is None else asdict(self._plan.windows)
+
+    def count(self, exits: Sequence[int], layers: int | None = None) -> None:
+        """Count texts that were answered otherwise than by `predict`, one number for each member, for `stats`.
+
+        `layers`: executed for them in all; None for texts of one row.
+        """
+        if layers is None:
+            layers = sum(texts * each for texts, each in zip(exits, self._plan.layers, strict=True))
         with FORKS, self._counting:
+            self._layers += layers
             for index, texts in enumerate(exits):
                 self._exits[index] += texts
 
@@ -342,6 +366,13 @@ class CascadeRuntime:
         """Return a runtime that shares the sessions and calls `trace` after each call of `predict`."""
         return self._with(trace=trace)
 
+    def with_stride(self, stride: int | None, aggregate: str | None = None) -> CascadeRuntime:
+        """Return a runtime that reads long texts in windows, and shares the sessions; None cuts them.
+
+        Arguments as of the constructor. Raises InvalidOption for a stride that is as long as a window.
+        """
+        return self._with(windows=Windows.of(stride, aggregate))
+
     def changed(self, parameter: str, value: Any) -> CascadeRuntime:
         """Return a runtime with another value of its exit rule's parameter: the general `with_patience`.
 
@@ -371,6 +402,7 @@ class CascadeRuntime:
         plan = self._plan
         members = ", ".join(f"{entry.name} ({entry.layers}L {entry.precision})" for entry in plan.bundle.members)
         rule = f"thresholds={self.thresholds}" if self.thresholds else f"exit_rule={plan.rule.kind!r}"
+        rule += "".join(f", {name}={value!r}" for name, value in self._windows.items())
         closed = "" if plan.stages else ", closed"
         execution = plan.opened.execution
         return (
@@ -390,14 +422,17 @@ class CascadeRuntime:
             rule=plan.rule,
             execution=opened.execution,
             verify=opened.verify,
+            windows=plan.windows,
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by the recipe."""
         return Recipe.open, (self.recipe(), type(self))
 
-    def _record(self, exits: list[int], tokenization_seconds: float, runs: list[StageRun]) -> None:
-        self.count(exits)
+    def _record(
+        self, exits: list[int], tokenization_seconds: float, runs: list[StageRun], layers: int | None = None
+    ) -> None:
+        self.count(exits, layers)
         if self._plan.trace is not None:
             self._plan.trace(Trace(sum(exits), tokenization_seconds, runs))
 
@@ -422,13 +457,15 @@ class Recipe:
     rule: ExitRule
     execution: Execution
     verify: bool
+    windows: Windows | None = None
 
     def open(self, kind: type[CascadeRuntime] = CascadeRuntime) -> CascadeRuntime:
         """Open the runtime; raise BundleError if another bundle is there now."""
         whole = kind(self.model_dir, **self.execution.arguments(), members=self.opened, verify=self.verify)
         if whole.bundle.sha256 != self.sha256:
             raise BundleError(f"{self.model_dir}: replaced since the runtime was pickled; open the bundle again")
-        return whole.with_members(self.members).with_exit_rule(self.rule)
+        cutting = whole.with_members(self.members).with_exit_rule(self.rule)
+        return kind(replace(cutting.plan, windows=self.windows))
 
 
 def _changed(rule: ExitRule, parameter: str, value: Any, members: int) -> ExitRule:
@@ -439,11 +476,11 @@ def _changed(rule: ExitRule, parameter: str, value: Any, members: int) -> ExitRu
 
 
 def _begun(plan: Plan, encoded: Encoded) -> Journey:
-    texts = len(encoded.lengths)
+    texts = len(encoded)
     return Journey(
         probabilities=np.empty((texts, len(plan.bundle.labels))),
         exits=np.empty(texts, dtype=np.intp),
-        waiting=by_length(encoded.lengths),
+        waiting=by_length(encoded.tokens),
         truncated=[encoded.truncated(row) for row in range(texts)],
         state=plan.rule.begin(texts),
         inputs={TOKENS: encoded},

@@ -20,7 +20,7 @@ class Prediction(NamedTuple):
     exit: int
     """The member that answered, 0-based."""
     layers: int
-    """Encoder layers executed for this text, by all members that it ran."""
+    """Encoder layers executed for this text, by all members that it ran; with a stride, on each of its windows."""
     truncated: bool
     """True if the text was longer than the bundle's `max_length` tokens and was cut."""
     labels: tuple[str, ...]
@@ -35,7 +35,7 @@ class StageRun(NamedTuple):
     name: str
     """Name of the member that the stage runs."""
     rows: int
-    """Texts in the micro-batch."""
+    """Texts in the micro-batch, or with a stride their windows."""
     tokens: int
     """Tokens per row, padding included."""
     seconds: float

@@ -49,6 +49,7 @@ _VERSIONS = (1, 2, 3)
 _SEAL = "sha256"  # of the manifest without this key; manifests of other writers may have none
 _MANIFEST_BYTES = 16 * 2**20  # far above any real manifest
 _LONGEST_NAME = 1000  # characters of a label, or of a member's name
+_WINDOWS = ("stride", "aggregate")  # keys of what tuning says of its texts
 _PAPER = {"kind": MAXIMUM_PROBABILITY}
 TYPICAL_TOKENS = 128
 """Length of the text by which members are compared by cost."""
@@ -128,6 +129,8 @@ class Tuning:
     """One for each of them but the last; none under exit rules without thresholds."""
     exits: list[int]
     """Texts that each of them answered when it was tuned."""
+    windows: Mapping[str, Any] = field(default_factory=dict)
+    """The settings by which long texts were read in windows; none where they were cut."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,11 @@ class Bundle:
     def tuning(self) -> Tuning | None:
         """The choice of tuning; None where nothing was tuned."""
         found = self.other.get(TUNING)
-        return Tuning(found["members"], found["thresholds"], found["exits"]) if isinstance(found, dict) else None
+        if not isinstance(found, dict):
+            return None
+        data = found.get("data")
+        windows = {key: data[key] for key in _WINDOWS if key in data} if isinstance(data, dict) else {}
+        return Tuning(found["members"], found["thresholds"], found["exits"], windows)
 
     def tuned(self) -> Bundle:
         """Return the bundle with the members and thresholds that tuning chose; unchanged where nothing was tuned."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from ..benchmark.alone import time_alone
 from ..errors import InputError
 from ..jobs.answering import CHUNK
-from ..tuning.evaluation import evaluate, true_answers
+from ..tuning.evaluation import evaluate, quality_by_label, true_answers
 from ..types import Text
 from .options import (
     add_bundle,
@@ -22,6 +23,7 @@ from .options import (
     add_input,
     add_label_column,
     add_running,
+    add_windows,
     examples,
     located,
     open_runtime,
@@ -48,6 +50,7 @@ def add_arguments(parser: CommandParser) -> None:
     parser.add_argument("--by-label", action="store_true", help="the quality of each label too")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     add_exit_rule(parser)
+    add_windows(parser)
     add_running(parser)
 
 
@@ -70,16 +73,20 @@ def run(options: argparse.Namespace) -> None:
             progress.update(len(chunk))
     if not parts:
         raise InputError(f"{options.input}: found no examples, expected at least one")
+    logits, truth = np.concatenate(parts, axis=1), np.concatenate(labels)
     report = evaluate(
         bundle.members,
         runtime.exit_rule,
-        np.concatenate(parts, axis=1),
-        np.concatenate(labels),
+        logits,
+        truth,
         np.concatenate(lengths),
         runtime.original,
         task=runtime.task,
-        names=bundle.labels if options.by_label else None,
+        window=runtime.plan.window,
     )
+    if options.by_label:
+        each = quality_by_label(runtime.exit_rule, logits, truth, bundle.labels, task=runtime.task)
+        report = replace(report, by_label=each)
     seconds = time_alone(runtime, timed) if options.timed else None
     if options.json:
         print(json.dumps(report.to_json() | ({} if seconds is None else {"seconds_per_text": seconds})))

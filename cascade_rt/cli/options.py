@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from ..bundle.manifest import EXIT_RULES
 from ..engine.execution import Execution
+from ..engine.task import AGGREGATES, MEAN
 from ..errors import InferenceError, InputError, InvalidOption, TextError
 from ..io.readers import FORMATS, LABEL, LABELS, Example, Reading, Reject, read_examples
 from ..jobs.answering import CHUNK, answered, chunks
@@ -53,6 +54,22 @@ def add_running(parser: CommandParser) -> None:
     )
     add_provider_option(parser)
     parser.add_argument("--threads", type=int, help="threads per member (default: the CPUs that the process may use)")
+
+
+def add_windows(parser: CommandParser) -> None:
+    """Add how long texts are read."""
+    parser.add_argument(
+        "--stride",
+        type=int,
+        metavar="N",
+        help="read a text of too many tokens in windows of which each shares N tokens with the one before it (default: "
+        "cut it)",
+    )
+    parser.add_argument(
+        "--aggregate",
+        choices=AGGREGATES,
+        help=f"with --stride, what becomes of the probabilities of the windows (default: {MEAN})",
+    )
 
 
 def add_provider_option(parser: CommandParser) -> None:
@@ -155,7 +172,8 @@ def execution(options: argparse.Namespace) -> Execution:
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """Return the runtime's settings from the options."""
-    return execution(options).arguments() | {"verify": options.verify, "expected_sha256": options.expected_sha256}
+    names = ("verify", "expected_sha256", "stride", "aggregate")
+    return execution(options).arguments() | {name: getattr(options, name) for name in names}
 
 
 def provider_options(options: argparse.Namespace) -> dict[str, str]:

@@ -27,6 +27,7 @@ from .options import (
     add_exit_rule,
     add_input,
     add_running,
+    add_windows,
     open_runtime,
     progress_bar,
     provider_options,
@@ -76,6 +77,7 @@ def add_arguments(parser: CommandParser) -> None:
     )
     parser.writes("rejects", paths=lambda path: [path, f"{path}.partial"])
     add_exit_rule(parser)
+    add_windows(parser)
     add_running(parser)
     _add_cluster(parser)
 

@@ -255,6 +255,9 @@ def _tuned(tuning: Mapping[str, Any]) -> list[str]:
     numbers = [f"{name} {tuning[name]:.4g}" for name in _TUNED if isinstance(tuning.get(name), int | float)]
     exits = [count / sum(tuning["exits"]) for count in tuning["exits"]]
     lines = ["tuned       " + ", ".join([" + ".join(tuning["members"]), f"exits {_rates(exits)}", *numbers])]
+    data = tuning.get("data")
+    if isinstance(data, dict) and "stride" in data:
+        lines.append(f"long texts  tuned with the stride {data['stride']} and the aggregate {data.get('aggregate')}")
     guarantee = tuning.get("guarantee")
     if isinstance(guarantee, dict) and guarantee.get("certified"):
         lines.append(f"guarantee   {_promise(guarantee.get('confidence'), guarantee.get('max_risk'))}")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, InvalidOption, MissingExtraError
 from ..serving.settings import Scaling, Settings
-from .options import RAY, add_engine, add_running, execution, of_options, refuse_without_ray
+from .options import RAY, add_engine, add_running, add_windows, execution, of_options, refuse_without_ray
 from .parser import CommandParser
 from .signals import Termination
 
@@ -71,6 +71,7 @@ def add_arguments(parser: CommandParser) -> None:
         help="prefix of the server's paths behind a proxy, for instance /sentiment",
     )
     add("--cors-origin", action="append", default=[], metavar="ORIGIN", help="pages of this origin may call the server")
+    add_windows(parser)
     add_running(parser)
     ray = add_engine(parser).add_argument
     ray("--min-replicas", type=int, metavar="N", help="fewest replicas of the server")

@@ -24,6 +24,7 @@ from .options import (
     add_input,
     add_label_column,
     add_running,
+    add_windows,
     examples,
     located,
     of_options,
@@ -93,6 +94,7 @@ def add_arguments(parser: CommandParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="write nothing into the bundle")
     parser.add_argument("--no-cache", action="store_true", help="run the members again, and do not cache their logits")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_windows(parser)
     add_running(parser)
 
 

@@ -8,35 +8,40 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .windows import rows_of, rows_of_picks
+
 
 class HiddenStates:
-    """Hidden states and attention mask of some texts, padded on the right to the longest text of a micro-batch.
+    """Hidden states and attention mask of some texts, padded on the right to the longest row of a micro-batch.
 
     Those of texts that leave are never copied; they are freed together with all others of their stage.
     """
 
-    def __init__(self, lengths: NDArray[np.intp]) -> None:
-        """`lengths`: tokens of each text of the call, (texts,)."""
+    def __init__(self, lengths: NDArray[np.intp], counts: NDArray[np.intp] | None = None) -> None:
+        """`lengths`: tokens of each row of the call, (rows,). `counts`: rows of each text, None where each has one."""
         self.lengths = lengths
+        self.counts = counts
         self._states: dict[int, tuple[NDArray[np.float32], NDArray[np.int64]]] = {}  # views into the micro-batches
 
     @classmethod
     def gathered(cls, picks: Sequence[tuple[HiddenStates, int]]) -> HiddenStates:
-        """Return the states of single texts of several calls together: for each the call's states and its row there."""
-        found = cls(np.array([source.lengths[row] for source, row in picks], dtype=np.intp))
-        found._states = {at: source._states[row] for at, (source, row) in enumerate(picks)}
+        """Return the states of single texts of several calls together: for each the call's, and its position there."""
+        rows, counts = rows_of_picks(picks)
+        found = cls(np.array([source.lengths[row] for source, row in rows], dtype=np.intp), counts)
+        found._states = {at: source._states[row] for at, (source, row) in enumerate(rows)}
         return found
 
-    def kept(self, rows: NDArray[np.intp]) -> HiddenStates:
-        """Return the states of the texts in these rows, still under their rows."""
-        found = HiddenStates(self.lengths)
-        found._states = {row: self._states[row] for row in rows.tolist() if row in self._states}
+    def kept(self, texts: NDArray[np.intp]) -> HiddenStates:
+        """Return the states of these texts, still under their rows."""
+        found = HiddenStates(self.lengths, self.counts)
+        rows = rows_of(self.counts, texts).tolist()
+        found._states = {row: self._states[row] for row in rows if row in self._states}
         return found
 
     def put(self, rows: NDArray[np.intp], mask: NDArray[np.int64], states: NDArray[np.float32] | None) -> None:
         """Keep the states of a micro-batch, (rows, tokens, hidden), without its padding; None keeps nothing.
 
-        `rows`: positions of the texts in the call, (rows,). `mask`: attention mask of the micro-batch, (rows, tokens).
+        `rows`: positions in the call, (rows,). `mask`: attention mask of the micro-batch, (rows, tokens).
         """
         if states is None:
             return

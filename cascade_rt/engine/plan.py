@@ -10,14 +10,15 @@ from ..bundle import MANIFEST, Bundle, read_bundle
 from ..bundle.files import file_identity
 from ..bundle.manifest import HIDDEN_STATES, TOKENS
 from ..errors import BundleError
-from ..types import Prediction, Trace
+from ..types import Prediction, Text, Trace
 from .backends import usable
 from .cost import cumulative_layers
 from .execution import Execution
 from .exit_rules import ExitRule
 from .stage import Stage
 from .task import Task, task_of
-from .tokenization import TextTokenizer
+from .tokenization import Encoded, TextTokenizer
+from .windows import Windows
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ class Plan:
     """The manifest, with the members that answer."""
     rule: ExitRule
     trace: Callable[[Trace], object] | None = None
+    windows: Windows | None = None
+    """The way to read texts of too many tokens; None cuts them."""
 
     task: Task = field(init=False)
     """The meaning of logits."""
@@ -83,7 +86,9 @@ class Plan:
     """Encoder layers executed by a text that leaves at each member."""
 
     def __post_init__(self) -> None:
-        """Derive what follows from the members."""
+        """Derive what follows from the members; raise InvalidOption for windows that share too much."""
+        if self.windows is not None:
+            self.tokenizer.check_stride(self.windows.stride)
         members, stages = self.bundle.members, self.opened.stages
         derived = {
             "task": task_of(self.bundle),
@@ -98,16 +103,26 @@ class Plan:
         """The tokenizer, which all members share."""
         return self.opened.tokenizer
 
+    @property
+    def window(self) -> int | None:
+        """Tokens of a full window; None where texts are cut."""
+        return None if self.windows is None else self.bundle.max_length
+
+    def encode(self, texts: Sequence[Text]) -> Encoded:
+        """Encode texts or pairs, as rows for the stages; errors as of `TextTokenizer.encode`."""
+        return self.tokenizer.encode(texts, None if self.windows is None else self.windows.stride)
+
     def only(self, members: Sequence[str] | None) -> Plan:
         """Return the plan with other members, by name; None for all that were opened."""
         whole = self.opened.bundle
         bundle = whole if members is None else whole.only(members)
         return replace(self, bundle=bundle, rule=self.rule.among(self.bundle.members, bundle.members))
 
-    def prediction(self, probabilities: Sequence[float], winner: int, exit: int, truncated: bool) -> Prediction:
-        """Return the answer to one text; `winner`: its most probable class."""
+    def prediction(
+        self, probabilities: Sequence[float], winner: int, exit: int, truncated: bool, rows: int = 1
+    ) -> Prediction:
+        """Return the answer to one text; `winner`: its most probable class, `rows`: those that it has."""
         names = self.bundle.labels
         labels = self.task.labels(names, probabilities, winner)
-        return Prediction(
-            names[winner], probabilities[winner], tuple(probabilities), exit, self.layers[exit], truncated, labels
-        )
+        layers = rows * self.layers[exit]
+        return Prediction(names[winner], probabilities[winner], tuple(probabilities), exit, layers, truncated, labels)

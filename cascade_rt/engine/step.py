@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..bundle.manifest import HIDDEN_STATES
+from ..bundle.manifest import HIDDEN_STATES, TOKENS
 from ..types import StageRun
-from .batching import bulk_batches
+from .batching import bulk_batches, by_length
 from .exit_rules import ExitRule
 from .hidden_states import HiddenStates
 from .plan import Plan
 from .stage import Batch, Stage
 from .tokenization import Encoded
+from .windows import aggregated, rows_of
 
 
 def shape(batch: Batch) -> tuple[int, int]:
@@ -43,11 +44,11 @@ class Step(NamedTuple):
     """A stage's answers to some texts, in order, and which of the texts leave."""
 
     logits: NDArray[np.float32]
-    """Shape (rows, labels)."""
+    """Shape (texts, labels)."""
     probabilities: NDArray[np.float64]
-    """Shape (rows, labels)."""
+    """Shape (texts, labels)."""
     leaving: NDArray[np.bool_]
-    """Shape (rows,)."""
+    """Shape (texts,)."""
     hidden_states: HiddenStates
     """For the next stage, where it reads them."""
     runs: list[StageRun]
@@ -60,31 +61,39 @@ def step(
     inputs: Encoded | HiddenStates,
     calls: Sequence[Call],
     *,
-    rows: NDArray[np.intp],
+    texts: NDArray[np.intp],
     at_once: int,
 ) -> Step:
     """Run a stage on texts, and decide which of them leave; all do after the plan's last.
 
-    `index`: the stage's position in the plan. `inputs`: what it reads. `calls`: those that the texts are from. `rows`:
-    where the texts are in `inputs`, from the longest to the shortest, (rows,). `at_once`: how many micro-batches may
-    run at a time.
+    `index`: the stage's position in the plan. `inputs`: what it reads. `calls`: those that the texts are from. `texts`:
+    which of `inputs` they are, from the longest to the shortest, (texts,). `at_once`: how many micro-batches may run at
+    a time.
     """
-    logits, hidden_states, runs = run_rows(stage, index, inputs, rows, at_once)
+    logits, hidden_states, runs = run_texts(plan, index, stage, inputs, texts, at_once)
     probabilities = plan.task.probabilities(logits)
-    leaving = np.ones(len(rows), dtype=bool)
+    leaving = np.ones(len(texts), dtype=bool)
     for call in calls if index + 1 < len(plan.stages) else ():
         observed = call.rule.observed(plan.task, probabilities[call.places])
         leaving[call.places] = call.rule.leaving(call.state, index, call.rows, observed)
     return Step(logits, probabilities, leaving, hidden_states, runs)
 
 
-def run_rows(
-    stage: Stage, index: int, inputs: Encoded | HiddenStates, rows: NDArray[np.intp], at_once: int
+def run_texts(
+    plan: Plan, index: int, stage: Stage, inputs: Encoded | HiddenStates, texts: NDArray[np.intp], at_once: int
 ) -> tuple[NDArray[np.float32], HiddenStates, list[StageRun]]:
-    """Run a stage on texts in micro-batches: logits in the order of `rows`, the hidden states it left, and the runs."""
+    """Run a stage on all rows of texts in micro-batches; arguments as of `step`.
+
+    Returns the logits in the order of `texts`, the hidden states that it left, and the runs. The windows of a text are
+    in one micro-batch where their lengths and its size allow, and become one answer here.
+    """
+    rows, counts = rows_of(inputs.counts, texts), inputs.counts
+    if counts is not None:
+        order = by_length(inputs.lengths[rows])
+        rows = rows[order]
     groups, share_threads = bulk_batches(rows, inputs.lengths, stage.budget, at_once)
     logits = np.empty((len(rows), stage.labels), dtype=np.float32)
-    left = HiddenStates(inputs.lengths)
+    left = HiddenStates(inputs.lengths, counts)
     runs: list[StageRun] = []
     done = 0
     outputs = stage.run_each(inputs, groups, share_threads=share_threads)
@@ -93,6 +102,9 @@ def run_rows(
         left.put(some, batch["attention_mask"], output.hidden_states)
         runs.append(StageRun(index, stage.entry.name, *shape(batch), output.seconds))
         done += len(some)
+    if counts is not None and plan.windows is not None:
+        logits[order] = logits.copy()
+        logits = aggregated(plan.task, logits, counts[texts], plan.windows.aggregate)
     return logits, left, runs
 
 
@@ -108,7 +120,7 @@ class Journey:
     exits: NDArray[np.intp]
     """Which member answered, shape (texts,); valid for texts that have left."""
     waiting: NDArray[np.intp]
-    """Rows of the texts that have not left, from the longest to the shortest."""
+    """The texts that have not left, from the longest to the shortest."""
     truncated: list[bool]
     """For each text, whether tokens were cut off."""
     state: Any
@@ -123,16 +135,21 @@ class Journey:
         kept = {kind: read.kept(self.waiting) for kind, read in self.inputs.items()}
         return vars(replace(self, inputs=kept))
 
+    @property
+    def rows(self) -> NDArray[np.intp] | None:
+        """Rows of each text, (texts,); None where each has one."""
+        return self.inputs[TOKENS].counts
+
     def advance(self, plan: Plan, index: int, stage: Stage | None = None) -> None:
         """Take the texts that have not left through a stage; `stage`: None for the plan's own."""
-        rows = self.waiting
-        if not rows.size:
+        texts = self.waiting
+        if not texts.size:
             return
         stage = stage or plan.stages[index]
-        calls = [Call(plan.rule, self.state, rows)]
-        done = step(plan, index, stage, self.inputs[stage.reads], calls, rows=rows, at_once=stage.at_once)
+        calls = [Call(plan.rule, self.state, texts)]
+        done = step(plan, index, stage, self.inputs[stage.reads], calls, texts=texts, at_once=stage.at_once)
         self.inputs[HIDDEN_STATES] = done.hidden_states
-        self.probabilities[rows] = done.probabilities
-        self.exits[rows[done.leaving]] = index
-        self.waiting = rows[~done.leaving]
+        self.probabilities[texts] = done.probabilities
+        self.exits[texts[done.leaving]] = index
+        self.waiting = texts[~done.leaving]
         self.runs += done.runs

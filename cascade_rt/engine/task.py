@@ -5,6 +5,9 @@ and `function` names the function from logits to probabilities. Logits and proba
 labels), the latter float64; those of a text do not depend on the others. Answers are class ids, int (...), or with
 several labels which of them, bool (..., labels). Methods that end in `_of_one` take one text as plain numbers, with the
 bits of their counterparts and fewer calls of numpy.
+
+The answers to the windows of a long text become one by their probabilities, not by their logits: a softmax does not
+change when a number is added to all logits of a window, so that logits of different windows have no common zero.
 """
 
 from __future__ import annotations
@@ -21,6 +24,10 @@ from numpy.typing import NDArray
 
 from ..bundle import Bundle
 from ..bundle.manifest import MULTI_LABEL, SINGLE_LABEL
+
+MEAN, MAX = "mean", "max"
+AGGREGATES = (MEAN, MAX)
+"""Ways to make one answer of those to the windows of a text."""
 
 _FEW = 8  # labels up to which Python's exp is faster for one text than a call of numpy's, whose last bit can differ
 
@@ -56,6 +63,17 @@ class SingleLabel:
         for exponential in exponentials:  # Python's `sum` compensates for rounding since 3.12
             total += exponential
         return [exponential / total for exponential in exponentials]
+
+    def aggregated(self, logits: NDArray[np.floating], aggregate: str) -> NDArray[np.float64]:
+        """Return logits, (labels,), of one text from those of its windows, (windows, labels).
+
+        Their softmax is the mean of the windows' probabilities, or the largest of each class, over their sum.
+        """
+        wide = logits.astype(np.float64)
+        wide -= wide.max(axis=-1, keepdims=True)
+        wide -= np.log(np.exp(wide).sum(axis=-1, keepdims=True))
+        largest: NDArray[np.float64] = wide.max(axis=0)
+        return largest if aggregate == MAX else _log_of_mean(wide)
 
     def answers(self, probabilities: NDArray[np.float64]) -> NDArray[Any]:
         """Return the most probable class of each text, int (...)."""
@@ -119,6 +137,17 @@ class MultiLabel:
         found: list[float] = self.probabilities(logits).tolist()
         return found
 
+    def aggregated(self, logits: NDArray[np.floating], aggregate: str) -> NDArray[np.float64]:
+        """Return logits, (labels,), of one text from those of its windows, (windows, labels).
+
+        Their sigmoid is the mean of the windows' probabilities, or the largest, label by label.
+        """
+        wide = logits.astype(np.float64)
+        if aggregate == MAX:
+            largest: NDArray[np.float64] = wide.max(axis=0)
+            return largest
+        return _log_of_mean(-np.logaddexp(0.0, -wide)) - _log_of_mean(-np.logaddexp(0.0, wide))
+
     def answers(self, probabilities: NDArray[np.float64]) -> NDArray[Any]:
         """Return which labels are above their cut, bool (..., labels)."""
         above: NDArray[Any] = probabilities > np.array(self.cuts)
@@ -163,6 +192,13 @@ def task_of(bundle: Bundle) -> Task:
     if bundle.task == SINGLE_LABEL:
         return SingleLabel()
     return MultiLabel(bundle.cuts or (0.5,) * len(bundle.labels))
+
+
+def _log_of_mean(logarithms: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the logarithm of the mean over the first axis of numbers that are given by theirs."""
+    largest = logarithms.max(axis=0)
+    mean: NDArray[np.float64] = largest + np.log(np.exp(logarithms - largest).mean(axis=0))
+    return mean
 
 
 def _exp(values: NDArray[np.float64]) -> NDArray[np.float64]:

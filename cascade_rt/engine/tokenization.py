@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from array import array
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import chain, compress
+from itertools import chain
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -16,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
-from ..errors import BundleError, InferenceError, TextError
+from ..errors import BundleError, InferenceError, InvalidOption, TextError
 from ..types import Text
 from .forks import FORKS
+from .windows import rows_of, rows_of_picks
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 """Names of a member's inputs, where it reads tokens."""
@@ -41,10 +43,10 @@ _ONES.flags.writeable = False
 
 @dataclass(frozen=True)
 class _Tokens:
-    """The tokens of a text that was too long, or that another process has tokenized."""
+    """The tokens of a row of a text that was too long, or that another process has tokenized."""
 
-    ids: list[int]
-    type_ids: list[int]
+    ids: Sequence[int]
+    type_ids: Sequence[int]
     truncated: bool
 
     def __len__(self) -> int:
@@ -52,10 +54,18 @@ class _Tokens:
 
 
 class Encoded:
-    """The token ids of some texts, unpadded, in input order."""
+    """The token ids of some texts, unpadded, in input order: a row for each, or for each of its windows."""
 
-    def __init__(self, encodings: list[Encoding | _Tokens], padding: dict[str, Any], seconds: float) -> None:
+    def __init__(
+        self,
+        encodings: list[Encoding | _Tokens],
+        padding: dict[str, Any],
+        seconds: float,
+        counts: NDArray[np.intp] | None = None,
+    ) -> None:
         self._encodings = encodings
+        self.counts = counts
+        """Rows of each text, (texts,); None where each has one."""
         self._padding = padding
         self.seconds = seconds
         """Time of the tokenizers library's calls."""
@@ -64,40 +74,48 @@ class Encoded:
 
     def __len__(self) -> int:
         """Return the number of texts."""
-        return len(self._encodings)
+        return len(self._encodings) if self.counts is None else len(self.counts)
 
     @property
     def lengths(self) -> NDArray[np.intp]:
-        """Tokens per text, special tokens included, shape (texts,)."""
+        """Tokens per row, special tokens included, shape (rows,)."""
         if self._lengths is None:
-            self._lengths = np.fromiter(map(len, self._encodings), dtype=np.intp, count=len(self))
+            self._lengths = np.fromiter(map(len, self._encodings), dtype=np.intp, count=len(self._encodings))
         return self._lengths
+
+    @property
+    def tokens(self) -> NDArray[np.intp]:
+        """Tokens per text, in all of its rows, shape (texts,)."""
+        if self.counts is None:
+            return self.lengths
+        found: NDArray[np.intp] = np.add.reduceat(self.lengths, self.counts.cumsum() - self.counts)
+        return found
 
     @classmethod
     def gathered(cls, picks: Sequence[tuple[Encoded, int]]) -> Encoded:
-        """Return single texts of several calls together: for each the call's texts and its row there."""
-        return cls([source._encodings[row] for source, row in picks], picks[0][0]._padding, 0.0)
+        """Return single texts of several calls together: for each the call's texts and its position there."""
+        rows, counts = rows_of_picks(picks)
+        return cls([source._encodings[row] for source, row in rows], picks[0][0]._padding, 0.0, counts)
 
-    def kept(self, rows: NDArray[np.intp]) -> Encoded:
-        """Return the same texts in the same rows, those in other rows without tokens."""
+    def kept(self, texts: NDArray[np.intp]) -> Encoded:
+        """Return these texts in the same rows, and the others without tokens."""
         kept: list[Encoding | _Tokens] = [_NO_TOKENS] * len(self._encodings)
-        for row in rows.tolist():
+        for row in rows_of(self.counts, texts).tolist():
             kept[row] = self._encodings[row]
-        return Encoded(kept, self._padding, self.seconds)
+        return Encoded(kept, self._padding, self.seconds, self.counts)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle by four arrays, a quarter of what the library's encodings take."""
+        """Pickle by arrays, a quarter of what the library's encodings take."""
         ids, types = (self._all(name)[:-1].astype(np.int32) for name in ("ids", "type_ids"))
-        truncated = np.array([self.truncated(row) for row in range(len(self._encodings))], dtype=bool)
-        return _unpickled, (ids, types, self.lengths, truncated, self._padding, self.seconds)
+        truncated = np.array([_was_cut(encoding) for encoding in self._encodings], dtype=bool)
+        return _unpickled, (ids, types, self.lengths, truncated, self._padding, self.seconds, self.counts)
 
-    def truncated(self, row: int) -> bool:
-        """Return whether tokens of this text were cut off at the maximum length."""
-        encoding = self._encodings[row]
-        return isinstance(encoding, _Tokens) and encoding.truncated
+    def truncated(self, text: int) -> bool:
+        """Return whether tokens of this text were cut off at the maximum length, so that they are in no row."""
+        return _was_cut(self._encodings[text if self.counts is None else int(self.counts[:text].sum())])
 
     def batch(self, rows: NDArray[np.intp], names: Collection[str] = INPUTS) -> dict[str, NDArray[np.int64]]:
-        """Pad some texts to the longest of them: int64 arrays of shape (rows, tokens), by input name.
+        """Pad some rows to the longest of them: int64 arrays of shape (rows, tokens), by input name.
 
         `names`: those that are needed, among `INPUTS`; the attention mask is always there.
         """
@@ -140,6 +158,10 @@ def _present(tokens: int) -> NDArray[np.int64]:
 _NO_TOKENS = _Tokens([], [], False)
 
 
+def _was_cut(encoding: Encoding | _Tokens) -> bool:
+    return isinstance(encoding, _Tokens) and encoding.truncated
+
+
 def _unpickled(
     ids: NDArray[np.int32],
     type_ids: NDArray[np.int32],
@@ -147,12 +169,13 @@ def _unpickled(
     truncated: NDArray[np.bool_],
     padding: dict[str, Any],
     seconds: float,
+    counts: NDArray[np.intp] | None,
 ) -> Encoded:
     ends = lengths.cumsum()
     spans = map(slice, (ends - lengths).tolist(), ends.tolist())
     of_each = zip(spans, truncated.tolist(), strict=True)
     every_id, every_type = ids.tolist(), type_ids.tolist()
-    return Encoded([_Tokens(every_id[own], every_type[own], cut) for own, cut in of_each], padding, seconds)
+    return Encoded([_Tokens(every_id[own], every_type[own], cut) for own, cut in of_each], padding, seconds, counts)
 
 
 class TextTokenizer:
@@ -163,6 +186,11 @@ class TextTokenizer:
     end of a word: the tokens that remain are the same. (Of a pair of two such texts, up to one token: which of them has
     more tokens is not known.) Where that is not sure, up to four million are tokenized whole, and more are refused.
     Words that are too long for WordPiece, which makes one unknown token of each, are shortened first.
+
+    With a stride, a long text becomes windows, of which the first has the tokens that remain without one: those that
+    the library makes (`Encoding.overflowing`). Of a pair, they move over the longer text. The other one is in each of
+    them, as it is without a stride: cut where it has more than half of the tokens that there is room for. The library
+    leaves it whole, so that a window may move by a single token, or makes windows of every two parts.
     """
 
     def __init__(self, file: Path, max_length: int, pair: bool) -> None:
@@ -184,31 +212,41 @@ class TextTokenizer:
         self.pads_left = self._padding["direction"] == "left"
         self._pair = pair
 
-    def encode(self, texts: Sequence[Text]) -> Encoded:
-        """Encode texts (or pairs); raise TextError for anything else, and for pairs where single texts are expected."""
+    def check_stride(self, stride: int) -> None:
+        """Raise InvalidOption where windows could not share so many tokens and still move on."""
+        with FORKS:
+            room = self.max_length - self._tokenizer.num_special_tokens_to_add(self._pair)
+        fewest = room - room // 2 if self._pair else room  # of a window, besides special tokens and the other text
+        if stride >= fewest:
+            most = f"from 0 to {fewest - 1}" if fewest > 0 else "none"
+            raise InvalidOption("stride", stride, f"{most}, as this bundle takes {self.max_length} tokens")
+
+    def encode(self, texts: Sequence[Text], stride: int | None = None) -> Encoded:
+        """Encode texts (or pairs); raise TextError for anything else, and for pairs where single texts are expected.
+
+        `stride`: tokens that the windows of a long text share; None cuts it.
+        """
         for index, text in enumerate(texts):
             self._check(text, index)
-        texts, long = list(texts), {}
-        for index, text in enumerate(texts):
-            if (len(text) if isinstance(text, str) else _longest_side(text)) > _LONGEST:
-                with FORKS:  # a cached property has a lock before Python 3.12
-                    whole = texts[index] = _each_side(self._with_shorter_words, text)
-                    if _longest_side(whole) > _LONGEST:
-                        texts[index] = _each_side(partial(self._beginning, index=index), whole)
-                        long[index] = whole
+        texts = list(texts)
+        long = self._shortened(texts, whole=stride is not None)
         seconds = 0.0
         encodings: list[Encoding | _Tokens] = []
+        counts: list[int] = []
         try:
             for part in _parts(texts):
                 started = perf_counter()
                 encoded = self._encode(part)
                 for at in range(len(part)) if long else ():
-                    index = len(encodings) + at
+                    index = len(counts) + at
                     if index in long and (few := self._too_few(encoded[at], part[at], long[index])):
                         self._check_whole(long[index], index, few)
                         encoded[at] = self._encode([long[index]])[0]
                 seconds += perf_counter() - started
-                encodings += [self._cut(each) if len(each) > self.max_length else each for each in encoded]
+                for each in encoded:
+                    rows = [each] if len(each) <= self.max_length else self._windows(each, stride)
+                    encodings += rows
+                    counts.append(len(rows))
         except TextError:
             raise
         except (TypeError, UnicodeEncodeError) as error:
@@ -217,7 +255,25 @@ class TextTokenizer:
             raise InferenceError("memory ran out while texts were tokenized; send fewer or shorter texts") from error
         except Exception as error:  # the library raises bare Exceptions
             raise BundleError(f"the bundle's tokenizer cannot encode these texts ({error}); export it again") from error
-        return Encoded(encodings, self._padding, seconds)
+        all_alone = len(encodings) == len(texts)
+        return Encoded(encodings, self._padding, seconds, None if all_alone else np.array(counts, dtype=np.intp))
+
+    def _shortened(self, texts: list[Text], *, whole: bool) -> dict[int, Text]:
+        """Take out of huge texts what their tokens do not need; return those whose end was left out, by position.
+
+        `whole`: all of their tokens are needed.
+        """
+        long: dict[int, Text] = {}
+        for index, text in enumerate(texts):
+            if (len(text) if isinstance(text, str) else _longest_side(text)) > _LONGEST:
+                with FORKS:  # a cached property has a lock before Python 3.12
+                    shorter = texts[index] = _each_side(self._with_shorter_words, text)
+                    if whole:
+                        self._check_whole(shorter, index, "windows are made of all of it")
+                    elif _longest_side(shorter) > _LONGEST:
+                        texts[index] = _each_side(partial(self._beginning, index=index), shorter)
+                        long[index] = shorter
+        return long
 
     def _with_shorter_words(self, text: str) -> str:
         """Return a text without the middle of runs of letters and digits that are unknown words either way."""
@@ -286,16 +342,34 @@ class TextTokenizer:
             pairs = [(text, None) if isinstance(text, str) else text for text in texts]
             return [self._tokenizer.encode(first, second) for first, second in pairs]
 
-    def _cut(self, encoding: Encoding) -> _Tokens:
-        """Cut a text to the maximum length, a pair on its longer side first; special tokens stay."""
+    def _windows(self, encoding: Encoding, stride: int | None) -> list[_Tokens]:
+        """Cut a text to the maximum length, a pair on its longer side first; special tokens stay in every window.
+
+        `stride`: None for the first window alone.
+        """
         excess = len(encoding) - self.max_length
         sides = np.array([-1 if side is None else side for side in encoding.sequence_ids])
-        kept = sides < 0
-        for side, room in enumerate(_room(int(np.sum(sides == 0)), int(np.sum(sides == 1)), excess)):
-            tokens = np.flatnonzero(sides == side)
-            kept[tokens[len(tokens) - room :] if self.cuts_left else tokens[:room]] = True
-        ids, types = (list(compress(each, kept)) for each in (encoding.ids, encoding.type_ids))
-        return _Tokens(ids, types, truncated=True)
+        first, second = np.flatnonzero(sides == 0), np.flatnonzero(sides == 1)
+        rooms = _room(len(first), len(second), excess)
+        moving, other, size, room = first, second, *rooms
+        if len(first) <= len(second):
+            moving, other, room, size = second, first, *rooms
+        fixed = np.concatenate([np.flatnonzero(sides < 0), self._part(other, 0, room)])
+        starts = range(1) if stride is None else range(0, max(1, len(moving) - stride), size - stride)
+        cut = len(other) > room or (stride is None and len(moving) > size)
+        ids, types = np.array(encoding.ids, dtype=np.int32), np.array(encoding.type_ids, dtype=np.int32)
+        windows = []
+        for start in starts:
+            kept = np.sort(np.concatenate([fixed, self._part(moving, start, size)]))
+            windows.append(_Tokens(array("i", ids[kept].tobytes()), array("i", types[kept].tobytes()), cut))
+        return windows
+
+    def _part(self, tokens: NDArray[np.intp], start: int, size: int) -> NDArray[np.intp]:
+        """Return so many of one side's tokens, counted from the side that remains when it is cut."""
+        if self.cuts_left:
+            end = len(tokens) - start
+            return tokens[max(0, end - size) : end]
+        return tokens[start : start + size]
 
     def _check(self, text: object, index: int) -> None:
         if self._pair:

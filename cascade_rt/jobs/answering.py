@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, TextIO, TypeVar
 
 from ..engine.backends import out_of_memory
@@ -109,12 +109,14 @@ def answer(
 
 def described(runtime: CascadeRuntime, on_error: str) -> dict[str, Any]:
     """Return what decides the answers to the same records: a job that is resumed must share it."""
+    windows = runtime.plan.windows
     found = {
         "bundle": runtime.bundle.sha256,
         "members": [member.name for member in runtime.bundle.members],
         "thresholds": runtime.thresholds,
         "exit_rule": {"kind": runtime.exit_rule.kind, **runtime.exit_rule.settings},
         "on_error": on_error,
+        **(dict.fromkeys(("stride", "aggregate")) if windows is None else asdict(windows)),
     }
     as_written: dict[str, Any] = json.loads(json.dumps(found))  # as the checkpoint has it
     return as_written

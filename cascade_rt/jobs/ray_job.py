@@ -159,7 +159,7 @@ def predict_on_cluster(
                 receipts.append(receipt._replace(rejects=""))
                 counts.answered += receipt.answered
                 counts.rejected += receipt.rejected
-                runtime.count(receipt.exits)
+                runtime.count(receipt.exits, receipt.layers)
                 if rejects is not None:
                     rejects.write(receipt.rejects)
                 progress(counts)
@@ -320,12 +320,17 @@ class _Answerer:
         output, rejects = io.StringIO(), io.StringIO()
         lines = Lines(output, rejects, self._job.settings.on_error)
         self._runtime.stats(reset=True)
+        layers = 0
         for records, journey in begun:
-            lines.write(records, self._runtime.finish(journey), self._runtime.task)
+            predictions = self._runtime.finish(journey)
+            layers += sum(prediction.layers for prediction in predictions)
+            lines.write(records, predictions, self._runtime.task)
         counts, exits = lines.counts, self._runtime.stats().exits
+        executed = None if self._runtime.plan.windows is None else layers
 
         def receipt(size: int) -> Receipt:
-            return Receipt(part.name, part.digest, size, counts.answered, counts.rejected, exits, rejects.getvalue())
+            done = counts.answered, counts.rejected, exits, rejects.getvalue()
+            return Receipt(part.name, part.digest, size, *done, layers=executed)
 
         return self._job.folder.write(part.name, output.getvalue(), receipt)
 

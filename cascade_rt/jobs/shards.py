@@ -51,6 +51,8 @@ class Receipt(NamedTuple):
     """The lines of the rejects."""
     columns: dict[str, list[Any]] | None = None
     """The columns of a parquet shard: the values of `Column` by name; None for other shards."""
+    layers: int | None = None
+    """Encoder layers executed for the texts in all; None where long texts were cut, as the exits say it then."""
 
 
 class ShardFolder:

@@ -83,7 +83,10 @@ class RequestRun(NamedTuple):
 class Ticket:
     """The texts of one request, and their answers so far."""
 
-    def __init__(self, texts: int, rule: ExitRule, deadline: float, on_done: Callable[[], object]) -> None:
+    def __init__(self, rows: Sequence[int], rule: ExitRule, deadline: float, on_done: Callable[[], object]) -> None:
+        """`rows`: how many each text has."""
+        texts = len(rows)
+        self.rows = rows
         self.rule = rule
         self.state = rule.begin(texts)
         """State of the exit rule."""
@@ -95,6 +98,11 @@ class Ticket:
         self.left = texts
         """Number of texts without an answer."""
         self._noted: list[Answer | None] = [None] * texts
+
+    @property
+    def rows_left(self) -> int:
+        """Rows of the texts without an answer."""
+        return sum(rows for rows, answer in zip(self.rows, self.answers, strict=True) if answer is None)
 
     @property
     def finished(self) -> bool:
@@ -145,9 +153,10 @@ class Waiting:
     arrived: float
     queued: float
     length: int
+    """Its tokens, in all of its rows."""
     truncated: bool
     inputs: dict[str, tuple[Any, int]]
-    """Inputs of stages by their kind: the texts or states of a call, and the row there."""
+    """Inputs of stages by their kind: the texts or states of a call, and its position there."""
     steps: tuple[tuple[float, ...], ...] = ()
 
 
@@ -177,7 +186,8 @@ class Batcher:
         Args:
             runtime: Closed by `close`.
             max_wait: Seconds that a text may wait for its micro-batch to fill, while other stages have texts.
-            max_queue: Texts that may be accepted and not yet answered; more raise Overloaded.
+            max_queue: Texts that may be accepted and not yet answered; more raise Overloaded. With a stride, each of
+                their windows counts.
             degrade: If True, a text without time for the next member gets the answer of the member before.
             observer: Told of batches and answers, in the thread.
         """
@@ -221,18 +231,19 @@ class Batcher:
         `rule`: instead of the runtime's. `deadline`: by the clock `time.monotonic`. `on_done`: called once, in any
         thread, when the ticket is finished, unless it was cancelled. Raises Overloaded and Draining.
         """
-        count = len(encoded.lengths)
-        ticket = Ticket(count, self._plan.rule if rule is None else rule, deadline, on_done)
+        count = len(encoded)
+        rows = [1] * count if encoded.counts is None else encoded.counts.tolist()
+        ticket = Ticket(rows, self._plan.rule if rule is None else rule, deadline, on_done)
         with self._wake:
-            self._check_room(count)
+            self._check_room(sum(rows))
             now = monotonic()
             texts = []
-            for row, length in enumerate(encoded.lengths.tolist()):
+            for row, length in enumerate(encoded.tokens.tolist()):
                 inputs: dict[str, tuple[Any, int]] = {TOKENS: (encoded, row)}
                 texts.append(Waiting(ticket, row, now, now, max(1, length), encoded.truncated(row), inputs))
             if count:
                 self._queues[0] += texts
-                self._accepted += count
+                self._accepted += sum(rows)
                 self._wake.notify()
         if not count:
             on_done()
@@ -317,21 +328,22 @@ class Batcher:
         """Return a stage's answer to a text."""
         text.steps += (tuple(probabilities),)
         winner = probabilities.index(max(probabilities))
-        prediction = self._plan.prediction(probabilities, winner, stage, text.truncated)
+        rows = text.ticket.rows[text.row]
+        prediction = self._plan.prediction(probabilities, winner, stage, text.truncated, rows)
         return Answer(prediction, tuple(logits), text.steps)
 
     def _settle(self, ticket: Ticket, row: int, answer: Answer) -> None:
         ticket.settle(row, answer)
-        self._accepted -= 1
+        self._accepted -= ticket.rows[row]
         exits = [0] * len(self._queues)
         exits[answer.prediction.exit] = 1
-        self.runtime.count(exits)
+        self.runtime.count(exits, answer.prediction.layers)
         if self._observer is not None:
             self._observer.answered(answer)
 
     def _abandon(self, ticket: Ticket, error: Exception) -> None:
         ticket.fail(error)
-        self._accepted -= ticket.left
+        self._accepted -= ticket.rows_left
         self._dequeue(ticket)
 
     def _dequeue(self, ticket: Ticket) -> None:
@@ -393,7 +405,7 @@ class Batcher:
         ]
         started = monotonic()
         try:
-            done = step(self._plan, index, stage, inputs, calls, rows=np.arange(len(texts)), at_once=1)
+            done = step(self._plan, index, stage, inputs, calls, texts=np.arange(len(texts)), at_once=1)
         except Exception as error:
             self._isolate(index, texts, error)
             return

@@ -17,7 +17,7 @@ from .batcher import Answer, Overloaded
 from .json_body import LIST, ONE, ONE_OR_LIST, JSONRoute
 from .models import Model
 from .responses import ERRORS, JSON, describe_error, dumps
-from .service import Service
+from .service import Service, TooManyTexts
 
 NDJSON = "application/x-ndjson"
 _STREAMED = 64  # texts that a stream queues at a time
@@ -88,6 +88,8 @@ class ServedModel(BaseModel):
     pair: bool
     members: list[ServedMember]
     thresholds: list[float]
+    stride: int | None = Field(description="Tokens that the windows of a long text share; null if it is cut.")
+    aggregate: str | None = Field(description="How windows become one answer: mean or max.")
     allow_thresholds: bool = Field(description="Whether requests may name thresholds.")
     texts: int = Field(description="Texts answered.")
     exits: list[int] = Field(description="Texts answered by each member.")
@@ -141,7 +143,7 @@ def classify_router(service: Service) -> APIRouter:
 
 
 def _served(service: Service, model: Model, texts: Mapping[tuple[str, str], int]) -> ServedModel:
-    bundle = model.runtime.bundle
+    bundle, windows = model.runtime.bundle, model.runtime.plan.windows
     exits = [texts.get((model.name, member.name), 0) for member in bundle.members]
     return ServedModel(
         name=model.name,
@@ -151,6 +153,8 @@ def _served(service: Service, model: Model, texts: Mapping[tuple[str, str], int]
         pair=bundle.pair,
         members=[ServedMember(name=one.name, layers=one.layers, precision=one.precision) for one in bundle.members],
         thresholds=model.runtime.thresholds,
+        stride=None if windows is None else windows.stride,
+        aggregate=None if windows is None else windows.aggregate,
         allow_thresholds=service.settings.allow_thresholds and bool(model.runtime.thresholds),
         texts=sum(exits),
         exits=exits,
@@ -179,7 +183,8 @@ async def _lines(service: Service, body: ClassifyRequest, request: Request) -> A
     """Yield one line per text, some texts at a time."""
     size = min(_STREAMED, service.settings.max_texts)
     texts: Sequence[Text] = body.texts
-    for start in range(0, len(texts), size):
+    start = 0
+    while start < len(texts):
         while True:
             try:
                 some = texts[start : start + size]
@@ -187,12 +192,18 @@ async def _lines(service: Service, body: ClassifyRequest, request: Request) -> A
                 break
             except TextError as error:
                 raise TextError(start + error.index, error.reason) from error
+            except TooManyTexts:  # by their windows
+                if len(some) == 1:
+                    raise
+                size = len(some) // 2
+                continue
             except Overloaded:
                 if not start:
                     raise
             await asyncio.sleep(_PAUSE)
         for row in _described(model, answers, bool(body.steps)):
             yield dumps(row | {"model": model.name, "version": model.version}) + b"\n"
+        start += len(some)
 
 
 async def _joined(first: bytes, lines: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -157,7 +157,10 @@ def serve_on_cluster(setup: Setup, scaling: Scaling, address: str | None) -> Non
     if execution.threads is None:
         execution = replace(execution, threads=1)
         setup = replace(setup, settings=replace(setup.settings, execution=execution))
-    runtimes = {name: open_runtime(source, execution) for name, source in setup.sources.items()}
+    stride, aggregate = setup.settings.stride, setup.settings.aggregate
+    runtimes = {
+        name: open_runtime(source, execution).with_stride(stride, aggregate) for name, source in setup.sources.items()
+    }
     with listen(setup.host, setup.port) as free:  # raises the error of a port that is taken
         setup = replace(setup, port=free.getsockname()[1])
     with ExitStack() as ending, cluster(address):

@@ -79,7 +79,9 @@ class Service:
 
     def _open(self, name: str, source: str) -> CascadeRuntime:
         """Load all members, and run each once: a first run takes longer."""
-        runtime = self._open_runtime(source, replace(self.settings.execution, spin_us=_SPIN_US))
+        settings = self.settings
+        runtime = self._open_runtime(source, replace(settings.execution, spin_us=_SPIN_US))
+        runtime = runtime.with_stride(settings.stride, settings.aggregate)
         runtime.member_logits([("a", "a") if runtime.bundle.pair else "a"])
         return runtime
 
@@ -136,18 +138,22 @@ class Service:
         deadline: float,
     ) -> list[Answer]:
         rule = None if thresholds is None else self._rule(model, thresholds)
-        tokenizer = model.runtime.plan.tokenizer
-        encode = tokenizer.encode
+        plan = model.runtime.plan
         short = sum(len(text) if isinstance(text, str) else sum(map(len, text)) for text in texts) <= _INLINE
         model.batcher.check_room(len(texts))
         started = monotonic()
         if short:
-            encoded = encode(texts)
+            encoded = plan.encode(texts)
         else:
             async with self._tokenizing:  # one at a time: long texts take much memory meanwhile
-                encoded = await asyncio.to_thread(encode, texts)
+                encoded = await asyncio.to_thread(plan.encode, texts)
         if not truncate:
-            _refuse_long(encoded, tokenizer.max_length)
+            _refuse_long(encoded, plan.bundle.max_length)
+        if encoded.counts is not None and (rows := int(encoded.counts.sum())) > self.settings.max_texts:
+            raise TooManyTexts(
+                f"found texts of {rows:,} windows, which count as texts, expected at most "
+                f"{self.settings.max_texts:,}; send several requests, or shorter texts"
+            )
         tokenization = started, monotonic()
         ticket, done = model.batcher.start(encoded, rule=rule, deadline=deadline)
         try:
@@ -260,6 +266,6 @@ async def _hung_up(request: Request) -> None:
 
 
 def _refuse_long(encoded: Encoded, most: int) -> None:
-    for row in range(len(encoded.lengths)):
+    for row in range(len(encoded)):
         if encoded.truncated(row):
             raise BadField("truncate", False, f"true: text {row} has more than {most} tokens")

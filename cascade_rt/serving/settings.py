@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, field
 
 from ..engine.execution import Execution
+from ..engine.windows import Windows
 from ..errors import InvalidOption
 
 
@@ -33,9 +34,13 @@ class Settings:
     """Seconds between looks for a replaced bundle; 0 for never."""
     root_path: str = ""
     """Prefix of all paths before a proxy, whether it strips it or not."""
+    stride: int | None = None
+    """As for `CascadeRuntime`, as is the next one."""
+    aggregate: str | None = None
 
     def __post_init__(self) -> None:
         """Raise InvalidOption for a value that is out of range."""
+        Windows.of(self.stride, self.aggregate)
         for name in ("max_queue", "max_texts", "max_body"):
             if getattr(self, name) < 1:
                 raise InvalidOption(name, getattr(self, name), "at least 1")

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -19,7 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..bundle import read_bundle
+from ..engine.cost import text_flops, windows_of
 from ..engine.exit_rules import ExitRule
+from ..engine.windows import Windows
 from ..errors import InputError, TextError
 from ..runtime import CascadeRuntime
 from ..types import Text, Trace
@@ -39,6 +41,8 @@ class Collected:
     digest: str
     """sha256 of texts and labels."""
     labelled: bool
+    windows: Windows | None = None
+    """The way in which long texts were read; None where they were cut."""
 
     def take(self, rows: NDArray[np.intp]) -> Collected:
         """Return the answers to some of the texts."""
@@ -91,7 +95,9 @@ def collect(
     answers = task.answers(probabilities)
     members = runtime.bundle.members
     tokenization, seconds, noise = _latencies(runtime, texts, lengths)
-    layers = np.repeat([[float(member.layers)] for member in members], len(texts), axis=1)
+    window = runtime.plan.window
+    each = windows_of(lengths, window).astype(np.float64)
+    layers = np.array([[float(member.layers)] for member in members]) * each
     complete = runtime.bundle.chains == list(range(len(members)))
     by_layers = Recorded(
         rule,
@@ -101,7 +107,7 @@ def collect(
         overhead=np.zeros(len(texts)),
         chains=None if complete else runtime.bundle.chains,
     )
-    flops = np.stack([member.cost(lengths) for member in members])
+    flops = np.stack([text_flops(member, lengths, window) for member in members])
     return Collected(
         {
             "layers": by_layers,
@@ -110,6 +116,7 @@ def collect(
         },
         _digest(zip(texts, _written(labels, names, len(texts)), strict=True)),
         labels is not None,
+        runtime.plan.windows,
     )
 
 
@@ -128,7 +135,8 @@ def _logits(
     bundle = runtime.bundle
     files = [bundle.tokenizer_sha256, *(member.sha256 for member in bundle.members)]
     files += [file.sha256 for member in bundle.members for file in member.data]
-    key = _digest([files, bundle.max_length, bundle.pair, *texts])
+    windows = [] if runtime.plan.windows is None else [asdict(runtime.plan.windows)]
+    key = _digest([files, bundle.max_length, bundle.pair, *windows, *texts])
     kept = None if cache is None else cache / f"logits-{key}.npz"
     if kept is not None and kept.is_file():
         try:
@@ -192,7 +200,9 @@ def _latencies(
         every_member.predict([text])
         total = perf_counter() - started
         trace = traces.pop()
-        members = [run.seconds for run in trace.runs]
+        members = [0.0] * len(runtime.bundle.members)
+        for run in trace.runs:  # several of a member where a text has many windows
+            members[run.stage] += run.seconds
         rest = (total - trace.tokenization_seconds - sum(members)) / len(members)
         return [trace.tokenization_seconds, *(seconds + rest for seconds in members)]
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..bundle import MemberEntry
-from ..engine.cost import cumulative_layers, flops_speedup, layer_speedup
+from ..engine.cost import cumulative_layers, flops_speedup, layer_speedup, windows_of
 from ..engine.exit_rules import ExitRule, replay
 from ..engine.task import SingleLabel, Task
 from ..errors import InputError
@@ -154,15 +154,16 @@ def evaluate(
     original: Sequence[MemberEntry] | None = None,
     *,
     task: Task = _ONE_LABEL,
-    names: Sequence[str] | None = None,
+    window: int | None = None,
 ) -> Evaluation:
     """Measure each member alone, and the cascade under an exit rule, on labelled texts.
 
     `logits`: float32 (members, texts, labels), and `lengths`: tokens (texts,), both from
     `CascadeRuntime.member_logits`; `labels`: right answers as the task gives them, for instance by `true_answers`.
-    Speed-up ratios are over `original`, None for the last member (or the whole model of the last segment). With the
-    labels' `names` the result has the quality of each label.
+    Speed-up ratios are over `original`, None for the last member (or the whole model of the last segment). `window`:
+    with a stride, the bundle's maximum length, from which the windows of each text follow.
     """
+    texts_rows = windows_of(lengths, window)
     probabilities = task.probabilities(logits)
     confidences = task.confidence(probabilities)
     answers = task.answers(probabilities)
@@ -181,21 +182,28 @@ def evaluate(
         **vars(quality(task, labels, answers[exits, rows], confidences[exits, rows], classes)),
         thresholds=list(rule.thresholds),
         exits=np.bincount(exits, minlength=len(members)).tolist(),
-        mean_layers=float(cumulative_layers(members)[exits].mean()),
-        layer_speedup=layer_speedup(members, exits, original),
-        flops_speedup=flops_speedup(members, exits, lengths, original),
+        mean_layers=float((texts_rows * cumulative_layers(members)[exits]).mean()),
+        layer_speedup=layer_speedup(members, exits, original, texts_rows),
+        flops_speedup=flops_speedup(members, exits, lengths, original, window=window),
     )
     only_one = classes == 2 and not task.several
-    by_label = None if names is None else _by_label(task, labels, [*answers, answers[exits, rows]], names)
-    return Evaluation(len(labels), "of class 1" if only_one else "mean over the classes", alone, cascade, by_label)
+    return Evaluation(len(labels), "of class 1" if only_one else "mean over the classes", alone, cascade)
 
 
-def _by_label(
-    task: Task, labels: NDArray[Any], answers: Sequence[NDArray[Any]], names: Sequence[str]
+def quality_by_label(
+    rule: ExitRule,
+    logits: NDArray[np.float32],
+    labels: NDArray[Any],
+    names: Sequence[str],
+    *,
+    task: Task = _ONE_LABEL,
 ) -> list[LabelQuality]:
-    """Return the quality of each label, from the answers of the members and, last, of the cascade."""
+    """Measure how well each label is found; `names`: of the labels, other arguments as for `evaluate`."""
+    probabilities = task.probabilities(logits)
+    answers = task.answers(probabilities)
+    cascade = answers[replay(rule, rule.observed(task, probabilities)), np.arange(len(labels))]
     truth = task.indicators(labels, len(names))
-    found = np.array([task.indicators(some, len(names)) for some in answers])
+    found = np.array([task.indicators(some, len(names)) for some in [*answers, cascade]])
     hits, given, texts = (truth & found).sum(axis=1), found.sum(axis=1), truth.sum(axis=0)
     scores = 2 * hits / np.maximum(given + texts, 1)
     precision, recall = hits[-1] / np.maximum(given[-1], 1), hits[-1] / np.maximum(texts, 1)

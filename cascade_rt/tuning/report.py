@@ -137,6 +137,9 @@ class Data:
 
     texts: int
     sha256: str
+    stride: int | None = None
+    """Tokens that the windows of long texts shared; None where they were cut."""
+    aggregate: str | None = None
 
 
 @dataclass(frozen=True)
@@ -159,8 +162,10 @@ class TuningReport:
     """From the held-out texts where there are some, else from the tuning texts."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as plain values for JSON."""
-        return asdict(self)
+        """Return it as plain values for JSON; `stride` and `aggregate` only where long texts were read in windows."""
+        report = asdict(self)
+        report["data"] = {key: value for key, value in report["data"].items() if value is not None}
+        return report
 
 
 def verdict(question: Question, chosen: Choice | None, alone: list[Choice], guarantee: Guarantee | None) -> str:

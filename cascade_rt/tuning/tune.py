@@ -60,7 +60,7 @@ def tune(bundle: Bundle, data: Collected, question: Question, *, held_out: Colle
     judged = (chosen, alone) if confirmed is None or held_out is None else (confirmed, members_alone(bundle, held_out))
     return TuningReport(
         question=question,
-        data=Data(len(answers.overhead), data.digest),
+        data=Data(len(answers.overhead), data.digest, **({} if data.windows is None else asdict(data.windows))),
         compared_with="labels" if data.labelled else "the last member's answers",
         alone=alone,
         chosen=chosen,

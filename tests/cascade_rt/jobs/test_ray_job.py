@@ -141,6 +141,25 @@ def test_200_000_real_texts_with_a_killed_actor_and_a_killed_machine(
     check_kills(machines, bundle, tmp_path / "in.jsonl", kind, 200_000, shard_rows=5000)
 
 
+@pytest.mark.parametrize("kind", POOLS)
+def test_long_texts_are_read_in_windows_everywhere(machines: Any, bundle: Path, tmp_path: Path, kind: str) -> None:
+    draw = random.Random(2)
+    with (tmp_path / "in.jsonl").open("w") as stream:
+        for row in range(300):
+            stream.write(json.dumps({"id": row, "text": " ".join(draw.choices(WORDS, k=draw.randint(1, 90)))}) + "\n")
+    runtime, counts = CascadeRuntime(bundle, stride=4, aggregate="max"), Counts()
+    settings = JobSettings(pools=POOLS[kind], shard_rows=70)
+    predict_on_cluster(runtime, str(tmp_path / "in.jsonl"), "out", counts, settings)
+    found = answers(Path("out"))
+    options = ("--stride", "4", "--aggregate", "max", "--threads", "1")
+    assert_equal(found, in_one_process(bundle, tmp_path / "in.jsonl", *options))
+    assert not any(row["truncated"] for row in found)
+    assert runtime.stats().mean_layers == pytest.approx(sum(row["layers"] for row in found) / len(found))
+    with pytest.raises(InputError, match=r"another stride \(found 4, expected None\)"):
+        again = replace(settings, resume=True)
+        predict_on_cluster(runtime.with_stride(None), str(tmp_path / "in.jsonl"), "out", Counts(), again)
+
+
 @pytest.mark.parametrize(("on_error", "kind"), [("skip", "all members"), ("null", "member pools")])
 def test_the_error_rules_of_one_process(
     machines: Any, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], on_error: str, kind: str
