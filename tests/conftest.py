@@ -41,6 +41,7 @@ def make_member(
     confidences spread over their whole range.
     """
     import torch
+    from cascade_train.compat import quiet
     from tokenizers import BertWordPieceTokenizer
     from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
@@ -58,7 +59,8 @@ def make_member(
         initializer_range=spread,
     )
     model = BertForSequenceClassification(config)
-    model.save_pretrained(folder)
+    with quiet():  # transformers 5 has a bar for it
+        model.save_pretrained(folder)
     backend = BertWordPieceTokenizer(ids)
     BertTokenizerFast(tokenizer_object=backend._tokenizer, model_max_length=64).save_pretrained(folder)
     return folder

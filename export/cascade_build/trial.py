@@ -79,12 +79,12 @@ def try_export(
 
 
 def _write(folder: Path, tokenizer: Any, model: Any, record: Mapping[str, Any], exits: str | None) -> None:
-    if exits:
-        whole = MultiExitClassifier(model, exits, range(1, model.config.num_hidden_layers))
-        write_exits(folder, whole)
-        record = {**record, "exits": {"kind": exits, "after": list(whole.after)}}
-    else:
-        with quiet():
+    with quiet():
+        if exits:
+            whole = MultiExitClassifier(model, exits, range(1, model.config.num_hidden_layers))
+            write_exits(folder, whole)
+            record = {**record, "exits": {"kind": exits, "after": list(whole.after)}}
+        else:
             model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_json(folder / RECORD, record)

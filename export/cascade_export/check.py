@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cascade_export.checkpoint import Checkpoint
+from cascade_export.checkpoint import EXPORTERS, TRACE, Checkpoint
 from cascade_rt.benchmark.turns import in_turns
 from cascade_rt.bundle import MemberEntry
 from cascade_rt.engine.backends import usable
@@ -39,7 +39,7 @@ Probabilities = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Check:
-    """Settings of the check of finished members on texts, and the largest loss that it allows."""
+    """How members are made of torch weights, how finished ones are checked on texts, and the largest loss allowed."""
 
     data: Path | None = None
     """Texts, with or without labels; None for those that training held out."""
@@ -54,9 +54,13 @@ class Check:
     choose_cuts: bool = False
     """With several labels per text: take the cuts with the best F1 of the biggest member on the texts, which need
     labels, in place of those that training chose, or of 0.5."""
+    exporter: str = TRACE
+    """What converts torch weights to ONNX, one of EXPORTERS."""
 
     def __post_init__(self) -> None:
-        """Raise InvalidOption for a loss that is not a number of percentage points."""
+        """Raise InvalidOption for a loss that is not a number of percentage points, or an unknown exporter."""
+        if self.exporter not in EXPORTERS:
+            raise InvalidOption("exporter", self.exporter, f"one of: {', '.join(EXPORTERS)}")
         if not 0 <= self.max_accuracy_drop <= 100:
             raise InvalidOption(
                 "max_accuracy_drop", self.max_accuracy_drop, "a number of percentage points from 0 to 100"

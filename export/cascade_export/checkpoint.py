@@ -22,6 +22,10 @@ from cascade_rt.types import Text
 _NUMBER = {True: "several labels per text (sigmoid)", False: "one label per text (softmax)"}
 SHORTEST = 3  # a token between [CLS] and [SEP]
 
+TRACE, OPTIMUM = "trace", "optimum"
+EXPORTERS = {TRACE: "torch", OPTIMUM: "optimum-onnx"}
+"""The exporters of torch weights by name, each with the package that it is part of."""
+
 SENTENCES = (
     "Fine.",
     "The kettle is on and nobody is home 🙂",

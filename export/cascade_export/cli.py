@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from cascade_export.check import MAX_ACCURACY_DROP, Check
-from cascade_export.checkpoint import training_record
+from cascade_export.checkpoint import EXPORTERS, TRACE, training_record
 from cascade_export.export import DEFAULT_THRESHOLD, export_bundle
 from cascade_export.member import AUTO, FP32_ON_OPENVINO
 from cascade_export.pack import packed
@@ -100,6 +100,12 @@ def add_arguments(parser: CommandParser) -> None:
         help="divide each member's logits by the temperature that fits the labels of the check data best",
     )
     add(
+        "--exporter",
+        choices=EXPORTERS,
+        help="what converts torch weights: trace, torch's tracing exporter (the default), or optimum (extra: optimum, "
+        "transformers 4)",
+    )
+    add(
         "--exit-rule",
         choices=EXIT_RULES,
         help="of a multi-exit model that cascade-rt train-exits made (default: that of its paper)",
@@ -168,6 +174,7 @@ def _segments(members: Sequence[str], options: argparse.Namespace, check: Check)
         "--max-length": options.max_length,
         "--calibrate": options.calibrate or None,
         "--choose-cuts": options.choose_cuts or None,
+        "--exporter": None if options.exporter == TRACE else options.exporter,
         "--provider": None if options.provider == "cpu" else options.provider,
         "--provider-option": options.provider_options or None,
     }

@@ -1,7 +1,7 @@
-"""Checkpoint -> ONNX by torch's tracing exporter -> fused by ONNX Runtime's transformer optimizer.
+"""Checkpoint -> ONNX by torch's tracing exporter, or by Optimum -> fused by ONNX Runtime's transformer optimizer.
 
 Its fusions know the graphs that tracing makes of eager attention. torch's other exporter, dynamo, makes graphs of the
-same models in which they find none.
+same models in which they find none (docs/design.md).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +19,7 @@ from typing import Any
 
 import onnx
 import torch
+from cascade_train.compat import MAJOR
 from cascade_train.settings import guarded
 from onnx import helper
 from onnxruntime.transformers.fusion_options import FusionOptions
@@ -25,20 +27,31 @@ from onnxruntime.transformers.optimizer import optimize_model
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from cascade_export.checkpoint import SENTENCES
+from cascade_export.checkpoint import OPTIMUM, SENTENCES, TRACE
 from cascade_export.segments import Segment
 from cascade_export.torch_checkpoint import TorchCheckpoint
+from cascade_rt.errors import MissingExtraError
 
 _REMEDY = "expected a model of a family that docs/guide/families.md lists; fine-tune one of those"
+_RAW = "model.onnx"  # the file that an exporter writes
 _OPSET = 18  # what the precisions are written for
 _TRACED = SENTENCES[1:4]  # of different lengths, so that some are padded
 
 
-def convert(checkpoint: TorchCheckpoint, path: Path) -> dict[str, int]:
+def convert(checkpoint: TorchCheckpoint, path: Path, exporter: str = TRACE) -> dict[str, int]:
     """Write the member's fused fp32 graph, with the weights as they are now, to `path`.
 
-    Returns how often each fused operator occurs in it. Raises InputError for an architecture that cannot be exported.
+    Returns how often each fused operator occurs in it. Raises InputError for an architecture that cannot be exported,
+    and MissingExtraError where the exporter, one of EXPORTERS, is not installed.
     """
+    write = {TRACE: _by_tracing, OPTIMUM: _by_optimum}[exporter]
+    action = f"a {checkpoint.model_type} cannot be exported to ONNX" + (" by Optimum" if exporter == OPTIMUM else "")
+    with guarded(checkpoint.source, action, _REMEDY), _scratch() as folder:
+        write(checkpoint, folder)
+        return _fuse(folder / _RAW, path, checkpoint.config)
+
+
+def _by_tracing(checkpoint: TorchCheckpoint, folder: Path) -> None:
     encoded = checkpoint.backend.encode_batch(list(_TRACED))
     values = {
         "input_ids": torch.tensor([text.ids for text in encoded]),
@@ -46,8 +59,24 @@ def convert(checkpoint: TorchCheckpoint, path: Path) -> dict[str, int]:
     }
     if "token_type_ids" in signature(checkpoint.model.forward).parameters:
         values["token_type_ids"] = torch.zeros_like(values["input_ids"])
-    with guarded(checkpoint.source, f"a {checkpoint.model_type} cannot be exported to ONNX", _REMEDY):
-        return _convert(_Classifier(checkpoint.model), values, ["logits"], path, checkpoint.config)
+    _trace(_Classifier(checkpoint.model), values, ["logits"], folder)
+
+
+def _by_optimum(checkpoint: TorchCheckpoint, folder: Path) -> None:
+    try:
+        if MAJOR > 4:
+            raise ImportError(f"it needs transformers 4, found {version('transformers')}")
+        from optimum.exporters.onnx import onnx_export_from_model  # noqa: PLC0415 - optional, and slow to import
+    except ImportError as error:
+        raise MissingExtraError("the exporter optimum", "optimum", error) from error
+    onnx_export_from_model(
+        checkpoint.model,
+        folder,
+        task="text-classification",
+        opset=_OPSET,
+        no_post_process=True,
+        do_validation=False,  # the finished, fused graph is verified, not this one
+    )
 
 
 def convert_segment(segment: Segment, path: Path, tokens: int) -> dict[str, int]:
@@ -56,7 +85,9 @@ def convert_segment(segment: Segment, path: Path, tokens: int) -> dict[str, int]
     Returns how often each fused operator occurs in it.
     """
     outputs = ["logits", "last_hidden_state"][: 1 + segment.leaves_hidden_states]
-    return _convert(segment, segment.example(tokens), outputs, path, segment.config)
+    with _scratch() as folder:
+        _trace(segment, segment.example(tokens), outputs, folder)
+        return _fuse(folder / _RAW, path, segment.config)
 
 
 class _Classifier(nn.Module):  # type: ignore[misc]  # the library has no types
@@ -71,24 +102,20 @@ class _Classifier(nn.Module):  # type: ignore[misc]  # the library has no types
         return self.model(input_ids=input_ids, attention_mask=attention_mask, **types).logits
 
 
-def _convert(
-    module: nn.Module, example: Mapping[str, Tensor], outputs: Sequence[str], path: Path, config: Any
-) -> dict[str, int]:
-    """Trace a module on an example, by input name, and fuse the graph; return how often each fused operator occurs."""
+def _trace(module: nn.Module, example: Mapping[str, Tensor], outputs: Sequence[str], folder: Path) -> None:
+    """Trace a module on an example, by input name, and write the graph to `folder`."""
     shape = {0: "rows", 1: "tokens"}
     axes = dict.fromkeys(example, shape) | {"logits": {0: "rows"}, "last_hidden_state": shape}
-    with TemporaryDirectory(prefix="cascade-export-") as folder, _quiet(), torch.inference_mode():
-        torch.onnx.export(
-            module.eval(),
-            tuple(example.values()),
-            str(Path(folder) / "model.onnx"),
-            input_names=list(example),
-            output_names=list(outputs),
-            dynamic_axes={name: axes[name] for name in [*example, *outputs]},
-            opset_version=_OPSET,
-            dynamo=False,
-        )
-        return _fuse(Path(folder) / "model.onnx", path, config)
+    torch.onnx.export(
+        module.eval(),
+        tuple(example.values()),
+        str(folder / _RAW),
+        input_names=list(example),
+        output_names=list(outputs),
+        dynamic_axes={name: axes[name] for name in [*example, *outputs]},
+        opset_version=_OPSET,
+        dynamo=False,
+    )
 
 
 def _fuse(source: Path, target: Path, config: Any) -> dict[str, int]:
@@ -108,15 +135,20 @@ def _fuse(source: Path, target: Path, config: Any) -> dict[str, int]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the exporters, which warn about their own internals."""
+def _scratch() -> Iterator[Path]:
+    """Make a folder for the graph that an exporter writes; silence exporters, which warn about their own internals."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            redirect_stdout(io.StringIO()),
+            torch.inference_mode(),
+            TemporaryDirectory(prefix="cascade-export-") as folder,
+        ):
             warnings.simplefilter("ignore")
-            yield
+            yield Path(folder)
     finally:
         logging.disable(logging.NOTSET)
         transformers_logging.set_verbosity(verbosity)

@@ -17,6 +17,7 @@ from cascade_train.tasks import Examples
 from numpy.typing import NDArray
 
 from cascade_export.check import USUAL_CHECK, Check, check_drop, compare, load_check_data
+from cascade_export.checkpoint import TRACE
 from cascade_export.convert import convert_segment
 from cascade_export.export import DEFAULT_THRESHOLD, TOKENIZER_FILE, bundle_of
 from cascade_export.precision import WRITERS, write_precision
@@ -57,6 +58,8 @@ def export_exits(
     """
     if check.calibrate:
         raise InvalidOption("calibrate", check.calibrate, "False for segments, which share their layers")
+    if check.exporter != TRACE:
+        raise InvalidOption("exporter", check.exporter, f"{TRACE} for segments, which no other exporter knows")
     checkpoint = open_torch(source)
     whole = open_exits(source)
     rule = rule or (PATIENCE if whole.kind == PABEE else ENTROPY)

@@ -13,7 +13,7 @@ from cascade_train.settings import guarded
 from tqdm import tqdm
 
 from cascade_export.check import USUAL_CHECK, Check, CheckData, load_check_data
-from cascade_export.checkpoint import Checkpoint, built_in_texts, check_fit, tokenizer_differences
+from cascade_export.checkpoint import EXPORTERS, TRACE, Checkpoint, built_in_texts, check_fit, tokenizer_differences
 from cascade_export.member import Files, MemberExport
 from cascade_export.onnx_checkpoint import OnnxCheckpoint, is_onnx, open_onnx
 from cascade_rt.bundle import Bundle, MemberEntry, sha256_of, write_bundle, write_manifest
@@ -51,7 +51,7 @@ def export_bundle(
         max_length: Tokens; None for what training recorded, else what the model takes.
         precision: One for all members, or by the member's name ("" for the others); None for fp32, or what an ONNX
             folder holds. "auto" takes the fastest, where the check runs, that is batch-invariant and passes the check.
-        check: How aligned and finished members are compared with their originals.
+        check: How members are converted, and how aligned and finished ones are compared with their originals.
         overwrite: Replace an existing bundle.
 
     Raises:
@@ -76,14 +76,14 @@ def export_bundle(
                 guarded(checkpoint.source, "cannot be exported", "expected a fine-tuned classifier that can run"),
                 TemporaryDirectory(prefix="cascade-export-") as work,
             ):
-                files = _files(checkpoint, tokenizer, data, Path(work), calibrate=check.calibrate)
+                files = _files(checkpoint, tokenizer, data, Path(work), check)
                 member = MemberExport(checkpoint, files, tokenizer, folder, check, data)
                 if check.choose_cuts:
                     tasks[checkpoint.name] = member.choose_cuts()
                 members.append(member.export(wanted[checkpoint.name]))
         members[:-1] = [replace(member, threshold=threshold) for member in members[:-1]]
         checkpoints = [replace(one, task=tasks.get(one.name, one.task)) for one in checkpoints]
-        bundle = bundle_of(checkpoints, members, folder)
+        bundle = bundle_of(checkpoints, members, folder, check.exporter)
         write_manifest(folder, bundle)
     return bundle
 
@@ -92,8 +92,13 @@ def _cost(one: Checkpoint) -> tuple[float, int]:
     return encoder_flops(one.layers, one.hidden_size, one.intermediate_size), one.parameters
 
 
-def bundle_of(checkpoints: Sequence[Checkpoint], members: Sequence[MemberEntry], folder: Path) -> Bundle:
-    """Return the manifest of members in `folder`, where the tokenizer is too, with the facts of their checkpoints."""
+def bundle_of(
+    checkpoints: Sequence[Checkpoint], members: Sequence[MemberEntry], folder: Path, exporter: str = TRACE
+) -> Bundle:
+    """Return the manifest of members in `folder`, where the tokenizer is too, with the facts of their checkpoints.
+
+    `exporter`: what has converted those that have torch weights, one of EXPORTERS.
+    """
     first, task = checkpoints[0], checkpoints[-1].task
     return Bundle(
         labels=first.labels,
@@ -106,7 +111,7 @@ def bundle_of(checkpoints: Sequence[Checkpoint], members: Sequence[MemberEntry],
         members=tuple(members),
         provenance={
             "versions": {tool: found for tool in _TOOLS if (found := _version(tool))},
-            "checkpoints": {checkpoint.name: _origin(checkpoint) for checkpoint in checkpoints},
+            "checkpoints": {checkpoint.name: _origin(checkpoint, exporter) for checkpoint in checkpoints},
         },
     )
 
@@ -169,11 +174,9 @@ def _by_member(precision: str | Mapping[str, str] | None, names: Sequence[str]) 
     return {name: by_name.get(name, by_name.get("")) for name in names}
 
 
-def _files(
-    checkpoint: Checkpoint, tokenizer: TextTokenizer, data: CheckData | None, work: Path, *, calibrate: bool
-) -> Files:
+def _files(checkpoint: Checkpoint, tokenizer: TextTokenizer, data: CheckData | None, work: Path, check: Check) -> Files:
     if isinstance(checkpoint, OnnxCheckpoint):
-        if calibrate:
+        if check.calibrate:
             raise InputError(f"member {checkpoint.name!r} is an ONNX file; calibration needs torch weights")
         return checkpoint
     from cascade_export.torch_checkpoint import TorchCheckpoint  # noqa: PLC0415 - loads torch, ONNX folders need none
@@ -181,10 +184,10 @@ def _files(
 
     if not isinstance(checkpoint, TorchCheckpoint):
         raise TypeError(f"no way to export a {type(checkpoint).__name__}")
-    return TorchFiles(checkpoint, tokenizer, data, work, calibrate=calibrate)
+    return TorchFiles(checkpoint, tokenizer, data, work, calibrate=check.calibrate, exporter=check.exporter)
 
 
-def _origin(checkpoint: Checkpoint) -> dict[str, Any]:
+def _origin(checkpoint: Checkpoint, exporter: str) -> dict[str, Any]:
     """Return where a member comes from, without paths of the machine that exported it."""
     record = checkpoint.training
     kept = ("layers", "task", "recipe", "data", "metric", "exits")
@@ -192,7 +195,10 @@ def _origin(checkpoint: Checkpoint) -> dict[str, Any]:
     training |= {key: _public(record[key]) for key in ("base", "tokenizer") if record.get(key)}
     if "validation" in record:
         training["validation"] = record["validation"]["best"]
-    origin = {"source": _public(checkpoint.source), "model_type": checkpoint.model_type}
+    origin: dict[str, Any] = {"source": _public(checkpoint.source), "model_type": checkpoint.model_type}
+    if checkpoint.layers and not isinstance(checkpoint, OnnxCheckpoint):  # an averaging network writes its own graph
+        package = EXPORTERS[exporter]
+        origin["exporter"] = {"name": exporter, "package": package, "version": _version(package)}
     return origin | ({"training": training} if training else {})
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from cascade_train.compat import quiet
 from cascade_train.sources import load_tokenizer
 from tokenizers import BertWordPieceTokenizer
 from transformers import (
@@ -45,7 +46,8 @@ def write_random_members(
         model = BertForSequenceClassification(config).eval()
         _spread_confidences(model)
         path = folder / f"{layers}L-{hidden}"
-        model.save_pretrained(path)
+        with quiet():
+            model.save_pretrained(path)
         words.save_pretrained(path)
         paths.append(str(path))
     return paths

@@ -38,6 +38,7 @@ class TorchFiles:
         work: Path,
         *,
         calibrate: bool,
+        exporter: str,
     ) -> None:
         """Convert to fp32 in the folder `work`, calibrated on `data` if wanted; raise CascadeError if torch differs."""
         scaled = _calibrate(checkpoint, data) if calibrate else {}
@@ -46,7 +47,7 @@ class TorchFiles:
         self._network = checkpoint.model if isinstance(checkpoint.model, AveragingForSequenceClassification) else None
         self.precisions = tuple(WRITERS if self._network is None else PRECISIONS)
         if self._network is None:
-            made = {"fused": convert(checkpoint, self._source)}
+            made = {"fused": convert(checkpoint, self._source, exporter)}
         else:
             write_network(self._network, self._source, "fp32")
             made = {"averaging_network": self._network.config.network}

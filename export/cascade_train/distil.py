@@ -41,7 +41,7 @@ from cascade_train.finetune import (
     check_length,
 )
 from cascade_train.hardware import bf16_pays
-from cascade_train.layers import embeddings_name, layer_lists
+from cascade_train.layers import embeddings_name, keep_layers, layer_lists
 from cascade_train.losses import hidden_state_error, mean_vector_cosine, relation_divergence
 from cascade_train.ranges import check_ranges
 from cascade_train.sources import check_tokens, load_tokenizer, pretrained
@@ -193,7 +193,7 @@ def make_student(teacher: Any, picked: Sequence[int], base: str) -> Any:
     """
     lists = [f"{name}." for name, _ in layer_lists(teacher)]
     config = copy.deepcopy(teacher.config)
-    config.num_hidden_layers = len(picked)
+    keep_layers(config, picked)
     weights: dict[str, Tensor] = {}
     for name, weight in teacher.state_dict().items():
         prefix = next((prefix for prefix in lists if name.startswith(prefix)), None)

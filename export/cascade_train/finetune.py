@@ -35,6 +35,7 @@ from cascade_train import RECORD
 from cascade_train.alignment import align, usable_positions
 from cascade_train.compat import training_arguments
 from cascade_train.inference import EXTRAS, answers, collator, features, first_token_states, target
+from cascade_train.layers import keep_layers
 from cascade_train.losses import (
     difficulty_aware_regularization,
     distillation,
@@ -375,7 +376,7 @@ def load_base(
     if layers is not None:
         if not 1 <= layers <= config.num_hidden_layers:
             raise InvalidOption("layers", layers, f"1 to {config.num_hidden_layers}, the layers of {base}")
-        config.num_hidden_layers = layers  # from_pretrained then takes the first k layers' weights only
+        keep_layers(config, range(layers))  # from_pretrained then takes the first k layers' weights only
     config.num_labels = len(labels)
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: index for index, label in enumerate(labels)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -15,6 +16,13 @@ def layer_lists(model: Any) -> list[tuple[str, nn.ModuleList]]:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == deep
     ]
+
+
+def keep_layers(config: Any, places: Sequence[int]) -> None:
+    """Make a configuration that of an encoder which has the layers at these `places`, from 0, alone."""
+    config.num_hidden_layers = len(places)
+    if kinds := getattr(config, "layer_types", None):  # transformers 5 wants one for each layer
+        config.layer_types = [kinds[place] for place in places]
 
 
 def embeddings_name(model: Any) -> str:

@@ -47,7 +47,15 @@ class ModuleReplacing(TrainerCallback):  # type: ignore[misc]  # the library has
         """Which of the successor's layers run in this step of training."""
         for index, (layer, places) in enumerate(zip(new, np.array_split(np.arange(len(old)), len(new)), strict=True)):
             layer.requires_grad_(True)
-            self._take_turns(index, layer, [old[place] for place in places])
+            module = [old[place] for place in places]
+            # transformers 5 gives each layer the mask and positions of its kind of attention.
+            if len(kinds := {getattr(one, "attention_type", None) for one in [layer, *module]}) > 1:
+                raise InputError(
+                    f"a {type(successor).__name__} has {' and '.join(sorted(map(str, kinds)))} in layers that would "
+                    "take turns, and transformers 5 runs none of them in place of the other; train without module "
+                    "replacing, or with transformers 4"
+                )
+            self._take_turns(index, layer, module)
 
     def on_step_begin(self, arguments: Any, state: Any, control: Any, **_: Any) -> None:
         """Draw the modules that are replaced, at least one: without any there is nothing to train."""

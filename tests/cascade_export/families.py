@@ -57,6 +57,7 @@ def _write(
     folder: Path, kind: str, backend: Any, special: dict[str, str], padding_side: str = "right", **more: Any
 ) -> Path:
     import torch
+    from cascade_train.compat import quiet
     from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
     torch.manual_seed(1)
@@ -74,7 +75,8 @@ def _write(
         "label2id": {label: index for index, label in enumerate(LABELS)},
     } | more
     config = AutoConfig.for_model(kind, **settings)
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    with quiet():  # transformers 5 has a bar for it
+        AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

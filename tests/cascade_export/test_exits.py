@@ -170,4 +170,6 @@ def test_bad_settings_are_refused(member: str, data: TaskData, trained: dict[str
         open_exits(member)
     with pytest.raises(InvalidOption, match="`precision`: found 'int8-static', expected one of fp32, fp16, int8"):
         export_exits(str(trained[PABEE]), tmp_path / "bundle", precision="int8-static", check=ANY_LOSS)
+    with pytest.raises(InvalidOption, match="`exporter`: found 'optimum', expected trace for segments"):
+        export_exits(str(trained[PABEE]), tmp_path / "bundle", check=Check(exporter="optimum"))
     assert isinstance(open_exits(trained[PABEE]), MultiExitClassifier)

@@ -64,8 +64,8 @@ def test_the_check_covers_empty_short_padded_and_cut_texts(member_folders: list[
 def test_a_graph_that_differs_from_torch_is_refused_and_nothing_is_written(
     member_folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def spoiled(checkpoint: Any, path: Path) -> dict[str, int]:
-        fused = convert(checkpoint, path)
+    def spoiled(checkpoint: Any, path: Path, exporter: str) -> dict[str, int]:
+        fused = convert(checkpoint, path, exporter)
         model = onnx.load(path)
         bias = next(weight for weight in model.graph.initializer if weight.name.endswith("classifier.bias"))
         values = onnx.numpy_helper.to_array(bias) + np.array([0.01, 0, 0], dtype=np.float32)
@@ -184,8 +184,9 @@ def test_three_members_with_two_names_are_refused(member_folders: list[Path], tm
         export_bundle([str(member_folders[0]), str(member_folders[2]), str(twin)], tmp_path / "bundle")
 
 
-def test_random_members_have_the_asked_shapes_and_spread_confidences(tmp_path: Path) -> None:
+def test_random_members_have_the_asked_shapes_and_spread_confidences(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", "--random", "1x64", "--random", "3x96", "--output", "bundle", "--max-length", "64"]) == 0
+    assert capsys.readouterr().err == "", "no progress of other libraries"
     runtime = CascadeRuntime("bundle")
     assert [(member.layers, member.hidden_size) for member in runtime.bundle.members] == [(1, 64), (3, 96)]
     texts = [" ".join(["bakedi", "fogu", "lamo", "rita"][: 1 + index % 4]) + str(index) for index in range(60)]

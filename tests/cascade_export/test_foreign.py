@@ -15,7 +15,7 @@ from cascade_export.export import export_bundle
 from cascade_export.random_weights import write_random_members
 from cascade_export.torch_checkpoint import open_torch
 from cascade_train.analysis import representations
-from cascade_train.compat import MAJOR
+from cascade_train.compat import MAJOR, quiet
 from cascade_train.distil import load_encoder
 from cascade_train.exits import open_exits
 from cascade_train.finetune import load_base, load_member
@@ -25,8 +25,9 @@ from cascade_train.sources import load_tokenizer
 from cascade_rt import CascadeRuntime
 from cascade_rt.errors import BundleError, InferenceError, InputError, MissingExtraError
 
-from ..conftest import LABELS
+from ..conftest import LABELS, WORDS
 from ..toy import vocabulary
+from .families import FAMILIES
 
 _TRUST = "trust_remote_code"
 REMOVED = object()
@@ -195,6 +196,41 @@ def test_a_classifier_of_several_labels_answers_as_transformers(
             assert answer.labels == tuple(label for label in LABELS if expected[label] > 0.5)
 
 
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+def test_weights_of_16_bits_are_read_as_float32(folder: Path, tmp_path: Path, kind: str) -> None:
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    small = AutoModelForSequenceClassification.from_pretrained(folder, dtype=kind)
+    with quiet():
+        small.save_pretrained(folder)
+    found = json.loads((folder / "config.json").read_text())
+    assert kind in (found.get("dtype"), found.get("torch_dtype"))
+    opened = open_torch(str(folder))
+    _, member = load_member(str(folder), LABELS, "teacher")
+    models = [opened.model, member, load_base(str(folder), LABELS, None)[1], load_encoder(str(folder))[1]]
+    for model in models:
+        assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    export_bundle([str(folder)], tmp_path / "bundle")
+    exact = small.float().eval()
+    texts = ["a great film", "never boring"]
+    with CascadeRuntime(tmp_path / "bundle") as runtime, torch.inference_mode():
+        for text, answer in zip(texts, runtime.predict(texts), strict=True):
+            expected = exact(**opened.tokenizer(text, return_tensors="pt")).logits.softmax(dim=-1)[0].tolist()
+            assert list(answer.probabilities) == pytest.approx(expected, abs=1e-5)
+
+
+def test_rotary_positions_as_transformers_5_writes_them_are_never_ignored(tmp_path: Path) -> None:
+    folder = FAMILIES["modernbert"](tmp_path / "member")
+    theta = {"rope_type": "default", "rope_theta": 10_000.0}
+    edit(folder, rope_parameters={"full_attention": theta, "sliding_attention": theta})
+    if MAJOR < 5:
+        with pytest.raises(InputError, match="found rope_parameters .*transformers 4.* reads for a modernbert"):
+            open_torch(str(folder))
+    else:
+        assert open_torch(str(folder)).config.rope_parameters["full_attention"]["rope_theta"] == 10_000
+
+
 def test_settings_of_how_a_model_runs_are_not_those_of_the_folder(folder: Path) -> None:
     edit(folder, _attn_implementation="kernels-community/flash-attn", return_dict=False, torchscript=True)
     model = open_torch(str(folder)).model
@@ -221,6 +257,43 @@ def test_a_sentencepiece_model_without_its_package_names_the_extra(
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(MissingExtraError, match=r"reading spm.model needs .*cascade-rt\[export\]"):
         load_tokenizer(str(folder))
+
+
+def test_a_sentencepiece_model_alone_is_read(folder: Path, tmp_path: Path) -> None:
+    """As DeBERTa-v3's folders are."""
+    from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+    from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
+
+    without(*TOKENIZER)(folder)
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(" ".join(WORDS[start : start + 9]) for start in range(0, len(WORDS), 3)),
+        model_prefix=str(folder / "spm"),
+        vocab_size=80,
+        hard_vocab_limit=False,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        pad_piece="[PAD]",
+        bos_piece="[CLS]",
+        eos_piece="[SEP]",
+        unk_piece="[UNK]",
+        minloglevel=2,
+    )
+    (folder / "spm.vocab").unlink()
+    pieces = SentencePieceProcessor(model_file=str(folder / "spm.model"))
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    labels = {"id2label": dict(enumerate(LABELS)), "label2id": {label: index for index, label in enumerate(LABELS)}}
+    settings = DebertaV2Config(vocab_size=len(pieces) + 1, max_position_embeddings=64, **size, **labels)
+    with quiet():
+        DebertaV2ForSequenceClassification(settings).save_pretrained(folder)
+    edit(folder, "tokenizer_config.json", tokenizer_class="DebertaV2Tokenizer", do_lower_case=False, vocab_type="spm")
+    tokenizer = load_tokenizer(str(folder))
+    text = "never a good film, not a bad one"
+    assert tokenizer(text)["input_ids"] == [1, *pieces.encode(text), 2]
+    export_bundle([str(folder)], tmp_path / "bundle")  # compares with torch
+    with CascadeRuntime(tmp_path / "bundle") as runtime:
+        assert runtime.predict([text])[0].label in LABELS
 
 
 def bare_backend(**parts: Any) -> Any:

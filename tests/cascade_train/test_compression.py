@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from cascade_train import finetune as module
+from cascade_train.compat import MAJOR
 from cascade_train.finetune import (
     Objective,
     ObjectiveTrainer,
@@ -132,6 +133,12 @@ def test_modules_take_turns_in_every_family(family: str, tmp_path: Path) -> None
             dropout.p = 0.0
     before = successor(**batch).logits
     names = set(successor.state_dict())
+    if MAJOR > 4 and family.startswith("modernbert"):  # a layer of global attention would stand for one of local
+        with pytest.raises(
+            InputError, match="has full_attention and sliding_attention in layers that would take turns"
+        ):
+            ModuleReplacing(predecessor, successor)
+        return
     replacing = ModuleReplacing(predecessor, successor)
     successor.train()
     for replaced, expected in ((False, predecessor(**batch).logits), (True, before)):

@@ -11,15 +11,17 @@ import pytest
 import torch
 from cascade_train import RECORD, VALIDATION
 from cascade_train import finetune as module
+from cascade_train.compat import quiet
 from cascade_train.finetune import Objective, ObjectiveTrainer, Recipe, finetune, load_base
-from cascade_train.sources import pretrained
+from cascade_train.sources import load_classifier, pretrained
 from cascade_train.tasks import Examples, TaskData
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
 from cascade_rt.cli import main
 from cascade_rt.errors import CascadeError, InputError, InvalidOption
 
-from ..conftest import WORDS, make_member
+from ..cascade_export.families import FAMILIES
+from ..conftest import LABELS, WORDS, make_member
 
 RECIPE = Recipe(epochs=4, learning_rate=3e-3, batch_size=8, max_length=16, evaluations_per_epoch=2)
 
@@ -92,6 +94,18 @@ class _KillAt(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == self.step:
             raise _Killed
+
+
+def test_the_first_layers_of_a_modernbert_are_a_checkpoint_again(tmp_path: Path) -> None:
+    """transformers 5 wants a kind of attention for each layer, and says so when it saves."""
+    _, model = load_base(str(FAMILIES["modernbert"](tmp_path / "deep")), LABELS, 1)
+    with quiet():
+        model.save_pretrained(tmp_path / "cut")
+    again = load_classifier(str(tmp_path / "cut"))
+    assert again.config.num_hidden_layers == 1
+    ids = torch.tensor([[0, 7, 8, 9, 2]])
+    with torch.inference_mode():
+        torch.testing.assert_close(again.eval()(ids).logits, model.eval()(ids).logits, atol=1e-6, rtol=1e-6)
 
 
 def test_a_killed_run_resumes_and_ends_where_it_would_have_ended(
