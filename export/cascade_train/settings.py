@@ -23,7 +23,7 @@ DEFAULT_LABELS = 2
 
 _CLASSIFIER = "ForSequenceClassification"
 _TRAIN = "fine-tune this folder, as the base, with cascade-rt train"
-_JSON_NAMES = {dict: "object", list: "array"}
+_JSON_NAMES: Mapping[type, str] = {dict: "object", list: "array"}
 _SHOWN, _LINE = 60, 240  # characters of a setting's value, and of another library's message
 
 

@@ -94,7 +94,7 @@ LORA = {"peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": 
 
 
 def version_6(activation: str, **settings: object) -> Change:
-    found = {"model_type": "CrossEncoder", "activation_fn": activation, "prompts": {}, "default_prompt_name": None}
+    found: dict[str, object] = {"model_type": "CrossEncoder", "activation_fn": activation, "prompts": {}}
     return put("config_sentence_transformers.json", found | settings)
 
 
