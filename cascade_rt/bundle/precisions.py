@@ -19,6 +19,8 @@ class Precision:
     """Providers without kernels for it, each with the precision to export for it."""
     batch_invariant: bool = True
     """An answer is independent of the other texts of its batch."""
+    since: tuple[int, int] = (1, 20)
+    """The first version of ONNX Runtime that has kernels for it."""
 
 
 # CUDA would silently leave products of bytes to the CPU.
@@ -30,9 +32,9 @@ PRECISIONS = {
         Precision("fp16"),
         Precision("int8", products_of_bytes=True, instead=_DYNAMIC),
         Precision("int8-tensor", products_of_bytes=True, instead=_DYNAMIC, batch_invariant=False),
-        Precision("int8-blocks"),
+        Precision("int8-blocks", since=(1, 22)),
         Precision("int8-static", products_of_bytes=True, instead={"cuda": "fp16"}),
-        Precision("int8-weights"),
+        Precision("int8-weights", since=(1, 23)),
         Precision("int8-table", instead={"cuda": "fp16"}),  # of averaging networks; products are with 0 and 1 alone
     )
 }

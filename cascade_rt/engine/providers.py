@@ -74,7 +74,13 @@ def instead_of(precision: str, provider: str) -> str | None:
 
 
 def check_precision(name: str, precision: str, provider: str) -> None:
-    """Raise InvalidOption if the provider has no kernels for the member's precision."""
+    """Raise InvalidOption if the provider has no kernels for the member's precision, BundleError if all are too old."""
+    since = PRECISIONS[precision].since
+    if provider != OPENVINO and _installed() < since:
+        raise BundleError(
+            f"member {name!r}: found onnxruntime {onnxruntime.__version__}, which cannot run {precision}; install "
+            f"onnxruntime {'.'.join(map(str, since))} or newer, or export the member again in int8 or fp32"
+        )
     if instead := instead_of(precision, provider):
         raise InvalidOption(
             "provider",
@@ -101,6 +107,10 @@ def products_on_cpu(session: Any, provider: str) -> set[str]:
     return {name for name in operators if name in _PRODUCTS or name.startswith(("MatMul", "DynamicQuantizeMatMul"))}
 
 
+def _installed() -> tuple[int, ...]:
+    return tuple(map(int, onnxruntime.__version__.split(".")[:2]))
+
+
 def saturates(precision: str) -> bool:
     """Return whether ONNX Runtime's default kernels compute a precision wrongly on this CPU."""
     return PRECISIONS[precision].products_of_bytes and int8_saturates()
@@ -111,11 +121,10 @@ def check_exact_kernels(path: Path) -> None:
 
     Before 1.30 they end the process, or answer wrongly, where products have no zero point of the weights.
     """
-    installed = onnxruntime.__version__
-    if tuple(map(int, installed.split(".")[:2])) < _EXACT_SINCE and scan(path).without_zero_point:
+    if _installed() < _EXACT_SINCE and scan(path).without_zero_point:
         raise BundleError(
-            f"{path}: found a CPU without VNNI and onnxruntime {installed}, which cannot run the int8 products of this "
-            "file there; export the member again in int8 or fp32, or install onnxruntime 1.30 or newer"
+            f"{path}: found a CPU without VNNI and onnxruntime {onnxruntime.__version__}, which cannot run the int8 "
+            "products of this file there; export the member again in int8 or fp32, or install onnxruntime 1.30 or newer"
         )
 
 

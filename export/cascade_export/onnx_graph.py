@@ -52,14 +52,9 @@ class OnnxGraph:
         """Check inputs, outputs, and that rows of any number and length give logits, (rows, labels)."""
         self._check_inputs()
         for shape in _SHAPES:
-            self._check_run(shape)
+            self._check_run(shape, labels)
         drawn = np.random.default_rng(0).integers(0, self._ids, (_TRIED, 9))
         logits = self._run(drawn)
-        if logits.shape != (_TRIED, labels):
-            raise InputError(
-                f"{self._path}: answers logits of shape {logits.shape}, expected {(_TRIED, labels)} for {_TRIED} texts "
-                f"and the {labels} labels of config.json; correct id2label there, or {_AGAIN}"
-            )
         if not np.isfinite(logits).all():
             raise InputError(f"{self._path}: answers NaN or infinity; expected logits; {_AGAIN}")
         if function := self._function(logits):
@@ -118,14 +113,27 @@ class OnnxGraph:
                     f"{_AGAIN}, which has dynamic axes"
                 )
 
-    def _check_run(self, shape: tuple[int, int]) -> None:
+    def _check_run(self, shape: tuple[int, int], labels: int) -> None:
         try:
-            self._run(np.zeros(shape, dtype=np.int64))
+            found = self._run(np.zeros(shape, dtype=np.int64)).shape
         except Exception as error:
             raise InputError(
                 f"{self._path}: cannot run {shape[0]} texts of {shape[1]} tokens ({first_line(error)}); expected any "
                 f"number of texts and tokens; {_AGAIN}, which has dynamic axes"
             ) from error
+        expected = (shape[0], labels)
+        if found == expected:
+            return
+        if len(found) > 2:
+            answers = "for each token, as classifiers of tokens, language models and encoders do"
+        elif found == (shape[0], 1):
+            answers = "with one score, as rerankers and regressions do"
+        else:
+            answers = f"{self._output} of shape {found}, expected {expected}, for token ids of shape {shape}"
+        raise InputError(
+            f"{self._path}: answers {answers}; expected logits of the {labels} labels of config.json for each text; "
+            f"correct id2label there, or {_AGAIN}"
+        )
 
     def _check_padding(self, ids: NDArray[np.int64]) -> None:
         """Without a mask, padding is read as text."""

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 from cascade_rt.errors import CascadeError, InferenceError, InputError, first_line
 
 CONFIG, TOKENIZER_CONFIG, ADAPTER = "config.json", "tokenizer_config.json", "adapter_config.json"
+MODULES, SENTENCE_TRANSFORMERS = "modules.json", "config_sentence_transformers.json"
+SETFIT = ("config_setfit.json", "model_head.pkl")
 DEFAULT_LABELS = 2
 """Labels of a config.json that names none, as in transformers."""
 
@@ -23,6 +25,8 @@ PROBLEM_TYPES = {False: "single_label_classification", True: "multi_label_classi
 """The `problem_type` of a classifier whose texts have one label, and of one whose texts have any number."""
 
 _CLASSIFIER = "ForSequenceClassification"
+_TRAIN = "fine-tune this folder, as the base, with cascade-rt train"
+_JSON_NAMES: Mapping[type, str] = {dict: "object", list: "array"}
 _SHOWN, _LINE = 60, 240  # characters of a setting's value, and of another library's message
 
 
@@ -78,10 +82,9 @@ class Settings:
             raise self.refusal(CONFIG, "id2label", wrong[0], "names of labels as text")
         labels = tuple(name if isinstance(name, str) else json.dumps(name) for name in names)
         if len(labels) < 2 or len(set(labels)) < len(labels):
-            regression = "; a model of one number (regression) is not a classifier" if len(labels) == 1 else ""
             raise InputError(
                 f"{self.source}: found the labels {_shown(', '.join(labels))}; expected at least two, with different "
-                f"names{regression}"
+                "names"
             )
         return labels
 
@@ -108,9 +111,11 @@ class Settings:
         """Raise InputError for weights that transformers would read otherwise than they are meant, or not at all."""
         self._check(_WEIGHTS)
         if (self.folder / ADAPTER).is_file():
+            base = self.read(ADAPTER).get("base_model_name_or_path")
+            of = f" of {_shown(base)}" if base else ""
             raise InputError(
-                f"{self.source}: found {ADAPTER}, an adapter beside the weights of its base; expected one whole model; "
-                "merge them with peft (merge_and_unload) and save that"
+                f"{self.source}: found {ADAPTER}, an adapter{of}; expected one whole model; merge it into its base "
+                "with peft (merge_and_unload), and save that and the tokenizer in a new folder"
             )
 
     @property
@@ -131,6 +136,8 @@ class Settings:
 
     def check_task(self) -> None:
         """Raise InputError unless the model is a classifier: of one label per text, softmax, or several, sigmoid."""
+        self._check_other_libraries()
+        self._check_one_score()
         self._check(_TASK)
         wanted = "sigmoid" if self.several else "softmax"
         functions = self._activations | {"function_to_apply": self.config.get("function_to_apply")}
@@ -138,12 +145,51 @@ class Settings:
             if found is not None and _class(found) not in (wanted, "identity"):
                 remedy = f"{wanted}, as of problem_type {PROBLEM_TYPES[self.several]}; correct the one that is wrong"
                 raise self.refusal(CONFIG, key, found, remedy)
-        names = self.config.get("architectures") or []
-        if names and not any(str(name).endswith(_CLASSIFIER) for name in names):
+        names = self.architectures
+        if names and not any(name.endswith(_CLASSIFIER) for name in names):
             raise InputError(
                 f"{self.source}: not a fine-tuned classifier ({CONFIG}: found the architecture "
-                f"{_shown(', '.join(map(str, names)))}, expected one that ends in {_CLASSIFIER}); fine-tune it with "
+                f"{_shown(', '.join(names))}, expected one that ends in {_CLASSIFIER}); fine-tune it with "
                 "cascade-rt train"
+            )
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        """The classes of transformers that the model was saved as; none where config.json does not say."""
+        named = self.config.get("architectures") or ()
+        return tuple(map(str, [named] if isinstance(named, str) else named))
+
+    def _check_other_libraries(self) -> None:
+        """Raise InputError for models that are more than the part which transformers reads."""
+        if head := next((name for name in SETFIT if (self.folder / name).is_file()), None):
+            raise InputError(
+                f"{self.source}: found {head}, a model of SetFit, whose classifier is pickled: cascade-rt never opens "
+                f"it; {_TRAIN} on the same texts"
+            )
+        if not (self.folder / MODULES).is_file():
+            return
+        modules = _parsed(self.source, self.folder / MODULES, list)
+        if not any(name.endswith(_CLASSIFIER) for name in self.architectures):
+            raise InputError(
+                f"{self.source}: found {MODULES}, an encoder of sentence-transformers without a classifier; {_TRAIN}"
+            )
+        if len(modules) > 1:
+            raise InputError(
+                f"{self.source}: {MODULES}: found {len(modules)} modules, expected a classifier alone; {_TRAIN}"
+            )
+        if prompt := self.read(SENTENCE_TRANSFORMERS).get("default_prompt_name"):
+            raise self.refusal(
+                SENTENCE_TRANSFORMERS, "default_prompt_name", prompt, "null: cascade-rt adds no prompt to texts"
+            )
+
+    def _check_one_score(self) -> None:
+        """Raise InputError for a model with one output."""
+        named = self.config.get("id2label")
+        if (len(named) if isinstance(named, dict) else self.config.get("num_labels")) == 1:
+            raise InputError(
+                f"{self.source}: {CONFIG}: found one label, a model of one score, as rerankers and regressions are; "
+                "expected a classifier of two labels or more; fine-tune one with cascade-rt train, for instance on the "
+                "labels no and yes"
             )
 
     def check_tokenizer(self) -> None:
@@ -213,19 +259,24 @@ _TOKENIZER = (
 
 def read_settings(source: str, folder: Path) -> Settings:
     """Read the JSON files of a folder; `source`: its name in messages. Raise InputError for what is not JSON."""
-    return Settings(source, folder, _json(source, folder / CONFIG), _json(source, folder / TOKENIZER_CONFIG))
+    config = _json(source, folder / CONFIG)
+    theirs = _json(source, folder / SENTENCE_TRANSFORMERS)
+    if config and theirs.get("activation_fn"):  # of a CrossEncoder; older versions write it in config.json
+        config["sentence_transformers"] = {"activation_fn": theirs["activation_fn"]}
+    return Settings(source, folder, config, _json(source, folder / TOKENIZER_CONFIG))
 
 
 def _json(source: str, file: Path) -> dict[str, Any]:
-    if not file.exists():
-        return {}
-    with guarded(source, f"cannot read {file.name}", "expected a JSON object; copy or download the file again"):
+    return dict(_parsed(source, file, dict)) if file.exists() else {}
+
+
+def _parsed(source: str, file: Path, kind: type) -> Any:
+    """Return a JSON file whose content is of this kind; raise InputError for any other."""
+    remedy = f"expected a JSON {_JSON_NAMES[kind]}; copy or download the file again"
+    with guarded(source, f"cannot read {file.name}", remedy):
         found = json.loads(file.read_text("utf-8"))
-    if not isinstance(found, dict):
-        raise InputError(
-            f"{source}: cannot read {file.name} (found a {type(found).__name__}); expected a JSON object; copy or "
-            "download the file again"
-        )
+    if not isinstance(found, kind):
+        raise InputError(f"{source}: cannot read {file.name} (found a {type(found).__name__}); {remedy}")
     return found
 
 

@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 import cascade_train.averaging  # noqa: F401 - registers its architecture
 from cascade_rt.bundle.hub import repository
@@ -24,6 +31,12 @@ from cascade_train.settings import CONFIG, Settings, guarded, read_settings
 
 _SETTINGS = ("*.json", "*.txt", "*.model")
 _WEIGHTS = (("model*.safetensors",), ("pytorch_model*.bin",))  # the second only where there is none of the first
+_OF_OTHERS = {
+    "*.gguf": "quantised weights of llama.cpp",
+    "tf_model.h5": "weights of TensorFlow",
+    "flax_model.msgpack": "weights of Flax",
+    "openvino_model.xml": "a graph of OpenVINO",
+}
 _VOCABULARIES = ("vocab.txt", "vocab.json", "*.model")
 _RUN_SO: dict[str, Any] = {
     "_attn_implementation": None,  # by the class; a folder may name a kernel, code that would be downloaded
@@ -52,7 +65,6 @@ def pretrained(kind: Any, source: str, **settings: Any) -> Any:
         kind, settings = _read_by_4(found, kind, settings) if MAJOR < 5 else (kind, settings)
     else:
         _check_model(found, kind)
-        found.check_weights()
     if is_model:
         _check_weight_files(found)
         settings.setdefault("config", pretrained(AutoConfig, source))
@@ -75,7 +87,23 @@ def load_classifier(source: str, **settings: Any) -> Any:
     if loading["missing_keys"]:
         missing = ", ".join(sorted(loading["missing_keys"])[:3])
         raise InputError(f"{source}: not a fine-tuned classifier (has no weights for {missing}); fine-tune it first")
+    if not settings_of(source).architectures and _fits_tokens(model):
+        raise InputError(
+            f"{source}: {CONFIG}: found no architectures, and weights that fit a classifier of tokens too; expected "
+            f'the model\'s class; if it is a classifier of texts, add "architectures": ["{type(model).__name__}"]'
+        )
     return model
+
+
+def _fits_tokens(model: Any) -> bool:
+    """Return whether a classifier of tokens has the same weights, as ModernBERT's has."""
+    try:
+        with torch.device("meta"):
+            other = AutoModelForTokenClassification.from_config(model.config)
+    except ValueError:  # this architecture has none
+        return False
+    shapes, others = ({name: weight.shape for name, weight in one.named_parameters()} for one in (model, other))
+    return shapes == others
 
 
 def mismatched_weights(loading: Mapping[str, Any]) -> list[str]:
@@ -155,14 +183,33 @@ def _downloaded(source: str, name: str, revision: str | None, *, weights: bool) 
 
 
 def _check_model(found: Settings, kind: Any) -> None:
-    """Raise InputError for a folder without a model, or whose model is its own code."""
+    """Raise InputError for a folder without a model of transformers, or whose model is its own code."""
+    found.check_weights()
     if not (found.folder / CONFIG).exists():
-        raise InputError(f"{found.source}: the folder has no {CONFIG}; {_EXPECTED}")
+        _check_formats(found)
+        models = sorted({file.parent.name for file in found.folder.glob(f"*/{CONFIG}") if _weight_files(file.parent)})
+        hint = f"give a folder inside it: {', '.join(models[-3:])}" if models else _EXPECTED
+        raise InputError(f"{found.source}: the folder has no {CONFIG}; {hint}")
     found.check_code(["AutoConfig", "AutoModel", kind.__name__])
 
 
+def _weight_files(folder: Path) -> list[Path]:
+    return [path for patterns in _WEIGHTS for pattern in patterns for path in folder.glob(pattern)]
+
+
+def _check_formats(found: Settings) -> None:
+    """Raise InputError if the folder holds the weights of another library."""
+    files = [(path.name, what) for pattern, what in _OF_OTHERS.items() for path in sorted(found.folder.glob(pattern))]
+    for name, what in files[:1]:
+        raise InputError(
+            f"{found.source}: found {name}, {what}; expected model.safetensors or pytorch_model.bin; use the original "
+            "model, or load it with transformers and save_pretrained"
+        )
+
+
 def _check_weight_files(found: Settings) -> None:
-    if not any(path for patterns in _WEIGHTS for pattern in patterns for path in found.folder.glob(pattern)):
+    if not _weight_files(found.folder):
+        _check_formats(found)
         raise InputError(
             f"{found.source}: has no weights; expected model.safetensors or pytorch_model.bin; load it with "
             "transformers and save_pretrained, or download it again"

@@ -12,9 +12,9 @@ from cascade_rt import CascadeError, CascadeRuntime, InputError
 from cascade_rt.bundle import MemberEntry
 from cascade_rt.bundle.precisions import PRECISIONS, Precision
 from cascade_rt.engine.execution import Execution
-from cascade_rt.engine.providers import CPU, CUDA, OPENVINO, instead_of, needs_gpu
+from cascade_rt.engine.providers import CPU, CUDA, OPENVINO, check_precision, instead_of, needs_gpu
 from cascade_rt.engine.stage import Stage
-from cascade_rt.errors import InvalidOption
+from cascade_rt.errors import BundleError, InvalidOption
 
 TEXTS = ["a great film", "so sad", "the cat sat on the mat and that was not very witty", "", "dull " * 40]
 
@@ -81,6 +81,19 @@ def test_a_precision_is_refused_with_one_that_the_provider_runs(precision: Preci
     assert instead is None or provider != CPU
     sums_bytes = precision.products_of_bytes or precision.name == "int8-table"
     assert (instead is not None) == sums_bytes or provider != CUDA
+
+
+@pytest.mark.parametrize("precision", PRECISIONS.values(), ids=lambda precision: precision.name)
+def test_an_older_onnx_runtime_is_refused_with_the_version_that_runs_the_precision(
+    precision: Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    major, minor = precision.since
+    monkeypatch.setattr("onnxruntime.__version__", f"{major}.{minor}.0")
+    check_precision("small", precision.name, CPU)
+    monkeypatch.setattr("onnxruntime.__version__", f"{major}.{minor - 1}.2")
+    reason = rf"member 'small': found onnxruntime 1\.\d+\.2, .* {precision.name}; install onnxruntime 1\.{minor} or"
+    with pytest.raises(BundleError, match=reason):
+        check_precision("small", precision.name, CPU)
 
 
 def test_the_probe_for_saturation_is_one_product_of_bytes() -> None:
