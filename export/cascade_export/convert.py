@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from cascade_export.checkpoint import SENTENCES
+from cascade_export.fusion import fuse_rotary
 from cascade_export.segments import Segment
 from cascade_export.torch_checkpoint import TorchCheckpoint
 
@@ -88,10 +89,10 @@ def _convert(
             opset_version=_OPSET,
             dynamo=False,
         )
-        return _fuse(Path(folder) / "model.onnx", path, config)
+        return _fuse(Path(folder) / "model.onnx", path, config, example)
 
 
-def _fuse(source: Path, target: Path, config: Any) -> dict[str, int]:
+def _fuse(source: Path, target: Path, config: Any, example: Mapping[str, Tensor]) -> dict[str, int]:
     fusions = FusionOptions("bert")  # of all BERT-like encoders
     fusions.enable_embed_layer_norm = False  # it hides the tables, and takes more inputs than some models have
     optimized = optimize_model(
@@ -102,6 +103,7 @@ def _fuse(source: Path, target: Path, config: Any) -> dict[str, int]:
         hidden_size=config.hidden_size,
         opt_level=0,
     )
+    fuse_rotary(optimized, config.num_attention_heads, {name: values.numpy() for name, values in example.items()})
     _take_layer_norms_apart(optimized.model)
     optimized.save_model_to_file(str(target))
     return {name: count for name, count in optimized.get_fused_operator_statistics().items() if count}
@@ -131,14 +133,14 @@ def _take_layer_norms_apart(model: onnx.ModelProto) -> None:
     nodes = list(model.graph.node)
     del model.graph.node[:]
     for node in nodes:
-        if node.op_type != "SkipLayerNormalization" or len(node.output) > 1:
+        if node.op_type != "SkipLayerNormalization":
             model.graph.node.append(node)
             continue
         tokens, skip, weight, shift, *bias = node.input
-        name = node.output[0]
-        for index, term in enumerate([*bias, skip]):
-            model.graph.node.append(helper.make_node("Add", [tokens, term], [f"{name}_sum{index}"]))
-            tokens = f"{name}_sum{index}"
+        name, *_, whole = [*node.output, f"{node.output[0]}_sum"] if len(node.output) == 1 else node.output
+        for output, term in zip([*(f"{name}_sum_of_bias" for _ in bias), whole], [*bias, skip], strict=True):
+            model.graph.node.append(helper.make_node("Add", [tokens, term], [output]))
+            tokens = output
         epsilon = next(helper.get_attribute_value(item) for item in node.attribute if item.name == "epsilon")
         model.graph.node.append(
             helper.make_node("LayerNormalization", [tokens, weight, shift], [name], axis=-1, epsilon=epsilon)
