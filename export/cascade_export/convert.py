@@ -32,6 +32,10 @@ from cascade_export.torch_checkpoint import TorchCheckpoint
 
 _REMEDY = "expected a model of a family that docs/guide/families.md lists; fine-tune one of those"
 _OPSET = 18  # what the precisions are written for
+_SKIPS = {  # to what it is without the addition, and whether that has a shift
+    "SkipLayerNormalization": ("LayerNormalization", True),
+    "SkipSimplifiedLayerNormalization": ("SimplifiedLayerNormalization", False),
+}
 _TRACED = SENTENCES[1:4]  # of different lengths, so that some are padded
 
 
@@ -133,15 +137,15 @@ def _take_layer_norms_apart(model: onnx.ModelProto) -> None:
     nodes = list(model.graph.node)
     del model.graph.node[:]
     for node in nodes:
-        if node.op_type != "SkipLayerNormalization":
+        if node.op_type not in _SKIPS:
             model.graph.node.append(node)
             continue
-        tokens, skip, weight, shift, *bias = node.input
+        kind, shifted = _SKIPS[node.op_type]
+        tokens, skip, *weights = node.input
+        weights, bias = weights[: 1 + shifted], weights[1 + shifted :]
         name, *_, whole = [*node.output, f"{node.output[0]}_sum"] if len(node.output) == 1 else node.output
         for output, term in zip([*(f"{name}_sum_of_bias" for _ in bias), whole], [*bias, skip], strict=True):
             model.graph.node.append(helper.make_node("Add", [tokens, term], [output]))
             tokens = output
         epsilon = next(helper.get_attribute_value(item) for item in node.attribute if item.name == "epsilon")
-        model.graph.node.append(
-            helper.make_node("LayerNormalization", [tokens, weight, shift], [name], axis=-1, epsilon=epsilon)
-        )
+        model.graph.node.append(helper.make_node(kind, [tokens, *weights], [name], axis=-1, epsilon=epsilon))

@@ -79,7 +79,7 @@ class _Fusion:
         scale = self._model.get_constant_value(scaled.input[1])
         keys = self._model.match_parent(product, "Transpose", 1, self._makers)
         window = self._window(masked.input[1])
-        if scale is None or keys is None or window is None:
+        if scale is None or scale.size != 1 or keys is None or window is None:
             return False
         query, key = self._rotated(product.input[0]), self._rotated(keys.input[0])
         if not query or not key:
@@ -132,10 +132,11 @@ class _Fusion:
 
         What is matched is x * cosines + (-second half of x, first half of x) * sines.
         """
-        turned = self._model.match_parent_path(
-            self._makers[tensor], ["Mul", "Concat", "Neg", "Slice"], [1, 0, 0, 0], self._makers
-        )
-        plain = self._model.match_parent(self._makers[tensor], "Mul", 0, self._makers)
+        whole = self._makers.get(tensor)
+        if whole is None or whole.op_type != "Add":
+            return None
+        turned = self._model.match_parent_path(whole, ["Mul", "Concat", "Neg", "Slice"], [1, 0, 0, 0], self._makers)
+        plain = self._model.match_parent(whole, "Mul", 0, self._makers)
         if not turned or plain is None or plain.input[0] != turned[-1].input[0]:
             return None
         tables = self._tables(plain.input[1], turned[0].input[1])
@@ -183,7 +184,7 @@ class _Fusion:
     def _tokens(self, tensor: str) -> str:
         """Return the tensor (rows, tokens, width) of which another is a view by heads, or the part of it."""
         part: tuple[int, int] | None = None
-        while (node := self._makers[tensor]).op_type in (*_VIEWS, "Split"):
+        while (node := self._makers.get(tensor)) is not None and node.op_type in (*_VIEWS, "Split"):
             if node.op_type == "Split":
                 part = list(node.output).index(tensor), len(node.output)
             tensor = node.input[0]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
 from cascade_export.export import export_bundle
-from cascade_export.single_file import pack
+from cascade_export.pack import packed
+from cascade_train import settings
 from cascade_train.finetune import Recipe, finetune
 from cascade_train.tasks import Examples, TaskData
 
@@ -61,11 +63,13 @@ def test_a_suite_becomes_a_cascade_in_one_file(family: str, tmp_path: Path) -> N
     runtime = CascadeRuntime(tmp_path / "bundle")
     inputs = runtime.plan.tokenizer.encode(TEXTS).batch(np.arange(len(TEXTS)))
     if int8_saturates():
-        with pytest.raises(BundleError, match="no VNNI"):
-            pack(tmp_path / "bundle", tmp_path / "cascade.onnx")
+        with pytest.raises(BundleError, match="on a CPU without VNNI"):
+            packed(tmp_path / "bundle", tmp_path / "cascade.onnx", overwrite=False)
         bundle = export_bundle(members, tmp_path / "bundle", threshold=0.6, overwrite=True)
         runtime = CascadeRuntime(tmp_path / "bundle")
-    pack(tmp_path / "bundle", tmp_path / "cascade.onnx")
+    line = packed(tmp_path / "bundle", tmp_path / "cascade.onnx", overwrite=False)
+    kind = "Unigram" if family.startswith(("multilingual", "xlm", "deberta")) else "BPE"
+    assert f"its tokenizer is {kind}: the npm package refuses it" in line
     session = onnxruntime.InferenceSession(str(tmp_path / "cascade.onnx"))
     for tau in (0.0, 0.55, 1.0):
         found, exits, _ = session.run(None, inputs | {"thresholds": np.array([tau])})
@@ -74,12 +78,24 @@ def test_a_suite_becomes_a_cascade_in_one_file(family: str, tmp_path: Path) -> N
         np.testing.assert_allclose(found, [answer.probabilities for answer in expected], atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["eurobert", "new"])
-def test_code_of_a_repository_is_refused_by_name(family: str, tmp_path: Path) -> None:
-    """EuroBERT and Alibaba's GTE are published with code of their own, which transformers 4 would have to run."""
-    folder = FAMILIES["bert"](tmp_path / "member")
+def with_code(folder: Path, kind: str) -> Path:
+    """Let a folder say that a repository has code for its model, as EuroBERT's and Alibaba's GTE do."""
     config = json.loads((folder / "config.json").read_text("utf-8"))
     code = {"AutoConfig": "configuration.Config", "AutoModelForSequenceClassification": "modeling.Model"}
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": family, "auto_map": code}), "utf-8")
-    with pytest.raises(InputError, match="auto_map for .*never runs"):
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": kind, "auto_map": code}), "utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["eurobert", "new"])
+def test_code_of_a_repository_is_refused_by_name(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "find_spec", lambda name: None if name.endswith("eurobert") else find_spec(name))
+    folder = with_code(FAMILIES["bert"](tmp_path / "member"), kind)
+    remedy = "install transformers 5" if kind == "eurobert" else "use another one"
+    with pytest.raises(InputError, match=f"auto_map for .*never runs.*; {remedy}"):
         export_bundle([str(folder)], tmp_path / "bundle")
+
+
+@pytest.mark.skipif("eurobert" not in FAMILIES, reason="transformers 4 has no EuroBERT")
+def test_code_that_transformers_took_over_is_not_asked_for(tmp_path: Path) -> None:
+    folder = with_code(FAMILIES["eurobert"](tmp_path / "member"), "eurobert")
+    assert export_bundle([str(folder)], tmp_path / "bundle").members[0].other["fused"]["MultiHeadAttention"] == 2
