@@ -87,7 +87,7 @@ class MemberEntry:
     exit_flops: tuple[int, ...] = ()
     """FLOPs of a segment's exit for a text of n tokens: the factors of 1, n and n^2; () where they are not counted."""
     flops: tuple[int, ...] = ()
-    """FLOPs of the whole member for a text of n tokens, as `exit_flops`; () for those of its encoder layers."""
+    """FLOPs of the whole member for a text of n tokens, as `exit_flops`; () for those of `encoder_flops`."""
     other: Mapping[str, Any] = field(default_factory=dict)
     """Keys unknown to this version, kept as they are."""
 
@@ -164,7 +164,7 @@ class Bundle:
     def format_version(self) -> int:
         """The lowest version of the format that can express this bundle."""
         layers = _layers(self.members)
-        newer = any(member.flops or not member.layers for member in self.members)
+        newer = any(not member.layers for member in self.members)
         if self.task != SINGLE_LABEL or newer or sorted(layers) != layers:
             return 3
         return 1 if self.is_cascade else 2
@@ -411,7 +411,7 @@ def _parse_member(entry: Any, where: str, version: int, with_threshold: bool) ->
     if reads not in (TOKENS, HIDDEN_STATES):
         raise BundleError(f"{where}: reads: found {reads[:80]!r}, expected {TOKENS!r} or {HIDDEN_STATES!r}")
     exit_flops = fields.factors("exit_flops") if version > 1 else ()
-    flops = fields.factors("flops") if version > 2 else ()
+    flops = fields.factors("flops")
     return MemberEntry(
         name=fields.take("name", str),
         file=checked_relative(fields.take("file", str), MANIFEST),

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from cascade_export.checkpoint import OPTIMUM, SENTENCES, TRACE
+from cascade_export.fusion import fuse_rotary
 from cascade_export.segments import Segment
 from cascade_export.torch_checkpoint import TorchCheckpoint
 from cascade_rt.errors import MissingExtraError
@@ -35,6 +36,10 @@ from cascade_rt.errors import MissingExtraError
 _REMEDY = "expected a model of a family that docs/guide/families.md lists; fine-tune one of those"
 _RAW = "model.onnx"  # the file that an exporter writes
 _OPSET = 18  # what the precisions are written for
+_SKIPS = {  # to what it is without the addition, and whether that has a shift
+    "SkipLayerNormalization": ("LayerNormalization", True),
+    "SkipSimplifiedLayerNormalization": ("SimplifiedLayerNormalization", False),
+}
 _TRACED = SENTENCES[1:4]  # of different lengths, so that some are padded
 
 
@@ -47,11 +52,13 @@ def convert(checkpoint: TorchCheckpoint, path: Path, exporter: str = TRACE) -> d
     write = {TRACE: _by_tracing, OPTIMUM: _by_optimum}[exporter]
     action = f"a {checkpoint.model_type} cannot be exported to ONNX" + (" by Optimum" if exporter == OPTIMUM else "")
     with guarded(checkpoint.source, action, _REMEDY), _scratch() as folder:
-        write(checkpoint, folder)
-        return _fuse(folder / _RAW, path, checkpoint.config)
+        example = _example(checkpoint)
+        write(checkpoint, example, folder)
+        return _fuse(folder / _RAW, path, checkpoint.config, example)
 
 
-def _by_tracing(checkpoint: TorchCheckpoint, folder: Path) -> None:
+def _example(checkpoint: TorchCheckpoint) -> dict[str, Tensor]:
+    """Return what the model takes, of some texts."""
     encoded = checkpoint.backend.encode_batch(list(_TRACED))
     values = {
         "input_ids": torch.tensor([text.ids for text in encoded]),
@@ -59,10 +66,14 @@ def _by_tracing(checkpoint: TorchCheckpoint, folder: Path) -> None:
     }
     if "token_type_ids" in signature(checkpoint.model.forward).parameters:
         values["token_type_ids"] = torch.zeros_like(values["input_ids"])
-    _trace(_Classifier(checkpoint.model), values, ["logits"], folder)
+    return values
 
 
-def _by_optimum(checkpoint: TorchCheckpoint, folder: Path) -> None:
+def _by_tracing(checkpoint: TorchCheckpoint, example: Mapping[str, Tensor], folder: Path) -> None:
+    _trace(_Classifier(checkpoint.model), example, ["logits"], folder)
+
+
+def _by_optimum(checkpoint: TorchCheckpoint, _: Mapping[str, Tensor], folder: Path) -> None:
     try:
         if MAJOR > 4:
             raise ImportError(f"it needs transformers 4, found {version('transformers')}")
@@ -86,8 +97,9 @@ def convert_segment(segment: Segment, path: Path, tokens: int) -> dict[str, int]
     """
     outputs = ["logits", "last_hidden_state"][: 1 + segment.leaves_hidden_states]
     with _scratch() as folder:
-        _trace(segment, segment.example(tokens), outputs, folder)
-        return _fuse(folder / _RAW, path, segment.config)
+        example = segment.example(tokens)
+        _trace(segment, example, outputs, folder)
+        return _fuse(folder / _RAW, path, segment.config, example)
 
 
 class _Classifier(nn.Module):  # type: ignore[misc]  # the library has no types
@@ -118,7 +130,7 @@ def _trace(module: nn.Module, example: Mapping[str, Tensor], outputs: Sequence[s
     )
 
 
-def _fuse(source: Path, target: Path, config: Any) -> dict[str, int]:
+def _fuse(source: Path, target: Path, config: Any, example: Mapping[str, Tensor]) -> dict[str, int]:
     fusions = FusionOptions("bert")  # of all BERT-like encoders
     fusions.enable_embed_layer_norm = False  # it hides the tables, and takes more inputs than some models have
     optimized = optimize_model(
@@ -129,6 +141,7 @@ def _fuse(source: Path, target: Path, config: Any) -> dict[str, int]:
         hidden_size=config.hidden_size,
         opt_level=0,
     )
+    fuse_rotary(optimized, config.num_attention_heads, {name: values.numpy() for name, values in example.items()})
     _take_layer_norms_apart(optimized.model)
     optimized.save_model_to_file(str(target))
     return {name: count for name, count in optimized.get_fused_operator_statistics().items() if count}
@@ -163,15 +176,15 @@ def _take_layer_norms_apart(model: onnx.ModelProto) -> None:
     nodes = list(model.graph.node)
     del model.graph.node[:]
     for node in nodes:
-        if node.op_type != "SkipLayerNormalization" or len(node.output) > 1:
+        if node.op_type not in _SKIPS:
             model.graph.node.append(node)
             continue
-        tokens, skip, weight, shift, *bias = node.input
-        name = node.output[0]
-        for index, term in enumerate([*bias, skip]):
-            model.graph.node.append(helper.make_node("Add", [tokens, term], [f"{name}_sum{index}"]))
-            tokens = f"{name}_sum{index}"
+        kind, shifted = _SKIPS[node.op_type]
+        tokens, skip, *weights = node.input
+        weights, bias = weights[: 1 + shifted], weights[1 + shifted :]
+        name, *_, whole = [*node.output, f"{node.output[0]}_sum"] if len(node.output) == 1 else node.output
+        for output, term in zip([*(f"{name}_sum_of_bias" for _ in bias), whole], [*bias, skip], strict=True):
+            model.graph.node.append(helper.make_node("Add", [tokens, term], [output]))
+            tokens = output
         epsilon = next(helper.get_attribute_value(item) for item in node.attribute if item.name == "epsilon")
-        model.graph.node.append(
-            helper.make_node("LayerNormalization", [tokens, weight, shift], [name], axis=-1, epsilon=epsilon)
-        )
+        model.graph.node.append(helper.make_node(kind, [tokens, *weights], [name], axis=-1, epsilon=epsilon))

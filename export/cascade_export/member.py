@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from cascade_export.check import (
     Check,
     CheckData,
@@ -20,6 +22,7 @@ from cascade_export.check import (
 )
 from cascade_export.checkpoint import Checkpoint, built_in_texts
 from cascade_rt.bundle import BATCH_TOLERANCE, MemberEntry, WeightFile, sha256_of
+from cascade_rt.bundle.manifest import TYPICAL_TOKENS, encoder_flops
 from cascade_rt.engine.backends import usable
 from cascade_rt.engine.execution import Execution
 from cascade_rt.engine.providers import CPU, OPENVINO, instead_of, is_installed
@@ -35,6 +38,7 @@ FP32_ON_OPENVINO = "fp32 on openvino"
 TABLE = "int8-table"
 """The precision of averaging networks in int8."""
 _TRIED_BY_AUTO = ("int8", TABLE, "fp16", "fp32")
+_PLAIN = 0.05  # deviation from the FLOPs of a plain encoder: poolers, classifiers and projections of embeddings
 _BATCHED = 64  # texts of the check data that are run in many batchings, to see whether that changes an answer
 
 
@@ -160,6 +164,7 @@ class MemberExport:
         """Put the member's file in a precision into the folder, in place of one that was tried before."""
         checkpoint, folder = self._checkpoint, self._folder
         file, data = self._files.copy(precision, folder)
+        counts = not data  # with external data, graphs may be too big to be changed in memory
         entry = MemberEntry(
             name=checkpoint.name,
             file=file,
@@ -172,7 +177,7 @@ class MemberExport:
             intermediate_size=checkpoint.intermediate_size,
             positions=checkpoint.positions,
             data=tuple(WeightFile(file, sha256_of(folder / file)) for file in data),
-            flops=() if checkpoint.layers else _flops(folder / file),
+            flops=_flops(folder / file, checkpoint) if counts else (),
             other=self._files.facts,
         )
         return entry, self._stage(entry, self._execution)
@@ -195,10 +200,15 @@ class MemberExport:
         return replace(entry, other={**entry.other, **found})
 
 
-def _flops(file: Path) -> tuple[int, ...]:
-    """Return the FLOPs of a member without layers, counted in its graph."""
+def _flops(file: Path, checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Return the FLOPs counted in a member's graph, () where they are those of a plain encoder of its shape."""
     try:
         from cascade_export.flops import graph_flops  # noqa: PLC0415 - loads onnx
     except ImportError as error:
+        if checkpoint.layers:
+            return ()
         raise MissingExtraError("a member without layers", "export", error) from error
-    return graph_flops(file)
+    counted = graph_flops(file)
+    plain = encoder_flops(checkpoint.layers, checkpoint.hidden_size, checkpoint.intermediate_size)
+    found = np.polynomial.polynomial.polyval(TYPICAL_TOKENS, counted)
+    return () if abs(found - plain) <= _PLAIN * plain else counted

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
+from cascade_rt.bundle import Bundle
 from cascade_rt.cli.options import add_model_dir
 from cascade_rt.cli.parser import CommandParser
 from cascade_rt.errors import MissingExtraError
@@ -35,4 +37,16 @@ def packed(model_dir: str | Path, output: Path, *, overwrite: bool) -> str:
         raise MissingExtraError("writing one ONNX file", "export", error) from error
     bundle = pack(model_dir, output, overwrite=overwrite)
     members = ", ".join(f"{entry.name} ({entry.layers}L {entry.precision})" for entry in bundle.members)
-    return f"{output}: {members}; {len(bundle.labels)} labels, {output.stat().st_size / 1e6:.1f} MB"
+    line = f"{output}: {members}; {len(bundle.labels)} labels, {output.stat().st_size / 1e6:.1f} MB"
+    kind = _tokenizer_kind(bundle)
+    if kind == "WordPiece":
+        return line
+    return f"{line}\nits tokenizer is {kind}: the npm package refuses it; libraries that read tokenizer.json take it"
+
+
+def _tokenizer_kind(bundle: Bundle) -> str:
+    """Return the kind of model in a bundle's tokenizer.json, for instance BPE."""
+    if bundle.folder is None:
+        raise ValueError("found a bundle that was not read from a folder")
+    file = bundle.folder / bundle.tokenizer_file
+    return str(json.loads(file.read_text("utf-8"))["model"]["type"])

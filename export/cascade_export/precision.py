@@ -23,6 +23,7 @@ from onnx import helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.transformers.onnx_model import OnnxModel
 
+from cascade_export.fusion import ROTARY
 from cascade_export.rounding import (
     LARGEST,
     Inputs,
@@ -64,9 +65,10 @@ def _fp32(source: Path, target: Path, _: Encoded | None) -> None:
 
 def _fp16(source: Path, target: Path, _: Encoded | None) -> None:
     model = OnnxModel(onnx.load(source))
+    angles = [node.name for node in model.nodes() if node.name.startswith(ROTARY)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on weights below the smallest half-precision number, which become it
-        model.convert_float_to_float16(keep_io_types=True)
+        model.convert_float_to_float16(keep_io_types=True, node_block_list=angles)
     model.save_model_to_file(str(target))
 
 

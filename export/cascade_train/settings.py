@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ PROBLEM_TYPES = {False: "single_label_classification", True: "multi_label_classi
 _CLASSIFIER = "ForSequenceClassification"
 _TRAIN = "fine-tune this folder, as the base, with cascade-rt train"
 _JSON_NAMES: Mapping[type, str] = {dict: "object", list: "array"}
+_TAKEN_OVER = ("eurobert",)  # models whose code transformers took over from their repositories
 _SHOWN, _LINE = 60, 240  # characters of a setting's value, and of another library's message
 
 
@@ -100,12 +102,23 @@ class Settings:
             if not isinstance(named, dict):  # as tokenizers were written once
                 named = {"AutoTokenizer": named}
             for name in classes:
-                if named.get(name):
+                if named.get(name) and not (file == CONFIG and self._is_taken_over()):
+                    by = "install transformers 5, which has it" if self._kind in _TAKEN_OVER else "use another one"
                     raise InputError(
                         f"{self.source}: {file}: found auto_map for {name}, code of the repository "
                         f"({_shown(named[name])}), which cascade-rt never runs; expected a model that transformers has "
-                        "itself; use another one, or export it to ONNX elsewhere and give that folder"
+                        f"itself; {by}, or export it to ONNX elsewhere and give that folder"
                     )
+
+    @property
+    def _kind(self) -> str:
+        return str(self.config.get("model_type"))
+
+    def _is_taken_over(self) -> bool:
+        """Return whether the installed transformers has the same code as the repository, and so runs its own."""
+        return self._kind in _TAKEN_OVER and bool(
+            find_spec("transformers") and find_spec(f"transformers.models.{self._kind}")
+        )
 
     def check_weights(self) -> None:
         """Raise InputError for weights that transformers would read otherwise than they are meant, or not at all."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,33 @@ def _unigram(begin: str, end: str, special: list[str], second_type: int) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.Unigram())
+    unknown = next(token for token in special if token.lower() in ("<unk>", "[unk]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=special, unk_token="<unk>", show_progress=False)
+    trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=special, unk_token=unknown, show_progress=False)
     tokenizer.train_from_iterator(_CORPUS, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{begin} $A {end}",
         pair=f"{begin} $A {end} $B:{second_type} {end}:{second_type}",
         special_tokens=[(token, tokenizer.token_to_id(token)) for token in (begin, end)],
+    )
+    return tokenizer
+
+
+def _byte_fallback() -> Any:
+    """Gemma's kind, which mmBERT has: spaces are a character, and what has no token falls back to bytes."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    of_bytes = [f"<0x{byte:02X}>" for byte in range(256)]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special + of_bytes, show_progress=False)
+    tokenizer.train_from_iterator([text.replace(" ", "▁") for text in _CORPUS], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", pair="<bos> $A <eos> $B <eos>", special_tokens=[("<bos>", 2), ("<eos>", 1)]
     )
     return tokenizer
 
@@ -81,22 +101,23 @@ def _write(
     return folder
 
 
-def _modernbert(folder: Path, pooling: str) -> Path:
+def _modernbert(folder: Path, tokenizer: Any = None, names: dict[str, str] | None = None, **more: Any) -> Path:
     """As Ettin's: every second layer attends to 8 tokens on each side, far fewer than a text may have."""
-    return _write(
-        folder,
-        "modernbert",
-        _byte_pairs(),
-        _ROBERTA_NAMES,
-        classifier_pooling=pooling,
-        local_attention=16,
-        global_attn_every_n_layers=2,
-        initializer_cutoff_factor=2.0,
-        bos_token_id=0,
-        cls_token_id=0,
-        eos_token_id=2,
-        sep_token_id=2,
-    )
+    settings: dict[str, Any] = {
+        "local_attention": 16,
+        "global_attn_every_n_layers": 2,
+        "initializer_cutoff_factor": 2.0,
+        "bos_token_id": 0,
+        "cls_token_id": 0,
+        "eos_token_id": 2,
+        "sep_token_id": 2,
+    }
+    return _write(folder, "modernbert", tokenizer or _byte_pairs(), names or _ROBERTA_NAMES, **{**settings, **more})
+
+
+def _rotary(folder: Path, kind: str, **more: Any) -> Path:
+    """EuroBERT and GTE, which transformers has since version 5."""
+    return _write(folder, kind, _byte_pairs(), _ROBERTA_NAMES, bos_token_id=0, eos_token_id=2, **more)
 
 
 _BERT = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -116,8 +137,8 @@ _ROBERTA_NAMES = {
     "mask_token": "<mask>",
 }
 
-FAMILIES: dict[str, Callable[[Path], Path]] = {
-    "bert": lambda folder: _write(folder, "bert", _wordpiece(_BERT), _BERT_NAMES),
+FAMILIES: dict[str, Callable[..., Path]] = {
+    "bert": lambda folder, **more: _write(folder, "bert", _wordpiece(_BERT), _BERT_NAMES, **more),
     "bert, padded on the left": lambda folder: _write(folder, "bert", _wordpiece(_BERT), _BERT_NAMES, "left"),
     "minilm (12 heads of 4)": lambda folder: _write(
         folder, "bert", _wordpiece(_BERT), _BERT_NAMES, hidden_size=48, num_attention_heads=12
@@ -142,13 +163,14 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
     "roberta": lambda folder: _write(
         folder, "roberta", _byte_pairs(), _ROBERTA_NAMES, max_position_embeddings=POSITIONS + 2, type_vocab_size=1
     ),
-    "xlm-roberta": lambda folder: _write(
+    "xlm-roberta": lambda folder, **more: _write(
         folder,
         "xlm-roberta",
         _unigram("<s>", "</s>", _ROBERTA, 0),
         _ROBERTA_NAMES,
         max_position_embeddings=POSITIONS + 2,
         type_vocab_size=1,
+        **more,
     ),
     "mpnet": lambda folder: _write(
         folder,
@@ -157,8 +179,33 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
         {"pad_token": "<pad>", "unk_token": "[UNK]", "cls_token": "<s>", "sep_token": "</s>", "mask_token": "<mask>"},
         max_position_embeddings=POSITIONS + 2,
     ),
-    "modernbert": lambda folder: _modernbert(folder, "cls"),
-    "modernbert, mean pooling": lambda folder: _modernbert(folder, "mean"),
+    "multilingual e5 (bert)": lambda folder, **more: _write(
+        folder, "bert", _unigram("<s>", "</s>", _ROBERTA, 0), _ROBERTA_NAMES, classifier_dropout=0.3, **more
+    ),
+    "modernbert": _modernbert,
+    "modernbert, mean pooling": lambda folder, **more: _modernbert(
+        folder, classifier_pooling="mean", classifier_dropout=0.3, norm_bias=True, **more
+    ),
+    "modernbert, window longer than any text": lambda folder, **more: _modernbert(folder, local_attention=128, **more),
+    "mmbert (modernbert)": lambda folder, **more: _modernbert(
+        folder,
+        _byte_fallback(),
+        {
+            "pad_token": "<pad>",
+            "unk_token": "<unk>",
+            "bos_token": "<bos>",
+            "eos_token": "<eos>",
+            "cls_token": "<bos>",
+            "sep_token": "<eos>",
+            "mask_token": "<mask>",
+        },
+        bos_token_id=2,
+        cls_token_id=2,
+        eos_token_id=1,
+        sep_token_id=1,
+        classifier_pooling="mean",
+        **more,
+    ),
     "deberta-v2": lambda folder: _write(
         folder,
         "deberta-v2",
@@ -171,5 +218,33 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
         share_att_key=True,
         type_vocab_size=0,
     ),
+    "deberta-v3 (deberta-v2)": lambda folder, **more: _write(
+        folder,
+        "deberta-v2",
+        _unigram("[CLS]", "[SEP]", ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"], 1),
+        _BERT_NAMES,
+        relative_attention=True,
+        position_buckets=256,
+        max_relative_positions=-1,
+        pos_att_type=["p2c", "c2p"],
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        position_biased_input=False,
+        type_vocab_size=0,
+        pooler_dropout=0,
+        pooler_hidden_act="gelu",
+        **more,
+    ),
 }
 """Name -> a function that writes such a classifier, two layers deep, into a folder and returns it."""
+
+if find_spec("transformers.models.eurobert"):
+    FAMILIES |= {
+        "eurobert": lambda folder, **more: _rotary(folder, "eurobert", **more),
+        "eurobert, first token": lambda folder, **more: _rotary(folder, "eurobert", classifier_pooling="bos", **more),
+        "eurobert, shared keys": lambda folder, **more: _rotary(
+            folder, "eurobert", classifier_pooling="mean", num_key_value_heads=2, **more
+        ),
+    }
+if find_spec("transformers.models.gte"):
+    FAMILIES["gte"] = lambda folder, **more: _rotary(folder, "gte", **more)
