@@ -91,7 +91,7 @@ def test_a_build_ends_in_a_tuned_bundle(built: Path) -> None:
 
 def test_a_build_of_several_labels_per_text(bases: tuple[str, str], tmp_path: Path) -> None:
     kinds = {"good": "praise", "lovely": "praise", "bad": "blame"}
-    draw, texts = Random(0), {}
+    draw, texts = Random(0), dict[str, list[str]]()
     while len(texts) < 520:
         words = draw.sample([*FILLERS[:20], *kinds], 5)
         texts[" ".join(words)] = sorted({kinds[word] for word in words if word in kinds})
