@@ -98,7 +98,8 @@ def train_averaging(
     if unigrams is not None:
         vectors = _kept(work / _VECTORS, lambda: token_vectors(unigrams, tokenizer, data.labels, network.dimension))
         model.set_token_vectors(vectors)
-    start_at_rates(model, data)
+    if data.several:
+        start_at_rates(model, data)
     optimizer = _Optimizer(model, recipe)
     trainer = member_trainer(model, own, data, recipe, objective, work, optimizer=optimizer)
     _see(model, trainer.train_dataset, collator(own))

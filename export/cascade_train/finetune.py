@@ -182,7 +182,8 @@ def finetune(
     if objective.patient is not None:
         _check_patient(objective.patient, model, base)
     claim(work, run)
-    start_at_rates(model, data)
+    if data.several and not last_linear(model).bias.any():  # a new classifier
+        start_at_rates(model, data)
     trainer = member_trainer(model, member_tokenizer, data, recipe, objective, work)
     for callback in replacing:
         trainer.add_callback(callback)
@@ -259,11 +260,10 @@ def start_at_rates(model: Any, data: TaskData) -> None:
     Rare labels start far below a half, as in RetinaNet (Lin et al., 2017, section 3.3). From a bias of 0, the first
     hundreds of steps push the whole encoder to one answer, which a deep one does not recover from.
     """
-    if data.several:
-        has = np.array([target(label, len(data.labels)) for label in data.train.labels])
-        rates = (has.sum(axis=0) + 1) / (len(has) + 2)
-        with torch.no_grad():
-            last_linear(model).bias.copy_(torch.logit(torch.as_tensor(rates)))
+    has = np.array([target(label, len(data.labels)) for label in data.train.labels])
+    rates = (has.sum(axis=0) + 1) / (len(has) + 2)
+    with torch.no_grad():
+        last_linear(model).bias.copy_(torch.logit(torch.as_tensor(rates)))
 
 
 def search_margin(
