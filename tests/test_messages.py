@@ -33,6 +33,7 @@ TRAINS = "build difficulty train train-dan train-exits"
 
 SHOWN_BY = {
     "actors": "predict",
+    "aggregate": "evaluate predict serve tune",
     "augment": "build train-dan",
     "buckets": "train-dan",
     "budget_ms": "tune",
@@ -77,6 +78,7 @@ SHOWN_BY = {
     "small": "build",
     "speedup": "benchmark build tune",
     "split_seed": TRAINS,
+    "stride": "evaluate predict serve tune",
     "target_requests": "serve",
     "task": TRAINS,
     "threads": RUNS,
