@@ -39,7 +39,7 @@ Probabilities = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Check:
-    """How members are made of torch weights, how finished ones are checked on texts, and the largest loss allowed."""
+    """Settings that make members of torch weights, and those of the check of finished members on texts."""
 
     data: Path | None = None
     """Texts, with or without labels; None for those that training held out."""
@@ -52,7 +52,7 @@ class Check:
     calibrate: bool = False
     """Divide each member's logits by the temperature that fits the texts best; they need labels."""
     exporter: str = TRACE
-    """What converts torch weights to ONNX, one of EXPORTERS."""
+    """The converter of torch weights to ONNX, one of EXPORTERS."""
 
     def __post_init__(self) -> None:
         """Raise InvalidOption for a loss that is not a number of percentage points, or an unknown exporter."""
