@@ -90,6 +90,17 @@ def test_operators_have_shares_of_the_time(bundle: Path, tmp_path: Path) -> None
     assert Path("report.svg").stat().st_size > 5000
 
 
+@pytest.mark.slow
+def test_exporters_are_compared_on_one_model(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    report = run("exporters.py", "--random", "2x64", "--rounds", 2)
+    assert report["trace"]["fused"]["Attention"] == 2
+    assert report["trace"]["operators"] < report["dynamo"]["operators"]
+    for row in report["times"]:
+        assert row["max_logit_difference"] < 1e-4
+        assert row["ratio_of_medians"] > 0
+
+
 def test_blind_texts_are_answered_in_order(bundle: Path, tmp_path: Path) -> None:
     texts = [" ".join(WORDS[row : row + 3]) for row in range(30)]
     (tmp_path / "toy.txt").write_text("\n".join(texts))

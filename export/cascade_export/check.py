@@ -39,7 +39,7 @@ Probabilities = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Check:
-    """How members are made of torch weights, how finished ones are checked on texts, and the largest loss allowed."""
+    """Settings that make members of torch weights, and those of the check of finished members on texts."""
 
     data: Path | None = None
     """Texts, with or without labels; None for those that training held out."""
@@ -55,7 +55,7 @@ class Check:
     """With several labels per text: take the cuts with the best F1 of the biggest member on the texts, which need
     labels, in place of those that training chose, or of 0.5."""
     exporter: str = TRACE
-    """What converts torch weights to ONNX, one of EXPORTERS."""
+    """The converter of torch weights to ONNX, one of EXPORTERS."""
 
     def __post_init__(self) -> None:
         """Raise InvalidOption for a loss that is not a number of percentage points, or an unknown exporter."""

@@ -83,7 +83,7 @@ def test_without_optimum_its_extra_is_named(
     member_folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if MAJOR < 5:
-        monkeypatch.setitem(sys.modules, "optimum", None)
+        monkeypatch.setitem(sys.modules, "optimum.exporters.onnx", None)
     found = "it needs transformers 4, found 5" if MAJOR > 4 else "optimum"
     with pytest.raises(MissingExtraError, match=rf"exporter optimum needs .*{found}.*'cascade-rt\[optimum\]'"):
         export_bundle([str(member_folders[0])], tmp_path / "out", check=Check(exporter=OPTIMUM))
