@@ -7,7 +7,7 @@ export CASCADE_DATA ?= $(abspath ../shared/data)
 # Errors only: a first install downloads about 500 MB.
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 
-.PHONY: demo test test-cluster test-js test-kills test-real test-slow soak lint docs docs-test bench clean
+.PHONY: demo test test-cluster test-js test-kills test-lowest test-real test-slow soak lint docs docs-test bench clean
 
 .venv/pyvenv.cfg:
 	@$(PYTHON) -m venv .venv
@@ -47,6 +47,10 @@ $(DEMO)/bundle: | .venv/demo-ready
 # others are out of work.
 test: .venv/dev-ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m 'not real_data and not cluster and not slow'
+
+# The runtime's tests with the lowest versions that pyproject.toml allows, on Python 3.10 and 3.13 where they are installed.
+test-lowest:
+	@.ci/lowest
 
 # Whole benchmarks on tiny models.
 test-slow: .venv/dev-ready
