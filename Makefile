@@ -7,7 +7,8 @@ export CASCADE_DATA ?= $(abspath ../shared/data)
 # Errors only: a first install downloads about 500 MB.
 PIP := python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-cluster test-js test-kills test-real test-slow test-transformers-5 soak lint docs docs-test bench clean
+.PHONY: demo test test-cluster test-js test-kills test-lowest test-real test-slow test-transformers-5 soak lint docs \
+	docs-test bench clean
 
 .venv/pyvenv.cfg:
 	@$(PYTHON) -m venv .venv
@@ -61,6 +62,10 @@ test-transformers-5: .venv5/ready
 		$(addprefix tests/cascade_export/test_,exporters.py export.py families.py foreign.py rounding.py) \
 		$(addprefix tests/cascade_train/test_,compression.py finetune.py) \
 		tests/cascade_build/test_trial.py tests/cascade_rt/bundle
+
+# The runtime's tests with the lowest versions that pyproject.toml allows, on Python 3.10 and 3.13 where they are installed.
+test-lowest:
+	@.ci/lowest
 
 # Whole benchmarks on tiny models.
 test-slow: .venv/dev-ready

@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import shutil
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -235,9 +236,10 @@ def _write_text(
     """Write a table as csv, or as tsv without quoting; each value by itself, null as nothing."""
     text = io.StringIO(newline="")
     put = csv.writer(text, lineterminator="\r\n").writerow if kind == "csv" else _tab_separated(text)
+    null = "\\x00" if kind == "csv" and sys.version_info < (3, 11) else "\x00"  # whose csv module refuses the character
     names = [field.name for field in fields]
     for row in chain([names], (_values(row, fields) for row, _ in rows)) if names else ():
-        put([_cell(value) for value in row])
+        put([_cell(value).replace("\x00", null) for value in row])
         if text.tell() > 2**20:
             write(text.getvalue().encode("utf-8", "backslashreplace"))
             text.seek(0)

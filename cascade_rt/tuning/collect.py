@@ -209,7 +209,8 @@ def _latencies(
     rounds = [[timed(texts[row]) for row in sample] for _ in range(1 + _ROUNDS)][1:]  # the first warms up
     seconds = np.median(rounds, axis=0)
     degree = 1 if len(np.unique(lengths[sample])) > 1 else 0
-    lines = [np.polynomial.Polynomial.fit(lengths[sample], column, degree) for column in seconds.T]
+    domain = [0, lengths.max()]  # by default that of the sample, of which numpy 1 makes NaN where all are equal
+    lines = [np.polynomial.Polynomial.fit(lengths[sample], column, degree, domain) for column in seconds.T]
     fitted = np.stack([np.maximum(line(lengths), column.min()) for line, column in zip(lines, seconds.T, strict=True)])
     ratios = np.sum(rounds, axis=2) / fitted[:, sample].sum(axis=0)
     return fitted[0], fitted[1:], max(1.0, float(np.quantile(ratios, 0.95)))

@@ -99,7 +99,7 @@ def _fits_tokens(model: Any) -> bool:
     """Return whether a classifier of tokens has the same weights, as ModernBERT's has."""
     try:
         with torch.device("meta"):
-            other = AutoModelForTokenClassification.from_config(model.config)
+            other = AutoModelForTokenClassification.from_config(model.config, trust_remote_code=False)
     except ValueError:  # this architecture has none
         return False
     shapes, others = ({name: weight.shape for name, weight in one.named_parameters()} for one in (model, other))

@@ -193,7 +193,7 @@ def test_unknown_keys_of_version_2_are_kept(two_segments: Path, tmp_path: Path) 
     [
         (
             set_to("exit_rule", "kind", to="margin"),
-            "exit_rule: found the kind 'margin', this cascade-rt knows maximum_probability, entropy, patience; install",
+            "exit_rule: found the kind 'margin', this cascade-rt knows maximum_probability, entropy, patience.*; in",
         ),
         (set_to("exit_rule", "kind", to=3), "exit_rule: kind: found '3', expected str"),
         (set_to("exit_rule", to="patience"), "exit_rule: found a str, expected an object"),

@@ -94,8 +94,7 @@ def test_every_value_is_found_again_in_parquet(tmp_path: Path, rows: list[dict[s
 @given(some_rows(), st.sampled_from(["csv", "tsv"]))
 def test_every_value_is_found_again_in_text(tmp_path: Path, rows: list[dict[str, Any]], ending: str) -> None:
     content = written(rows, f"out.{ending}").read_bytes().decode("utf-8")
-    if ending == "csv" and sys.version_info < (3, 11) and "\x00" in content:
-        return  # Python's own reader refuses it there
+    null = "\\x00" if ending == "csv" and sys.version_info < (3, 11) else "\x00"  # which Python's csv refuses there
     if ending == "csv":
         header, *lines = list(csv.reader(io.StringIO(content, newline=""), strict=True)) or [[]]
     else:
@@ -109,7 +108,7 @@ def test_every_value_is_found_again_in_text(tmp_path: Path, rows: list[dict[str,
             if ending == "tsv" and any(sign in wanted for sign in "\t\n\r"):
                 assert json.loads(cell) == value
             else:
-                assert cell == wanted
+                assert cell == wanted.replace("\x00", null)
 
 
 @relaxed
