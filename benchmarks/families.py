@@ -89,8 +89,8 @@ def main() -> None:
     write_json(options.output, report)
     for family, row in rows.items():
         for precision in _PRECISIONS:
-            times = [row[precision][f"{tokens}_tokens"] for tokens in options.tokens]
-            shown = "  ".join(f"{time['ms']:7.2f} ms {time['against_bert']['median']:5.2f}x" for time in times)
+            timed = [row[precision][f"{tokens}_tokens"] for tokens in options.tokens]
+            shown = "  ".join(f"{one['ms']:7.2f} ms {one['against_bert']['median']:5.2f}x" for one in timed)
             print(f"{family:12} {precision}  {row[precision]['operators']:4} operators  {shown}")
 
 

@@ -53,6 +53,19 @@ def test_memory_watches_the_plateau(bundle: Path) -> None:
     assert sum(report["exits"]) == 3000
 
 
+def test_families_take_turns() -> None:
+    report = run("families.py", "--layers", 1, "--hidden", 64, "--tokens", 8, "--texts", 2, "--rounds", 2)
+    rows = report["families"]
+    assert {"bert", "modernbert", "deberta-v3"} <= rows.keys()
+    flops = {family: row["gflops_of_128_tokens"] for family, row in rows.items()}
+    assert flops["modernbert"] == pytest.approx(flops["bert"], rel=0.02)
+    assert flops["deberta-v3"] > 1.1 * flops["bert"]
+    for row in rows.values():
+        for precision in ("fp32", "int8"):
+            assert row[precision]["operators"] > 10
+            assert row[precision]["8_tokens"]["ms"] > 0
+
+
 @pytest.mark.slow
 def test_peers_meet_in_one_run(member_folders: list[Path], tmp_path: Path) -> None:
     pytest.importorskip("openvino")
