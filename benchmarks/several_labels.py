@@ -48,7 +48,7 @@ _GRID = 120  # thresholds of one member, 24 of each of two
 DECISION = "smallest p of a decision"
 """The confidence of the runtime."""
 Confidence = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]
-"""Of logits minus the logits of the cuts, and logits, both (..., labels)."""
+"""A function of logits minus those of the cuts, and of logits, both (..., labels)."""
 
 
 def _distances(margins: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -31,6 +31,7 @@ RUNS = "benchmark evaluate predict serve tune"
 TRAINS = "build difficulty train train-dan train-exits"
 """Commands that fine-tune on labelled texts."""
 
+LABELLED = f"analyse evaluate export tune {TRAINS}"
 SHOWN_BY = {
     "actors": "predict",
     "aggregate": "evaluate predict serve tune",
@@ -38,6 +39,7 @@ SHOWN_BY = {
     "buckets": "train-dan",
     "budget_ms": "tune",
     "calibrate": "export",
+    "choose_cuts": "export",
     "columns": READS,
     "confidence": "build tune",
     "cost": "build tune",
@@ -47,11 +49,14 @@ SHOWN_BY = {
     "encoding": READS,
     "every": "train-exits",
     "exit_rule": "export",
+    "exporter": "export",
     "folds": "difficulty",
     "format": READS,
     "holdout": TRAINS,
     "jobs": "difficulty",
     "kind": "train-exits",
+    "label_columns": LABELLED,
+    "label_separator": LABELLED,
     "layers": "difficulty distil train",
     "max_accuracy_drop": "build export",
     "max_drop": "build tune",
