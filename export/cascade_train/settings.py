@@ -141,7 +141,7 @@ class Settings:
 
     @property
     def _activations(self) -> dict[str, object]:
-        """What sentence-transformers' CrossEncoders name as the function of their answers, by setting."""
+        """The function of its answers that a CrossEncoder of sentence-transformers names, by setting."""
         found = self.config.get("sentence_transformers")
         named = found.get("activation_fn") if isinstance(found, dict) else None
         once = "sbert_ce_default_activation_function"
