@@ -143,9 +143,10 @@ class _Fusion:
         if tables is None:
             return None
         tokens = self._tokens(plain.input[0])
-        first = self._constant(f"{ROTARY}first", np.zeros(1, dtype=np.int64))
-        # OpenVINO knows no default for `interleaved`.
-        self._add("RotaryEmbedding", [tokens, first, *tables], [f"{tokens}_rotated"], _CONTRIB, interleaved=0)
+        # With a start instead of all positions, OpenVINO answers wrongly; it knows no default for `interleaved`.
+        self._add("Expand", [self._range(), "shape_of_mask"], ["positions_of_texts"])
+        inputs = [tokens, "positions_of_texts", *tables]
+        self._add("RotaryEmbedding", inputs, [f"{tokens}_rotated"], _CONTRIB, interleaved=0)
         return f"{tokens}_rotated"
 
     def _tables(self, cosines: str, sines: str) -> tuple[str, str] | None:
