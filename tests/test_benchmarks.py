@@ -66,6 +66,19 @@ def test_families_take_turns() -> None:
             assert row[precision]["8_tokens"]["ms"] > 0
 
 
+def test_long_texts_are_made_and_answered(bundle: Path, tmp_path: Path) -> None:
+    rows = [f"{WORDS[at % 40]} {WORDS[at % 7]},{LABELS[at % 3]}" for at in range(120)]
+    (tmp_path / "opinions.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    (tmp_path / "filler.txt").write_text("".join(f"{one} {other}\n" for one in WORDS for other in WORDS[:5]))
+    data = ["--opinions", tmp_path / "opinions.csv", "--filler", tmp_path / "filler.txt"]
+    size = ["--texts", 3, "--timed", 1, "--tokens", 60, "--stride", 8]
+    report = run("long_texts.py", "--model-dir", bundle, *data, *size)
+    for found in report["kinds"].values():
+        assert [row["truncated"] for row in found.values()] == [3, 3, 0, 0]
+        assert found["big alone, cut"]["mean_layers"] == 4
+        assert all(sum(row["exits"]) == 3 for row in found.values())
+
+
 @pytest.mark.slow
 def test_peers_meet_in_one_run(member_folders: list[Path], tmp_path: Path) -> None:
     pytest.importorskip("openvino")
