@@ -158,7 +158,7 @@ def test_what_cannot_be_a_member_is_refused(member_folders: list[Path], tmp_path
             export_bundle([str(folder)], tmp_path / "bundle")
         assert not (tmp_path / "bundle").exists()
 
-    refused(make_member(tmp_path / "one", layers=1, labels=("only",)), "expected at least two, with different names")
+    refused(make_member(tmp_path / "one", layers=1, labels=("only",)), "a model of one score")
     refused(make_member(tmp_path / "twins", layers=1, labels=("a", "a")), "expected at least two, with different names")
     for name, file, content in (
         ("weights", "model.safetensors", b"\x00" * 64),
