@@ -157,7 +157,7 @@ class Measured:
             speedup: points["thresholds"]
             for speedup, points in found["confidences"][f"{DECISION}, shared cuts"].items()
         }
-        ways = {speedup: self._way(tuple(members), tau) for speedup, tau in taus.items()}
+        ways = {speedup: self._way(tuple(members), tau) for speedup, tau in taus.items() if tau}
         timed = self._timed({"alone": self._way((members[-1],), ()), **ways})
         found["on the clock"] = {
             speedup: {kind: timed["alone"][kind] / timed[speedup][kind] for kind in timed[speedup]} for speedup in ways
