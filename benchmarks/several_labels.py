@@ -45,7 +45,7 @@ SPEEDUPS = (1.5, 2.0, 3.0, 5.0)
 TIMED, TIMED_IN_BULK, ROUNDS = 100, 500, 3
 _GRID = 120  # thresholds of one member, 24 of each of two
 
-DECISION = "smallest p of a decision"
+DISTANCE = "smallest distance to a cut"
 """The confidence of the runtime."""
 Confidence = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]
 """A function of logits minus those of the cuts, and of logits, both (..., labels)."""
@@ -58,8 +58,10 @@ def _distances(margins: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 CONFIDENCES: dict[str, Confidence] = {
-    DECISION: lambda margins, logits: np.where(margins > 0, expit(logits), expit(-logits)).min(axis=-1),
-    "smallest distance to a cut": lambda margins, _: _distances(margins).min(axis=-1),
+    "smallest p of a decision": lambda margins, logits: np.where(margins > 0, expit(logits), expit(-logits)).min(
+        axis=-1
+    ),
+    DISTANCE: lambda margins, _: _distances(margins).min(axis=-1),
     "product of distances": lambda margins, _: np.exp(np.log(_distances(margins)).sum(axis=-1)),
     "mean of the two smallest distances": lambda margins, _: np.sort(_distances(margins), -1)[..., :2].mean(axis=-1),
     "largest p": lambda _, logits: expit(logits).max(axis=-1),
@@ -155,7 +157,7 @@ class Measured:
             found["confidences"][confidence + (", own cuts" if own else ", shared cuts")] = points
         taus = {
             speedup: points["thresholds"]
-            for speedup, points in found["confidences"][f"{DECISION}, shared cuts"].items()
+            for speedup, points in found["confidences"][f"{DISTANCE}, shared cuts"].items()
         }
         ways = {speedup: self._way(tuple(members), tau) for speedup, tau in taus.items() if tau}
         timed = self._timed({"alone": self._way((members[-1],), ()), **ways})

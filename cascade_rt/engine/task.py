@@ -29,6 +29,7 @@ MEAN, MAX = "mean", "max"
 AGGREGATES = (MEAN, MAX)
 """Ways to make one answer of those to the windows of a text."""
 
+_TINY = float(np.finfo(np.float64).tiny)  # where a cut of 0 meets a probability of 0
 _FEW = 8  # labels up to which Python's exp is faster for one text than a call of numpy's, whose last bit can differ
 
 
@@ -167,14 +168,24 @@ class MultiLabel:
         return answers
 
     def confidence(self, probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return the smallest probability of a decision: p of a label above its cut, 1 - p of another."""
-        decided = np.where(self.answers(probabilities), probabilities, 1.0 - probabilities)
-        least: NDArray[np.float64] = decided.min(axis=-1)
+        """Return the smallest distance of a label's probability from its cut, 0.5 to 1.
+
+        That of p from the cut c is sigmoid(|logit(p) - logit(c)|): with a cut of 0.5 the probability of the decision, p
+        of a label above it, 1 - p of another.
+        """
+        cuts = np.array(self.cuts)
+        above, below = probabilities * (1.0 - cuts), cuts * (1.0 - probabilities)
+        distances = np.maximum(above, below) / np.maximum(above + below, _TINY)
+        least: NDArray[np.float64] = distances.min(axis=-1)
         return least
 
     def confidence_of_one(self, probabilities: list[float]) -> float:
-        """Return the smallest probability of a decision about one text."""
-        return min(p if p > cut else 1.0 - p for p, cut in zip(probabilities, self.cuts, strict=True))
+        """Return the smallest distance of a label's probability from its cut, of one text."""
+        least = 1.0
+        for p, cut in zip(probabilities, self.cuts, strict=True):
+            above, below = p * (1.0 - cut), cut * (1.0 - p)
+            least = min(least, max(above, below) / max(above + below, _TINY))
+        return least
 
     def certainty(self, probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return 1 minus the mean entropy of the decisions as a share of ln(2)."""

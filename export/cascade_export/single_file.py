@@ -170,10 +170,17 @@ class _Graph:
         if not isinstance(self._task, MultiLabel):
             self._node("ReduceMax", [f"found{at}", last_axis], f"confidence{at}", keepdims=0)
             return
-        self._above(at, f"above{at}")
-        self._node("Sub", [self._constant("one", 1.0, np.float64), f"found{at}"], f"rest{at}")
-        self._node("Where", [f"above{at}", f"found{at}", f"rest{at}"], f"decided{at}")
-        self._node("ReduceMin", [f"decided{at}", last_axis], f"confidence{at}", keepdims=0)
+        one, cuts = self._constant("one", 1.0, np.float64), self._constant("cuts", self._task.cuts, np.float64)
+        tiny = self._constant("tiny", np.finfo(np.float64).tiny, np.float64)
+        rest = self._constant("rest_of_cuts", 1.0 - np.array(self._task.cuts), np.float64)
+        self._node("Sub", [one, f"found{at}"], f"rest{at}")
+        self._node("Mul", [f"found{at}", rest], f"above_cut{at}")
+        self._node("Mul", [cuts, f"rest{at}"], f"below_cut{at}")
+        self._node("Max", [f"above_cut{at}", f"below_cut{at}"], f"larger{at}")
+        self._node("Add", [f"above_cut{at}", f"below_cut{at}"], f"both{at}")
+        self._node("Max", [f"both{at}", tiny], f"whole{at}")
+        self._node("Div", [f"larger{at}", f"whole{at}"], f"distances{at}")
+        self._node("ReduceMin", [f"distances{at}", last_axis], f"confidence{at}", keepdims=0)
 
     def _above(self, at: int, output: str) -> None:
         assert isinstance(self._task, MultiLabel)

@@ -13,7 +13,7 @@ import httpx
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from scipy.special import expit
+from scipy.special import expit, logit
 from sklearn import metrics
 
 from cascade_rt import BundleError, CascadeRuntime, Prediction, read_bundle
@@ -54,7 +54,7 @@ def answers(probabilities: NDArray[np.float64]) -> list[Prediction]:
     for rows in probabilities.transpose(1, 0, 2).tolist():
         for exit, row in enumerate(rows):
             above = [p > cut for p, cut in zip(row, CUTS, strict=True)]
-            sure = min(p if yes else 1 - p for p, yes in zip(row, above, strict=True))
+            sure = min(expit(abs(logit(p) - logit(cut))) for p, cut in zip(row, CUTS, strict=True))
             if exit == 2 or sure > THRESHOLDS[exit]:
                 break
         best = row.index(max(row))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import cycle, islice
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from scipy.special import expit
+from scipy.special import expit, logit
 from scipy.special import softmax as expected_softmax
 from scipy.stats import entropy
 
@@ -19,7 +21,7 @@ CUTS = (0.5, 0.3, 0.7, 0.5)
 
 
 def task_of(several: bool, labels: int) -> Task:
-    return MultiLabel((0.5,) * labels) if several else SingleLabel()
+    return MultiLabel(tuple(islice(cycle((*CUTS, 0.0)), labels))) if several else SingleLabel()
 
 
 @given(logits)
@@ -85,7 +87,7 @@ def test_several_labels_are_those_above_their_cut(values: np.ndarray) -> None:
     for row, answer, sure in zip(probabilities.tolist(), answers, task.confidence(probabilities), strict=True):
         above = [p > cut for p, cut in zip(row, CUTS, strict=True)]
         assert answer.tolist() == above
-        assert sure == min(p if yes else 1 - p for p, yes in zip(row, above, strict=True))
+        assert sure == pytest.approx(min(expit(abs(logit(p) - logit(cut))) for p, cut in zip(row, CUTS, strict=True)))
         assert task.labels("abcd", row, 0) == tuple(name for name, yes in zip("abcd", above, strict=True) if yes)
     halves = entropy([probabilities, 1 - probabilities], base=2).mean(axis=-1)
     np.testing.assert_allclose(task.certainty(probabilities), np.clip(1 - halves, 0, 1), atol=1e-12)
