@@ -27,7 +27,7 @@ PIP := python -m pip install --quiet --quiet --disable-pip-version-check -c cons
 .venv5/ready: pyproject.toml constraints.txt
 	@echo "installing transformers 5 and what its tests need into .venv5"
 	@$(PYTHON) -m venv .venv5
-	@.venv5/bin/$(PIP) -e '.[export,test]' 'transformers>=5' 'huggingface_hub>=2'
+	@.venv5/bin/$(PIP) -e '.[build,test]' 'transformers>=5' 'huggingface_hub>=2'
 	@touch $@
 
 # Build a cascade from the built-in smart-home commands, and measure it on phrasings that were used for no choice.
@@ -59,7 +59,7 @@ test: .venv/dev-ready
 # What depends on the versions of transformers and huggingface_hub, with the newest.
 test-transformers-5: .venv5/ready
 	OMP_NUM_THREADS=1 .venv5/bin/python -m pytest -n auto --dist worksteal -m 'not real_data and not cluster and not slow' \
-		$(addprefix tests/cascade_export/test_,exporters.py export.py families.py foreign.py rounding.py) \
+		$(addprefix tests/cascade_export/test_,exporters.py export.py families.py foreign.py rounding.py segments_torch.py) \
 		$(addprefix tests/cascade_train/test_,compression.py finetune.py) \
 		tests/cascade_build/test_trial.py tests/cascade_rt/bundle
 
