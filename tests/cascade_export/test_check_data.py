@@ -10,10 +10,11 @@ import pytest
 from cascade_export.check import load_check_data
 
 from cascade_rt.cli import main
+from cascade_rt.engine.task import SingleLabel
 from cascade_rt.errors import InputError
 from cascade_rt.io.readers import Reading
 
-_CHECKPOINT: Any = SimpleNamespace(pair=False, labels=("neg", "pos"), validation=lambda most: [])
+_CHECKPOINT: Any = SimpleNamespace(pair=False, labels=("neg", "pos"), task=SingleLabel(), validation=lambda most: [])
 
 
 def test_columns_have_the_names_that_reading_gives_them(tmp_path: Path) -> None:
