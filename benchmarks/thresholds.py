@@ -25,8 +25,9 @@ from cascade_rt import CascadeRuntime
 from cascade_rt.benchmark.machine import describe
 from cascade_rt.bundle import Bundle
 from cascade_rt.engine.exit_rules import MaximumProbability
+from cascade_rt.io.caches import cache_folder
 from cascade_rt.io.writers import write_json
-from cascade_rt.tuning.collect import Collected, cache_folder, collect, open_whole
+from cascade_rt.tuning.collect import Collected, collect, open_whole
 from cascade_rt.tuning.plot import draw_front
 from cascade_rt.tuning.report import COSTS, Question
 from cascade_rt.tuning.tune import tune

@@ -70,6 +70,7 @@ class CascadeRuntime:
         preload: bool = False,
         provider_options: Mapping[str, str] | None = None,
         spin_us: int | None = None,
+        cache: str | Path | None = None,
         verify: bool = True,
         expected_sha256: str | None = None,
         trace: Callable[[Trace], object] | None = None,
@@ -92,7 +93,11 @@ class CascadeRuntime:
                 like {"INFERENCE_PRECISION_HINT": "bf16"}.
             spin_us: Microseconds that threads wait actively for more work before they sleep. None for 500 (segments:
                 50), which is fastest alone on its cores; less leaves them sooner to other threads, as in a server.
-            verify: Check the sha256 of the files; False is for huge models on a trusted disk.
+            cache: A folder where members are kept as ONNX Runtime prepares them for this CPU, which makes the next
+                start faster and memory smaller; "off" for none. None for the environment variable CASCADE_RT_CACHE,
+                else the user's cache folder.
+            verify: Check the sha256 of the files, those of a member when it is first loaded; False is for huge models
+                on a trusted disk, and keeps nothing in `cache`.
             expected_sha256: The bundle's, as `cascade-rt info` prints it; another bundle is refused.
             trace: Called after each call of `predict` with what was executed; its exceptions propagate.
             stride: None to cut texts of too many tokens; a number to read them in windows, of which each shares so many
@@ -105,7 +110,7 @@ class CascadeRuntime:
         """
         self._counting = Lock()
         if isinstance(model_dir, Plan):
-            others = (threads, thresholds, members, provider_options, spin_us, expected_sha256, trace)
+            others = (threads, thresholds, members, provider_options, spin_us, cache, expected_sha256, trace)
             if any(other is not None for other in (*others, stride, aggregate)):
                 raise InputError(
                     "found a plan and other arguments, expected the plan alone; change it by dataclasses.replace"
@@ -117,12 +122,13 @@ class CascadeRuntime:
                 members=members,
                 preload=preload,
                 provider_options=provider_options,
+                cache=cache,
                 verify=verify,
                 expected_sha256=expected_sha256,
                 trace=trace,
             )
             windows = Windows.of(stride, aggregate)
-            execution = Execution(provider, threads, provider_options, spin_us)
+            execution = Execution(provider, threads, provider_options, spin_us, cache)
             opened = OpenBundle.open(
                 model_dir, execution, members=members, verify=verify, expected_sha256=expected_sha256
             )

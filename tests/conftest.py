@@ -17,6 +17,7 @@ from .toy import LABELS, WORDS, vocabulary, write_cascade
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the hub fails at once
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["CASCADE_RT_CACHE"] = "off"
 
 # The same examples everywhere, however slow and busy the machine is.
 settings.register_profile("cascade-rt", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

@@ -6,7 +6,7 @@
 
 from .files import sha256_of
 from .manifest import BATCH_TOLERANCE, MANIFEST, TUNING, Bundle, MemberEntry, WeightFile
-from .storage import bundle_files, check_target, read_bundle, write_bundle, write_manifest
+from .storage import bundle_files, check_target, read_bundle, verify_member, write_bundle, write_manifest
 
 __all__ = [
     "BATCH_TOLERANCE",
@@ -19,6 +19,7 @@ __all__ = [
     "check_target",
     "read_bundle",
     "sha256_of",
+    "verify_member",
     "write_bundle",
     "write_manifest",
 ]

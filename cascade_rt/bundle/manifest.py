@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -91,6 +91,11 @@ class MemberEntry:
     other: Mapping[str, Any] = field(default_factory=dict)
     """Keys unknown to this version, kept as they are."""
 
+    def files(self, path: Path) -> list[Path]:
+        """Return its files, the external data after the ONNX file, which is at `path`."""
+        folder = path.parents[len(PurePosixPath(self.file).parts) - 1]
+        return [path, *(folder / file.file for file in self.data)]
+
     def cost(self, tokens: NDArray[Any] | float) -> Any:
         """FLOPs of the member for texts with this many tokens, float64, in the shape of `tokens`.
 
@@ -155,6 +160,8 @@ class Bundle:
 
     folder: Path | None = field(default=None, compare=False, kw_only=True)
     """The folder that it was read from."""
+    root: Path | None = field(default=None, compare=False, kw_only=True)
+    """The folder that its files have to stay inside."""
     identity: FileIdentity | None = field(default=None, compare=False, kw_only=True)
     """File identity of the manifest when it was read."""
     sha256: str | None = field(default=None, compare=False, kw_only=True)

@@ -33,18 +33,19 @@ def read_bundle(
     *,
     verify: bool = True,
     expected_sha256: str | None = None,
+    lazily: bool = False,
 ) -> Bundle:
     """Read and verify a bundle.
 
     `model_dir`: its folder, or "hf:org/name" or "hf:org/name@revision" on the Hugging Face hub. `members`: names of the
     members to keep, None for all; files of the others are not looked at. `verify=False` skips the sha256 of the files,
     for huge models on a trusted disk. `expected_sha256`: the bundle's, as `cascade-rt info` prints it, which covers the
-    hashes of all files; another bundle is refused. Raises BundleError, which names the file and the remedy, and
-    InvalidOption for an unknown member.
+    hashes of all files; another bundle is refused. `lazily` leaves the content of members to `verify_member`. Raises
+    BundleError, which names the file and the remedy, and InvalidOption for an unknown member.
     """
     folder, root = locate(model_dir)
     identity = file_identity(folder / MANIFEST)
-    bundle = replace(read_manifest(folder), folder=folder, identity=identity)
+    bundle = replace(read_manifest(folder), folder=folder, root=root, identity=identity)
     if expected_sha256 is not None and bundle.sha256 != expected_sha256.lower():
         raise BundleError(
             f"{model_dir}: another bundle than expected (found sha256 {bundle.sha256}, expected {expected_sha256}); "
@@ -52,18 +53,20 @@ def read_bundle(
         )
     if members is not None:
         bundle = bundle.only(members)
-    with ThreadPoolExecutor() as pool:  # hashing releases Python's lock, so big files are hashed in parallel
-
-        def damage_of(file: WeightFile) -> str | None:
-            most = _TOKENIZER_BYTES if file.file == bundle.tokenizer_file else None
-            return _damage(folder, root, file, verify, most)
-
-        for damage in pool.map(damage_of, _files(bundle)):
-            if damage:
-                raise BundleError(f"{damage}; export or copy the bundle again")
-    for member in bundle.members:
-        _check_external(folder, member)
+    tokenizer, *weights = _files(bundle)
+    _check_files(folder, root, [tokenizer], verify=verify, most=_TOKENIZER_BYTES)
+    _check_files(folder, root, weights, verify=verify and not lazily)
+    if not lazily:
+        for member in bundle.members:
+            _check_external(folder, member)
     return bundle
+
+
+def verify_member(bundle: Bundle, member: MemberEntry, *, verify: bool = True) -> None:
+    """Verify the files of one member of a bundle that was read; errors and `verify` as of `read_bundle`."""
+    folder = bundle.folder or Path()
+    _check_files(folder, bundle.root or folder, _member_files(member), verify=verify)
+    _check_external(folder, member)
 
 
 def bundle_files(bundle: Bundle) -> list[str]:
@@ -131,8 +134,22 @@ def write_manifest(folder: Path, bundle: Bundle) -> None:
 def _files(bundle: Bundle) -> list[WeightFile]:
     files = [WeightFile(bundle.tokenizer_file, bundle.tokenizer_sha256)]
     for member in bundle.members:
-        files += [WeightFile(member.file, member.sha256), *member.data]
+        files += _member_files(member)
     return files
+
+
+def _member_files(member: MemberEntry) -> list[WeightFile]:
+    return [WeightFile(member.file, member.sha256), *member.data]
+
+
+def _check_files(
+    folder: Path, root: Path, files: Sequence[WeightFile], *, verify: bool, most: int | None = None
+) -> None:
+    """Raise BundleError for files that are missing, altered or larger than `most` bytes."""
+    with ThreadPoolExecutor() as pool:  # hashing releases Python's lock, so big files are hashed in parallel
+        for damage in pool.map(lambda file: _damage(folder, root, file, verify, most), files):
+            if damage:
+                raise BundleError(f"{damage}; export or copy the bundle again")
 
 
 def _damage(folder: Path, root: Path, file: WeightFile, verify: bool, most: int | None) -> str | None:

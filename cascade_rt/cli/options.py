@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from ..bundle.manifest import EXIT_RULES
 from ..engine.execution import Execution
+from ..engine.prepared import FOLDER
 from ..engine.task import AGGREGATES, MEAN
 from ..errors import InferenceError, InputError, InvalidOption, TextError
 from ..io.readers import FORMATS, LABEL, LABELS, Example, Reading, Reject, read_examples
@@ -54,6 +55,12 @@ def add_running(parser: CommandParser) -> None:
     )
     add_provider_option(parser)
     parser.add_argument("--threads", type=int, help="threads per member (default: the CPUs that the process may use)")
+    parser.add_argument(
+        "--cache",
+        metavar="CACHE",
+        help="where members are kept as prepared for this CPU, for a faster start and less memory; off: nowhere "
+        f"(default: {FOLDER}, else the user's cache folder)",
+    )
 
 
 def add_windows(parser: CommandParser) -> None:

@@ -13,8 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import InputError
+from ..io.caches import cache_folder
 from ..io.writers import output_folder, write_json
-from ..tuning.collect import cache_folder, collect, open_whole
+from ..tuning.collect import collect, open_whole
 from ..tuning.evaluation import true_answers
 from ..tuning.plot import draw_front, pyplot
 from ..tuning.report import AUTO, COSTS, Question

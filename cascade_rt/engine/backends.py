@@ -2,12 +2,13 @@
 
 `execution` is checked, with a number of threads and a spin duration. `load` returns a session, safe to use from several
 threads, with `inputs`, `outputs` and `run(outputs, feed)`; `for_bulk` is one that runs several micro-batches at a time,
-with one thread each. It raises BundleError for a file that the engine cannot use.
+with one thread each. It raises BundleError for a file that the engine cannot use. `check` is called before a member's
+own files are read; where it is None, they are not to be trusted for a cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,8 +22,11 @@ from .batching import DEVICE_TOKEN_BUDGET, TOKEN_BUDGET
 from .cpus import spin_duration, usable_threads
 from .execution import Execution
 from .openvino import Feed, OpenVinoSession
+from .prepared import Prepared, saving
 from .providers import CPU, OPENVINO, check_exact_kernels, options_for, products_on_cpu, provider_name, saturates
 
+Check = Callable[[], None]
+_SLOWER = ["SkipLayerNormFusion"]  # its kernel takes longer than those for its parts
 _OUT_OF_MEMORY = ("bad_alloc", "failed to allocate", "out of memory", "available memory of", "cublas_status_alloc")
 
 
@@ -35,24 +39,48 @@ class CpuBackend:
     budget: ClassVar[int] = TOKEN_BUDGET
     on_device: ClassVar[bool] = False
 
-    def load(self, entry: MemberEntry, path: Path, *, for_bulk: bool) -> Any:
-        """Return a session with all threads, or with one."""
-        options = self._options(1 if for_bulk else self.execution.threads or 1)
-        remedy = "export again"
-        if saturates(entry.precision):  # slower kernels that do not saturate
-            check_exact_kernels(path)
-            options.add_session_config_entry("session.x64quantprecision", "1")
-            remedy += " (this CPU has no VNNI: best in fp32)"
-        # ONNX Runtime's kernel for a fused addition and normalization is slower than those for its parts.
-        session = self._session(path, options, remedy, disabled=["SkipLayerNormFusion"])
+    def load(self, entry: MemberEntry, path: Path, *, for_bulk: bool, check: Check | None) -> Any:
+        """Return a session with all threads, or with one, of the member as prepared for this CPU where that is kept."""
+        threads = 1 if for_bulk else self.execution.threads or 1
+        exact = saturates(entry.precision)  # slower kernels that do not saturate
+        remedy = "export again (this CPU has no VNNI: best in fp32)" if exact else "export again"
+
+        def load_prepared(file: Path, threads: int = 1) -> Any:
+            options = self._options(threads, exact)
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            return self._session(file, options, remedy)
+
+        def load_itself(written_to: Path | None = None) -> Any:
+            options = self._options(threads, exact)
+            if written_to is not None:
+                saving(options, written_to)
+            return self._session(path, options, remedy, disabled=_SLOWER)
+
+        prepared = Prepared.of(entry, path, self.execution.cache, [exact, *_SLOWER])
+        ready = prepared is not None and prepared.ready()
+        if not ready:
+            if check is not None:
+                check()
+            if exact:
+                check_exact_kernels(path)
+            ready = prepared is not None and check is not None and prepared.keep(load_itself, load_prepared)
+        session = None
+        if prepared is not None and ready:
+            try:
+                session = load_prepared(prepared.file, threads)
+            except BundleError:
+                prepared.remove()
+        session = session or load_itself()
         return _OnnxSession(session, session.run)
 
     def survives_fork(self, for_bulk: bool) -> bool:
         """Return whether sessions have one thread: the caller's."""
         return for_bulk or self.execution.threads == 1
 
-    def _options(self, threads: int) -> Any:
+    def _options(self, threads: int, exact: bool = False) -> Any:
         options = onnxruntime.SessionOptions()
+        if exact:
+            options.add_session_config_entry("session.x64quantprecision", "1")
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 4  # its errors are raised, and told in one line
@@ -81,8 +109,10 @@ class DeviceBackend(CpuBackend):
     budget = DEVICE_TOKEN_BUDGET
     on_device = True
 
-    def load(self, entry: MemberEntry, path: Path, *, for_bulk: bool) -> Any:
+    def load(self, entry: MemberEntry, path: Path, *, for_bulk: bool, check: Check | None) -> Any:
         """Return a session whose inputs and outputs are bound; refuse one that leaves products to the CPU."""
+        if check is not None:
+            check()
         options = self._options(self.execution.threads or 1)
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         session = self._session(path, options, "export again")
@@ -120,8 +150,10 @@ class OpenVinoBackend:
     budget: ClassVar[int] = TOKEN_BUDGET
     on_device: ClassVar[bool] = False
 
-    def load(self, entry: MemberEntry, path: Path, *, for_bulk: bool) -> Any:
+    def load(self, entry: MemberEntry, path: Path, *, for_bulk: bool, check: Check | None) -> Any:
         """Return a session."""
+        if check is not None:
+            check()
         options = options_for(OPENVINO, self.execution.provider_options)
         try:
             return OpenVinoSession(path, self.execution.threads or 1, options, share_threads=for_bulk)

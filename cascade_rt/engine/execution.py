@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -15,6 +16,7 @@ class Execution:
     threads: int | None = None
     provider_options: Mapping[str, str] | None = None
     spin_us: int | None = None
+    cache: str | Path | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Return them as keyword arguments of `CascadeRuntime`."""

@@ -75,6 +75,10 @@ _TYPES: Mapping[str, tuple[Callable[[object], bool], str]] = {
         lambda value: value is None or (isinstance(value, Mapping) and _names(value)),
         'names and values, for instance {"device_id": "1"}, or None',
     ),
+    "cache": (
+        lambda value: value is None or (isinstance(value, str | os.PathLike) and bool(str(value))),
+        'a folder, or "off"',
+    ),
     "verify": _FLAG,
     "expected_sha256": (lambda value: value is None or isinstance(value, str), "64 hexadecimal digits, or None"),
     "trace": (lambda value: value is None or callable(value), "a function, or None"),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
-from ..bundle import MANIFEST, Bundle, read_bundle
+from ..bundle import MANIFEST, Bundle, read_bundle, verify_member
 from ..bundle.files import file_identity
 from ..bundle.manifest import HIDDEN_STATES, TOKENS
 from ..errors import BundleError
@@ -15,6 +16,7 @@ from .backends import usable
 from .cost import cumulative_layers
 from .execution import Execution
 from .exit_rules import ExitRule
+from .prepared import OFF
 from .stage import Stage
 from .task import Task, task_of
 from .tokenization import Encoded, TextTokenizer
@@ -44,10 +46,10 @@ class OpenBundle:
         expected_sha256: str | None = None,
     ) -> OpenBundle:
         """Read and verify a bundle; arguments as for `CascadeRuntime`."""
-        settings = usable(execution)
+        settings = usable(execution if verify else replace(execution, cache=OFF))
         if Path(model_dir).exists():  # else it may be on the hub
             model_dir = Path(model_dir).absolute()  # members are loaded later, perhaps from another working directory
-        bundle = read_bundle(model_dir, members, verify=verify, expected_sha256=expected_sha256)
+        bundle = read_bundle(model_dir, members, verify=verify, expected_sha256=expected_sha256, lazily=True)
         folder = bundle.folder or Path(model_dir)
         tokenizer = TextTokenizer(folder / bundle.tokenizer_file, bundle.max_length, bundle.pair)
         if tokenizer.pads_left and any(entry.reads == HIDDEN_STATES for entry in bundle.members):
@@ -57,7 +59,12 @@ class OpenBundle:
         followers = [entry.reads for entry in bundle.members[1:]] + [TOKENS]
         stages = {
             entry.name: Stage(
-                entry, folder / entry.file, len(bundle.labels), settings, leaves_hidden_states=follower == HIDDEN_STATES
+                entry,
+                folder / entry.file,
+                len(bundle.labels),
+                settings,
+                leaves_hidden_states=follower == HIDDEN_STATES,
+                check=partial(verify_member, bundle, entry, verify=verify),
             )
             for entry, follower in zip(bundle.members, followers, strict=True)
         }

@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..bundle import MemberEntry
-from ..bundle.files import file_identity
+from ..bundle.files import FileIdentity, file_identity
 from ..bundle.manifest import HIDDEN_STATES, TOKENS, TYPICAL_TOKENS
 from ..errors import BundleError, InferenceError, first_line
-from .backends import backend_for, out_of_memory
+from .backends import Check, backend_for, out_of_memory
 from .batching import token_budget
 from .execution import Execution
 from .forks import FORKS, never_destroy
@@ -58,19 +58,27 @@ class Stage:
     """
 
     def __init__(
-        self, entry: MemberEntry, path: Path, labels: int, execution: Execution, *, leaves_hidden_states: bool = False
+        self,
+        entry: MemberEntry,
+        path: Path,
+        labels: int,
+        execution: Execution,
+        *,
+        leaves_hidden_states: bool = False,
+        check: Check | None = None,
     ) -> None:
         """Prepare to run the ONNX file at `path`.
 
         `execution`: with the provider as `provider_name` returns it, and a number of threads. `leaves_hidden_states`:
-        for the next stage. Raises InvalidOption for a precision that the provider has no kernels for.
+        for the next stage. `check`: called before the member's files are first read. Raises InvalidOption for a
+        precision that the provider has no kernels for.
         """
         check_precision(entry.name, entry.precision, execution.provider)
         self.entry = entry
         self.reads = entry.reads
         self.labels = labels
         self._path = path
-        self._identity = file_identity(path)
+        self._identities = self._found()
         self._threads = execution.threads or 1
         # Threads wait actively for the next operator (sleeping between operators costs up to a third), but not for
         # the default tens of milliseconds: an idle stage would spin on the cores that the next stage needs.
@@ -82,6 +90,7 @@ class Stage:
         self.budget = token_budget(self._backend.budget, float(entry.cost(TYPICAL_TOKENS)) / TYPICAL_TOKENS)
         """Padded tokens per micro-batch."""
         self._leaves_hidden_states = leaves_hidden_states
+        self._check = check
         self._sessions: dict[bool, Any] = {}  # by whether it is that for bulk work
         self._loading = Lock()
         self._device_in_parent = False
@@ -207,12 +216,15 @@ class Stage:
             raise BundleError(
                 f"{self._path}: replaced since the bundle was opened; open it again (members can be loaded all at once)"
             )
-        session = self._backend.load(self.entry, self._path, for_bulk=for_bulk)
+        session = self._backend.load(self.entry, self._path, for_bulk=for_bulk, check=self._check)
         self._use(session.inputs, session.outputs)
         return session
 
     def _replaced(self) -> bool:
-        return file_identity(self._path) != self._identity
+        return self._found() != self._identities
+
+    def _found(self) -> list[FileIdentity | None]:
+        return [file_identity(file) for file in self.entry.files(self._path)]
 
     def _use(self, inputs: Sequence[str], outputs: Sequence[str]) -> None:
         """Check a session's inputs and outputs, and take those that this stage needs."""

@@ -61,11 +61,6 @@ def check_thresholds(rule: ExitRule) -> None:
         raise InputError(f"found a bundle with the exit rule {rule.kind}, expected one with thresholds")
 
 
-def cache_folder() -> Path:
-    """Return the folder where logits are cached."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cascade-rt"
-
-
 def collect(
     runtime: CascadeRuntime,
     texts: Sequence[Text],

@@ -34,8 +34,9 @@ from cascade_build.trial import Start, try_export
 from cascade_rt import CascadeRuntime
 from cascade_rt.bundle import check_target, write_bundle
 from cascade_rt.errors import CascadeError
+from cascade_rt.io.caches import cache_folder
 from cascade_rt.io.writers import write_json
-from cascade_rt.tuning.collect import Collected, cache_folder, collect, open_whole
+from cascade_rt.tuning.collect import Collected, collect, open_whole
 from cascade_rt.tuning.plot import pyplot
 from cascade_rt.tuning.report import TuningReport
 from cascade_rt.tuning.tune import members_alone, tune, write_tuning

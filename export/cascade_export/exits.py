@@ -24,9 +24,11 @@ from cascade_export.precision import WRITERS, write_precision
 from cascade_export.segments import Segment
 from cascade_export.torch_checkpoint import TorchCheckpoint, open_torch
 from cascade_export.verify import TOLERANCE, check_texts
+from cascade_export.weights import move_weights
 from cascade_rt import CascadeRuntime
-from cascade_rt.bundle import Bundle, MemberEntry, sha256_of, write_bundle, write_manifest
+from cascade_rt.bundle import Bundle, MemberEntry, WeightFile, sha256_of, write_bundle, write_manifest
 from cascade_rt.bundle.manifest import ENTROPY, EXIT_RULES, HIDDEN_STATES, PATIENCE, TOKENS
+from cascade_rt.engine.prepared import OFF
 from cascade_rt.engine.task import SingleLabel
 from cascade_rt.errors import CascadeError, InvalidOption
 from cascade_rt.types import Text
@@ -82,7 +84,7 @@ def export_exits(
         differences = _compared(checkpoint, folder, texts, expected)
         if precision != "fp32":
             bundle = _written(bundle, Path(work), folder, precision)
-        with CascadeRuntime(folder, **check.execution.arguments()) as runtime:
+        with CascadeRuntime(folder, **replace(check.execution, cache=OFF).arguments()) as runtime:
             facts: list[dict[str, Any]] = [{"max_probability_difference": difference} for difference in differences]
             for fact, batched in zip(facts, _batch_differences(runtime, texts), strict=True):
                 fact["batch_difference"] = batched
@@ -126,8 +128,10 @@ def _written(bundle: Bundle, work: Path, folder: Path, precision: str) -> Bundle
     """Write the segments of the folder `work` in a precision into the bundle's folder, with a manifest; return it."""
     members = []
     for member in bundle.members:
-        write_precision(work / member.file, folder / member.file, precision)
-        members.append(replace(member, precision=precision, sha256=sha256_of(folder / member.file)))
+        file = folder / member.file
+        write_precision(work / member.file, file, precision)
+        data = tuple(WeightFile(name, sha256_of(folder / name)) for name in move_weights(file))
+        members.append(replace(member, precision=precision, sha256=sha256_of(file), data=data))
     bundle = replace(bundle, members=tuple(members))
     write_manifest(folder, bundle)
     return bundle
@@ -148,7 +152,7 @@ def _compared(
     checkpoint: TorchCheckpoint, folder: Path, texts: Sequence[Text], expected: NDArray[np.float64]
 ) -> list[float]:
     """Return the largest difference of a probability from torch, for each exit; raise CascadeError beyond TOLERANCE."""
-    with CascadeRuntime(folder) as runtime:
+    with CascadeRuntime(folder, cache=OFF) as runtime:
         found = _TASK.probabilities(runtime.member_logits(texts)[0])
     differences = np.abs(found - expected).max(axis=(1, 2))
     if not differences.max() <= TOLERANCE:

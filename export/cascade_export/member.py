@@ -25,6 +25,7 @@ from cascade_rt.bundle import BATCH_TOLERANCE, MemberEntry, WeightFile, sha256_o
 from cascade_rt.bundle.manifest import TYPICAL_TOKENS, encoder_flops
 from cascade_rt.engine.backends import usable
 from cascade_rt.engine.execution import Execution
+from cascade_rt.engine.prepared import OFF
 from cascade_rt.engine.providers import CPU, OPENVINO, instead_of, is_installed
 from cascade_rt.engine.stage import Stage
 from cascade_rt.engine.task import MultiLabel, Task
@@ -39,6 +40,7 @@ TABLE = "int8-table"
 """The precision of averaging networks in int8."""
 _TRIED_BY_AUTO = ("int8", TABLE, "fp16", "fp32")
 _PLAIN = 0.05  # deviation from the FLOPs of a plain encoder: poolers, classifiers and projections of embeddings
+_LARGEST_COUNTED = 2**31 - 2**20  # bytes of a graph whose products are counted: it is changed in memory
 _BATCHED = 64  # texts of the check data that are run in many batchings, to see whether that changes an answer
 
 
@@ -81,7 +83,7 @@ class MemberExport:
         self._files = files
         self._folder = folder
         self._max_accuracy_drop = check.max_accuracy_drop
-        self._execution = usable(check.execution)
+        self._execution = usable(replace(check.execution, cache=OFF))
         self._data = data
         self._encoded = tokenizer.encode(data.texts) if data else None
         self._original = files.original(data.texts, tokenizer) if data else None
@@ -164,7 +166,7 @@ class MemberExport:
         """Put the member's file in a precision into the folder, in place of one that was tried before."""
         checkpoint, folder = self._checkpoint, self._folder
         file, data = self._files.copy(precision, folder)
-        counts = not data  # with external data, graphs may be too big to be changed in memory
+        size = sum((folder / name).stat().st_size for name in [file, *data])
         entry = MemberEntry(
             name=checkpoint.name,
             file=file,
@@ -177,7 +179,7 @@ class MemberExport:
             intermediate_size=checkpoint.intermediate_size,
             positions=checkpoint.positions,
             data=tuple(WeightFile(file, sha256_of(folder / file)) for file in data),
-            flops=_flops(folder / file, checkpoint) if counts else (),
+            flops=_flops(folder / file, checkpoint) if size < _LARGEST_COUNTED else (),
             other=self._files.facts,
         )
         return entry, self._stage(entry, self._execution)

@@ -17,6 +17,7 @@ from cascade_export.precision import WRITERS, write_precision
 from cascade_export.temperature import divide_logits, fit_temperature
 from cascade_export.torch_checkpoint import TorchCheckpoint
 from cascade_export.verify import check_texts, torch_probabilities, verify
+from cascade_export.weights import move_weights
 from cascade_rt.engine.tokenization import TextTokenizer
 from cascade_rt.errors import InputError, InvalidOption
 from cascade_rt.tuning.metrics import ece
@@ -65,8 +66,9 @@ class TorchFiles:
             write_network(self._network, made, precision)
         elif not made.exists():
             write_precision(self._source, made, precision, self._like)
-        shutil.copyfile(made, folder / self._source.name)
-        return self._source.name, []
+        file = folder / self._source.name
+        shutil.copyfile(made, file)
+        return file.name, move_weights(file)
 
     def original(self, texts: Sequence[Text], _: TextTokenizer) -> Probabilities:
         """Return torch's probabilities, with the member's own tokenizer, float64 (texts, labels)."""

@@ -41,7 +41,7 @@ def laid_out(member_folders: list[Path], bundle: Path, tmp_path_factory: pytest.
         model, root / "small" / "model.onnx", save_as_external_data=True, location="model.onnx_data", size_threshold=64
     )
     (root / "big" / "onnx").mkdir()
-    shutil.copy(bundle / "big.onnx", root / "big" / "onnx" / "model.onnx")
+    onnx.save(onnx.load(bundle / "big.onnx"), root / "big" / "onnx" / "model.onnx")
     quantize_dynamic(
         bundle / "big.onnx",
         root / "big" / "onnx" / "model_quantized.onnx",
@@ -188,7 +188,7 @@ def test_positions_are_asked_of_the_graph(tmp_path: Path) -> None:
     torch_folder = FAMILIES["roberta"](tmp_path / "roberta")
     export_bundle([str(torch_folder)], tmp_path / "from-torch")
     (torch_folder / "model.safetensors").unlink()
-    shutil.copy(tmp_path / "from-torch" / "roberta.onnx", torch_folder / "model.onnx")
+    onnx.save(onnx.load(tmp_path / "from-torch" / "roberta.onnx"), torch_folder / "model.onnx")
     assert export_bundle([str(torch_folder)], tmp_path / "from-onnx").max_length == POSITIONS
     assert CascadeRuntime(tmp_path / "from-onnx").predict(_TEXTS) == CascadeRuntime(tmp_path / "from-torch").predict(
         _TEXTS

@@ -354,7 +354,7 @@ def test_a_bundle_that_was_replaced_is_refused_when_unpickled(copied: Path) -> N
     manifest.write_bytes(original)
     (copied / "tiny.onnx").write_bytes((copied / "small.onnx").read_bytes())
     with pytest.raises(BundleError, match=r"tiny\.onnx: truncated or altered"):
-        pickle.loads(pickled)
+        pickle.loads(pickled).predict(["a film"])
     shutil.rmtree(copied)
     with pytest.raises(BundleError, match="no bundle there"):
         pickle.loads(pickled)

@@ -167,11 +167,29 @@ def test_a_tokenizer_that_fails_on_a_text_says_so(copied: Path) -> None:
         CascadeRuntime(altered(copied, change)).predict(["\u4e00"])
 
 
-def test_unverified_files_are_not_hashed_but_must_be_there(copied: Path) -> None:
+def test_a_member_is_verified_when_it_is_first_loaded(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     original = (copied / "big.onnx").read_bytes()
     (copied / "big.onnx").write_bytes(original + b"\x00\x00")
+    runtime = CascadeRuntime(copied, thresholds=[0.0, 0.0])
+    assert runtime.predict(["a film"])[0].exit == 0
+    for _ in range(2):
+        with pytest.raises(BundleError, match=r"big\.onnx: truncated or altered"):
+            runtime.with_thresholds(1.0).predict(["a film"])
     with pytest.raises(BundleError, match="altered"):
-        CascadeRuntime(copied)
+        CascadeRuntime(copied, preload=True)
+    with pytest.raises(BundleError, match="altered"):
+        read_bundle(copied)
+    assert main(["info", "--model-dir", str(copied)]) == 2
+    assert "altered" in capsys.readouterr().err
+
+
+def test_unverified_files_are_not_hashed_but_must_be_there(copied: Path) -> None:
+    content = bytearray((copied / "big.onnx").read_bytes())
+    content[len(content) // 2] ^= 1  # in the weights
+    (copied / "big.onnx").write_bytes(content)
+    with pytest.raises(BundleError, match="altered"):
+        read_bundle(copied)
+    read_bundle(copied, verify=False)
     (copied / "tiny.onnx").unlink()
     with pytest.raises(BundleError, match=r"tiny\.onnx: is missing"):
         CascadeRuntime(copied, verify=False)

@@ -16,7 +16,6 @@ import pytest
 
 from cascade_rt import BundleError, CascadeRuntime, InferenceError, InvalidOption, Prediction
 from cascade_rt.bundle import MemberEntry
-from cascade_rt.bundle.files import file_identity
 from cascade_rt.cli import main
 from cascade_rt.engine import providers
 from cascade_rt.engine.execution import Execution
@@ -94,7 +93,7 @@ def test_what_it_cannot_run_is_refused(copied: Path, monkeypatch: pytest.MonkeyP
         Stage(entry, copied / "small.onnx", 3, Execution(providers.OPENVINO, 1))
     stage = Stage(replace(entry, precision="fp32"), copied / "small.onnx", 3, Execution(providers.OPENVINO, 1))
     (copied / "small.onnx").write_bytes(b"not a graph")
-    stage._identity = file_identity(copied / "small.onnx")
+    stage._identities = stage._found()
     with pytest.raises(BundleError, match=r"small\.onnx: OpenVINO cannot load it .*use the provider cpu"):
         stage.load()
     monkeypatch.setattr(providers, "find_spec", lambda _: None)

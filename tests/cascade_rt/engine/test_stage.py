@@ -132,15 +132,13 @@ def test_a_process_that_is_really_out_of_memory_says_so_and_goes_on(bundle: Path
 
 
 def test_a_file_that_cannot_be_loaded_is_a_bundle_error_with_its_cause(copied: Path) -> None:
-    runtime = CascadeRuntime(copied)
+    runtime = CascadeRuntime(copied, verify=False)
     stage = runtime.plan.stages[0]
     stage._path = copied / "tokenizer.json"
-    stage._identity = None
+    stage._identities = []
     with pytest.raises(BundleError, match="replaced since the bundle was opened"):
         stage.load()
-    from cascade_rt.bundle.files import file_identity
-
-    stage._identity = file_identity(stage._path)
+    stage._identities = stage._found()
     with pytest.raises(
         BundleError, match=r"tokenizer\.json: ONNX Runtime cannot load it \(.*\); export again"
     ) as caught:
