@@ -30,6 +30,7 @@ from .engine.forks import FORKS
 from .engine.hidden_states import HiddenStates
 from .engine.inputs import check_types, iterated, listed, unwrapped
 from .engine.plan import OpenBundle, Plan
+from .engine.providers import CPU, on_exact_kernels, provider_name
 from .engine.stage import Stage
 from .engine.step import Journey, run_texts, shape
 from .engine.task import Task
@@ -309,14 +310,15 @@ class CascadeRuntime:
                 self._exits, self._layers = [0] * len(seen), 0
         texts = sum(seen)
         mean_layers = executed / texts if texts else float("nan")
+        exact = () if provider_name(self._plan.opened.execution.provider) != CPU else on_exact_kernels(self.bundle)
         tuning = self.bundle.tuning
         names = [entry.name for entry in self.bundle.members]
         as_tuned = tuning is not None and tuning.members == names and tuning.windows == self._windows
         if tuning is None or not as_tuned or self.exit_rule != exit_rule(self.bundle):
-            return Stats(texts, seen, mean_layers, None, None, None)
+            return Stats(texts, seen, mean_layers, None, None, None, exact)
         rates = [count / sum(tuning.exits) for count in tuning.exits]
         distance, p_value = exit_shift(tuning.exits, seen) if texts else (None, None)
-        return Stats(texts, seen, mean_layers, rates, distance, p_value)
+        return Stats(texts, seen, mean_layers, rates, distance, p_value, exact)
 
     @property
     def _windows(self) -> dict[str, Any]:

@@ -73,3 +73,5 @@ class Stats(NamedTuple):
     """Total variation distance from those rates, 0 (equal) to 1; None where there is nothing to compare."""
     p_value: float | None
     """Probability of a difference at least as large if the texts are of the same kind; at least 0.0001."""
+    exact_kernels: tuple[str, ...] = ()
+    """Members whose int8 products run on ONNX Runtime's exact, slower kernels, because this CPU has no VNNI."""

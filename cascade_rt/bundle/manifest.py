@@ -88,6 +88,8 @@ class MemberEntry:
     """FLOPs of a segment's exit for a text of n tokens: the factors of 1, n and n^2; () where they are not counted."""
     flops: tuple[int, ...] = ()
     """FLOPs of the whole member for a text of n tokens, as `exit_flops`; () for those of `encoder_flops`."""
+    weight_bits: int = 8
+    """Bits of the int8 weights of its products; with 7, no CPU's kernels saturate."""
     other: Mapping[str, Any] = field(default_factory=dict)
     """Keys unknown to this version, kept as they are."""
 
@@ -251,6 +253,7 @@ class Bundle:
                     **({} if member.reads == TOKENS else {"reads": member.reads}),
                     **({"exit_flops": list(member.exit_flops)} if member.exit_flops else {}),
                     **({"flops": list(member.flops)} if member.flops else {}),
+                    **({} if member.weight_bits == 8 else {"weight_bits": member.weight_bits}),
                     **member.other,
                 }
                 for member in self.members
@@ -432,6 +435,7 @@ def _parse_member(entry: Any, where: str, version: int, with_threshold: bool) ->
         data=tuple(_parse_data(file, where) for file in fields.take("data", list)) if "data" in entry else (),
         reads=reads,
         positions=fields.take("positions", int, at_least=3) if "positions" in entry else None,
+        weight_bits=fields.take("weight_bits", int, at_least=1) if "weight_bits" in entry else 8,
         exit_flops=exit_flops,
         flops=flops,
         other=fields.rest,

@@ -14,7 +14,9 @@ class Precision:
 
     name: str
     products_of_bytes: bool = False
-    """ONNX Runtime multiplies uint8 by int8, which CPUs without VNNI do rightly with its exact kernels alone."""
+    """ONNX Runtime multiplies uint8 by int8, of which x86 CPUs without VNNI add pairs in 16 bits."""
+    weight_bits: int = 8
+    """Bits of the weights of such products that the export writes now; with 7, the sums of pairs fit."""
     instead: Mapping[str, str] = field(default_factory=dict)
     """Providers without kernels for it, each with the precision to export for it."""
     batch_invariant: bool = True
@@ -30,7 +32,8 @@ PRECISIONS = {
     for precision in (
         Precision("fp32"),
         Precision("fp16"),
-        Precision("int8", products_of_bytes=True, instead=_DYNAMIC),
+        Precision("int8", products_of_bytes=True, weight_bits=7, instead=_DYNAMIC),
+        Precision("int8-vnni", products_of_bytes=True, instead=_DYNAMIC),
         Precision("int8-tensor", products_of_bytes=True, instead=_DYNAMIC, batch_invariant=False),
         Precision("int8-blocks", since=(1, 22)),
         Precision("int8-static", products_of_bytes=True, instead={"cuda": "fp16"}),

@@ -6,6 +6,7 @@ import argparse
 import json
 
 from ..bundle import read_bundle
+from ..engine.providers import on_exact_kernels
 from .options import add_bundle
 from .parser import CommandParser
 from .rendering import bundle_summary, printable
@@ -27,5 +28,10 @@ def run(options: argparse.Namespace) -> None:
         print(json.dumps(bundle.to_json(), ensure_ascii=False))
         return
     print(printable(bundle_summary(bundle)))
+    if exact := on_exact_kernels(bundle):
+        print(
+            f"{', '.join(exact)}: run on exact int8 kernels here (no VNNI), which are slower; members exported "
+            "again in int8 need none"
+        )
     print(f"sha256 {bundle.sha256}")
     print("the sha256 of every file matches" if options.verify else "the sha256 of the files was not checked")

@@ -42,7 +42,7 @@ class CpuBackend:
     def load(self, entry: MemberEntry, path: Path, *, for_bulk: bool, check: Check | None) -> Any:
         """Return a session with all threads, or with one, of the member as prepared for this CPU where that is kept."""
         threads = 1 if for_bulk else self.execution.threads or 1
-        exact = saturates(entry.precision)  # slower kernels that do not saturate
+        exact = saturates(entry)  # slower kernels that do not saturate
         remedy = "export again (this CPU has no VNNI: best in fp32)" if exact else "export again"
 
         def load_prepared(file: Path, threads: int = 1) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from ..bundle import Bundle, MemberEntry
 from ..bundle.onnx_file import scan
 from ..bundle.precisions import PRECISIONS
 from ..errors import BundleError, InvalidOption
@@ -24,6 +25,7 @@ _SHORT_NAMES = {"cpu": CPU, "cuda": CUDA}
 _ON_CPU = {CPU, "DnnlExecutionProvider", "OpenVINOExecutionProvider", "XnnpackExecutionProvider"}
 _FIXED_OPTIONS = {CUDA: {"arena_extend_strategy": "kSameAsRequested"}}  # the default doubles the arena as it grows
 _EXACT_SINCE = (1, 30)
+_EXACT_BITS = 7  # of weights, so that two products of them with 255 fit into 16 bits
 _PRODUCTS = {"Attention", "FusedGemm", "FusedMatMul", "Gemm", "MatMul", "MultiHeadAttention", "QAttention"}
 
 # One MatMulInteger of unsigned by signed bytes, as an ONNX file.
@@ -111,9 +113,14 @@ def _installed() -> tuple[int, ...]:
     return tuple(map(int, onnxruntime.__version__.split(".")[:2]))
 
 
-def saturates(precision: str) -> bool:
-    """Return whether ONNX Runtime's default kernels compute a precision wrongly on this CPU."""
-    return PRECISIONS[precision].products_of_bytes and int8_saturates()
+def saturates(entry: MemberEntry) -> bool:
+    """Return whether ONNX Runtime's default kernels compute a member wrongly on this CPU."""
+    return PRECISIONS[entry.precision].products_of_bytes and entry.weight_bits > _EXACT_BITS and int8_saturates()
+
+
+def on_exact_kernels(bundle: Bundle) -> tuple[str, ...]:
+    """Return the names of the members whose products run on ONNX Runtime's exact kernels on this CPU."""
+    return tuple(entry.name for entry in bundle.members if saturates(entry))
 
 
 def check_exact_kernels(path: Path) -> None:

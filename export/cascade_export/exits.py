@@ -28,6 +28,7 @@ from cascade_export.weights import move_weights
 from cascade_rt import CascadeRuntime
 from cascade_rt.bundle import Bundle, MemberEntry, WeightFile, sha256_of, write_bundle, write_manifest
 from cascade_rt.bundle.manifest import ENTROPY, EXIT_RULES, HIDDEN_STATES, PATIENCE, TOKENS
+from cascade_rt.bundle.precisions import PRECISIONS
 from cascade_rt.engine.prepared import OFF
 from cascade_rt.engine.task import SingleLabel
 from cascade_rt.errors import CascadeError, InvalidOption
@@ -131,7 +132,8 @@ def _written(bundle: Bundle, work: Path, folder: Path, precision: str) -> Bundle
         file = folder / member.file
         write_precision(work / member.file, file, precision)
         data = tuple(WeightFile(name, sha256_of(folder / name)) for name in move_weights(file))
-        members.append(replace(member, precision=precision, sha256=sha256_of(file), data=data))
+        bits = PRECISIONS[precision].weight_bits
+        members.append(replace(member, precision=precision, sha256=sha256_of(file), data=data, weight_bits=bits))
     bundle = replace(bundle, members=tuple(members))
     write_manifest(folder, bundle)
     return bundle

@@ -62,6 +62,9 @@ class Files(Protocol):
     def copy(self, precision: str, folder: Path) -> tuple[str, list[str]]:
         """Copy the file of a precision into a bundle's folder; return the paths there: its own, its external data's."""
 
+    def weight_bits(self, precision: str) -> int:
+        """Return the bits of the weights of products in a precision of bytes."""
+
     def original(self, texts: Sequence[Text], tokenizer: TextTokenizer) -> Probabilities | None:
         """Return the original's class probabilities, float64 (texts, labels); None where there is no original."""
 
@@ -180,6 +183,7 @@ class MemberExport:
             positions=checkpoint.positions,
             data=tuple(WeightFile(file, sha256_of(folder / file)) for file in data),
             flops=_flops(folder / file, checkpoint) if size < _LARGEST_COUNTED else (),
+            weight_bits=self._files.weight_bits(precision),
             other=self._files.facts,
         )
         return entry, self._stage(entry, self._execution)

@@ -53,6 +53,10 @@ class OnnxCheckpoint(Checkpoint):
         """Nothing: the files are taken as they are."""
         return {}
 
+    def weight_bits(self, precision: str) -> int:
+        """Return 8: whether its weights have fewer is not known."""
+        return 8
+
     def original(self, texts: Sequence[Text], tokenizer: TextTokenizer) -> Probabilities | None:
         """Return the probabilities of the fp32 file, float64 (texts, labels); None if there is none."""
         if "fp32" not in self.files:

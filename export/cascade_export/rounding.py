@@ -21,6 +21,8 @@ from onnx import helper
 Floats = NDArray[np.float32]
 
 LARGEST = 127  # of a symmetric int8
+LARGEST_EXACT = 64
+"""Of weights whose products never saturate: without VNNI, x86 adds pairs of products with up to 255 in 16 bits."""
 _DAMPING = 0.01  # of the compensation, as in GPTQ
 _BLOCK = 64  # channels whose errors reach the others together
 _SMALLEST = 1e-5
@@ -104,23 +106,23 @@ def smoothing(inputs: Inputs, weights: Sequence[Floats], strength: float) -> Flo
     return factors
 
 
-def steps_of(weights: Floats, axis: int) -> Floats:
-    """Return the scale of int8 along `axis`, which is kept with size 1; 1 where all values are 0."""
-    steps: Floats = np.abs(weights).max(axis=axis, keepdims=True) / np.float32(LARGEST)
+def steps_of(weights: Floats, axis: int, largest: int = LARGEST) -> Floats:
+    """Return the scale of integers up to `largest` along `axis`, which is kept with size 1; 1 where all are 0."""
+    steps: Floats = np.abs(weights).max(axis=axis, keepdims=True) / np.float32(largest)
     steps[steps == 0] = 1
     return steps
 
 
-def rounded(values: NDArray[Any]) -> NDArray[np.int8]:
-    """Return the nearest int8 of each value."""
-    integers: NDArray[np.int8] = np.clip(np.rint(values), -LARGEST, LARGEST).astype(np.int8)
+def rounded(values: NDArray[Any], largest: int = LARGEST) -> NDArray[np.int8]:
+    """Return the nearest integer of each value, from -`largest` to `largest`."""
+    integers: NDArray[np.int8] = np.clip(np.rint(values), -largest, largest).astype(np.int8)
     return integers
 
 
-def compensated(weights: Floats, steps: Floats, products: Floats) -> NDArray[np.int8]:
+def compensated(weights: Floats, steps: Floats, products: Floats, largest: int = LARGEST) -> NDArray[np.int8]:
     """Round weights (width, outputs) to multiples of `steps` (1, outputs) so that their products change little.
 
-    `products`: as of `Inputs`, of what the weights multiply, shape (width, width).
+    `largest`: of the integers. `products`: as of `Inputs`, of what the weights multiply, shape (width, width).
     """
     width = len(weights)
     left = (weights / steps).astype(np.float64)
@@ -131,7 +133,7 @@ def compensated(weights: Floats, steps: Floats, products: Floats) -> NDArray[np.
         end = min(start + _BLOCK, width)
         errors = np.empty((end - start, weights.shape[1]))
         for channel in range(start, end):
-            integers[channel] = rounded(left[channel])
+            integers[channel] = rounded(left[channel], largest)
             errors[channel - start] = (left[channel] - integers[channel]) / spread[channel, channel]
             left[channel + 1 : end] -= np.outer(spread[channel, channel + 1 : end], errors[channel - start])
         left[end:] -= spread[start:end, end:].T @ errors

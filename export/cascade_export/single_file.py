@@ -61,11 +61,11 @@ def _write(runtime: CascadeRuntime, model_dir: str | Path, output: str | Path) -
             f"{model_dir}: found members that are segments, or exits by {bundle.exit_rule['kind']}; expected complete "
             "members and exits by maximum_probability"
         )
-    if wrong := [entry for entry in bundle.members if saturates(entry.precision)]:
+    if wrong := [entry for entry in bundle.members if saturates(entry)]:
         raise BundleError(
             f"{model_dir}: found member {wrong[0].name!r} in {wrong[0].precision} on a CPU without VNNI, where its "
-            "products saturate at ONNX Runtime's default settings, with which one file runs; pack it on a CPU with "
-            "VNNI, or export the members in fp32 or fp16"
+            "products saturate at ONNX Runtime's default settings, with which one file runs; export the members again "
+            "in int8, whose weights now have 7 bits and never saturate, or in fp32"
         )
     try:
         model = _joined(bundle, bundle.folder or Path(model_dir))

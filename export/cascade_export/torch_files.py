@@ -18,6 +18,7 @@ from cascade_export.temperature import divide_logits, fit_temperature
 from cascade_export.torch_checkpoint import TorchCheckpoint
 from cascade_export.verify import check_texts, torch_probabilities, verify
 from cascade_export.weights import move_weights
+from cascade_rt.bundle.precisions import PRECISIONS as ALL_PRECISIONS
 from cascade_rt.engine.tokenization import TextTokenizer
 from cascade_rt.errors import InputError, InvalidOption
 from cascade_rt.tuning.metrics import ece
@@ -69,6 +70,10 @@ class TorchFiles:
         file = folder / self._source.name
         shutil.copyfile(made, file)
         return file.name, move_weights(file)
+
+    def weight_bits(self, precision: str) -> int:
+        """Return the bits of the weights of products in a precision of bytes."""
+        return ALL_PRECISIONS[precision].weight_bits
 
     def original(self, texts: Sequence[Text], _: TextTokenizer) -> Probabilities:
         """Return torch's probabilities, with the member's own tokenizer, float64 (texts, labels)."""

@@ -131,13 +131,13 @@ def test_int8_keeps_no_big_weight_in_fp32(bundles: dict[str, Path]) -> None:
 def test_int8_without_zero_points_is_refused_where_it_would_end_the_process(
     bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    older = shutil.copytree(bundles["int8"], tmp_path / "older")
+    older = shutil.copytree(bundles["int8-vnni"], tmp_path / "older")
     model = onnx.load(older / "wide.onnx")
     for node in model.graph.node:
         if node.op_type == "MatMulIntegerToFloat":
             del node.input[5:]
     onnx.save(model, older / "wide.onnx")
-    expected = CascadeRuntime(bundles["int8"]).predict(["a film"])
+    expected = CascadeRuntime(bundles["int8-vnni"]).predict(["a film"])
     assert CascadeRuntime(older, verify=False).predict(["a film"]) == expected
 
     monkeypatch.setattr("cascade_rt.engine.providers.int8_saturates", lambda: True)
@@ -146,7 +146,7 @@ def test_int8_without_zero_points_is_refused_where_it_would_end_the_process(
     for name, folder in {"older": older, "int8-static": bundles["int8-static"]}.items():
         with pytest.raises(BundleError, match=reason):
             CascadeRuntime(folder, verify=False).predict([name])
-    assert CascadeRuntime(bundles["int8"]).predict(["a film"])[0].label == expected[0].label
+    assert CascadeRuntime(bundles["int8-vnni"]).predict(["a film"])[0].label == expected[0].label
     assert CascadeRuntime(bundles["fp32"]).predict(["a film"])
 
 

@@ -7,15 +7,19 @@ import random
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from cascade_export.export import export_bundle
+from cascade_export.rounding import LARGEST_EXACT
+from cascade_export.single_file import pack
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from cascade_rt import CascadeRuntime, read_bundle
+from cascade_rt.engine.providers import _PRODUCT
 from cascade_rt.engine.task import SingleLabel
 
 from ..toy import WORDS
@@ -62,13 +66,41 @@ def test_tau_one_equals_the_last_member_exported_alone(
 def test_int8_is_exact_where_the_cpu_would_saturate(
     member_folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    export_bundle([str(member_folders[1])], tmp_path / "int8", precision="int8", max_length=32)
+    export_bundle([str(member_folders[1])], tmp_path / "int8", precision="int8-vnni", max_length=32)
     usual = CascadeRuntime(tmp_path / "int8").member_logits(TEXTS)[0]
     monkeypatch.setattr("cascade_rt.engine.providers.int8_saturates", lambda: True)
     runtime = CascadeRuntime(tmp_path / "int8", preload=True)
     options = runtime.plan.stages[0].load().session.get_session_options()
     assert options.get_session_config_entry("session.x64quantprecision") == "1"
     np.testing.assert_allclose(CascadeRuntime(tmp_path / "int8").member_logits(TEXTS)[0], usual, atol=1e-5)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_products_of_int8_do_not_saturate(sign: int) -> None:
+    session = onnxruntime.InferenceSession(_PRODUCT)
+    rows, columns = np.full((5, 384), 255, dtype=np.uint8), np.full((384, 40), sign * LARGEST_EXACT, dtype=np.int8)
+    np.testing.assert_array_equal(session.run(None, {"a": rows, "b": columns})[0], sign * 384 * 255 * LARGEST_EXACT)
+
+
+@pytest.mark.parametrize("file", ["member", "single"])
+def test_int8_never_saturates(member_folders: list[Path], tmp_path: Path, file: str) -> None:
+    """On every CPU, ONNX Runtime's default kernels give the bits of its exact ones."""
+    bundle = export_bundle([str(member_folders[2])], tmp_path / "int8", precision="int8", max_length=32)
+    (entry,) = bundle.members
+    assert entry.weight_bits == 7
+    path = tmp_path / "int8" / entry.file
+    if file == "single":
+        path = tmp_path / "one.onnx"
+        pack(tmp_path / "int8", path)
+    batch = CascadeRuntime(tmp_path / "int8").plan.tokenizer.encode(TEXTS).batch(np.arange(len(TEXTS)))
+    found = []
+    for exact in ("0", "1"):
+        options = onnxruntime.SessionOptions()
+        options.add_session_config_entry("session.x64quantprecision", exact)
+        session = onnxruntime.InferenceSession(str(path), options)
+        feed = {**batch, "thresholds": np.zeros(0)}
+        found.append(session.run(None, {node.name: feed[node.name] for node in session.get_inputs()})[0])
+    np.testing.assert_array_equal(found[0], found[1])
 
 
 @given(arrays(np.float32, (3, 4), elements=st.floats(-200, 200, width=32)))
