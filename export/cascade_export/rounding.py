@@ -22,7 +22,7 @@ Floats = NDArray[np.float32]
 
 LARGEST = 127  # of a symmetric int8
 LARGEST_EXACT = 64
-"""Of weights whose products never saturate: without VNNI, x86 adds pairs of products with up to 255 in 16 bits."""
+"""The largest weight whose products never saturate: without VNNI, x86 adds pairs of those with 255 in 16 bits."""
 _DAMPING = 0.01  # of the compensation, as in GPTQ
 _BLOCK = 64  # channels whose errors reach the others together
 _SMALLEST = 1e-5
