@@ -54,6 +54,8 @@ class Check:
     choose_cuts: bool = False
     """With several labels per text: take the cuts with the best F1 of the biggest member on the texts, which need
     labels, in place of those that training chose, or of 0.5."""
+    vocabulary: Path | None = None
+    """Texts of the domain, whose tokens the bundle's vocabulary is trimmed to; None for all tokens."""
     exporter: str = TRACE
     """The converter of torch weights to ONNX, one of EXPORTERS."""
 

@@ -100,6 +100,15 @@ def add_arguments(parser: CommandParser) -> None:
         help="divide each member's logits by the temperature that fits the labels of the check data best",
     )
     add(
+        "--trim-vocabulary",
+        dest="vocabulary",
+        type=Path,
+        metavar="FILE",
+        help="keep only the tokens that these texts of your domain need, and those with which every text still gets "
+        "tokens: smaller files, above all of small members (default: all tokens)",
+    )
+    parser.reads("vocabulary")
+    add(
         "--exporter",
         choices=EXPORTERS,
         help="what converts torch weights: trace, torch's tracing exporter (the default), or optimum (extra: optimum, "
@@ -173,6 +182,7 @@ def _segments(members: Sequence[str], options: argparse.Namespace, check: Check)
         "--pair": options.pair,
         "--max-length": options.max_length,
         "--calibrate": options.calibrate or None,
+        "--trim-vocabulary": options.vocabulary,
         "--choose-cuts": options.choose_cuts or None,
         "--exporter": None if options.exporter == TRACE else options.exporter,
         "--provider": None if options.provider == "cpu" else options.provider,

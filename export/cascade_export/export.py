@@ -7,7 +7,7 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cascade_train.settings import guarded
 from tqdm import tqdm
@@ -22,6 +22,10 @@ from cascade_rt.engine.backends import usable
 from cascade_rt.engine.task import MultiLabel
 from cascade_rt.engine.tokenization import TextTokenizer
 from cascade_rt.errors import CascadeError, InputError, InvalidOption, MissingExtraError
+from cascade_rt.io.readers import read_examples
+
+if TYPE_CHECKING:
+    from cascade_export.vocabulary import Vocabulary
 
 DEFAULT_THRESHOLD = 0.9
 TOKENIZER_FILE = "tokenizer.json"
@@ -66,8 +70,9 @@ def export_bundle(
     wanted = _by_member(precision, [checkpoint.name for checkpoint in checkpoints])
     usable(check.execution)  # fails before the work
     first = checkpoints[0]
+    vocabulary = _vocabulary(checkpoints, check)
     with write_bundle(output, overwrite=overwrite) as folder:
-        first.write_tokenizer(folder / TOKENIZER_FILE)
+        (vocabulary or first).backend.save(str(folder / TOKENIZER_FILE))
         tokenizer = TextTokenizer(folder / TOKENIZER_FILE, first.max_length, first.pair)
         members, tasks = [], {}
         for checkpoint in tqdm(checkpoints, desc="exporting", unit=" members", disable=None):
@@ -76,7 +81,7 @@ def export_bundle(
                 guarded(checkpoint.source, "cannot be exported", "expected a fine-tuned classifier that can run"),
                 TemporaryDirectory(prefix="cascade-export-") as work,
             ):
-                files = _files(checkpoint, tokenizer, data, Path(work), check)
+                files = _files(checkpoint, tokenizer, data, Path(work), check, vocabulary)
                 member = MemberExport(checkpoint, files, tokenizer, folder, check, data)
                 if check.choose_cuts:
                     tasks[checkpoint.name] = member.choose_cuts()
@@ -84,6 +89,8 @@ def export_bundle(
         members[:-1] = [replace(member, threshold=threshold) for member in members[:-1]]
         checkpoints = [replace(one, task=tasks.get(one.name, one.task)) for one in checkpoints]
         bundle = bundle_of(checkpoints, members, folder, check.exporter)
+        if vocabulary:
+            bundle = replace(bundle, provenance={**bundle.provenance, "vocabulary": vocabulary.facts})
         write_manifest(folder, bundle)
     return bundle
 
@@ -174,7 +181,30 @@ def _by_member(precision: str | Mapping[str, str] | None, names: Sequence[str]) 
     return {name: by_name.get(name, by_name.get("")) for name in names}
 
 
-def _files(checkpoint: Checkpoint, tokenizer: TextTokenizer, data: CheckData | None, work: Path, check: Check) -> Files:
+def _vocabulary(checkpoints: Sequence[Checkpoint], check: Check) -> Vocabulary | None:
+    """Return the vocabulary that the texts of `check` need; None where all tokens are kept."""
+    if check.vocabulary is None:
+        return None
+    from cascade_export.vocabulary import trimmed  # noqa: PLC0415 - loads onnx
+
+    first = checkpoints[0]
+    if wrong := [checkpoint.name for checkpoint in checkpoints if isinstance(checkpoint, OnnxCheckpoint)]:
+        raise InputError(f"member {wrong[0]!r} is an ONNX file; trimming the vocabulary needs torch weights")
+    texts = [example.text for example in read_examples(check.vocabulary, pair=first.pair)]
+    try:
+        return trimmed(first.backend, texts)
+    except InputError as error:
+        raise InputError(f"{check.vocabulary}: {error}") from error
+
+
+def _files(
+    checkpoint: Checkpoint,
+    tokenizer: TextTokenizer,
+    data: CheckData | None,
+    work: Path,
+    check: Check,
+    vocabulary: Vocabulary | None,
+) -> Files:
     if isinstance(checkpoint, OnnxCheckpoint):
         if check.calibrate:
             raise InputError(f"member {checkpoint.name!r} is an ONNX file; calibration needs torch weights")
@@ -184,7 +214,7 @@ def _files(checkpoint: Checkpoint, tokenizer: TextTokenizer, data: CheckData | N
 
     if not isinstance(checkpoint, TorchCheckpoint):
         raise TypeError(f"no way to export a {type(checkpoint).__name__}")
-    return TorchFiles(checkpoint, tokenizer, data, work, calibrate=check.calibrate, exporter=check.exporter)
+    return TorchFiles(checkpoint, tokenizer, data, work, check, vocabulary)
 
 
 def _origin(checkpoint: Checkpoint, exporter: str) -> dict[str, Any]:

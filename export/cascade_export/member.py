@@ -56,6 +56,10 @@ class Files(Protocol):
         """The default precision."""
 
     @property
+    def removed(self) -> int:
+        """Weights that it no longer has, of words."""
+
+    @property
     def facts(self) -> Mapping[str, Any]:
         """Facts for the manifest."""
 
@@ -176,7 +180,7 @@ class MemberExport:
             sha256=sha256_of(folder / file),
             layers=checkpoint.layers,
             hidden_size=checkpoint.hidden_size,
-            parameters=checkpoint.parameters,
+            parameters=checkpoint.parameters - self._files.removed,
             precision=precision,
             threshold=None,
             intermediate_size=checkpoint.intermediate_size,

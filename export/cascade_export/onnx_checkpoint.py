@@ -49,6 +49,11 @@ class OnnxCheckpoint(Checkpoint):
         return tuple(self.files)
 
     @property
+    def removed(self) -> int:
+        """None: its vocabulary is kept."""
+        return 0
+
+    @property
     def facts(self) -> Mapping[str, Any]:
         """Nothing: the files are taken as they are."""
         return {}

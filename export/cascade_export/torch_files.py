@@ -11,12 +11,13 @@ import numpy as np
 from cascade_train.averaging import AveragingForSequenceClassification
 
 from cascade_export.averaging import PRECISIONS, write_network
-from cascade_export.check import CheckData, Probabilities, reference
+from cascade_export.check import Check, CheckData, Probabilities, reference
 from cascade_export.convert import convert
 from cascade_export.precision import WRITERS, write_precision
 from cascade_export.temperature import divide_logits, fit_temperature
 from cascade_export.torch_checkpoint import TorchCheckpoint
 from cascade_export.verify import check_texts, torch_probabilities, verify
+from cascade_export.vocabulary import Vocabulary, trim_graph
 from cascade_export.weights import move_weights
 from cascade_rt.bundle.precisions import PRECISIONS as ALL_PRECISIONS
 from cascade_rt.engine.tokenization import TextTokenizer
@@ -38,23 +39,30 @@ class TorchFiles:
         tokenizer: TextTokenizer,
         data: CheckData | None,
         work: Path,
-        *,
-        calibrate: bool,
-        exporter: str,
+        check: Check,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
-        """Convert to fp32 in the folder `work`, calibrated on `data` if wanted; raise CascadeError if torch differs."""
-        scaled = _calibrate(checkpoint, data) if calibrate else {}
+        """Convert to fp32 in the folder `work`, calibrated on `data` if wanted; raise CascadeError if torch differs.
+
+        `tokenizer`: the bundle's, with `vocabulary` where that is not the checkpoint's own.
+        """
+        scaled = _calibrate(checkpoint, data) if check.calibrate else {}
         self._checkpoint = checkpoint
         self._source = work / f"{checkpoint.name}.onnx"
         self._network = checkpoint.model if isinstance(checkpoint.model, AveragingForSequenceClassification) else None
         self.precisions = tuple(WRITERS if self._network is None else PRECISIONS)
         if self._network is None:
-            made = {"fused": convert(checkpoint, self._source, exporter)}
+            made = {"fused": convert(checkpoint, self._source, check.exporter)}
         else:
             write_network(self._network, self._source, "fp32")
             made = {"averaging_network": self._network.config.network}
         texts = check_texts(checkpoint)
-        difference = verify(checkpoint, reference(checkpoint, self._source), tokenizer, texts)
+        whole = tokenizer if vocabulary is None else _whole(checkpoint, work)
+        difference = verify(checkpoint, reference(checkpoint, self._source), whole, texts)
+        self._vocabulary = vocabulary
+        self.removed = 0
+        if vocabulary is not None and self._network is None:
+            self.removed = trim_graph(self._source, vocabulary.own_ids)
         some = data.texts[:: len(data.texts) // _ROUNDING_TEXTS or 1] if data else texts
         self._like = tokenizer.encode(some[:_ROUNDING_TEXTS])
         aligned = {"alignment": checkpoint.alignment} if checkpoint.alignment else {}
@@ -65,6 +73,8 @@ class TorchFiles:
         made = self._source.with_name(f"{precision}-{self._source.name}")
         if not made.exists() and self._network is not None:
             write_network(self._network, made, precision)
+            if self._vocabulary is not None:
+                trim_graph(made, self._vocabulary.own_ids)
         elif not made.exists():
             write_precision(self._source, made, precision, self._like)
         file = folder / self._source.name
@@ -78,6 +88,12 @@ class TorchFiles:
     def original(self, texts: Sequence[Text], _: TextTokenizer) -> Probabilities:
         """Return torch's probabilities, with the member's own tokenizer, float64 (texts, labels)."""
         return torch_probabilities(self._checkpoint.original or self._checkpoint, texts)
+
+
+def _whole(checkpoint: TorchCheckpoint, work: Path) -> TextTokenizer:
+    """Return the checkpoint's tokenizer with all of its tokens."""
+    checkpoint.write_tokenizer(work / "tokenizer.json")
+    return TextTokenizer(work / "tokenizer.json", checkpoint.max_length, checkpoint.pair)
 
 
 def _calibrate(checkpoint: TorchCheckpoint, data: CheckData | None) -> dict[str, Any]:
