@@ -32,6 +32,8 @@ PRECISIONS = {
     for precision in (
         Precision("fp32"),
         Precision("fp16"),
+        Precision("fp32-int8-words"),  # but for the table of the words
+        Precision("fp16-int8-words"),
         Precision("int8", products_of_bytes=True, weight_bits=7, instead=_DYNAMIC),
         Precision("int8-vnni", products_of_bytes=True, instead=_DYNAMIC),
         Precision("int8-tensor", products_of_bytes=True, instead=_DYNAMIC, batch_invariant=False),

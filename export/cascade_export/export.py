@@ -86,6 +86,10 @@ def export_bundle(
                 if check.choose_cuts:
                     tasks[checkpoint.name] = member.choose_cuts()
                 members.append(member.export(wanted[checkpoint.name]))
+        if not any(isinstance(checkpoint, OnnxCheckpoint) for checkpoint in checkpoints):
+            from cascade_export.weights import share_weights  # noqa: PLC0415 - loads onnx
+
+            members = share_weights(folder, members)
         members[:-1] = [replace(member, threshold=threshold) for member in members[:-1]]
         checkpoints = [replace(one, task=tasks.get(one.name, one.task)) for one in checkpoints]
         bundle = bundle_of(checkpoints, members, folder, check.exporter)

@@ -74,6 +74,18 @@ def _fp16(source: Path, target: Path, _: Encoded | None) -> None:
     model.save_model_to_file(str(target))
 
 
+def _with_int8_words(write: Write) -> Write:
+    """Return what writes the same, but for the table of the words."""
+
+    def write_rest(source: Path, target: Path, texts: Encoded | None) -> None:
+        graph = _Graph(onnx.load(source))
+        graph.quantize_embeddings()
+        onnx.save(graph.finished(), target)
+        write(target, target, texts)
+
+    return write_rest
+
+
 def _int8(largest: int) -> Write:
     def write(source: Path, target: Path, texts: Encoded | None) -> None:
         graph = _Graph(onnx.load(source), largest)
@@ -144,6 +156,8 @@ class Writer:
 WRITERS = {
     "fp32": Writer(_fp32),
     "fp16": Writer(_fp16),
+    "fp32-int8-words": Writer(_with_int8_words(_fp32)),
+    "fp16-int8-words": Writer(_with_int8_words(_fp16)),
     "int8": Writer(_int8(LARGEST_EXACT)),
     "int8-vnni": Writer(_int8(LARGEST)),
     "int8-tensor": Writer(_int8_tensor),

@@ -1,18 +1,29 @@
-"""Weights in a file beside the graph, each at the start of a page of memory: ONNX Runtime maps them there.
+"""Weights in files beside the graph, each at the start of a page of memory: ONNX Runtime maps them there.
 
-Mapped weights take no memory until they are read, and processes on a machine share them.
+Mapped weights take no memory until they are read, and processes on a machine share them. Weights that several members
+have in common, as a table of words that training left as it was, are in one file.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import onnx
-from onnx import TensorProto, numpy_helper
+from onnx import ModelProto, TensorProto, numpy_helper
+
+from cascade_rt.bundle import MemberEntry, WeightFile, sha256_of
 
 PAGE = 4096
 """Bytes; smaller weights stay in the graph."""
+SHARED = "shared.onnx_data"
+"""The file of weights that several members have."""
 _SUFFIX = "_data"  # as other exporters and the Hugging Face hub name it
+_SMALLEST_SHARED = 2**16  # bytes
 
 
 def move_weights(path: Path) -> list[str]:
@@ -20,20 +31,75 @@ def move_weights(path: Path) -> list[str]:
 
     Its name is that of the ONNX file, with "_data".
     """
-    model = onnx.load(path)
-    large = [weight for weight in model.graph.initializer if weight.ByteSize() > PAGE]
-    if not large:
-        return []
+    return _written(path, onnx.load(path), {})
+
+
+def share_weights(folder: Path, members: Sequence[MemberEntry]) -> list[MemberEntry]:
+    """Move weights that are equal in several members to `SHARED`, in a bundle's folder; return the members' entries.
+
+    For members whose weights `move_weights` has moved. Any ONNX Runtime reads such files, and maps their pages once.
+    """
+    moved = [member for member in members if [file.file for file in member.data] == [member.file + _SUFFIX]]
+    graphs = [onnx.load(folder / member.file) for member in moved]
+    found = Counter(digest for model in graphs for digest in {_digest(weight) for weight in _large(model)})
+    common = {digest for digest, count in found.items() if digest and count > 1}
+    if not common:
+        return list(members)
+    places: dict[str, int] = {}
+    with (folder / SHARED).open("wb") as stream:
+        for weight in (weight for model in graphs for weight in _large(model)):
+            if (digest := _digest(weight)) in common and digest not in places:
+                places[digest] = _append(stream, _content(weight))
+    files = [_written(folder / member.file, model, places) for member, model in zip(moved, graphs, strict=True)]
+    changed = {
+        member.name: replace(
+            member,
+            sha256=sha256_of(folder / member.file),
+            data=tuple(WeightFile(name, sha256_of(folder / name)) for name in names),
+        )
+        for member, names in zip(moved, files, strict=True)
+    }
+    return [changed.get(member.name, member) for member in members]
+
+
+def _written(path: Path, model: ModelProto, shared: dict[str, int]) -> list[str]:
+    """Write a model with its weights beside it, but for those that are in `SHARED`; return the names of the files."""
     data = path.with_name(path.name + _SUFFIX)
+    files: dict[str, None] = {}
     with data.open("wb") as stream:
-        for weight in large:
-            content = weight.raw_data or numpy_helper.to_array(weight).tobytes()
-            offset = -(-stream.tell() // PAGE) * PAGE
-            stream.seek(offset)
-            stream.write(content)
-            _refer(weight, data.name, offset, len(content))
-    path.write_bytes(model.SerializeToString())
-    return [data.name]
+        for weight in _large(model):
+            content = _content(weight)
+            at = shared.get(_digest(weight)) if shared else None
+            file, offset = (SHARED, at) if at is not None else (data.name, _append(stream, content))
+            files[file] = None
+            _refer(weight, file, offset, len(content))
+    if files:
+        path.write_bytes(model.SerializeToString())
+    if data.name not in files:
+        data.unlink()
+    return list(files)
+
+
+def _large(model: ModelProto) -> list[TensorProto]:
+    return [weight for weight in model.graph.initializer if weight.ByteSize() > PAGE]
+
+
+def _content(weight: TensorProto) -> bytes:
+    return bytes(weight.raw_data or numpy_helper.to_array(weight).tobytes())
+
+
+def _digest(weight: TensorProto) -> str:
+    """Return the hash of a weight's content; "" for one that is too small to share."""
+    content = _content(weight)
+    return hashlib.sha256(content).hexdigest() if len(content) >= _SMALLEST_SHARED else ""
+
+
+def _append(stream: BinaryIO, content: bytes) -> int:
+    """Write content at the start of the next page; return where that is."""
+    offset = -(-stream.tell() // PAGE) * PAGE
+    stream.seek(offset)
+    stream.write(content)
+    return offset
 
 
 def _refer(weight: TensorProto, file: str, offset: int, length: int) -> None:

@@ -34,6 +34,7 @@ from cascade_train.finetune import (
     ObjectiveTrainer,
     Recipe,
     arguments,
+    freeze,
     load_base,
 )
 from cascade_train.inference import answers, collator, features
@@ -181,6 +182,7 @@ def _train_fold(run: _Run, seed: int, fold: int, threads: int | None = None) -> 
     set_seed(recipe.seed)
     data = run.data
     tokenizer, model = load_base(run.base, data.labels, run.layers, run.tokenizer, several=data.several)
+    freeze(model, recipe)
     with TemporaryDirectory(prefix="cascade-fold-") as folder:
         trainer = ObjectiveTrainer(
             LABELS_ALONE,

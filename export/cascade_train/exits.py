@@ -29,6 +29,7 @@ from cascade_train.finetune import (
     check_length,
     described,
     finetune,
+    freeze,
     load_base,
     load_member,
     validated_arguments,
@@ -240,6 +241,7 @@ class _ExitTrainer(Trainer):  # type: ignore[misc]  # the library has no types
 
 
 def _trainer(model: MultiExitClassifier, tokenizer: Any, data: TaskData, recipe: Recipe, work: Path) -> _ExitTrainer:
+    freeze(model.model, recipe)
     if model.kind != PABEE:
         model.model.requires_grad_(False)
     return _ExitTrainer(

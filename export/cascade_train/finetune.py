@@ -83,6 +83,8 @@ class Recipe:
     """Validations per epoch; each writes a checkpoint to resume from."""
     bf16: bool = False
     """Train in bfloat16: faster on CPUs with AMX, and on GPUs."""
+    freeze_embeddings: bool = False
+    """Leave the table of the words as it is, so that members of one encoder share it in a bundle."""
 
     def __post_init__(self) -> None:
         """Raise InvalidOption for a value out of range."""
@@ -182,6 +184,7 @@ def finetune(
     if objective.patient is not None:
         _check_patient(objective.patient, model, base)
     claim(work, run)
+    freeze(model, recipe)
     if data.several and not last_linear(model).bias.any():  # a new classifier
         start_at_rates(model, data)
     trainer = member_trainer(model, member_tokenizer, data, recipe, objective, work)
@@ -191,6 +194,12 @@ def finetune(
     record = run | {"metric": data.metric, "validation": validated(trainer), **chosen_cuts(trainer, data), **facts}
     finish(work, output, model.save_pretrained, member_tokenizer, record, data)
     return record
+
+
+def freeze(model: Any, recipe: Recipe) -> None:
+    """Leave the model's word embeddings out of training, where the recipe says so."""
+    if recipe.freeze_embeddings:
+        model.get_input_embeddings().requires_grad_(False)
 
 
 def chosen_cuts(trainer: Trainer, data: TaskData) -> dict[str, list[float]]:

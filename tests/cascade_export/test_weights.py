@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
+from cascade_export.export import export_bundle
 from cascade_export.weights import PAGE, move_weights
 from onnx import TensorProto, helper, numpy_helper
 
+from cascade_rt import CascadeRuntime, read_bundle
 from cascade_rt.bundle.onnx_file import scan
+from cascade_rt.cli import main
+
+from ..conftest import make_member
 
 
 def test_weights_are_at_the_start_of_pages_and_answers_are_the_same(tmp_path: Path) -> None:
@@ -60,3 +66,31 @@ def test_small_weights_stay(tmp_path: Path) -> None:
     before = (tmp_path / "small.onnx").read_bytes()
     assert move_weights(tmp_path / "small.onnx") == []
     assert (tmp_path / "small.onnx").read_bytes() == before
+
+
+def test_members_share_the_weights_that_they_have_in_common(tmp_path: Path) -> None:
+    encoder = make_member(tmp_path / "encoder", layers=2, words=tuple(f"word{number}" for number in range(2000)))
+    rows = [json.dumps({"text": f"word{n} film", "label": ["good", "bad"][n % 2]}) for n in range(40)]
+    (tmp_path / "train.jsonl").write_text("\n".join(rows))
+    for name, layers in (("small", "1"), ("big", "2")):
+        command = ["train", "--base", str(encoder), "--layers", layers, "--train-file", "train.jsonl", "--epochs", "1"]
+        command += ["--max-length", "32", "--learning-rate", "1e-3", "--freeze-embeddings", "--no-export-check"]
+        assert main([*command, "--output", name]) == 0
+    alone = [export_bundle([name], tmp_path / f"{name}-alone", precision="int8") for name in ("small", "big")]
+    bundle = export_bundle(["small", "big"], tmp_path / "together", precision="int8")
+    small, big = bundle.members
+    assert {"shared.onnx_data"} == {file.file for file in small.data} & {file.file for file in big.data}
+    size = (tmp_path / "together" / "shared.onnx_data").stat().st_size
+    assert size >= 2000 * 32, "the table of the words"
+    files = [
+        sum(file.stat().st_size for file in (tmp_path / name).glob("*.onnx*"))
+        for name in ("small-alone", "big-alone", "together")
+    ]
+    assert files[2] <= files[0] + files[1] - size + 4096
+    assert bundle.format_version == alone[0].format_version == 1
+    texts = ["word3 word4 film", "a film", "word1999"]
+    found, _ = CascadeRuntime(tmp_path / "together").member_logits(texts)
+    for number, name in enumerate(("small", "big")):
+        expected, _ = CascadeRuntime(tmp_path / f"{name}-alone").member_logits(texts)
+        np.testing.assert_array_equal(found[number], expected[0])
+    read_bundle(tmp_path / "together")

@@ -87,6 +87,11 @@ def add_recipe(parser: CommandParser) -> None:
         "--evaluations-per-epoch", type=int, default=1, help="validations, each with a checkpoint to resume from"
     )
     recipe.add_argument("--bf16", action="store_true", help="train in bfloat16: faster on CPUs with AMX, and on GPUs")
+    recipe.add_argument(
+        "--freeze-embeddings",
+        action="store_true",
+        help="leave the table of the words as it is: members of one encoder then share it in a bundle",
+    )
 
 
 def need_training(command: str) -> None:
