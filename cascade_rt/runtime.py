@@ -72,6 +72,7 @@ class CascadeRuntime:
         provider_options: Mapping[str, str] | None = None,
         spin_us: int | None = None,
         cache: str | Path | None = None,
+        low_memory: bool = False,
         verify: bool = True,
         expected_sha256: str | None = None,
         trace: Callable[[Trace], object] | None = None,
@@ -97,6 +98,8 @@ class CascadeRuntime:
             cache: A folder where members are kept as ONNX Runtime prepares them for this CPU, which makes the next
                 start faster and memory smaller; "off" for none. None for the environment variable CASCADE_RT_CACHE,
                 else the user's cache folder.
+            low_memory: Run one micro-batch at a time with all threads, on one session, and return memory after each;
+                many texts take longer.
             verify: Check the sha256 of the files, those of a member when it is first loaded; False is for huge models
                 on a trusted disk, and keeps nothing in `cache`.
             expected_sha256: The bundle's, as `cascade-rt info` prints it; another bundle is refused.
@@ -124,12 +127,13 @@ class CascadeRuntime:
                 preload=preload,
                 provider_options=provider_options,
                 cache=cache,
+                low_memory=low_memory,
                 verify=verify,
                 expected_sha256=expected_sha256,
                 trace=trace,
             )
             windows = Windows.of(stride, aggregate)
-            execution = Execution(provider, threads, provider_options, spin_us, cache)
+            execution = Execution(provider, threads, provider_options, spin_us, cache, low_memory)
             opened = OpenBundle.open(
                 model_dir, execution, members=members, verify=verify, expected_sha256=expected_sha256
             )

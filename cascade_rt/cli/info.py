@@ -9,7 +9,7 @@ from ..bundle import read_bundle
 from ..engine.providers import on_exact_kernels
 from .options import add_bundle
 from .parser import CommandParser
-from .rendering import bundle_summary, printable
+from .rendering import bundle_summary, memory_line, printable, too_little_memory
 
 SUMMARY = "show and verify a bundle"
 EXAMPLE = "cascade-rt info --model-dir bundle/"
@@ -33,5 +33,8 @@ def run(options: argparse.Namespace) -> None:
             f"{', '.join(exact)}: run on exact int8 kernels here (no VNNI), which are slower; members exported "
             "again in int8 need none"
         )
+    print(printable(memory_line(bundle)))
+    if warning := too_little_memory(bundle):
+        print(warning)
     print(f"sha256 {bundle.sha256}")
     print("the sha256 of every file matches" if options.verify else "the sha256 of the files was not checked")

@@ -19,6 +19,7 @@ from ..io.readers import FORMATS, LABEL, LABELS, Example, Reading, Reject, read_
 from ..jobs.answering import CHUNK, answered, chunks
 from ..runtime import CascadeRuntime
 from .parser import CommandParser
+from .rendering import too_little_memory
 
 T = TypeVar("T")
 LOCAL, RAY = "local", "ray"
@@ -55,6 +56,9 @@ def add_running(parser: CommandParser) -> None:
     )
     add_provider_option(parser)
     parser.add_argument("--threads", type=int, help="threads per member (default: the CPUs that the process may use)")
+    parser.add_argument(
+        "--low-memory", action="store_true", help="hold less memory, where many texts take longer in exchange"
+    )
     parser.add_argument(
         "--cache",
         metavar="CACHE",
@@ -196,6 +200,8 @@ def open_runtime(options: argparse.Namespace) -> CascadeRuntime:
     asked = {rule.parameter: getattr(options, rule.parameter) for rule in EXIT_RULES.values()}
     thresholds = asked.pop("thresholds")
     runtime = CascadeRuntime(options.model_dir, thresholds=thresholds, **settings(options))
+    if warning := too_little_memory(runtime.bundle):
+        print(f"cascade-rt: {warning}", file=sys.stderr)
     for parameter, value in asked.items():
         if value is not None:
             runtime = runtime.changed(parameter, value)

@@ -11,6 +11,7 @@ from ..bundle.card import first_labels
 from ..bundle.manifest import SINGLE_LABEL
 from ..bundle.precisions import PRECISIONS
 from ..engine.drift import SIGNIFICANT
+from ..engine.memory import PROCESS, available_memory, needed_memory
 from ..types import Stats
 
 if TYPE_CHECKING:  # `predict` renders without loading what it does not run
@@ -107,6 +108,30 @@ def bundle_summary(bundle: Bundle) -> str:
     if bundle.tuning is not None:
         lines += _tuned(bundle.other[TUNING])
     return "\n".join(lines)
+
+
+def memory_line(bundle: Bundle) -> str:
+    """Return how much memory and disk a bundle needs."""
+    needed, first = needed_memory(bundle), bundle.members[0].name
+    disk = sum(_size(bundle, member) for member in bundle.members)
+    return (
+        f"memory about {needed.first / 1e6:.0f} MB for texts that leave at {first}, {needed.all / 1e6:.0f} MB for all "
+        f"members, {needed.bulk / 1e6:.0f} MB for many texts at a time; disk {disk / 1e6:.1f} MB, and about 1.5 "
+        "times as much for members kept as prepared"
+    )
+
+
+def too_little_memory(bundle: Bundle) -> str | None:
+    """Return a warning where this process may not take as much memory as all members need; None otherwise."""
+    there = available_memory()
+    if there is None or there >= PROCESS + sum(_size(bundle, member) for member in bundle.members):
+        return None
+    if there >= (needed := needed_memory(bundle).all):
+        return None
+    return (
+        f"this process may take {there / 1e6:.0f} MB here, and all members need about {needed / 1e6:.0f} MB; use fewer "
+        "members, or export them in int8 or with a trimmed vocabulary"
+    )
 
 
 def _cuts(bundle: Bundle) -> str:

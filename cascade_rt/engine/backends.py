@@ -27,7 +27,14 @@ from .providers import CPU, OPENVINO, check_exact_kernels, options_for, products
 
 Check = Callable[[], None]
 _SLOWER = ["SkipLayerNormFusion"]  # its kernel takes longer than those for its parts
-_OUT_OF_MEMORY = ("bad_alloc", "failed to allocate", "out of memory", "available memory of", "cublas_status_alloc")
+_OUT_OF_MEMORY = (
+    "bad_alloc",
+    "cannot allocate memory",
+    "failed to allocate",
+    "out of memory",
+    "available memory of",
+    "cublas_status_alloc",
+)
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,7 @@ class CpuBackend:
             options.add_session_config_entry("session.x64quantprecision", "1")
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
+        options.enable_cpu_mem_arena = not self.execution.low_memory
         options.log_severity_level = 4  # its errors are raised, and told in one line
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(self.execution.spin_us))
         return options
@@ -201,8 +209,8 @@ def _unloadable(path: Path, error: Exception, engine: str, remedy: str) -> Casca
     reason = first_line(error)
     if out_of_memory(error):
         return InferenceError(
-            f"{path}: memory ran out while it was loaded ({reason}); free memory, run fewer processes, or use the "
-            "bundle in int8"
+            f"{path}: memory ran out while it was loaded ({reason}); free memory, run fewer processes, or export fewer "
+            "or smaller members"
         )
     return BundleError(f"{path}: {engine} cannot load it ({reason}); {remedy}")
 

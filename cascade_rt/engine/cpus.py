@@ -51,7 +51,7 @@ def cpu_shares(count: int, topology: Path = Path("/sys/devices/system/cpu")) -> 
         raise InvalidOption("workers", count, f"a whole number from 1 to {most}, the CPUs that may be used")
 
     def core(cpu: int) -> tuple[int, int]:
-        siblings = re.match(r"\d+", _text(topology / f"cpu{cpu}" / "topology" / "thread_siblings_list"))
+        siblings = re.match(r"\d+", text_of(topology / f"cpu{cpu}" / "topology" / "thread_siblings_list"))
         return int(siblings[0]) if siblings else cpu, cpu
 
     cpus = sorted(os.sched_getaffinity(0), key=core)
@@ -60,15 +60,25 @@ def cpu_shares(count: int, topology: Path = Path("/sys/devices/system/cpu")) -> 
 
 def cgroup_quota(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> float | None:
     """Return the tightest CPU quota, in CPUs, of the process's control group and those above it; None for none."""
-    quotas = []
-    for line in _text(proc / "self" / "cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if not controllers:  # v2: one hierarchy for all controllers
-            quotas += [_quota_v2(folder) for folder in _up_from(cgroups, path)]
-        elif "cpu" in controllers.split(","):
-            for name in (controllers, "cpu"):
-                quotas += [_quota_v1(folder) for folder in _up_from(cgroups / name, path)]
+    quotas = [
+        _quota_v2(folder) if version == 2 else _quota_v1(folder) for folder, version in groups_of("cpu", proc, cgroups)
+    ]
     return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def groups_of(controller: str, proc: Path, cgroups: Path) -> list[tuple[Path, int]]:
+    """Return the folders of the process's control groups for a controller, and of those above them, with the version.
+
+    `proc` and `cgroups`: where the system shows processes and control groups.
+    """
+    found = []
+    for line in text_of(proc / "self" / "cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:  # version 2: one hierarchy for all controllers
+            found += [(folder, 2) for folder in _up_from(cgroups, path)]
+        elif controller in controllers.split(","):
+            found += [(folder, 1) for name in (controllers, controller) for folder in _up_from(cgroups / name, path)]
+    return found
 
 
 def _up_from(root: Path, path: str) -> list[Path]:
@@ -78,16 +88,17 @@ def _up_from(root: Path, path: str) -> list[Path]:
 
 
 def _quota_v2(folder: Path) -> float | None:
-    words = _text(folder / "cpu.max").split()
+    words = text_of(folder / "cpu.max").split()
     return int(words[0]) / int(words[1]) if len(words) == 2 and words[0] != "max" else None
 
 
 def _quota_v1(folder: Path) -> float | None:
-    quota, period = _text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us")
+    quota, period = text_of(folder / "cpu.cfs_quota_us"), text_of(folder / "cpu.cfs_period_us")
     return int(quota) / int(period) if quota and period and int(quota) > 0 else None
 
 
-def _text(path: Path) -> str:
+def text_of(path: Path) -> str:
+    """Return a file's content without spaces around it; nothing where it cannot be read."""
     try:
         return path.read_text().strip()
     except OSError:

@@ -17,6 +17,7 @@ class Execution:
     provider_options: Mapping[str, str] | None = None
     spin_us: int | None = None
     cache: str | Path | None = None
+    low_memory: bool = False
 
     def arguments(self) -> dict[str, Any]:
         """Return them as keyword arguments of `CascadeRuntime`."""

@@ -79,6 +79,7 @@ _TYPES: Mapping[str, tuple[Callable[[object], bool], str]] = {
         lambda value: value is None or (isinstance(value, str | os.PathLike) and bool(str(value))),
         'a folder, or "off"',
     ),
+    "low_memory": _FLAG,
     "verify": _FLAG,
     "expected_sha256": (lambda value: value is None or isinstance(value, str), "64 hexadecimal digits, or None"),
     "trace": (lambda value: value is None or callable(value), "a function, or None"),

@@ -104,7 +104,7 @@ class Stage:
     @property
     def at_once(self) -> int:
         """Micro-batches of bulk work that can run at a time."""
-        return 1 if self._backend.on_device else self._threads
+        return 1 if self._backend.on_device or self._backend.execution.low_memory else self._threads
 
     def load(self, *, for_bulk: bool = False) -> Any:
         """Return a session, made now if it was not; raise BundleError if the engine cannot use the file.
@@ -198,7 +198,7 @@ class Stage:
         if out_of_memory(error):
             return InferenceError(
                 f"member {self.entry.name!r} ran out of memory on {batch} ({reason}); free "
-                "memory, run fewer processes, or export the bundle with a smaller max_length or in int8"
+                "memory, run fewer processes, or export the bundle with a smaller max_length"
             )
         return InferenceError(
             f"member {self.entry.name!r} failed on {batch} ({reason}); check the model, then export again"

@@ -131,3 +131,12 @@ def test_other_devices_run_one_micro_batch_at_a_time(bundle: Path) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_forked_process_answers_too(bundle: Path) -> None:
     check_a_fork(bundle, TEXTS, "cpu")
+
+
+def test_with_low_memory_one_session_answers_alike(bundle: Path) -> None:
+    texts = [" ".join(["film"] * (1 + number % 20)) for number in range(400)]
+    runtime = CascadeRuntime(bundle, threads=2, thresholds=1.0, low_memory=True)
+    found = [answer.probabilities for answer in runtime.predict(texts)]
+    expected = [answer.probabilities for answer in CascadeRuntime(bundle, threads=2, thresholds=1.0).predict(texts)]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert all(list(stage._sessions) == [False] for stage in runtime.plan.stages)
