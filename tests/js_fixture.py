@@ -12,11 +12,13 @@ import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from cascade_export.averaging import write_network
+from cascade_export.export import export_bundle
 from cascade_export.flops import graph_flops
 from cascade_export.single_file import pack
 from cascade_train.averaging import AveragingConfig, AveragingForSequenceClassification
@@ -28,8 +30,8 @@ from cascade_rt.bundle.files import sha256_of
 from cascade_rt.engine.tokenization import TextTokenizer
 from cascade_rt.io.readers import read_examples
 
-from .cascade_export.int8_bundles import to_int8
 from .cascade_rt.bundle.manifests import Manifest, altered
+from .conftest import make_member
 from .toy import LABELS, WORDS, vocabulary, write_cascade
 
 _STRINGS = 20_000
@@ -72,9 +74,7 @@ def main(folder: Path) -> None:
 def _write_cascade(folder: Path, kind: str) -> None:
     pair = kind.endswith("pairs")
     extra = {"format_version": 3, "task": "multi_label", "cuts": [0.5, 0.3, 0.7]} if kind == "several" else {}
-    bundle = write_cascade(folder, pair=pair, extra=extra)
-    if kind == "int8":
-        to_int8(bundle)
+    bundle = _write_int8(folder) if kind == "int8" else write_cascade(folder, pair=pair, extra=extra)
     if kind.startswith("zero"):
         _add_network(bundle, pair)
     pack(bundle, folder / "cascade.onnx")
@@ -90,6 +90,14 @@ def _write_cascade(folder: Path, kind: str) -> None:
             {name: value for name, value in found._asdict().items() if name != "score"} for found in predictions
         ]
     (folder / "answers.json").write_text(json.dumps({"texts": texts, "answers": answers}), encoding="utf-8")
+
+
+def _write_int8(folder: Path) -> Path:
+    """Export a bundle in int8."""
+    with TemporaryDirectory() as work:
+        members = [str(make_member(Path(work) / f"{n}L", layers=n, seed=n)) for n in (1, 2, 4)]
+        export_bundle(members, folder, precision="int8", max_length=32)
+    return folder
 
 
 def _add_network(bundle: Path, pair: bool) -> None:

@@ -81,6 +81,9 @@ export class Cascade {
 
   /** Fetch what is not given as bytes, and make the session; throw CascadeError for files that cannot be used. */
   static async load({ model, tokenizer, ort, sessionOptions, onProgress }: LoadOptions): Promise<Cascade> {
+    if (!ort?.InferenceSession) {
+      throw new CascadeError("ort: found none, expected the module onnxruntime-node or onnxruntime-web, as it is imported");
+    }
     const abort = new AbortController();
     try {
       const [modelBytes, tokenizerBytes] = await Promise.all([
@@ -210,6 +213,9 @@ async function bytesOf(
 ): Promise<Uint8Array> {
   if (source instanceof Uint8Array) return source;
   if (source instanceof ArrayBuffer) return new Uint8Array(source);
+  if (String(source).startsWith("file:")) {
+    throw new CascadeError(`${what}: found ${source}, expected bytes or a web address; read the file, as with readFile`);
+  }
   try {
     const response = await fetch(source, { signal });
     if (!response.ok) throw new CascadeError(`${what}: ${source} answered ${response.status}, expected the file`);

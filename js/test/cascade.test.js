@@ -1,7 +1,6 @@
 // The answers of the Python package, from ONNX Runtime in Node, and clear errors.
 
 import assert from "node:assert/strict";
-import { existsSync } from "node:fs";
 import { readFile } from "node:fs/promises";
 import { test } from "node:test";
 import { fileURLToPath } from "node:url";
@@ -21,8 +20,7 @@ const bundles = ["texts", "pairs", "several", "int8", "zero", "zero-pairs"].map(
 bundles.push(...["zero", "zero-pairs"].map((name) => [name, web, " in WebAssembly, as in browsers"]));
 
 for (const [name, runtime, where] of bundles) {
-  const skip = name === "int8" && !existsSync(new URL("int8/", folder)) && "this CPU has no VNNI: int8 saturates in one file";
-  test(`${name}: answers are those of the Python package${where}`, { skip }, async () => {
+  test(`${name}: answers are those of the Python package${where}`, async () => {
     const cascade = await load(name, { ort: runtime });
     const { texts, answers } = JSON.parse(await read(`${name}/answers.json`));
     for (const [tau, expected] of Object.entries(answers)) {
@@ -136,6 +134,14 @@ test("files that cannot be used get one clear error", async () => {
   for (const [bytes, file, message] of cases) {
     await assert.rejects(Cascade.load({ model: bytes, tokenizer: file, ort }), message);
   }
+});
+
+test("without ONNX Runtime, and for addresses of files, an error says what to do", async () => {
+  const model = await read("texts/cascade.onnx");
+  const tokenizer = await read("texts/tokenizer.json");
+  await assert.rejects(Cascade.load({ model, tokenizer }), /ort: found none, expected the module onnxruntime-node or/);
+  const address = new URL("texts/cascade.onnx", folder);
+  await assert.rejects(Cascade.load({ model: address, tokenizer, ort }), /model: found file:.*, expected bytes or a web/);
 });
 
 test("files are fetched, with their progress, and a missing one is named", async (context) => {
