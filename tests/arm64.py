@@ -2,7 +2,7 @@
 
 .ci/arm64 runs both parts, the second on emulated CPUs, where only the runtime is installed:
 
-python tests/arm64.py expect FOLDER
+python -m tests.arm64 expect FOLDER
 python tests/arm64.py compare FOLDER CPU all|quick
 """
 
@@ -64,8 +64,9 @@ def _members(folder: Path) -> list[str]:
     from cascade_export.random_weights import write_random_members
     from cascade_train.smart_home import LABELS, load
     from tokenizers import BertWordPieceTokenizer
-    from toy import vocabulary
     from transformers import BertForSequenceClassification, BertTokenizerFast
+
+    from .toy import vocabulary
 
     rows = [(str(text), LABELS.index(label)) for text, label in load("train")]
     words = sorted({word for text, _ in rows for word in text.lower().split() if word.isalpha()})
@@ -129,8 +130,8 @@ def _between(scores: list[float]) -> float:
 
 
 def _distance(some: list[Prediction], others: list[Prediction]) -> float:
-    rows = [[answer.probabilities for answer in answers] for answers in (some, others)]
-    return float(np.abs(np.subtract(*rows)).max())
+    one, other = (np.array([answer.probabilities for answer in answers]) for answers in (some, others))
+    return float(np.abs(one - other).max())
 
 
 def _printed(*command: str) -> str:
