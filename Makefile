@@ -7,8 +7,8 @@ export CASCADE_DATA ?= $(abspath ../shared/data)
 # Errors only: a first install downloads about 500 MB.
 PIP := python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo smart-home test test-cluster test-js test-kills test-lowest test-real test-slow test-transformers-5 soak lint docs \
-	docs-test bench clean
+.PHONY: demo smart-home test test-arm64 test-cluster test-js test-kills test-lowest test-real test-slow test-transformers-5 soak lint \
+	docs docs-test bench clean
 
 .venv/pyvenv.cfg:
 	@$(PYTHON) -m venv .venv
@@ -82,6 +82,10 @@ test-transformers-5: .venv5/ready
 # The runtime's tests with the lowest versions that pyproject.toml allows, on Python 3.10 and 3.13 where they are installed.
 test-lowest:
 	@.ci/lowest
+
+# The runtime on emulated ARM64 CPUs: its answers against those of this CPU, and its fast tests.
+test-arm64: .venv/dev-ready
+	@.ci/arm64
 
 # Whole benchmarks on tiny models.
 test-slow: .venv/dev-ready
