@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..bundle.manifest import EXIT_RULES
+from ..engine.adapted import followed
 from ..engine.execution import Execution
 from ..engine.prepared import FOLDER
 from ..engine.task import AGGREGATES, MEAN
@@ -184,7 +185,8 @@ def execution(options: argparse.Namespace) -> Execution:
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """Return the runtime's settings from the options."""
     names = ("verify", "expected_sha256", "stride", "aggregate")
-    return execution(options).arguments() | {name: getattr(options, name) for name in names}
+    chosen = followed(options.model_dir, execution(options))
+    return chosen.arguments() | {name: getattr(options, name) for name in names}
 
 
 def provider_options(options: argparse.Namespace) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""How much memory a bundle needs, roughly, and how much there is."""
+"""Memory: what a bundle needs, roughly, and what there is."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class Prepared:
         with suppress(OSError):
             if sum(file.stat().st_size for file in entry.files(path)) < _SMALLEST:
                 return None
-        key = [_FORMAT, entry.sha256, [file.sha256 for file in entry.data], *_machine(), list(settings)]
+        key = [_FORMAT, entry.sha256, [file.sha256 for file in entry.data], *machine(), list(settings)]
         return cls(root / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32])
 
     @property
@@ -147,7 +147,7 @@ def _version() -> tuple[int, ...]:
 
 
 @cache
-def _machine() -> tuple[str, ...]:
+def machine() -> tuple[str, ...]:
     """Return what packed weights depend on: the build of ONNX Runtime, and the CPU with its features."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(errors="replace").splitlines() if info.is_file() else []

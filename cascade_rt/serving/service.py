@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import Gauge
 from starlette.requests import Request
 
+from ..engine.adapted import followed
 from ..engine.execution import Execution
 from ..engine.exit_rules import ExitRule
 from ..engine.tokenization import Encoded
@@ -49,8 +50,8 @@ OpenRuntime = Callable[[str, Execution], CascadeRuntime]
 
 
 def open_runtime(source: str, execution: Execution) -> CascadeRuntime:
-    """Open the bundle of a folder, or of "hf:org/name"."""
-    return CascadeRuntime(source, **execution.arguments())
+    """Open the bundle of a folder, or of "hf:org/name", with the settings that were measured here, if any."""
+    return CascadeRuntime(source, **followed(source, execution).arguments())
 
 
 class Service:

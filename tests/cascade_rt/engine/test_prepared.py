@@ -81,7 +81,7 @@ def test_a_copied_cache_is_verified_and_used(bundle: Path, cache: Path, tmp_path
 
 def test_another_cpu_has_its_own(bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = answers(bundle, cache)
-    monkeypatch.setattr(prepared, "_machine", lambda: ("another",))
+    monkeypatch.setattr(prepared, "machine", lambda: ("another",))
     assert answers(bundle, cache) == expected
     assert len(kept(cache)) == 6
 
