@@ -27,6 +27,7 @@ from ..bundle import MemberEntry
 from ..bundle.files import file_identity, sha256_of
 from ..bundle.manifest import TOKENS
 from ..io.caches import cache_folder
+from .memory import available_memory
 
 FOLDER = "CASCADE_RT_CACHE"
 """Environment variable: the folder to use, or OFF."""
@@ -35,6 +36,7 @@ LARGEST = 8 * 2**30
 """Bytes of all members in a folder; those that were not used for longest go first."""
 
 _SMALLEST = 4 * 2**20  # bytes of a member that is worth it
+_TAKEN = 3  # times a member's size, in memory while it is written
 _FORMAT = 1
 _SINCE = (1, 22)  # of ONNX Runtime
 _GRAPH, _WEIGHTS, _RECORD = "member.onnx", "member.onnx_data", "record.json"
@@ -47,6 +49,8 @@ class Prepared:
     """The place of one member in the cache."""
 
     folder: Path
+    size: int
+    """Bytes of the member's own files."""
 
     @classmethod
     def of(cls, entry: MemberEntry, path: Path, cache: str | Path | None, settings: Sequence[Any]) -> Prepared | None:
@@ -58,11 +62,14 @@ class Prepared:
         root = _root(cache)
         if root is None or entry.reads != TOKENS or _version() < _SINCE:
             return None
-        with suppress(OSError):
-            if sum(file.stat().st_size for file in entry.files(path)) < _SMALLEST:
-                return None
+        try:
+            size = sum(file.stat().st_size for file in entry.files(path))
+        except OSError:  # gone, which is told where it is loaded
+            return None
+        if size < _SMALLEST:
+            return None
         key = [_FORMAT, entry.sha256, [file.sha256 for file in entry.data], *machine(), list(settings)]
-        return cls(root / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32])
+        return cls(root / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32], size)
 
     @property
     def file(self) -> Path:
@@ -101,6 +108,9 @@ class Prepared:
         `make`: takes the ONNX file to write; makes the session that writes it. `load`: takes that file; makes a session
         of it. Both sessions have to answer alike, to the bit.
         """
+        there = available_memory()
+        if there is not None and there < _TAKEN * self.size:
+            return False
         work = None
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -113,6 +113,12 @@ def test_a_folder_that_cannot_be_written_is_no_error(bundle: Path, cache: Path) 
     assert answers(bundle, cache) == answers(bundle, "off")
 
 
+def test_it_is_not_written_where_memory_is_short(bundle: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepared, "available_memory", lambda: 1000)
+    assert answers(bundle, cache) == answers(bundle, "off")
+    assert not cache.exists()
+
+
 def test_small_members_are_not_kept(bundle: Path, tmp_path: Path) -> None:
     answers(bundle, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
