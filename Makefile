@@ -60,10 +60,10 @@ smart-home: .venv/demo-ready
 		$$train --epochs 4 --output $(SMALL)/6L && \
 		$$train --layers 1 --epochs 8 --teacher $(SMALL)/6L --output $(SMALL)/1L && \
 		$(BIN)/cascade-rt train-dan --tokenizer $$minilm --unigrams $$minilm --task smart-home --teacher $(SMALL)/6L \
-		--max-length 64 --dimension 64 --hidden 64 --buckets 4096 --output $(SMALL)/DAN
+		--max-length 64 --dimension 64 --hidden 64 --buckets 3072 --output $(SMALL)/DAN
 	@$(BIN)/python -m cascade_train.smart_home train | tail -n +2 | cut -f1 > $(SMALL)/commands.txt
 	@$(BIN)/cascade-rt export --member $(SMALL)/DAN --member $(SMALL)/1L --precision int8 \
-		--trim-vocabulary $(SMALL)/commands.txt --overwrite --output examples/smart-home
+		--trim-vocabulary $(SMALL)/commands.txt --most-cut-differently 1 --overwrite --output examples/smart-home
 	@$(BIN)/cascade-rt tune --model-dir examples/smart-home --input $(SMALL)/1L/validation.jsonl --max-drop 0.01
 
 # The fast tests, in random order, without real data, Ray clusters and whole benchmarks. One process and one thread per

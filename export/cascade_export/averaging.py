@@ -23,14 +23,24 @@ _END = 2**31 - 1
 _LARGEST = 127
 
 
-def write_network(network: AveragingForSequenceClassification, path: Path, precision: str) -> None:
-    """Write a network in one of `PRECISIONS`."""
+def write_network(
+    network: AveragingForSequenceClassification,
+    path: Path,
+    precision: str,
+    own_ids: NDArray[np.int64] | None = None,
+) -> None:
+    """Write a network in one of `PRECISIONS`.
+
+    `own_ids`: the network's ids of the tokens of a trimmed vocabulary, (tokens,); None for all of its own.
+    """
     weights = {name: weight.detach().numpy() for name, weight in network.named_parameters()}
     graph = _Graph()
     config: AveragingConfig = network.config
     width = config.size.dimension
-    rows, masks = _ngrams(graph, config)
+    own = np.arange(config.vocab_size) if own_ids is None else own_ids
+    rows, masks = _ngrams(graph, config, own)
     table = np.column_stack([weights["table.weight"], network.seen.numpy().astype(np.float32)])
+    table = np.concatenate([table[own], table[config.vocab_size :]])
     sums, scales = PRECISIONS[precision](graph, table, rows, masks)
     counts = graph.add("Cast", graph.add("ReduceSum", masks, graph.constant(np.array([2]))), to=TensorProto.FLOAT)
     if config.pair:  # whose texts may share nothing; a text has at least one token, padding if need be
@@ -104,13 +114,18 @@ class _Graph:
         )
 
 
-def _ngrams(graph: _Graph, config: AveragingConfig) -> tuple[str, str]:
-    """Add the rows of `averaging.ngram_rows`, (rows, n-grams), and which each sum has, (rows, sums, n-grams)."""
+def _ngrams(graph: _Graph, config: AveragingConfig, own_ids: NDArray[np.int64]) -> tuple[str, str]:
+    """Add the rows of `averaging.ngram_rows`, (rows, n-grams), and which each sum has, (rows, sums, n-grams).
+
+    `own_ids`: what each id is hashed as.
+    """
     size = config.size
     mixed, rows, real = "input_ids", ["input_ids"], ["attention_mask"]
-    buckets, tokens = graph.constant(np.int64(size.buckets)), graph.constant(np.int64(config.vocab_size))
+    if size.ngrams > 1 and len(own_ids) < config.vocab_size:
+        mixed = graph.add("Gather", graph.constant(own_ids), "input_ids")
+    buckets, tokens = graph.constant(np.int64(size.buckets)), graph.constant(np.int64(len(own_ids)))
     for before in range(1, size.ngrams):
-        hashes = token_hashes(torch.arange(config.vocab_size), before, size).numpy()
+        hashes = token_hashes(torch.from_numpy(own_ids), before, size).numpy()
         last = graph.add("Gather", graph.constant(hashes), graph.columns("input_ids", before))
         mixed = graph.add("Add", graph.columns(mixed, 0, -1), last)
         rows.append(graph.add("Add", graph.add("Mod", mixed, buckets), tokens))
@@ -118,14 +133,15 @@ def _ngrams(graph: _Graph, config: AveragingConfig) -> tuple[str, str]:
     all_rows, mask = (graph.add("Concat", *parts, axis=1) if len(parts) > 1 else parts[0] for parts in (rows, real))
     if not config.pair:
         return all_rows, graph.unsqueeze(mask, 1)
-    parts = *_pair_masks(graph, config, all_rows, mask), mask
+    separator = int(np.searchsorted(own_ids, config.sep_token_id))
+    parts = *_pair_masks(graph, config, all_rows, mask, separator), mask
     return all_rows, graph.add("Concat", *(graph.unsqueeze(part, 1) for part in parts), axis=1)
 
 
-def _pair_masks(graph: _Graph, config: AveragingConfig, rows: str, mask: str) -> tuple[str, str, str]:
+def _pair_masks(graph: _Graph, config: AveragingConfig, rows: str, mask: str, separator: int) -> tuple[str, str, str]:
     """Add which n-grams are in the first text of a pair, in the second, and in both, int64 (rows, n-grams)."""
     one = graph.constant(np.int64(1))
-    separators = graph.add("Equal", "input_ids", graph.constant(np.int64(config.sep_token_id)))
+    separators = graph.add("Equal", "input_ids", graph.constant(np.int64(separator)))
     before = graph.add("CumSum", graph.add("Cast", separators, to=TensorProto.INT64), one, exclusive=1)
     starts = graph.add("Min", before, one)  # 1 from the token after the first separator
     sides = [starts, *(graph.columns(starts, 0, -shorter) for shorter in range(1, config.size.ngrams))]

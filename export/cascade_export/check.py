@@ -56,6 +56,8 @@ class Check:
     labels, in place of those that training chose, or of 0.5."""
     vocabulary: Path | None = None
     """Texts of the domain, whose tokens the bundle's vocabulary is trimmed to; None for all tokens."""
+    most_cut_differently: float = 0.005
+    """Share of held-out texts of the domain that a trimmed vocabulary may give other tokens."""
     exporter: str = TRACE
     """The converter of torch weights to ONNX, one of EXPORTERS."""
 
@@ -63,6 +65,8 @@ class Check:
         """Raise InvalidOption for a loss that is not a number of percentage points, or an unknown exporter."""
         if self.exporter not in EXPORTERS:
             raise InvalidOption("exporter", self.exporter, f"one of: {', '.join(EXPORTERS)}")
+        if not 0 <= self.most_cut_differently <= 1:
+            raise InvalidOption("most_cut_differently", self.most_cut_differently, "a share from 0 to 1")
         if not 0 <= self.max_accuracy_drop <= 100:
             raise InvalidOption(
                 "max_accuracy_drop", self.max_accuracy_drop, "a number of percentage points from 0 to 100"

@@ -109,6 +109,14 @@ def add_arguments(parser: CommandParser) -> None:
     )
     parser.reads("vocabulary")
     add(
+        "--most-cut-differently",
+        type=float,
+        default=Check.most_cut_differently,
+        metavar="SHARE",
+        help="of these texts, each tenth is held out; common tokens are kept until at most this share of those would "
+        "get other tokens. More is smaller: rare words are then cut into pieces, whose price the check shows",
+    )
+    add(
         "--exporter",
         choices=EXPORTERS,
         help="what converts torch weights: trace, torch's tracing exporter (the default), or optimum (extra: optimum, "

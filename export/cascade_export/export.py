@@ -196,7 +196,7 @@ def _vocabulary(checkpoints: Sequence[Checkpoint], check: Check) -> Vocabulary |
         raise InputError(f"member {wrong[0]!r} is an ONNX file; trimming the vocabulary needs torch weights")
     texts = [example.text for example in read_examples(check.vocabulary, pair=first.pair)]
     try:
-        return trimmed(first.backend, texts)
+        return trimmed(first.backend, texts, check.most_cut_differently)
     except InputError as error:
         raise InputError(f"{check.vocabulary}: {error}") from error
 

@@ -62,7 +62,10 @@ class TorchFiles:
         self._vocabulary = vocabulary
         self.removed = 0
         if vocabulary is not None and self._network is None:
-            self.removed = trim_graph(self._source, vocabulary.own_ids)
+            self.removed = trim_graph(self._source, vocabulary.own_ids, checkpoint.max_length)
+        elif vocabulary is not None and self._network is not None:
+            size = self._network.config
+            self.removed = (size.vocab_size - len(vocabulary.own_ids)) * size.hidden_size
         some = data.texts[:: len(data.texts) // _ROUNDING_TEXTS or 1] if data else texts
         self._like = tokenizer.encode(some[:_ROUNDING_TEXTS])
         aligned = {"alignment": checkpoint.alignment} if checkpoint.alignment else {}
@@ -70,11 +73,10 @@ class TorchFiles:
 
     def copy(self, precision: str, folder: Path) -> tuple[str, list[str]]:
         """Copy the file of a precision, made now if it was not, into a bundle's folder; return its path there."""
+        vocabulary = self._vocabulary
         made = self._source.with_name(f"{precision}-{self._source.name}")
         if not made.exists() and self._network is not None:
-            write_network(self._network, made, precision)
-            if self._vocabulary is not None:
-                trim_graph(made, self._vocabulary.own_ids)
+            write_network(self._network, made, precision, None if vocabulary is None else vocabulary.own_ids)
         elif not made.exists():
             write_precision(self._source, made, precision, self._like)
         file = folder / self._source.name

@@ -24,9 +24,6 @@ from tokenizers import Tokenizer
 from cascade_rt.errors import InputError
 from cascade_rt.types import Text
 
-MOST_CUT_DIFFERENTLY = 0.005
-"""Share of held-out texts that may get other tokens than before."""
-
 _HELD_OUT = 10  # each tenth text
 _FEWEST = 20  # texts
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # tokens that unknown characters fall back to
@@ -46,7 +43,7 @@ class Vocabulary:
     """The number of tokens and texts, for the manifest."""
 
 
-def trimmed(backend: Tokenizer, texts: Sequence[Text], most: float = MOST_CUT_DIFFERENTLY) -> Vocabulary:
+def trimmed(backend: Tokenizer, texts: Sequence[Text], most: float = 0.005) -> Vocabulary:
     """Return the vocabulary that `texts` need.
 
     Each tenth text is held out: where more than `most` of them have tokens that the others do not, the most common
@@ -87,8 +84,10 @@ def trimmed(backend: Tokenizer, texts: Sequence[Text], most: float = MOST_CUT_DI
     return Vocabulary(renumbered, own_ids, facts)
 
 
-def trim_graph(file: Path, own_ids: NDArray[np.int64]) -> int:
+def trim_graph(file: Path, own_ids: NDArray[np.int64], max_length: int) -> int:
     """Make an ONNX file take the new ids; return the number of weights that it no longer has.
+
+    Positions from `max_length` on go too, where they are counted from the first token.
 
     The table of the words keeps their rows; whatever else reads ids, as hashes of n-grams and positions that are
     counted from the padding, gets those of before.
@@ -101,10 +100,12 @@ def trim_graph(file: Path, own_ids: NDArray[np.int64]) -> int:
         if node.op_type == "Gather" and node.input[1] == _IDS and node.input[0] in tables
     ]
     removed = 0
-    for name in {node.input[0] for node in words}:
+    positions = dict.fromkeys(_positions(model, tables, max_length), slice(max_length))
+    kept: dict[str, Any] = dict.fromkeys((node.input[0] for node in words), own_ids)
+    for name, rows in {**positions, **kept}.items():
         table = numpy_helper.to_array(tables[name])
-        removed += table.size - len(own_ids) * table.shape[1]
-        tables[name].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(table[own_ids]), name))
+        removed += table.size - table[rows].size
+        tables[name].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(table[rows]), name))
     others = [node for node in model.graph.node if _IDS in node.input and node not in words]
     for node in others:
         node.input[:] = [_OWN_IDS if name == _IDS else name for name in node.input]
@@ -113,6 +114,26 @@ def trim_graph(file: Path, own_ids: NDArray[np.int64]) -> int:
         model.graph.node.insert(0, helper.make_node("Gather", ["own_ids", _IDS], [_OWN_IDS], name=_OWN_IDS))
     onnx.save(model, file)
     return removed
+
+
+def _positions(model: onnx.ModelProto, tables: Mapping[str, Any], max_length: int) -> list[str]:
+    """Return the tables that are read at 0, 1, 2 and so on, up to the tokens: Gather of a Slice of a range."""
+    constants = {node.output[0]: node.attribute[0].t for node in model.graph.node if node.op_type == "Constant"}
+    constants |= {weight.name: weight for weight in model.graph.initializer}
+    ranges = set()
+    for node in model.graph.node:
+        if node.op_type == "Slice" and constants.keys() >= set(node.input[:2]):
+            values, start = (numpy_helper.to_array(constants[name]) for name in node.input[:2])
+            if values.dtype == np.int64 and np.array_equal(values.ravel(), np.arange(values.size)) and not start.any():
+                ranges.add(node.output[0])
+    return [
+        node.input[0]
+        for node in model.graph.node
+        if node.op_type == "Gather"
+        and node.input[0] in tables
+        and node.input[1] in ranges
+        and tables[node.input[0]].dims[0] > max_length
+    ]
 
 
 def _used(backend: Tokenizer, texts: Sequence[Text]) -> list[set[int]]:
