@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from cascade_rt import CascadeRuntime
+from cascade_rt import CascadeRuntime, read_bundle
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TEXTS = [f"{'very ' * (index % 5)}{word} film, {'no ' * (index % 3)}NA" for index, word in enumerate("abcdefghij")]
@@ -108,3 +108,18 @@ def test_single_file(bundle: Path, tmp_path: Path) -> None:
         [text, found.label, names[found.exit]] for text, found in zip(TEXTS, runtime.predict(TEXTS), strict=True)
     ]
     assert [[text, label, name] for text, label, _, name in rows] == expected
+
+
+def test_the_ready_bundle_is_small_and_answers() -> None:
+    from cascade_train.smart_home import load
+
+    bundle = EXAMPLES / "smart-home"
+    assert sum(file.stat().st_size for file in bundle.iterdir()) <= 5_000_000
+    read_bundle(bundle)
+    runtime = CascadeRuntime(bundle)
+    assert runtime("it's getting dark in here")["label"] == "lights_on"
+    texts, labels = zip(*load("heldout"), strict=True)
+    found = runtime.predict(texts)
+    right = sum(answer.label == label for answer, label in zip(found, labels, strict=True)) / len(texts)
+    assert right > 0.78
+    assert {answer.exit for answer in found} == {0, 1}
