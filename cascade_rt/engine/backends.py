@@ -9,6 +9,7 @@ own files are read; where it is None, they are not to be trusted for a cache.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -64,19 +65,18 @@ class CpuBackend:
             return self._session(path, options, remedy, disabled=_SLOWER)
 
         prepared = Prepared.of(entry, path, self.execution.cache, [exact, *_SLOWER])
-        ready = prepared is not None and prepared.ready()
-        if not ready:
+        session = None
+        if prepared is not None and prepared.ready():
+            with suppress(BundleError):  # removed by another process, or damaged
+                session = load_prepared(prepared.file, threads)
+        if session is None:
             if check is not None:
                 check()
             if exact:
                 check_exact_kernels(path)
-            ready = prepared is not None and check is not None and prepared.keep(load_itself, load_prepared)
-        session = None
-        if prepared is not None and ready:
-            try:
-                session = load_prepared(prepared.file, threads)
-            except BundleError:
-                prepared.remove()
+            if prepared is not None and check is not None and prepared.keep(load_itself, load_prepared):
+                with suppress(BundleError):
+                    session = load_prepared(prepared.file, threads)
         session = session or load_itself()
         return _OnnxSession(session, session.run)
 

@@ -89,9 +89,7 @@ class Prepared:
                         raise ValueError(f"{name} is altered")
                     record[name] = [file_identity(self.folder / name), sha256]
                     _write_record(self.folder, record)
-        except FileNotFoundError:
-            return False
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError):  # of what is not there, too
             self.remove()
             return False
         with suppress(OSError):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cascade_rt import CascadeRuntime, Prediction
+from cascade_rt import BundleError, CascadeRuntime, Prediction
 from cascade_rt.engine import prepared
 from cascade_rt.io.caches import cache_folder
 
@@ -52,6 +52,7 @@ def test_only_members_that_texts_need_are_kept(bundle: Path, cache: Path) -> Non
 @pytest.mark.parametrize("damage", ["flip", "cut", "graph", "record", "gone"])
 def test_a_damaged_one_is_made_again(bundle: Path, cache: Path, damage: str) -> None:
     expected = answers(bundle, cache)
+    sizes = {folder: (folder / "member.onnx_data").stat().st_size for folder in kept(cache)}
     for folder in kept(cache):
         weights = folder / "member.onnx_data"
         content = bytearray(weights.read_bytes())
@@ -67,8 +68,8 @@ def test_a_damaged_one_is_made_again(bundle: Path, cache: Path, damage: str) -> 
         else:
             weights.unlink()
     assert answers(bundle, cache) == expected
-    assert answers(bundle, cache) == expected
     assert len(kept(cache)) == 3
+    assert all((folder / "member.onnx_data").stat().st_size == size for folder, size in sizes.items())
 
 
 def test_a_copied_cache_is_verified_and_used(bundle: Path, cache: Path, tmp_path: Path) -> None:
@@ -117,6 +118,20 @@ def test_it_is_not_written_where_memory_is_short(bundle: Path, cache: Path, monk
     monkeypatch.setattr(prepared, "available_memory", lambda: 1000)
     assert answers(bundle, cache) == answers(bundle, "off")
     assert not cache.exists()
+
+
+def test_a_member_is_verified_where_its_prepared_file_cannot_be_loaded(
+    copied: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    CascadeRuntime(copied, thresholds=0.0, cache=cache).predict(["a film"])
+    (folder,) = kept(cache)
+    monkeypatch.setattr(prepared.Prepared, "ready", lambda _: True)
+    (folder / "member.onnx").unlink()
+    content = bytearray((copied / "tiny.onnx").read_bytes())
+    content[len(content) // 2] ^= 1
+    (copied / "tiny.onnx").write_bytes(content)
+    with pytest.raises(BundleError, match="truncated or altered"):
+        CascadeRuntime(copied, thresholds=0.0, cache=cache).predict(["a film"])
 
 
 def test_small_members_are_not_kept(bundle: Path, tmp_path: Path) -> None:
