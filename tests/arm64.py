@@ -24,7 +24,7 @@ from cascade_rt import CascadeRuntime, Prediction
 from cascade_rt.benchmark.machine import describe
 from cascade_rt.cli import main as cascade_rt
 
-BOUNDS = {"fp32": 1e-5, "int8": 0.02}
+BOUNDS = {"fp32": 1e-5, "int8": 0.03}
 """How far a probability may be from x86's. In int8, a difference in the last digit can round to another integer."""
 _SHAPES = [(2, 384), (4, 384)]
 _TEXTS = {"all": {"fp32": 52, "int8": 208}, "quick": {"fp32": 4, "int8": 12}}
