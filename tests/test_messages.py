@@ -59,6 +59,7 @@ SHOWN_BY = {
     "label_separator": LABELLED,
     "layers": "difficulty distil train",
     "max_accuracy_drop": "build export",
+    "most_cut_differently": "export",
     "max_drop": "build tune",
     "max_length": "build difficulty distil export train train-dan train-exits",
     "max_replicas": "serve",

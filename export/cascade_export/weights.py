@@ -66,6 +66,7 @@ def _written(path: Path, model: ModelProto, shared: dict[str, int]) -> list[str]
     """Write a model with its weights beside it, but for those that are in `SHARED`; return the names of the files."""
     data = path.with_name(path.name + _SUFFIX)
     files: dict[str, None] = {}
+    data.unlink(missing_ok=True)  # sessions may have mapped the one of before, which stays theirs
     with data.open("wb") as stream:
         for weight in _large(model):
             content = _content(weight)

@@ -237,7 +237,7 @@ def test_each_member_can_have_its_own(member_folders: list[Path], tmp_path: Path
     )
     assert [member.precision for member in made.members] == ["fp32", "int8", "int8"]
     for precision, says in (
-        ("int7", "found the precision 'int7', expected one of: fp32, fp16, int8, "),
+        ("int7", "found the precision 'int7', expected one of: fp32, fp16, fp32-int8-words, fp16-int8-words, int8, "),
         ({"huge": "int8"}, r"`precision`: found \['huge'\], expected members among: tiny"),
     ):
         with pytest.raises(CascadeError, match=says):

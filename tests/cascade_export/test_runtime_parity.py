@@ -120,7 +120,12 @@ def test_an_exported_manifest_has_the_keys_of_the_contract(exported: Path) -> No
     assert [member["layers"] for member in manifest["members"]] == [1, 2, 4]
     assert [member["threshold"] for member in manifest["members"]] == [0.8, 0.8, None]
     assert sorted(path.name for path in exported.iterdir()) == sorted(
-        ["cascade.json", "tokenizer.json", *(member["file"] for member in manifest["members"])]
+        [
+            "cascade.json",
+            "tokenizer.json",
+            *(member["file"] for member in manifest["members"]),
+            *{data["file"] for member in manifest["members"] for data in member["data"]},
+        ]
     )
     assert list(manifest)[-1] == "sha256"
     assert read_bundle(exported).to_json() == manifest

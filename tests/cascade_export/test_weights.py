@@ -54,6 +54,31 @@ def test_weights_are_at_the_start_of_pages_and_answers_are_the_same(tmp_path: Pa
     np.testing.assert_array_equal(numpy_helper.to_array(moved["matrix"], str(tmp_path)), matrix)
 
 
+def test_a_session_keeps_the_weights_that_it_has_mapped(tmp_path: Path) -> None:
+    file = tmp_path / "member.onnx"
+    x = np.ones((1, 64), dtype=np.float32)
+    sessions = []
+    for value in (1.0, 2.0):  # in the place of the first
+        weight = numpy_helper.from_array(np.full((64, 500), value, dtype=np.float32), "weight")
+        graph = helper.make_graph(
+            [helper.make_node("MatMul", ["x", "weight"], ["y"]), helper.make_node("Gather", ["weight", "i"], ["row"])],
+            "graph",
+            [
+                helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", 64]),
+                helper.make_tensor_value_info("i", TensorProto.INT64, ["n"]),
+            ],
+            [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 500]) for name in ("y", "row")],
+            [weight],
+        )
+        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8), file)
+        move_weights(file)
+        sessions.append(onnxruntime.InferenceSession(str(file)))
+    for session, value in zip(sessions, (1.0, 2.0), strict=True):
+        y, row = session.run(None, {"x": x, "i": np.array([3])})
+        assert np.unique(y).tolist() == [64 * value]
+        assert np.unique(row).tolist() == [value]
+
+
 def test_small_weights_stay(tmp_path: Path) -> None:
     graph = helper.make_graph(
         [helper.make_node("Add", ["x", "one"], ["y"])],
