@@ -26,7 +26,7 @@ TEXTS = [" ".join(WORDS[at : at + 6]) for at in range(30)]
 
 @pytest.fixture
 def client(address: str) -> Any:
-    with httpx.Client(base_url=f"http://{address}") as found:
+    with httpx.Client(base_url=f"http://{address}", timeout=60) as found:
         yield found
 
 
