@@ -79,7 +79,7 @@ test-transformers-5: .venv5/ready
 		$(addprefix tests/cascade_train/test_,compression.py finetune.py) \
 		tests/cascade_build/test_trial.py tests/cascade_rt/bundle
 
-# The runtime's tests with the lowest versions that pyproject.toml allows, on Python 3.10 and 3.13 where they are installed.
+# Most of the runtime's tests with the lowest versions that pyproject.toml allows, on Python 3.10 and 3.13 where installed.
 test-lowest:
 	@.ci/lowest
 

@@ -20,7 +20,7 @@ from .compression import ending
 from .csv_rows import Lines, read_header, read_rows, stripped
 from .fields import is_list, label, labels
 from .lines import Line, Record, read_lines, source_name
-from .remote import files_behind, import_parquet, is_uri, located
+from .remote import files_behind, import_parquet, is_uri, located, row_batches
 
 FORMATS = ("jsonl", "json", "csv", "tsv", "txt", "parquet")
 _BY_ENDING = {**{name: name for name in FORMATS}, "ndjson": "jsonl"}
@@ -371,7 +371,7 @@ def _read_parquet(source: str | Path, name: str) -> Iterator[Record]:
         with system.open_input_file(path) as opened, parquet.ParquetFile(opened) as file:
             _check_header(file.schema_arrow.names, name)
             number = 0
-            for batch in file.iter_batches(batch_size=1024):
+            for batch in row_batches(file, 1024):
                 for fields in _plain_rows(batch, arrow.string()):
                     number += 1
                     yield Record(number, None, fields)

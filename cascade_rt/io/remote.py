@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import io
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -28,6 +29,12 @@ def import_parquet(purpose: str) -> tuple[Any, Any]:
     except ImportError as error:
         raise MissingExtraError(purpose, "parquet", error) from error
     return pyarrow, parquet
+
+
+def row_batches(file: Any, most: int) -> Iterable[Any]:
+    """Return the rows of a `ParquetFile` in batches; where it has no row groups, pyarrow 18 and 19 fail."""
+    found: Iterable[Any] = file.iter_batches(batch_size=most) if file.num_row_groups else ()
+    return found
 
 
 def located(target: str | Path) -> tuple[Any, str]:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TextIO
 
 from ..errors import InputError
 from .compression import check_compression, ending, without_compression, write_binary
-from .remote import import_parquet
+from .remote import import_parquet, row_batches
 from .writers import beside, is_stream, open_output, output_path
 
 FORMATS = ("jsonl", "json", "csv", "tsv", "parquet")
@@ -221,7 +221,7 @@ def read_parquet(source: Path, fields: Sequence[Field]) -> Iterator[dict[str, An
     """Yield the rows that were written with these fields."""
     _, parquet = import_parquet(_WRITING)
     with parquet.ParquetFile(source) as file:
-        for batch in file.iter_batches(batch_size=max(1, min(_ROWS, _CELLS // max(1, len(fields))))):
+        for batch in row_batches(file, max(1, min(_ROWS, _CELLS // max(1, len(fields))))):
             for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
                 row: dict[str, Any] = {}
                 for field, value in zip(fields, values, strict=True):

@@ -17,6 +17,7 @@ from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.util.http import parse_excluded_urls
 
 from .batcher import RequestRun
 
@@ -37,7 +38,7 @@ class Tracing:
         """Make each request of an application a span, of the caller's trace if it names one."""
         app.add_middleware(
             OpenTelemetryMiddleware,
-            excluded_urls=_NOT_TRACED,
+            excluded_urls=parse_excluded_urls(_NOT_TRACED),  # older middleware takes no text
             tracer_provider=self._provider,
             server_request_hook=_name_trace,
             exclude_spans=["receive", "send"],

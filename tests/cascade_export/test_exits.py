@@ -170,8 +170,6 @@ def test_bad_settings_are_refused(member: str, data: TaskData, trained: dict[str
         open_exits(member)
     expected = "`precision`: found 'int8-static', expected one of fp32, fp16, fp32-int8-words"
     with pytest.raises(InvalidOption, match=expected):
-        InvalidOption, match="`precision`: found 'int8-static', expected one of fp32, fp16, fp32-int8-words"
-    ):
         export_exits(str(trained[PABEE]), tmp_path / "bundle", precision="int8-static", check=ANY_LOSS)
     with pytest.raises(InvalidOption, match="`exporter`: found 'optimum', expected trace for segments"):
         export_exits(str(trained[PABEE]), tmp_path / "bundle", check=Check(exporter="optimum"))

@@ -63,6 +63,9 @@ def test_parquet_is_read_like_the_others(tmp_path: Path) -> None:
     (tmp_path / "b.parquet").write_text("no parquet")
     with pytest.raises(InputError, match="not a readable parquet file"):
         list(read_examples(tmp_path / "b.parquet", pair=False))
+    with parquet.ParquetWriter(tmp_path / "c.parquet", arrow.schema([("text", arrow.string())])):
+        pass  # no row group
+    assert not list(read_examples(tmp_path / "c.parquet", pair=False))
 
 
 @pytest.mark.parametrize(

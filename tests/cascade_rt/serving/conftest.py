@@ -82,7 +82,7 @@ def served(bundle: Path) -> Iterator[Callable[..., httpx.Client]]:
             usual: dict[str, Any] = {"execution": Execution(threads=1), "reload_seconds": 0}
             service = Service(sources or {"toy": str(bundle)}, Settings(**usual | settings))
             address = stack.enter_context(listening(service, token=token, body_seconds=2.0))
-            return stack.enter_context(httpx.Client(base_url=f"http://{address}"))
+            return stack.enter_context(httpx.Client(base_url=f"http://{address}", timeout=60))
 
         yield serve
 

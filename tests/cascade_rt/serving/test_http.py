@@ -52,7 +52,7 @@ def at(bundle: Path, pair_bundle: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def client(at: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=f"http://{at}") as found:
+    with httpx.Client(base_url=f"http://{at}", timeout=60) as found:
         yield found
 
 

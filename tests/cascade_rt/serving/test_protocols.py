@@ -26,7 +26,7 @@ TEXTS = [" ".join(WORDS[at : at + 6]) for at in range(30)]
 
 @pytest.fixture
 def client(address: str) -> Any:
-    with httpx.Client(base_url=f"http://{address}") as found:
+    with httpx.Client(base_url=f"http://{address}", timeout=60) as found:
         yield found
 
 
@@ -98,6 +98,7 @@ print(json.dumps([[{"label": row.label, "score": row.score} for row in rows] for
 
 def test_hugging_face_client(address: str, bundle: Path) -> None:
     """In a process of its own: in this one, huggingface_hub is offline for good."""
+    pytest.importorskip("huggingface_hub", minversion="0.26")  # older clients have no top_k
     found = subprocess.run(
         [sys.executable, "-c", _HUGGING_FACE, f"http://{address}", *TEXTS[:5]],
         env=os.environ | {"HF_HUB_OFFLINE": "0"},
