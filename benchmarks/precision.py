@@ -102,8 +102,7 @@ def _exported(source: Path, work: Path, options: argparse.Namespace) -> dict[str
 def _timings(rows: dict[str, Candidate], options: argparse.Namespace) -> dict[str, Any]:
     members = {name: row.stage(options.threads) for name, row in rows.items()}
     found: dict[str, Any] = {
-        name: {"bytes": sum(file.stat().st_size for file in member.entry.files(rows[name].folder / member.entry.file))}
-        for name, member in members.items()
+        name: {"bytes": member.entry.size(rows[name].folder / member.entry.file)} for name, member in members.items()
     }
     for texts, tokens in SHAPES:
         for precision, times in _timed(members, texts, tokens, options.rounds).items():

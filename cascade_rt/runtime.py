@@ -30,7 +30,7 @@ from .engine.forks import FORKS
 from .engine.hidden_states import HiddenStates
 from .engine.inputs import check_types, iterated, listed, unwrapped
 from .engine.plan import OpenBundle, Plan
-from .engine.providers import CPU, on_exact_kernels, provider_name
+from .engine.providers import on_exact_kernels
 from .engine.stage import Stage
 from .engine.step import Journey, run_texts, shape
 from .engine.task import Task
@@ -115,7 +115,7 @@ class CascadeRuntime:
         self._counting = Lock()
         if isinstance(model_dir, Plan):
             others = (threads, thresholds, members, provider_options, spin_us, cache, expected_sha256, trace)
-            if any(other is not None for other in (*others, stride, aggregate)):
+            if low_memory or any(other is not None for other in (*others, stride, aggregate)):
                 raise InputError(
                     "found a plan and other arguments, expected the plan alone; change it by dataclasses.replace"
                 )
@@ -187,7 +187,7 @@ class CascadeRuntime:
         """Classify texts, or (text, text pair) tuples for a bundle on pairs; answers are in input order.
 
         Implements the paper's Algorithm 1: a text that has left never reaches a bigger member. Batch composition does
-        not matter: in int8 logits are bit-identical, in fp32 probabilities are within 1e-5. Raises InputError for
+        not matter: in int8 logits are bit-identical on x86, else probabilities are within 1e-5. Raises InputError for
         anything that is not a text (or pair), and InferenceError if a member fails.
         """
         plan = self.plan
@@ -314,7 +314,7 @@ class CascadeRuntime:
                 self._exits, self._layers = [0] * len(seen), 0
         texts = sum(seen)
         mean_layers = executed / texts if texts else float("nan")
-        exact = () if provider_name(self._plan.opened.execution.provider) != CPU else on_exact_kernels(self.bundle)
+        exact = on_exact_kernels(self.bundle, self._plan.opened.execution.provider)
         tuning = self.bundle.tuning
         names = [entry.name for entry in self.bundle.members]
         as_tuned = tuning is not None and tuning.members == names and tuning.windows == self._windows

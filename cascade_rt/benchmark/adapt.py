@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from contextlib import suppress
 from math import sqrt
 from pathlib import Path
@@ -16,8 +15,7 @@ from ..engine.execution import Execution
 from ..engine.providers import CUDA, OPENVINO, is_installed
 from ..errors import CascadeError
 from ..runtime import CascadeRuntime
-from ..types import Text
-from .turns import in_turns
+from .turns import batch_by_batch, in_turns
 from .workload import texts_for
 
 _ALONE, _BULK = 24, 256  # texts
@@ -39,13 +37,7 @@ class Candidate(NamedTuple):
         return sqrt(self.alone_ms * self.bulk_ms)
 
 
-def adapt(
-    model_dir: str | Path,
-    *,
-    data: Path | None = None,
-    words: str = "10:5",
-    progress: Callable[[], object] = lambda: None,
-) -> list[Candidate]:
+def adapt(model_dir: str | Path, *, data: Path | None = None, words: str = "10:5") -> list[Candidate]:
     """Return what can run a bundle here, the fastest first: providers, each with 1, half and all CPUs as threads.
 
     `data`: texts to measure on; None for ones made up of the vocabulary, of `words` ("MEAN:SD") each. Members and
@@ -62,10 +54,10 @@ def adapt(
         CascadeRuntime(model_dir, preload=True)  # raises the reason
     bundle = next(iter(runtimes.values())).bundle
     texts = texts_for(bundle, data, words, _BULK)
-    calls: list[Sequence[Text]] = [*([text] for text in texts[:_ALONE]), texts]
-    answering: dict[tuple[str, int], Callable[[Sequence[Text]], object]] = {}
-    answering |= {name: runtime.predict for name, runtime in runtimes.items()}
-    timed = in_turns(answering, calls, _ROUNDS, progress=progress)
+    calls = [*([[text]] for text in texts[:_ALONE]), [texts]]
+    timed = in_turns({name: batch_by_batch(runtime) for name, runtime in runtimes.items()}, calls, _ROUNDS)
+    for runtime in runtimes.values():
+        runtime.close()
     found = [
         Candidate(
             Execution(provider, threads),

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BundleError, InvalidOption
-from .files import FileIdentity
+from .files import FileIdentity, sha256_of
 from .paths import checked_relative
 from .precisions import known_precision
 
@@ -62,6 +62,11 @@ class WeightFile:
     file: str
     sha256: str
 
+    @classmethod
+    def of(cls, folder: Path, file: str) -> WeightFile:
+        """Return the entry of a file in a bundle's folder; hashes it."""
+        return cls(file, sha256_of(folder / file))
+
 
 @dataclass(frozen=True)
 class MemberEntry:
@@ -97,6 +102,10 @@ class MemberEntry:
         """Return its files, the external data after the ONNX file, which is at `path`."""
         folder = path.parents[len(PurePosixPath(self.file).parts) - 1]
         return [path, *(folder / file.file for file in self.data)]
+
+    def size(self, path: Path) -> int:
+        """Return the bytes of its files; `path` as of `files`."""
+        return sum(file.stat().st_size for file in self.files(path))
 
     def cost(self, tokens: NDArray[Any] | float) -> Any:
         """FLOPs of the member for texts with this many tokens, float64, in the shape of `tokens`.

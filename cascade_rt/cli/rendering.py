@@ -307,5 +307,4 @@ def _share(value: object) -> float | None:
 
 
 def _size(bundle: Bundle, member: MemberEntry) -> int:
-    folder = bundle.folder or Path()
-    return sum((folder / file).stat().st_size for file in (member.file, *(data.file for data in member.data)))
+    return member.size((bundle.folder or Path()) / member.file)

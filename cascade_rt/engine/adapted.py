@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..bundle import MANIFEST, Bundle
+from ..bundle import Bundle
+from ..bundle.manifest import read_manifest
 from ..errors import BundleError
 from ..io.writers import write_json
 from .cpus import usable_cpus
@@ -28,10 +29,10 @@ def followed(model_dir: str | Path, execution: Execution) -> Execution:
         return execution
     try:
         found = json.loads((Path(model_dir) / FILE).read_text("utf-8"))
-        if found["machine"] != _here() or found["members"] != _members(Path(model_dir)):
+        if found["machine"] != _here() or found["members"] != _members(read_manifest(Path(model_dir))):
             return execution
         return replace(execution, provider=str(found["provider"]), threads=int(found["threads"]))
-    except (OSError, ValueError, KeyError, TypeError):  # none, or not one of ours
+    except (OSError, ValueError, KeyError, TypeError, BundleError):  # none, or not one of ours
         return execution
 
 
@@ -40,7 +41,7 @@ def keep(bundle: Bundle, execution: Execution, measured: Mapping[str, Any]) -> P
     folder = bundle.folder or Path()
     record = {
         "machine": _here(),
-        "members": _members(folder),
+        "members": _members(bundle),
         "provider": execution.provider,
         "threads": execution.threads,
         "measured": measured,
@@ -58,6 +59,6 @@ def _here() -> list[str]:
     return [*machine(), f"{usable_cpus()} CPUs"]
 
 
-def _members(folder: Path) -> list[str]:
+def _members(bundle: Bundle) -> list[str]:
     """Return the hashes of the members, which tuning does not change."""
-    return [member["sha256"] for member in json.loads((folder / MANIFEST).read_text("utf-8"))["members"]]
+    return [member.sha256 for member in bundle.members]

@@ -33,9 +33,8 @@ def needed_memory(bundle: Bundle) -> Needed:
     tokens = len(json.loads((folder / bundle.tokenizer_file).read_text("utf-8"))["model"]["vocab"])
     read = []
     for member in bundle.members:
-        size = sum(file.stat().st_size for file in member.files(folder / member.file))
         of_words = min(1.0, tokens * member.hidden_size / member.parameters) if member.layers else 1.0
-        read.append(int(size * (1 - of_words)))
+        read.append(int(member.size(folder / member.file) * (1 - of_words)))
     return Needed(PROCESS + read[0], PROCESS + sum(read), PROCESS + sum(read) + _BULK)
 
 

@@ -26,8 +26,12 @@ import onnxruntime
 from ..bundle import MemberEntry
 from ..bundle.files import file_identity, sha256_of
 from ..bundle.manifest import TOKENS
+from ..errors import InputError
 from ..io.caches import cache_folder
+from ..io.writers import write_json
+from .cpus import text_of
 from .memory import available_memory
+from .providers import installed_version
 
 FOLDER = "CASCADE_RT_CACHE"
 """Environment variable: the folder to use, or OFF."""
@@ -60,10 +64,10 @@ class Prepared:
         change what is made.
         """
         root = _root(cache)
-        if root is None or entry.reads != TOKENS or _version() < _SINCE:
+        if root is None or entry.reads != TOKENS or installed_version() < _SINCE:
             return None
         try:
-            size = sum(file.stat().st_size for file in entry.files(path))
+            size = entry.size(path)
         except OSError:  # gone, which is told where it is loaded
             return None
         if size < _SMALLEST:
@@ -88,8 +92,8 @@ class Prepared:
                     if sha256_of(self.folder / name) != sha256:
                         raise ValueError(f"{name} is altered")
                     record[name] = [file_identity(self.folder / name), sha256]
-                    _write_record(self.folder, record)
-        except (OSError, ValueError, KeyError, TypeError):  # of what is not there, too
+                    write_json(self.folder / _RECORD, record)
+        except (OSError, ValueError, KeyError, TypeError, InputError):  # of what is not there, too
             self.remove()
             return False
         with suppress(OSError):
@@ -117,7 +121,7 @@ class Prepared:
             if not np.array_equal(_answers(load(work / _GRAPH)), expected):
                 return False
             files = [work / _GRAPH, work / _WEIGHTS]
-            _write_record(work, {file.name: [file_identity(file), sha256_of(file)] for file in files})
+            write_json(work / _RECORD, {file.name: [file_identity(file), sha256_of(file)] for file in files})
             with suppress(OSError):  # another process was faster
                 work.rename(self.folder)
             _evict(self.folder.parent, kept=self.folder)
@@ -150,15 +154,10 @@ def _root(cache: str | Path | None) -> Path | None:
     return None if str(chosen) == OFF else Path(chosen)
 
 
-def _version() -> tuple[int, ...]:
-    return tuple(map(int, onnxruntime.__version__.split(".")[:2]))
-
-
 @cache
 def machine() -> tuple[str, ...]:
     """Return what packed weights depend on: the build of ONNX Runtime, and the CPU with its features."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(errors="replace").splitlines() if info.is_file() else []
+    lines = text_of(Path("/proc/cpuinfo")).splitlines()
     named = ("model name", "flags", "Features", "CPU implementer", "CPU part")
     cpu = sorted({line for line in lines if line.startswith(named)}) or [platform.machine(), platform.processor()]
     return (onnxruntime.__version__, onnxruntime.get_build_info(), *cpu)
@@ -170,12 +169,6 @@ def _answers(session: Any) -> Any:
     if "attention_mask" in values:
         values["attention_mask"] = np.ones_like(_PROBE)
     return session.run(None, values)[0]
-
-
-def _write_record(folder: Path, record: dict[str, Any]) -> None:
-    part = folder / (_RECORD + ".part")
-    part.write_text(json.dumps(record), encoding="utf-8")
-    part.replace(folder / _RECORD)
 
 
 def _return_memory() -> None:

@@ -78,7 +78,7 @@ def instead_of(precision: str, provider: str) -> str | None:
 def check_precision(name: str, precision: str, provider: str) -> None:
     """Raise InvalidOption if the provider has no kernels for the member's precision, BundleError if all are too old."""
     since = PRECISIONS[precision].since
-    if provider != OPENVINO and _installed() < since:
+    if provider != OPENVINO and installed_version() < since:
         raise BundleError(
             f"member {name!r}: found onnxruntime {onnxruntime.__version__}, which cannot run {precision}; install "
             f"onnxruntime {'.'.join(map(str, since))} or newer, or export the member again in int8 or fp32"
@@ -109,7 +109,8 @@ def products_on_cpu(session: Any, provider: str) -> set[str]:
     return {name for name in operators if name in _PRODUCTS or name.startswith(("MatMul", "DynamicQuantizeMatMul"))}
 
 
-def _installed() -> tuple[int, ...]:
+def installed_version() -> tuple[int, ...]:
+    """Return ONNX Runtime's version: its first two numbers."""
     return tuple(map(int, onnxruntime.__version__.split(".")[:2]))
 
 
@@ -118,8 +119,10 @@ def saturates(entry: MemberEntry) -> bool:
     return PRECISIONS[entry.precision].products_of_bytes and entry.weight_bits > _EXACT_BITS and int8_saturates()
 
 
-def on_exact_kernels(bundle: Bundle) -> tuple[str, ...]:
-    """Return the names of the members whose products run on ONNX Runtime's exact kernels on this CPU."""
+def on_exact_kernels(bundle: Bundle, provider: str = CPU) -> tuple[str, ...]:
+    """Return the names of the members whose products run on ONNX Runtime's exact kernels with this provider."""
+    if _SHORT_NAMES.get(provider.lower(), provider) != CPU:
+        return ()
     return tuple(entry.name for entry in bundle.members if saturates(entry))
 
 
@@ -128,7 +131,7 @@ def check_exact_kernels(path: Path) -> None:
 
     Before 1.30 they end the process, or answer wrongly, where products have no zero point of the weights.
     """
-    if _installed() < _EXACT_SINCE and scan(path).without_zero_point:
+    if installed_version() < _EXACT_SINCE and scan(path).without_zero_point:
         raise BundleError(
             f"{path}: found a CPU without VNNI and onnxruntime {onnxruntime.__version__}, which cannot run the int8 "
             "products of this file there; export the member again in int8 or fp32, or install onnxruntime 1.30 or newer"

@@ -62,7 +62,7 @@ class Check:
     """The converter of torch weights to ONNX, one of EXPORTERS."""
 
     def __post_init__(self) -> None:
-        """Raise InvalidOption for a loss that is not a number of percentage points, or an unknown exporter."""
+        """Raise InvalidOption for an unknown exporter, and for a loss or a share out of range."""
         if self.exporter not in EXPORTERS:
             raise InvalidOption("exporter", self.exporter, f"one of: {', '.join(EXPORTERS)}")
         if not 0 <= self.most_cut_differently <= 1:

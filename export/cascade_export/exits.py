@@ -131,7 +131,7 @@ def _written(bundle: Bundle, work: Path, folder: Path, precision: str) -> Bundle
     for member in bundle.members:
         file = folder / member.file
         write_precision(work / member.file, file, precision)
-        data = tuple(WeightFile(name, sha256_of(folder / name)) for name in move_weights(file))
+        data = tuple(WeightFile.of(folder, name) for name in move_weights(file))
         bits = PRECISIONS[precision].weight_bits
         members.append(replace(member, precision=precision, sha256=sha256_of(file), data=data, weight_bits=bits))
     bundle = replace(bundle, members=tuple(members))

@@ -185,7 +185,7 @@ class MemberExport:
             threshold=None,
             intermediate_size=checkpoint.intermediate_size,
             positions=checkpoint.max_length if self._files.removed else checkpoint.positions,
-            data=tuple(WeightFile(file, sha256_of(folder / file)) for file in data),
+            data=tuple(WeightFile.of(folder, file) for file in data),
             flops=_flops(folder / file, checkpoint) if size < _LARGEST_COUNTED else (),
             weight_bits=self._files.weight_bits(precision),
             other=self._files.facts,

@@ -7,7 +7,6 @@ best path, since paths were only removed.
 
 from __future__ import annotations
 
-import bisect
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -62,9 +61,9 @@ def trimmed(backend: Tokenizer, texts: Sequence[Text], most: float = 0.005) -> V
     held_out = [ids - always for ids in used[::_HELD_OUT]]
     known = set().union(*(ids for number, ids in enumerate(used) if number % _HELD_OUT))
     common = _by_frequency(described["model"])
-    rank = {token: place for place, token in enumerate(common)}
+    places = {token: place for place, token in enumerate(common, 1)}
     # A held-out text is cut as before once its least common unknown token is kept.
-    ranks = sorted(max((1 + rank[token] for token in ids - known if token in rank), default=0) for ids in held_out)
+    ranks = sorted(max((places[token] for token in ids - known if token in places), default=0) for ids in held_out)
     allowed = int(most * len(ranks))
     kept_common = ranks[-1 - allowed] if allowed < len(ranks) else 0
     kept = always.union(*used, common[:kept_common])
@@ -76,7 +75,7 @@ def trimmed(backend: Tokenizer, texts: Sequence[Text], most: float = 0.005) -> V
         "of": backend.get_vocab_size(),
         "texts": len(texts),
         "held_out": len(ranks),
-        "cut_differently": len(ranks) - bisect.bisect_right(ranks, kept_common),
+        "cut_differently": sum(rank > kept_common for rank in ranks),
     }
     renumbered = _renumbered(described, own_ids)
     if [renumbered.id_to_token(new) for new in range(len(own_ids))] != [backend.id_to_token(own) for own in own_ids]:
@@ -85,12 +84,10 @@ def trimmed(backend: Tokenizer, texts: Sequence[Text], most: float = 0.005) -> V
 
 
 def trim_graph(file: Path, own_ids: NDArray[np.int64], max_length: int) -> int:
-    """Make an ONNX file take the new ids; return the number of weights that it no longer has.
+    """Make an encoder's ONNX file take the new ids; return the number of weights that it no longer has.
 
-    Positions from `max_length` on go too, where they are counted from the first token.
-
-    The table of the words keeps their rows; whatever else reads ids, as hashes of n-grams and positions that are
-    counted from the padding, gets those of before.
+    The table of the words keeps their rows. Whatever else reads ids, as positions that are counted from the padding,
+    gets those of before. Positions from `max_length` on go too, where they are counted from the first token.
     """
     model = onnx.load(file)
     tables = {weight.name: weight for weight in model.graph.initializer if len(weight.dims) == 2}
@@ -106,7 +103,7 @@ def trim_graph(file: Path, own_ids: NDArray[np.int64], max_length: int) -> int:
         table = numpy_helper.to_array(tables[name])
         removed += table.size - table[rows].size
         tables[name].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(table[rows]), name))
-    others = [node for node in model.graph.node if _IDS in node.input and node not in words]
+    others = [node for node in model.graph.node if _IDS in node.input and node not in words and node.op_type != "Shape"]
     for node in others:
         node.input[:] = [_OWN_IDS if name == _IDS else name for name in node.input]
     if others:

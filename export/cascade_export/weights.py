@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
@@ -41,36 +41,35 @@ def share_weights(folder: Path, members: Sequence[MemberEntry]) -> list[MemberEn
     """
     moved = [member for member in members if [file.file for file in member.data] == [member.file + _SUFFIX]]
     graphs = [onnx.load(folder / member.file) for member in moved]
-    found = Counter(digest for model in graphs for digest in {_digest(weight) for weight in _large(model)})
-    common = {digest for digest, count in found.items() if digest and count > 1}
-    if not common:
+    hashes = [{weight.name: _hash(weight) for weight in _large(model, _SMALLEST_SHARED)} for model in graphs]
+    found = Counter(digest for of_member in hashes for digest in set(of_member.values()))
+    if max(found.values(), default=0) < 2:
         return list(members)
     places: dict[str, int] = {}
     with (folder / SHARED).open("wb") as stream:
-        for weight in (weight for model in graphs for weight in _large(model)):
-            if (digest := _digest(weight)) in common and digest not in places:
-                places[digest] = _append(stream, _content(weight))
-    files = [_written(folder / member.file, model, places) for member, model in zip(moved, graphs, strict=True)]
-    changed = {
-        member.name: replace(
-            member,
-            sha256=sha256_of(folder / member.file),
-            data=tuple(WeightFile(name, sha256_of(folder / name)) for name in names),
-        )
-        for member, names in zip(moved, files, strict=True)
-    }
+        for model, of_member in zip(graphs, hashes, strict=True):
+            for weight in _large(model, _SMALLEST_SHARED):
+                if found[digest := of_member[weight.name]] > 1 and digest not in places:
+                    places[digest] = _append(stream, _content(weight))
+    changed = {}
+    for member, model, of_member in zip(moved, graphs, hashes, strict=True):
+        shared = {name: places[digest] for name, digest in of_member.items() if digest in places}
+        data = tuple(WeightFile.of(folder, name) for name in _written(folder / member.file, model, shared))
+        changed[member.name] = replace(member, sha256=sha256_of(folder / member.file), data=data)
     return [changed.get(member.name, member) for member in members]
 
 
-def _written(path: Path, model: ModelProto, shared: dict[str, int]) -> list[str]:
-    """Write a model with its weights beside it, but for those that are in `SHARED`; return the names of the files."""
+def _written(path: Path, model: ModelProto, shared: Mapping[str, int]) -> list[str]:
+    """Write a model with its weights beside it; return the names of the files.
+
+    `shared`: where weights are in `SHARED`, by their names.
+    """
     data = path.with_name(path.name + _SUFFIX)
     files: dict[str, None] = {}
     data.unlink(missing_ok=True)  # sessions may have mapped the one of before, which stays theirs
     with data.open("wb") as stream:
         for weight in _large(model):
-            content = _content(weight)
-            at = shared.get(_digest(weight)) if shared else None
+            content, at = _content(weight), shared.get(weight.name)
             file, offset = (SHARED, at) if at is not None else (data.name, _append(stream, content))
             files[file] = None
             _refer(weight, file, offset, len(content))
@@ -81,18 +80,16 @@ def _written(path: Path, model: ModelProto, shared: dict[str, int]) -> list[str]
     return list(files)
 
 
-def _large(model: ModelProto) -> list[TensorProto]:
-    return [weight for weight in model.graph.initializer if weight.ByteSize() > PAGE]
+def _large(model: ModelProto, above: int = PAGE) -> list[TensorProto]:
+    return [weight for weight in model.graph.initializer if weight.ByteSize() > above]
 
 
 def _content(weight: TensorProto) -> bytes:
     return bytes(weight.raw_data or numpy_helper.to_array(weight).tobytes())
 
 
-def _digest(weight: TensorProto) -> str:
-    """Return the hash of a weight's content; "" for one that is too small to share."""
-    content = _content(weight)
-    return hashlib.sha256(content).hexdigest() if len(content) >= _SMALLEST_SHARED else ""
+def _hash(weight: TensorProto) -> str:
+    return hashlib.sha256(_content(weight)).hexdigest()
 
 
 def _append(stream: BinaryIO, content: bytes) -> int:

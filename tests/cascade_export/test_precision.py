@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from cascade_rt import BundleError, CascadeRuntime, read_bundle
-from cascade_rt.bundle import BATCH_TOLERANCE, MemberEntry
+from cascade_rt.bundle import BATCH_TOLERANCE
 from cascade_rt.bundle.precisions import PRECISIONS
 from cascade_rt.cli import main
 from cascade_rt.errors import CascadeError, InputError
@@ -62,11 +62,6 @@ def test_every_precision_that_the_runtime_knows_can_be_written() -> None:
     assert [*WRITERS, TABLE] == list(PRECISIONS), "the last is that of averaging networks"
 
 
-def size(folder: Path, member: MemberEntry) -> int:
-    """Return the bytes of a member's files."""
-    return sum(file.stat().st_size for file in member.files(folder / member.file))
-
-
 def test_every_precision_answers_nearly_as_fp32_does(bundles: dict[str, Path]) -> None:
     texts = [json.loads(line)["text"] for line in (bundles["fp32"].parent / "check.jsonl").read_text().splitlines()]
     exact = CascadeRuntime(bundles["fp32"]).member_logits(texts)[0][0]
@@ -80,7 +75,7 @@ def test_every_precision_answers_nearly_as_fp32_does(bundles: dict[str, Path]) -
         if precision != "fp32":
             assert error > 0, "it is another precision"
             smaller = 1 if precision == "fp32-int8-words" else 0.75  # it has few words
-            assert size(folder, member) < smaller * size(bundles["fp32"], read_bundle(bundles["fp32"]).members[0])
+            assert member.size(folder / member.file) < smaller * member.size(bundles["fp32"] / member.file)
 
 
 def test_only_dynamic_ranges_of_whole_batches_depend_on_batch_mates(

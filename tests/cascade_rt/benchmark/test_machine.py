@@ -2,8 +2,8 @@ from __future__ import annotations
 
 from cascade_rt.benchmark.machine import describe, name_processor
 
-RASPBERRY_PI_4 = """\
-processor\t: 0
+CORE = """\
+processor\t: {}
 BogoMIPS\t: 108.00
 Features\t: fp asimd evtstrm crc32 cpuid
 CPU implementer\t: 0x41
@@ -12,19 +12,16 @@ CPU variant\t: 0x0
 CPU part\t: 0xd08
 CPU revision\t: 3
 
-processor\t: 1
-BogoMIPS\t: 108.00
-Features\t: fp asimd evtstrm crc32 cpuid
-CPU implementer\t: 0x41
-CPU architecture: 8
-CPU variant\t: 0x0
-CPU part\t: 0xd08
-CPU revision\t: 3
-
+"""
+RASPBERRY_PI_4 = (
+    CORE.format(0)
+    + CORE.format(1)
+    + """\
 Revision\t: c03114
 Serial\t\t: 100000001a2b3c4d
 Model\t\t: Raspberry Pi 4 Model B Rev 1.4
 """
+)
 
 
 def core(part: str, features: str = "fp asimd", implementer: str = "0x41") -> str:

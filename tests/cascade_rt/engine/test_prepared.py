@@ -10,9 +10,10 @@ import pytest
 
 from cascade_rt import BundleError, CascadeRuntime, Prediction
 from cascade_rt.engine import prepared
+from cascade_rt.engine.providers import installed_version
 from cascade_rt.io.caches import cache_folder
 
-pytestmark = pytest.mark.skipif(prepared._version() < prepared._SINCE, reason="this ONNX Runtime cannot keep them")
+pytestmark = pytest.mark.skipif(installed_version() < prepared._SINCE, reason="this ONNX Runtime cannot keep them")
 
 TEXTS = ["a film", "a bad film that is long and dull", "good"] * 20
 

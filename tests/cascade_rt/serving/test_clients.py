@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import gzip
 import http.client
 import json
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
@@ -101,7 +103,11 @@ def by_aiohttp(url: str, body: bytes, headers: Mapping[str, str]) -> tuple[int, 
         ):
             return response.status, await response.read()
 
-    return asyncio.run(post())
+    found = asyncio.run(post())
+    with warnings.catch_warnings():  # refused bodies are not all sent when the event loop ends: see aiohttp's close()
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
+    return found
 
 
 def by_curl(*options: str) -> Post:
