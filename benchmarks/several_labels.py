@@ -132,8 +132,9 @@ class Measured:
         self._runtime, self._order, self._cuts = runtime, order, cuts
         labels = len(runtime.bundle.labels)
         self._truth = {"tuning": tuning.answers(labels), "dev": dev.answers(labels)}
+        shift = logit(cuts[order[-1]]) - logit(np.array([cuts[name] for name in order]))  # by the export: see its cuts
         self._logits = {
-            name: runtime.member_logits(part.texts)[0].astype(np.float64)
+            name: runtime.member_logits(part.texts)[0].astype(np.float64) - shift[:, None]
             for name, part in (("tuning", tuning), ("dev", dev))
         }
         self._texts = list(dev.texts)
@@ -155,10 +156,8 @@ class Measured:
         for confidence, own in product(CONFIDENCES, (False, True)):
             points = {f"{speedup:g}x": self._at(members, CONFIDENCES[confidence], own, speedup) for speedup in SPEEDUPS}
             found["confidences"][confidence + (", own cuts" if own else ", shared cuts")] = points
-        taus = {
-            speedup: points["thresholds"]
-            for speedup, points in found["confidences"][f"{DISTANCE}, shared cuts"].items()
-        }
+        rule = found["confidences"][f"{DISTANCE}, own cuts"]  # the runtime's
+        taus = {speedup: points["thresholds"] for speedup, points in rule.items()}
         ways = {speedup: self._way(tuple(members), tau) for speedup, tau in taus.items() if tau}
         timed = self._timed({"alone": self._way((members[-1],), ()), **ways})
         found["on the clock"] = {

@@ -170,6 +170,8 @@ def run(options: argparse.Namespace) -> None:
     aligned = [_alignment(member) for member in bundle.members if "alignment" in member.other]
     if aligned:
         print("", *aligned, sep="\n")
+    if "vocabulary" in bundle.provenance:
+        print("", _vocabulary(bundle.provenance["vocabulary"]), sep="\n")
     for member in bundle.members:
         if hint := _faster_elsewhere(member):
             print(f"\n{hint}")
@@ -241,6 +243,14 @@ def _alignment(member: MemberEntry) -> str:
         f"{member.name}: aligned to the tokenizer of {found['tokenizer_of']} ({found['moved']} of {found['tokens']} "
         f"ids changed); {found['same_tokens']} of {found['texts']} texts have the same tokens, logits differ by up to "
         f"{found['max_logit_difference']:.1e}"
+    )
+
+
+def _vocabulary(found: Mapping[str, int]) -> str:
+    """Return how many tokens are kept, and what that changes for texts that had no part in it."""
+    return (
+        f"vocabulary: {found['tokens']:,} of {found['of']:,} tokens; {found['cut_differently']} of {found['held_out']} "
+        "held-out texts are cut differently"
     )
 
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from cascade_export.check import USUAL_CHECK, Check, CheckData, load_check_data
 from cascade_export.checkpoint import EXPORTERS, TRACE, Checkpoint, built_in_texts, check_fit, tokenizer_differences
+from cascade_export.cuts import with_chosen_cuts, with_shared_cuts
 from cascade_export.member import Files, MemberExport
 from cascade_export.onnx_checkpoint import OnnxCheckpoint, is_onnx, open_onnx
 from cascade_rt.bundle import Bundle, MemberEntry, sha256_of, write_bundle, write_manifest
@@ -74,7 +75,10 @@ def export_bundle(
     with write_bundle(output, overwrite=overwrite) as folder:
         (vocabulary or first).backend.save(str(folder / TOKENIZER_FILE))
         tokenizer = TextTokenizer(folder / TOKENIZER_FILE, first.max_length, first.pair)
-        members, tasks = [], {}
+        if check.choose_cuts:
+            checkpoints = [with_chosen_cuts(one, tokenizer, check) for one in checkpoints]
+        checkpoints, own_cuts = with_shared_cuts(checkpoints)
+        members = []
         for checkpoint in tqdm(checkpoints, desc="exporting", unit=" members", disable=None):
             data = load_check_data(check.data, checkpoint, check.reading)
             with (
@@ -83,15 +87,15 @@ def export_bundle(
             ):
                 files = _files(checkpoint, tokenizer, data, Path(work), check, vocabulary)
                 member = MemberExport(checkpoint, files, tokenizer, folder, check, data)
-                if check.choose_cuts:
-                    tasks[checkpoint.name] = member.choose_cuts()
-                members.append(member.export(wanted[checkpoint.name]))
+                entry = member.export(wanted[checkpoint.name])
+            if checkpoint.name in own_cuts:
+                entry = replace(entry, other={**entry.other, "own_cuts": list(own_cuts[checkpoint.name])})
+            members.append(entry)
         if not any(isinstance(checkpoint, OnnxCheckpoint) for checkpoint in checkpoints):
             from cascade_export.weights import share_weights  # noqa: PLC0415 - loads onnx
 
             members = share_weights(folder, members)
         members[:-1] = [replace(member, threshold=threshold) for member in members[:-1]]
-        checkpoints = [replace(one, task=tasks.get(one.name, one.task)) for one in checkpoints]
         bundle = bundle_of(checkpoints, members, folder, check.exporter)
         if vocabulary:
             bundle = replace(bundle, provenance={**bundle.provenance, "vocabulary": vocabulary.facts})

@@ -28,10 +28,8 @@ from cascade_rt.engine.execution import Execution
 from cascade_rt.engine.prepared import OFF
 from cascade_rt.engine.providers import CPU, OPENVINO, instead_of, is_installed
 from cascade_rt.engine.stage import Stage
-from cascade_rt.engine.task import MultiLabel, Task
 from cascade_rt.engine.tokenization import TextTokenizer
-from cascade_rt.errors import BundleError, CascadeError, InputError, InvalidOption, MissingExtraError
-from cascade_rt.tuning.cuts import best_cuts
+from cascade_rt.errors import BundleError, CascadeError, InputError, MissingExtraError
 from cascade_rt.types import Text
 
 AUTO = "auto"
@@ -86,7 +84,6 @@ class MemberExport:
         data: CheckData | None,
     ) -> None:
         self._checkpoint = checkpoint
-        self._task = checkpoint.task
         self._files = files
         self._folder = folder
         self._max_accuracy_drop = check.max_accuracy_drop
@@ -95,21 +92,6 @@ class MemberExport:
         self._encoded = tokenizer.encode(data.texts) if data else None
         self._original = files.original(data.texts, tokenizer) if data else None
         self._batched = tokenizer.encode([*built_in_texts(checkpoint.pair), *(data.texts[:_BATCHED] if data else [])])
-
-    def choose_cuts(self) -> Task:
-        """Return the member's task with the cuts that have the best F1 on the check data; it is checked at them.
-
-        Raises InvalidOption for one label per text, and InputError without labelled texts.
-        """
-        if not self._task.several:
-            raise InvalidOption("choose_cuts", True, "False with one label per text, which has no cuts")
-        name = self._checkpoint.name
-        if self._data is None or self._data.labels is None:
-            raise InputError(f"member {name!r}: found no labelled texts to choose cuts on; give check data")
-        if self._original is None:
-            raise InputError(f"member {name!r}: found no fp32 file to choose cuts by; add it to the folder")
-        self._task = MultiLabel(best_cuts(self._original, self._data.labels))
-        return self._task
 
     def export(self, precision: str | None) -> MemberEntry:
         """Write the member in a precision, None for the usual one, and check it; return its entry, without threshold.
@@ -198,7 +180,7 @@ class MemberExport:
     def _checked(self, entry: MemberEntry, member: Stage) -> MemberEntry:
         """Run the finished member; return its entry with the measurements; raise CascadeError if it lost too much."""
         found: dict[str, Any] = {}
-        task = self._task
+        task = self._checkpoint.task
         alone = probabilities(member, self._batched, task)
         if (difference := batch_difference(member, self._batched, alone, task)) is not None:
             found["batch_difference"] = difference

@@ -7,7 +7,10 @@ from dataclasses import asdict, dataclass, replace
 from inspect import signature
 from typing import Any
 
+import numpy as np
+import torch
 from cascade_train.alignment import align, check_alignment, check_token_types, usable_positions
+from cascade_train.finetune import last_linear
 from cascade_train.settings import Settings, guarded
 from cascade_train.sources import (
     check_tokens,
@@ -17,6 +20,7 @@ from cascade_train.sources import (
     load_tokenizer,
     pretrained,
 )
+from numpy.typing import NDArray
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from cascade_export.checkpoint import Checkpoint, checked_length, member_name, task_of, training_record
@@ -36,6 +40,13 @@ class TorchCheckpoint(Checkpoint):
     tokenizer: PreTrainedTokenizerFast
     original: TorchCheckpoint | None = None  # before it was aligned to another member's tokenizer
     alignment: Mapping[str, Any] | None = None  # what that changed, for the manifest
+
+    def shift_logits(self, shift: NDArray[np.float64]) -> None:
+        """Add `shift`, (labels,), to all logits, in the last layer; raise CascadeError if that is not linear."""
+        for model in [self.model, *([self.original.model] if self.original else [])]:
+            layer = last_linear(model)
+            added = torch.as_tensor(shift, dtype=layer.weight.dtype)
+            layer.bias = torch.nn.Parameter(added if layer.bias is None else layer.bias.detach() + added)
 
 
 def open_torch(source: str, *, pair: bool | None = None, max_length: int | None = None) -> TorchCheckpoint:

@@ -114,7 +114,7 @@ def test_an_onnx_file_is_refused(bundle: Path, tmp_path: Path, member_folders: l
         export_bundle([str(folder)], tmp_path / "out", check=Check(vocabulary=tmp_path / "domain.txt"))
 
 
-def test_a_network_without_layers_hashes_the_ids_of_before(tmp_path: Path) -> None:
+def test_a_network_without_layers_hashes_the_ids_of_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = make_member(tmp_path / "words", layers=1)
     rows = [{"text": text, "label": ["good", "bad"][number % 2]} for number, text in enumerate(DOMAIN)]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -124,6 +124,8 @@ def test_a_network_without_layers_hashes_the_ids_of_before(tmp_path: Path) -> No
     assert main([*made, "--output", "dan"]) == 0
     for name, trim in {"whole": [], "trimmed": ["--trim-vocabulary", "domain.txt"]}.items():
         assert main(["export", "--member", "dan", "--output", name, *trim]) == 0
+    facts = read_bundle("trimmed").provenance["vocabulary"]
+    assert f"{facts['tokens']:,} of {facts['of']:,} tokens; {facts['cut_differently']} of" in capsys.readouterr().out
     whole, found = (
         [answer.probabilities for answer in CascadeRuntime(name).predict(DOMAIN)] for name in ("whole", "trimmed")
     )

@@ -31,7 +31,7 @@ from cascade_train.tasks import Examples, TaskData, hold_out, load_file, strata_
 from cascade_train.unlabelled import with_answers, with_unlabelled
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.special import expit
+from scipy.special import expit, logit
 from sklearn import metrics
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -111,6 +111,11 @@ def bundle(members: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Pat
     output = tmp_path_factory.mktemp("bundles") / "bundle"
     export_bundle([str(member) for member in members], output)
     return output
+
+
+def recorded_cuts(member: Path) -> list[float]:
+    cuts: list[float] = json.loads((member / RECORD).read_text("utf-8"))["cuts"]
+    return cuts
 
 
 @pytest.mark.parametrize("kind", ["separator", "columns"])
@@ -211,14 +216,20 @@ def test_members_learn_and_keep_their_cuts(members: list[Path], data: TaskData) 
 def test_a_bundle_answers_as_torch(bundle: Path, members: list[Path], data: TaskData) -> None:
     runtime = CascadeRuntime(bundle)
     assert (runtime.task.name, runtime.bundle.labels) == ("multi_label", LABELS)
-    assert list(runtime.bundle.cuts) == json.loads((members[-1] / RECORD).read_text("utf-8"))["cuts"]
+    shared = runtime.bundle.cuts
+    assert list(shared) == recorded_cuts(members[-1])
     texts = list(data.validation.texts)
     for found, folder in zip(runtime.member_logits(texts)[0], members, strict=True):
         model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
         batch = AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
         batch.pop("token_type_ids") if isinstance(model, AveragingForSequenceClassification) else None
         with torch.inference_mode():
-            assert expit(found) == pytest.approx(torch.sigmoid(model(**batch).logits).numpy(), abs=1e-4)
+            logits = model(**batch).logits.numpy()
+        cuts = recorded_cuts(folder)  # its own, which are read at those that all share
+        assert expit(found) == pytest.approx(expit(logits + logit(shared) - logit(cuts)), abs=1e-4)
+        assert (expit(found.astype(np.float64)) > shared).tolist() == (expit(logits) > cuts).tolist()
+    own = [entry.other.get("own_cuts", list(shared)) for entry in runtime.bundle.members]
+    assert own == [recorded_cuts(folder) for folder in members]
     answered = [one.labels for one in runtime.without_exits().predict(texts)]
     expected = [tuple(LABELS[index] for index in some) for some in data.validation.labels]
     assert np.mean([one == other for one, other in zip(answered, expected, strict=True)]) > 0.8
@@ -250,10 +261,12 @@ def test_commands_lead_from_a_table_to_an_evaluation(
 def test_cuts_can_be_chosen_at_export(members: list[Path], data: TaskData, tmp_path: Path) -> None:
     file, reading = written_as("separator", tmp_path, ROWS)
     check = Check(file, reading, choose_cuts=True)
-    bundle = export_bundle([str(member) for member in members[1:]], tmp_path / "bundle", check=check)
+    bundle = export_bundle([str(member) for member in members], tmp_path / "bundle", check=check)
     examples = Examples([text for text, _ in ROWS], [tuple(LABELS.index(name) for name in has) for _, has in ROWS])
-    logits = logits_of(str(members[-1]), data, examples, 16).astype(np.float64)
-    assert bundle.cuts == pytest.approx(best_cuts(expit(logits), examples.answers(3)), abs=1e-4)
+    own = [entry.other["own_cuts"] for entry in bundle.members[:-1]]
+    for folder, cuts in zip(members, [*own, bundle.cuts], strict=True):
+        logits = logits_of(str(folder), data, examples, 16).astype(np.float64)
+        assert cuts == pytest.approx(best_cuts(expit(logits), examples.answers(3)), abs=1e-4)
     (tmp_path / "texts.txt").write_text("cat\ndog\n")
     with pytest.raises(InputError, match="found no labelled texts to choose cuts on"):
         check = Check(tmp_path / "texts.txt", choose_cuts=True)
