@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import suppress
 from math import sqrt
 from pathlib import Path
+from time import sleep
 from typing import NamedTuple
 
 import numpy as np
@@ -15,11 +17,13 @@ from ..engine.execution import Execution
 from ..engine.providers import CUDA, OPENVINO, is_installed
 from ..errors import CascadeError
 from ..runtime import CascadeRuntime
+from ..types import Text
 from .turns import batch_by_batch, in_turns
 from .workload import texts_for
 
 _ALONE, _BULK = 24, 256  # texts
 _ROUNDS = 5
+_REST = 0.002  # seconds: more than threads spin
 
 
 class Candidate(NamedTuple):
@@ -38,35 +42,47 @@ class Candidate(NamedTuple):
 
 
 def adapt(model_dir: str | Path, *, data: Path | None = None, words: str = "10:5") -> list[Candidate]:
-    """Return what can run a bundle here, the fastest first: providers, each with 1, half and all CPUs as threads.
+    """Return what can run a bundle here, the fastest first.
 
+    Tried are providers, each with 1, half and all CPUs as threads, and on the CPU threads that spin and that do not.
     `data`: texts to measure on; None for ones made up of the vocabulary, of `words` ("MEAN:SD") each. Members and
     thresholds are those of tuning. Providers that cannot run the members' precisions are left out.
     """
-    runtimes: dict[tuple[str, int], CascadeRuntime] = {}
-    for provider in _providers():
-        for threads in sorted({1, max(1, usable_cpus() // 2), usable_cpus()}):
-            with suppress(CascadeError):  # it has no kernels for the members
-                runtimes[provider, threads] = CascadeRuntime(
-                    model_dir, provider=provider, threads=threads, preload=True
-                )
+    runtimes: list[tuple[Execution, CascadeRuntime]] = []
+    for execution in _settings():
+        with suppress(CascadeError):  # the provider has no kernels for the members
+            runtimes.append((execution, CascadeRuntime(model_dir, preload=True, **execution.arguments())))
     if not runtimes:
         CascadeRuntime(model_dir, preload=True)  # raises the reason
-    bundle = next(iter(runtimes.values())).bundle
-    texts = texts_for(bundle, data, words, _BULK)
+    texts = texts_for(runtimes[0][1].bundle, data, words, _BULK)
     calls = [*([[text]] for text in texts[:_ALONE]), [texts]]
-    timed = in_turns({name: batch_by_batch(runtime) for name, runtime in runtimes.items()}, calls, _ROUNDS)
-    for runtime in runtimes.values():
+    contestants = {index: batch_by_batch(runtime) for index, (_, runtime) in enumerate(runtimes)}
+    timed = in_turns(contestants, calls, _ROUNDS, wake=_rested)
+    for _, runtime in runtimes:
         runtime.close()
     found = [
         Candidate(
-            Execution(provider, threads),
-            1e3 * float(np.median(timed[provider, threads].seconds[:, :-1])),
-            1e3 * float(np.median(timed[provider, threads].seconds[:, -1])) / len(texts),
+            execution,
+            1e3 * float(np.median(timed[index].seconds[:, :-1])),
+            1e3 * float(np.median(timed[index].seconds[:, -1])) / len(texts),
         )
-        for provider, threads in runtimes
+        for index, (execution, _) in enumerate(runtimes)
     ]
     return sorted(found, key=lambda candidate: candidate.cost)
+
+
+def _settings() -> Iterator[Execution]:
+    for provider in _providers():
+        for threads in sorted({1, max(1, usable_cpus() // 2), usable_cpus()}):
+            yield Execution(provider, threads)
+            if provider == "cpu" and threads > 1:
+                yield Execution(provider, threads, spin_us=0)
+
+
+def _rested(_: object) -> list[list[Text]]:
+    """Wait until threads of the runtime that ran before no longer spin; call the next one with nothing."""
+    sleep(_REST)
+    return []
 
 
 def _providers() -> list[str]:

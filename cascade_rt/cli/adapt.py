@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from ..benchmark.adapt import adapt
 from ..bundle import read_bundle
 from ..engine.adapted import keep
+from ..engine.execution import Execution
 from .options import add_model_dir
 from .parser import CommandParser
 from .rendering import table
@@ -32,18 +34,26 @@ def run(options: argparse.Namespace) -> None:
     """Measure, keep the fastest, print all."""
     found = adapt(options.model_dir, data=options.data, words=options.words)
     best = found[0].execution
-    measured = {
-        f"{one.execution.provider}, threads {one.execution.threads}": {"alone_ms": one.alone_ms, "bulk_ms": one.bulk_ms}
-        for one in found
-    }
+    measured = [{**_settings(one.execution), "alone_ms": one.alone_ms, "bulk_ms": one.bulk_ms} for one in found]
     file = None if options.dry_run else keep(read_bundle(options.model_dir, verify=False), best, measured)
     if options.json:
-        print(json.dumps({"provider": best.provider, "threads": best.threads, "measured": measured}))
+        print(json.dumps({**_settings(best), "measured": measured}))
         return
     rows = [
-        [one.execution.provider, str(one.execution.threads), f"{one.alone_ms:.3f}", f"{one.bulk_ms:.3f}"]
+        [
+            one.execution.provider,
+            str(one.execution.threads),
+            "no" if one.execution.spin_us == 0 else "yes",
+            f"{one.alone_ms:.3f}",
+            f"{one.bulk_ms:.3f}",
+        ]
         for one in found
     ]
-    print(table(["provider", "threads", "ms, one text", "ms a text, in bulk"], rows))
+    print(table(["provider", "threads", "spinning", "ms, one text", "ms a text, in bulk"], rows))
     if file is not None:
-        print(f"predict, evaluate and serve now take {best.provider} with {best.threads} threads here: {file}")
+        spinning = " that do not spin" if best.spin_us == 0 else ""
+        print(f"predict, evaluate and serve now take {best.provider} with {best.threads} threads{spinning}: {file}")
+
+
+def _settings(execution: Execution) -> dict[str, Any]:
+    return {"provider": execution.provider, "threads": execution.threads, "spin_us": execution.spin_us}

@@ -7,7 +7,7 @@ another bundle does not follow it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,13 @@ def followed(model_dir: str | Path, execution: Execution) -> Execution:
         found = json.loads((Path(model_dir) / FILE).read_text("utf-8"))
         if found["machine"] != _here() or found["members"] != _members(read_manifest(Path(model_dir))):
             return execution
-        return replace(execution, provider=str(found["provider"]), threads=int(found["threads"]))
+        spin_us = found["spin_us"] if execution.spin_us is None else execution.spin_us
+        return replace(execution, provider=str(found["provider"]), threads=int(found["threads"]), spin_us=spin_us)
     except (OSError, ValueError, KeyError, TypeError, BundleError):  # none, or not one of ours
         return execution
 
 
-def keep(bundle: Bundle, execution: Execution, measured: Mapping[str, Any]) -> Path:
+def keep(bundle: Bundle, execution: Execution, measured: Sequence[Mapping[str, Any]]) -> Path:
     """Write the settings that were fastest, with the measurements; return the file."""
     folder = bundle.folder or Path()
     record = {
@@ -44,6 +45,7 @@ def keep(bundle: Bundle, execution: Execution, measured: Mapping[str, Any]) -> P
         "members": _members(bundle),
         "provider": execution.provider,
         "threads": execution.threads,
+        "spin_us": execution.spin_us,
         "measured": measured,
     }
     try:
