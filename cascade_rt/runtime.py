@@ -73,6 +73,7 @@ class CascadeRuntime:
         spin_us: int | None = None,
         cache: str | Path | None = None,
         low_memory: bool = False,
+        word_cache: bool = True,
         verify: bool = True,
         expected_sha256: str | None = None,
         trace: Callable[[Trace], object] | None = None,
@@ -100,6 +101,8 @@ class CascadeRuntime:
                 else the user's cache folder.
             low_memory: Run one micro-batch at a time with all threads, on one session, and return memory after each;
                 many texts take longer.
+            word_cache: Put texts together from the token ids of words that were tokenized before, where that gives the
+                tokenizer's ids exactly; up to 24 MB of words are kept.
             verify: Check the sha256 of the files, those of a member when it is first loaded; False is for huge models
                 on a trusted disk, and keeps nothing in `cache`.
             expected_sha256: The bundle's, as `cascade-rt info` prints it; another bundle is refused.
@@ -115,7 +118,7 @@ class CascadeRuntime:
         self._counting = Lock()
         if isinstance(model_dir, Plan):
             others = (threads, thresholds, members, provider_options, spin_us, cache, expected_sha256, trace)
-            if low_memory or any(other is not None for other in (*others, stride, aggregate)):
+            if low_memory or not word_cache or any(other is not None for other in (*others, stride, aggregate)):
                 raise InputError(
                     "found a plan and other arguments, expected the plan alone; change it by dataclasses.replace"
                 )
@@ -128,12 +131,13 @@ class CascadeRuntime:
                 provider_options=provider_options,
                 cache=cache,
                 low_memory=low_memory,
+                word_cache=word_cache,
                 verify=verify,
                 expected_sha256=expected_sha256,
                 trace=trace,
             )
             windows = Windows.of(stride, aggregate)
-            execution = Execution(provider, threads, provider_options, spin_us, cache, low_memory)
+            execution = Execution(provider, threads, provider_options, spin_us, cache, low_memory, word_cache)
             opened = OpenBundle.open(
                 model_dir, execution, members=members, verify=verify, expected_sha256=expected_sha256
             )
@@ -145,7 +149,7 @@ class CascadeRuntime:
             if preload:
                 for stage in self._plan.stages:
                     stage.load()
-        self._exits, self._layers = [0] * len(self._plan.bundle.members), 0
+        self._exits, self._layers, self._from_words = [0] * len(self._plan.bundle.members), 0, 0
 
     @property
     def plan(self) -> Plan:
@@ -223,7 +227,8 @@ class CascadeRuntime:
         many, executed = journey.rows, None
         if many is not None:
             executed = int(many @ np.array(plan.layers)[journey.exits])
-        self._record(counts, journey.tokenization_seconds, journey.runs, executed)
+        self.count(counts, executed, from_words=journey.from_words)
+        self._traced(len(journey.exits), journey.tokenization_seconds, journey.runs)
         probabilities = journey.probabilities
         rows = Struct(f"{probabilities.shape[1]}d").iter_unpack(probabilities.data)  # half the time of `tolist`
         winners, exits = probabilities.argmax(axis=1).tolist(), journey.exits.tolist()
@@ -246,7 +251,8 @@ class CascadeRuntime:
             following = {"hidden_states": hidden_states, "attention_mask": batch["attention_mask"]}
         exits = [0] * len(plan.stages)
         exits[index] = 1
-        self._record(exits, encoded.seconds, runs)
+        self.count(exits, from_words=encoded.from_words)
+        self._traced(1, encoded.seconds, runs)
         return plan.prediction(probabilities, probabilities.index(max(probabilities)), index, encoded.truncated(0))
 
     def predict_iter(self, texts: Iterable[Text], chunk_size: int = 1024) -> Iterator[Prediction]:
@@ -309,9 +315,9 @@ class CascadeRuntime:
         `reset` starts a new count, for instance every hour.
         """
         with FORKS, self._counting:
-            seen, executed = list(self._exits), self._layers
+            seen, executed, from_words = list(self._exits), self._layers, self._from_words
             if reset:
-                self._exits, self._layers = [0] * len(seen), 0
+                self._exits, self._layers, self._from_words = [0] * len(seen), 0, 0
         texts = sum(seen)
         mean_layers = executed / texts if texts else float("nan")
         exact = on_exact_kernels(self.bundle, self._plan.opened.execution.provider)
@@ -319,25 +325,26 @@ class CascadeRuntime:
         names = [entry.name for entry in self.bundle.members]
         as_tuned = tuning is not None and tuning.members == names and tuning.windows == self._windows
         if tuning is None or not as_tuned or self.exit_rule != exit_rule(self.bundle):
-            return Stats(texts, seen, mean_layers, None, None, None, exact)
+            return Stats(texts, seen, mean_layers, None, None, None, exact, from_words)
         rates = [count / sum(tuning.exits) for count in tuning.exits]
         distance, p_value = exit_shift(tuning.exits, seen) if texts else (None, None)
-        return Stats(texts, seen, mean_layers, rates, distance, p_value, exact)
+        return Stats(texts, seen, mean_layers, rates, distance, p_value, exact, from_words)
 
     @property
     def _windows(self) -> dict[str, Any]:
         """The settings of windows, as a tuning records them; none where texts are cut."""
         return {} if self._plan.windows is None else asdict(self._plan.windows)
 
-    def count(self, exits: Sequence[int], layers: int | None = None) -> None:
+    def count(self, exits: Sequence[int], layers: int | None = None, *, from_words: int = 0) -> None:
         """Count texts that were answered otherwise than by `predict`, one number for each member, for `stats`.
 
-        `layers`: executed for them in all; None for texts of one row.
+        `layers`: executed for them in all; None for texts of one row. `from_words`: see `Stats`.
         """
         if layers is None:
             layers = sum(texts * each for texts, each in zip(exits, self._plan.layers, strict=True))
         with FORKS, self._counting:
             self._layers += layers
+            self._from_words += from_words
             for index, texts in enumerate(exits):
                 self._exits[index] += texts
 
@@ -441,12 +448,9 @@ class CascadeRuntime:
         """Pickle by the recipe."""
         return Recipe.open, (self.recipe(), type(self))
 
-    def _record(
-        self, exits: list[int], tokenization_seconds: float, runs: list[StageRun], layers: int | None = None
-    ) -> None:
-        self.count(exits, layers)
+    def _traced(self, texts: int, tokenization_seconds: float, runs: list[StageRun]) -> None:
         if self._plan.trace is not None:
-            self._plan.trace(Trace(sum(exits), tokenization_seconds, runs))
+            self._plan.trace(Trace(texts, tokenization_seconds, runs))
 
     def _ranked(self, prediction: Prediction, top_k: int | None) -> Any:
         if top_k is _BEST:
@@ -497,4 +501,5 @@ def _begun(plan: Plan, encoded: Encoded) -> Journey:
         state=plan.rule.begin(texts),
         inputs={TOKENS: encoded},
         tokenization_seconds=encoded.seconds,
+        from_words=encoded.from_words,
     )

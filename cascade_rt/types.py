@@ -48,13 +48,13 @@ class Trace(NamedTuple):
     texts: int
     """Texts in the call."""
     tokenization_seconds: float
-    """Time of the calls of the tokenizers library."""
+    """Time of tokenization."""
     runs: list[StageRun]
     """Every run of every stage, in order."""
 
     @property
     def seconds(self) -> float:
-        """Time of the calls of the tokenizers library and of the engine."""
+        """Time of tokenization and of the engine's calls."""
         return self.tokenization_seconds + sum(run.seconds for run in self.runs)
 
 
@@ -75,3 +75,5 @@ class Stats(NamedTuple):
     """Probability of a difference at least as large if the texts are of the same kind; at least 0.0001."""
     exact_kernels: tuple[str, ...] = ()
     """Members whose int8 products run on ONNX Runtime's exact, slower kernels, because this CPU has no VNNI."""
+    from_words: int = 0
+    """Texts whose tokens were put together from those of words, without the tokenizers library."""

@@ -14,6 +14,7 @@ from cascade_train.tasks import load_evaluation, load_task
 from cascade_rt import CascadeRuntime, read_bundle
 from cascade_rt.cli import main
 from cascade_rt.engine.task import SingleLabel
+from cascade_rt.engine.tokenization import TextTokenizer
 
 TASK = SingleLabel()
 
@@ -82,6 +83,20 @@ def test_two_layers_learn_sst2_from_a_plain_csv(
     dev = real_data("sst2") / "dev.tsv"
     assert main(["evaluate", "--model-dir", "bundle", "--input", str(dev), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["members"][0]["accuracy"] > 0.7
+
+
+@pytest.mark.parametrize("name", ["banking77", "clinc150", "goemotions", "mrpc", "qnli", "rte", "sick", "sst2"])
+def test_tokens_of_words_are_those_of_texts(name: str, real_data: Find, minilm: Path) -> None:
+    files = [file for file in real_data(name).rglob("*") if file.is_file()]
+    fields = {field for file in files for line in file.read_text("utf-8").splitlines() for field in line.split("\t")}
+    texts = sorted(field for field in fields if any(map(str.isalpha, field)))[:10_000]
+    quick, slow = (TextTokenizer(minilm / "tokenizer.json", 64, False, word_cache=on) for on in (True, False))
+    found, wanted = quick.encode(texts), slow.encode(texts)
+    rows = np.arange(len(texts))
+    for array, expected in zip(found.batch(rows).values(), wanted.batch(rows).values(), strict=True):
+        np.testing.assert_array_equal(array, expected)
+    assert [found.truncated(row) for row in range(len(texts))] == [wanted.truncated(row) for row in range(len(texts))]
+    assert found.from_words > 0.98 * len(texts)
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,12 @@ def add_running(parser: CommandParser) -> None:
         "--low-memory", action="store_true", help="hold less memory, where many texts take longer in exchange"
     )
     parser.add_argument(
+        "--no-word-cache",
+        dest="word_cache",
+        action="store_false",
+        help="let the tokenizers library read every text, also those of words that it has read before",
+    )
+    parser.add_argument(
         "--cache",
         metavar="CACHE",
         help="where members are kept as prepared for this CPU, for a faster start and less memory; off: nowhere "

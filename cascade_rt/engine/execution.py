@@ -18,6 +18,7 @@ class Execution:
     spin_us: int | None = None
     cache: str | Path | None = None
     low_memory: bool = False
+    word_cache: bool = True
 
     def arguments(self) -> dict[str, Any]:
         """Return them as keyword arguments of `CascadeRuntime`."""

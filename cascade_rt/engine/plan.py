@@ -51,7 +51,9 @@ class OpenBundle:
             model_dir = Path(model_dir).absolute()  # members are loaded later, perhaps from another working directory
         bundle = read_bundle(model_dir, members, verify=verify, expected_sha256=expected_sha256, lazily=True)
         folder = bundle.folder or Path(model_dir)
-        tokenizer = TextTokenizer(folder / bundle.tokenizer_file, bundle.max_length, bundle.pair)
+        tokenizer = TextTokenizer(
+            folder / bundle.tokenizer_file, bundle.max_length, bundle.pair, word_cache=execution.word_cache
+        )
         if tokenizer.pads_left and any(entry.reads == HIDDEN_STATES for entry in bundle.members):
             raise BundleError(
                 f"{folder}: pads on the left, expected padding on the right where members read hidden states"

@@ -128,6 +128,8 @@ class Journey:
     inputs: dict[str, Encoded | HiddenStates]
     """Inputs of stages by their kind."""
     tokenization_seconds: float = 0.0
+    from_words: int = 0
+    """Texts whose tokens were put together from those of words."""
     runs: list[StageRun] = field(default_factory=list)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -6,9 +6,8 @@ import json
 import re
 from array import array
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -16,11 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from ..errors import BundleError, InferenceError, InvalidOption, TextError
 from ..types import Text
 from .forks import FORKS
 from .windows import rows_of, rows_of_picks
+from .word_cache import WordCache
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 """Names of a member's inputs, where it reads tokens."""
@@ -37,17 +38,25 @@ _SPLIT_FURTHER = {"Digits", "Punctuation"}
 _KEEP_RUNS = {"BertPreTokenizer", "Punctuation", "Whitespace", "WhitespaceSplit"}  # of letters and digits
 _KEEP_LETTERS = {"BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "StripAccents"}
 
+_FRAMES = 512  # lists of types that are kept
+_PROBES = (
+    "The quick brown fox doesn't jump over 13 lazy dogs, does it?",
+    'RE: "naive" e-mails from a@b.org (50% off!) cost $9.99 & more',
+    "antidisestablishmentarianism xqzzy Aa aB 007 #tag ~/x_y.z;",
+)
+"""Texts by which putting together words is compared with the library."""
+
 _ONES = np.ones((1, 512), dtype=np.int64)
 _ONES.flags.writeable = False
 
 
-@dataclass(frozen=True)
 class _Tokens:
-    """The tokens of a row of a text that was too long, or that another process has tokenized."""
+    """The tokens of a row: of a text that was too long, made from its words, or tokenized by another process."""
 
-    ids: Sequence[int]
-    type_ids: Sequence[int]
-    truncated: bool
+    __slots__ = ("ids", "truncated", "type_ids")
+
+    def __init__(self, ids: Sequence[int], type_ids: Sequence[int], truncated: bool) -> None:
+        self.ids, self.type_ids, self.truncated = ids, type_ids, truncated
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -62,13 +71,16 @@ class Encoded:
         padding: dict[str, Any],
         seconds: float,
         counts: NDArray[np.intp] | None = None,
+        from_words: int = 0,
     ) -> None:
         self._encodings = encodings
         self.counts = counts
         """Rows of each text, (texts,); None where each has one."""
         self._padding = padding
         self.seconds = seconds
-        """Time of the tokenizers library's calls."""
+        """Time of tokenization."""
+        self.from_words = from_words
+        """Texts whose ids were put together from those of words, without the tokenizers library."""
         self._lengths: NDArray[np.intp] | None = None
         self._joined: dict[str, NDArray[np.int64]] = {}  # arrays for all texts, made when a batch first needs them
 
@@ -178,6 +190,42 @@ def _unpickled(
     return Encoded([_Tokens(every_id[own], every_type[own], cut) for own, cut in of_each], padding, seconds, counts)
 
 
+class _Frame:
+    """The special tokens around one text or two, and the types of tokens."""
+
+    def __init__(self, before: list[int], between: list[int], after: list[int], types: list[int]) -> None:
+        """`between`: two texts. `types`: of the tokens before, the first text's, those between, ..."""
+        self.before, self.between, self.after, self._types = before, between, after, types
+        self.size = len(before) + len(between) + len(after)
+        self._made: dict[tuple[int, int], list[int]] = {}
+
+    @classmethod
+    def of(cls, encoding: Encoding) -> _Frame | None:
+        """Return the frame of an encoding; None where texts are in another order, or a part has several types."""
+        parts: list[tuple[list[int], set[int]]] = [([], set()) for _ in range(5)]
+        part = 0
+        for number, type_id, side in zip(encoding.ids, encoding.type_ids, encoding.sequence_ids, strict=True):
+            following = part + part % 2 if side is None else 2 * side + 1
+            if following < part:
+                return None
+            part = following
+            parts[part][0].append(number)
+            parts[part][1].add(type_id)
+        if any(len(types) > 1 for _, types in parts):
+            return None
+        (before, _), _, (between, _), _, (after, _) = parts
+        return cls(before, between, after, [types.pop() if types else 0 for _, types in parts])
+
+    def types_of(self, first: int, second: int) -> list[int]:
+        """Return the types of a row of so many tokens of each text; the list is shared and not to be changed."""
+        if (found := self._made.get((first, second))) is None:
+            sizes = len(self.before), first, len(self.between), second, len(self.after)
+            found = [*chain.from_iterable(map(repeat, self._types, sizes))]
+            if len(self._made) < _FRAMES:
+                self._made[first, second] = found
+        return found
+
+
 class TextTokenizer:
     """The bundle's tokenizer: sides of padding and truncation from `tokenizer.json`, maximum length from the bundle.
 
@@ -193,8 +241,11 @@ class TextTokenizer:
     leaves it whole, so that a window may move by a single token, or makes windows of every two parts.
     """
 
-    def __init__(self, file: Path, max_length: int, pair: bool) -> None:
-        """Load `file`; raise BundleError where the tokenizers library cannot."""
+    def __init__(self, file: Path, max_length: int, pair: bool, *, word_cache: bool = True) -> None:
+        """Load `file`; raise BundleError where the tokenizers library cannot.
+
+        `word_cache`: whether texts may be put together from the ids of their words: see `WordCache`.
+        """
         try:
             with FORKS:
                 self._tokenizer = Tokenizer.from_file(str(file))
@@ -208,9 +259,32 @@ class TextTokenizer:
         self.cuts_left = (self._tokenizer.truncation or {}).get("direction") == "left"
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        if pair and self._tokenizer.post_processor is None:  # else the second text has type 1 alone, and 0 in a batch
+            self._tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B:1")
         self.max_length = max_length
         self.pads_left = self._padding["direction"] == "left"
         self._pair = pair
+        self._words: WordCache | None = None
+        if word_cache and (words := WordCache.of(self._description, self._encode_words)):
+            frame = _Frame.of(self._encode([("a", "a") if pair else "a"])[0])
+            if frame is not None:
+                self._words, self._frame = words, frame
+                self._check_words()
+
+    @cached_property
+    def _description(self) -> str:
+        with FORKS:
+            described: str = self._tokenizer.to_str()
+        return described
+
+    def _check_words(self) -> None:
+        """Leave all texts to the library where words do not give its tokens after all."""
+        probes: list[Text] = [(text, text[::-1]) for text in _PROBES] if self._pair else list(_PROBES)
+        for row, encoding in zip(self._from_words(probes, None), self._encode(probes), strict=True):
+            if row is None or row.truncated:
+                continue
+            if (row.ids, row.type_ids) != (encoding.ids, encoding.type_ids):
+                self._words = None
 
     def check_stride(self, stride: int) -> None:
         """Raise InvalidOption where windows could not share so many tokens and still move on."""
@@ -229,34 +303,85 @@ class TextTokenizer:
         for index, text in enumerate(texts):
             self._check(text, index)
         texts = list(texts)
-        long = self._shortened(texts, whole=stride is not None)
-        seconds = 0.0
-        encodings: list[Encoding | _Tokens] = []
-        counts: list[int] = []
+        started = perf_counter()
         try:
-            for part in _parts(texts):
-                started = perf_counter()
-                encoded = self._encode(part)
-                for at in range(len(part)) if long else ():
-                    index = len(counts) + at
-                    if index in long and (few := self._too_few(encoded[at], part[at], long[index])):
-                        self._check_whole(long[index], index, few)
-                        encoded[at] = self._encode([long[index]])[0]
-                seconds += perf_counter() - started
-                for each in encoded:
-                    rows = [each] if len(each) <= self.max_length else self._windows(each, stride)
-                    encodings += rows
-                    counts.append(len(rows))
-        except TextError:
-            raise
+            rows = self._from_words(texts, stride)
+            seconds = perf_counter() - started
+            if None not in rows:
+                return Encoded(rows, self._padding, seconds, None, len(rows))
+            rest = [index for index, row in enumerate(rows) if row is None]
+            others, more = self._by_library([texts[index] for index in rest], stride)
+        except TextError as error:
+            raise TextError(rest[error.index], error.reason) from error.__cause__
         except (TypeError, UnicodeEncodeError) as error:
             raise _not_unicode(texts) from error
         except MemoryError as error:
             raise InferenceError("memory ran out while texts were tokenized; send fewer or shorter texts") from error
         except Exception as error:  # the library raises bare Exceptions
             raise BundleError(f"the bundle's tokenizer cannot encode these texts ({error}); export it again") from error
+        encodings: list[Encoding | _Tokens] = []
+        counts = np.ones(len(texts), dtype=np.intp)
+        following = iter(others)
+        for index, row in enumerate(rows):
+            windows = next(following) if row is None else [row]
+            encodings += windows
+            counts[index] = len(windows)
         all_alone = len(encodings) == len(texts)
-        return Encoded(encodings, self._padding, seconds, None if all_alone else np.array(counts, dtype=np.intp))
+        from_words = len(texts) - len(rest)
+        return Encoded(encodings, self._padding, seconds + more, None if all_alone else counts, from_words)
+
+    def _from_words(self, texts: Sequence[Text], stride: int | None) -> list[_Tokens | None]:
+        """Put together the tokens of texts from those of words; None for a text that the library has to tokenize."""
+        words, none = self._words, list[int]()
+        if words is None:
+            return [None] * len(texts)
+        if not self._pair:
+            return [ids if ids is None else self._framed(ids, none, stride) for ids in words.ids_of(texts)]  # type: ignore[arg-type]
+        sides = words.ids_of([side for text in texts for side in text])
+        pairs = zip(sides[::2], sides[1::2], strict=True)
+        return [
+            None if first is None or second is None else self._framed(first, second, stride) for first, second in pairs
+        ]
+
+    def _framed(self, first: list[int], second: list[int], stride: int | None) -> _Tokens | None:
+        """Return a row of the ids of one text or two, cut to the maximum length; None if it has to become windows."""
+        frame = self._frame
+        excess = frame.size + len(first) + len(second) - self.max_length
+        if excess > 0:
+            if stride is not None:
+                return None
+            rooms = _room(len(first), len(second), excess)
+            first, second = (self._cut(ids, room) for ids, room in zip((first, second), rooms, strict=True))
+        ids = [*frame.before, *first, *frame.between, *second, *frame.after]
+        return _Tokens(ids, frame.types_of(len(first), len(second)), excess > 0)
+
+    def _cut(self, ids: list[int], room: int) -> list[int]:
+        return ids[len(ids) - room :] if self.cuts_left else ids[:room]
+
+    def _encode_words(self, words: list[str]) -> Sequence[Encoding]:
+        with FORKS:
+            if len(words) > 1 and FORKS.own_tokenizers_threads():
+                encodings: list[Encoding] = self._tokenizer.encode_batch_fast(words, add_special_tokens=False)
+                return encodings
+            return [self._tokenizer.encode(word, add_special_tokens=False) for word in words]
+
+    def _by_library(self, texts: list[Text], stride: int | None) -> tuple[list[list[Encoding | _Tokens]], float]:
+        """Return the rows of each text, and the seconds that the library's calls took."""
+        long = self._shortened(texts, whole=stride is not None)
+        seconds = 0.0
+        found: list[list[Encoding | _Tokens]] = []
+        for part in _parts(texts):
+            started = perf_counter()
+            encoded = self._encode(part)
+            for at in range(len(part)) if long else ():
+                index = len(found) + at
+                if index in long and (few := self._too_few(encoded[at], part[at], long[index])):
+                    self._check_whole(long[index], index, few)
+                    encoded[at] = self._encode([long[index]])[0]
+            seconds += perf_counter() - started
+            for each in encoded:
+                found.append([each] if len(each) <= self.max_length else [*self._windows(each, stride)])
+        return found, seconds
 
     def _shortened(self, texts: list[Text], *, whole: bool) -> dict[int, Text]:
         """Take out of huge texts what their tokens do not need; return those whose end was left out, by position.
@@ -282,7 +407,7 @@ class TextTokenizer:
     @cached_property
     def _long_run(self) -> re.Pattern[str] | None:
         """Runs that are too long for a word by their beginning alone; None where another model takes all words."""
-        state: Mapping[str, Any] = json.loads(self._tokenizer.to_str())
+        state: Mapping[str, Any] = json.loads(self._description)
         longest = state["model"].get("max_input_chars_per_word")
         normalizer, pre_tokenizer = state["normalizer"] or {"normalizers": []}, state["pre_tokenizer"] or {}
         if state["model"]["type"] != "WordPiece" or not longest:
@@ -318,9 +443,7 @@ class TextTokenizer:
     @cached_property
     def _splits_at_spaces(self) -> bool:
         """True if words are tokenized on their own, whatever follows them."""
-        pre_tokenizer: Mapping[str, Any] = json.loads(self._tokenizer.to_str())["pre_tokenizer"] or {
-            "pretokenizers": []
-        }
+        pre_tokenizer: Mapping[str, Any] = json.loads(self._description)["pre_tokenizer"] or {"pretokenizers": []}
         parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
         kinds = {part["type"] for part in parts if part.get("use_regex", True) and part.get("split", True)}
         return bool(kinds & _SPLIT_AT_SPACES) and kinds <= _SPLIT_AT_SPACES | _SPLIT_FURTHER

@@ -236,6 +236,7 @@ class Batcher:
         ticket = Ticket(rows, self._plan.rule if rule is None else rule, deadline, on_done)
         with self._wake:
             self._check_room(sum(rows))
+            self.runtime.count([0] * len(self._queues), 0, from_words=encoded.from_words)
             now = monotonic()
             texts = []
             for row, length in enumerate(encoded.tokens.tolist()):

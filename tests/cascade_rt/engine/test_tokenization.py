@@ -186,7 +186,7 @@ def test_a_text_that_cannot_be_cut_at_a_space_has_the_tokens_of_the_whole(
     library.enable_truncation(300)
     library.no_padding()
     wanted = library.encode(text).ids
-    ours = TextTokenizer(file, 300, pair=False)
+    ours = TextTokenizer(file, 300, pair=False, word_cache=False)  # which takes short ones of these
     encoded = ours.encode(["fine", text])
     assert encoded.batch(np.array([1]))["input_ids"][0].tolist() == wanted
     assert encoded.truncated(1) == (len(wanted) == 300)
@@ -282,7 +282,7 @@ def test_a_text_that_cannot_be_used_is_named_by_its_position(bundle: Path) -> No
 
 
 def test_memory_that_runs_out_is_not_the_bundles_fault(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = TextTokenizer(bundle / "tokenizer.json", 32, pair=False)
+    tokenizer = TextTokenizer(bundle / "tokenizer.json", 32, pair=False, word_cache=False)
 
     def exhausted(_: object) -> None:
         raise MemoryError
