@@ -240,20 +240,22 @@ class CascadeRuntime:
         state = plan.rule.begin(1)
         runs: list[StageRun] = []
         following: Any = None  # what a segment reads
+        last = len(plan.stages) - 1
         for index, stage in enumerate(plan.stages):
             batch = stage.batch(encoded, _FIRST) if stage.reads == TOKENS else following
             logits, hidden_states, seconds = stage.run(batch)
             if plan.trace is not None:
                 runs.append(StageRun(index, stage.entry.name, *shape(batch), seconds))
-            probabilities = plan.task.probabilities_of_one(logits[0])
-            if stage is plan.stages[-1] or plan.rule.leaves_alone(state, index, plan.task, probabilities):
+            probabilities, winner = plan.task.probabilities_of_one(logits[0])
+            if index == last or plan.rule.leaves_alone(state, index, plan.task, probabilities, winner):
                 break
             following = {"hidden_states": hidden_states, "attention_mask": batch["attention_mask"]}
-        exits = [0] * len(plan.stages)
-        exits[index] = 1
-        self.count(exits, from_words=encoded.from_words)
+        with FORKS, self._counting:
+            self._exits[index] += 1
+            self._layers += plan.layers[index]
+            self._from_words += encoded.from_words
         self._traced(1, encoded.seconds, runs)
-        return plan.prediction(probabilities, probabilities.index(max(probabilities)), index, encoded.truncated(0))
+        return plan.prediction(probabilities, winner, index, encoded.truncated(0))
 
     def predict_iter(self, texts: Iterable[Text], chunk_size: int = 1024) -> Iterator[Prediction]:
         """Classify a stream in constant memory, `chunk_size` texts at a time; answers are in input order."""

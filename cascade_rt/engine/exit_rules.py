@@ -81,8 +81,11 @@ class ExitRule(ABC):
         `rows`: positions of the texts in the call, (rows,). `observed`: what `observed` returns for them, (rows, ...).
         """
 
-    def leaves_alone(self, state: Any, stage: int, task: Task, probabilities: list[float]) -> bool:
-        """Return whether the only text of a call leaves after `stage`, which is not the last; as `leaving` does."""
+    def leaves_alone(self, state: Any, stage: int, task: Task, probabilities: list[float], winner: int) -> bool:
+        """Return whether the only text of a call leaves after `stage`, which is not the last; as `leaving` does.
+
+        `winner`: its most probable class.
+        """
         return bool(self.leaving(state, stage, _FIRST, self.observed(task, np.array([probabilities])))[0])
 
     def among(self, own: Sequence[MemberEntry], members: Sequence[MemberEntry]) -> ExitRule:
@@ -232,9 +235,9 @@ class MaximumProbability(Thresholds):
         """Return the confidence of each text."""
         return task.confidence(probabilities)
 
-    def leaves_alone(self, state: Any, stage: int, task: Task, probabilities: list[float]) -> bool:
+    def leaves_alone(self, state: Any, stage: int, task: Task, probabilities: list[float], winner: int) -> bool:
         """Return whether the confidence exceeds the threshold."""
-        return task.confidence_of_one(probabilities) > self.thresholds[stage]
+        return task.confidence_of_one(probabilities, winner) > self.thresholds[stage]
 
 
 @register

@@ -4,7 +4,7 @@ A task is immutable. `name` is its name in the manifest, `several` says whether 
 and `function` names the function from logits to probabilities. Logits and probabilities are arrays of shape (...,
 labels), the latter float64; those of a text do not depend on the others. Answers are class ids, int (...), or with
 several labels which of them, bool (..., labels). Methods that end in `_of_one` take one text as plain numbers, with the
-bits of their counterparts and fewer calls of numpy.
+bits of their counterparts and fewer calls of numpy; `winner` is the first of its most probable classes.
 
 The answers to the windows of a long text become one by their probabilities, not by their logits: a softmax does not
 change when a number is added to all logits of a window, so that logits of different windows have no common zero.
@@ -48,22 +48,22 @@ class SingleLabel:
         probabilities: NDArray[np.float64] = exponentials / totals
         return probabilities
 
-    def probabilities_of_one(self, logits: NDArray[np.floating]) -> list[float]:
-        """Return the softmax of the logits of one text."""
+    def probabilities_of_one(self, logits: NDArray[np.floating]) -> tuple[list[float], int]:
+        """Return the softmax of the logits of one text, and the winner."""
         if len(logits) > _FEW:
             wide = logits.astype(np.float64)
             wide -= wide.item(wide.argmax())  # a quarter of the time of `max`
             np.exp(wide, out=wide)
             wide /= np.add.accumulate(wide).item(-1)
-            found: list[float] = wide.tolist()
-            return found
+            return wide.tolist(), int(wide.argmax())
         values: list[float] = logits.tolist()
         largest = max(values)
         exponentials = [math.exp(value - largest) for value in values]
         total = 0.0
         for exponential in exponentials:  # Python's `sum` compensates for rounding since 3.12
             total += exponential
-        return [exponential / total for exponential in exponentials]
+        found = [exponential / total for exponential in exponentials]
+        return found, found.index(max(found))
 
     def aggregated(self, logits: NDArray[np.floating], aggregate: str) -> NDArray[np.float64]:
         """Return logits, (labels,), of one text from those of its windows, (windows, labels).
@@ -100,9 +100,9 @@ class SingleLabel:
         maximum: NDArray[np.float64] = probabilities.max(axis=-1)
         return maximum
 
-    def confidence_of_one(self, probabilities: list[float]) -> float:
+    def confidence_of_one(self, probabilities: list[float], winner: int) -> float:
         """Return the largest class probability of one text."""
-        return max(probabilities)
+        return probabilities[winner]
 
     def certainty(self, probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return 1 minus the entropy as a share of ln(labels): 0 if all classes are equal, to 1.
@@ -133,10 +133,10 @@ class MultiLabel:
         probabilities: NDArray[np.float64] = np.where(wide < 0, exponentials, 1.0) / (1.0 + exponentials)
         return probabilities
 
-    def probabilities_of_one(self, logits: NDArray[np.floating]) -> list[float]:
-        """Return the sigmoid of each logit of one text."""
-        found: list[float] = self.probabilities(logits).tolist()
-        return found
+    def probabilities_of_one(self, logits: NDArray[np.floating]) -> tuple[list[float], int]:
+        """Return the sigmoid of each logit of one text, and the winner."""
+        found = self.probabilities(logits)
+        return found.tolist(), int(found.argmax())
 
     def aggregated(self, logits: NDArray[np.floating], aggregate: str) -> NDArray[np.float64]:
         """Return logits, (labels,), of one text from those of its windows, (windows, labels).
@@ -179,7 +179,7 @@ class MultiLabel:
         least: NDArray[np.float64] = distances.min(axis=-1)
         return least
 
-    def confidence_of_one(self, probabilities: list[float]) -> float:
+    def confidence_of_one(self, probabilities: list[float], winner: int) -> float:
         """Return the smallest distance of a label's probability from its cut, of one text."""
         least = 1.0
         for p, cut in zip(probabilities, self.cuts, strict=True):

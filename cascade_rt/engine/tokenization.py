@@ -332,11 +332,12 @@ class TextTokenizer:
 
     def _from_words(self, texts: Sequence[Text], stride: int | None) -> list[_Tokens | None]:
         """Put together the tokens of texts from those of words; None for a text that the library has to tokenize."""
-        words, none = self._words, list[int]()
+        words, nothing = self._words, list[int]()
         if words is None:
             return [None] * len(texts)
         if not self._pair:
-            return [ids if ids is None else self._framed(ids, none, stride) for ids in words.ids_of(texts)]  # type: ignore[arg-type]
+            found = [words.ids_of_one(texts[0])] if len(texts) == 1 else words.ids_of(texts)  # type: ignore[arg-type]
+            return [None if ids is None else self._framed(ids, nothing, stride) for ids in found]
         sides = words.ids_of([side for text in texts for side in text])
         pairs = zip(sides[::2], sides[1::2], strict=True)
         return [

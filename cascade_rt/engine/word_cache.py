@@ -79,6 +79,13 @@ class WordCache:
                 return cls(state, tokenize, list) if last["prepend_scheme"] in schemes else None
         return None
 
+    def ids_of_one(self, text: str) -> list[int] | None:
+        """Return the ids of one text, as `ids_of`."""
+        try:
+            return _joined(self._known, self._words(text))
+        except KeyError:
+            return self.ids_of([text])[0]
+
     def ids_of(self, texts: Sequence[str]) -> list[list[int] | None]:
         """Return the ids of each text, without special tokens; None for a text that it does not take."""
         found: list[list[int] | None] = []

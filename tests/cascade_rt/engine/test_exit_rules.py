@@ -32,7 +32,9 @@ def leaves(probabilities: np.ndarray, threshold: float) -> np.ndarray:
     """Ask a rule with one threshold which rows leave, in both of its ways, which must agree."""
     rule, task = MaximumProbability((threshold,)), SingleLabel()
     leaving = rule.leaving(None, 0, np.arange(len(probabilities)), rule.observed(task, probabilities))
-    assert leaving.tolist() == [rule.leaves_alone(None, 0, task, row) for row in probabilities.tolist()]
+    assert leaving.tolist() == [
+        rule.leaves_alone(None, 0, task, row, row.index(max(row))) for row in probabilities.tolist()
+    ]
     return leaving
 
 
@@ -72,7 +74,8 @@ def test_one_text_alone_leaves_where_it_leaves_among_others(
     together = replay(rule, rule.observed(task, probabilities)).tolist()
     for text, wanted in enumerate(together):
         state, rows = rule.begin(1), probabilities[:, text].tolist()
-        exits = [stage for stage in range(3) if rule.leaves_alone(state, stage, task, rows[stage])]
+        winners = probabilities[:, text].argmax(axis=1).tolist()
+        exits = [at for at in range(3) if rule.leaves_alone(state, at, task, rows[at], winners[at])]
         assert next(iter(exits), 3) == wanted
 
 
@@ -87,10 +90,10 @@ def test_texts_of_two_calls_leave_where_those_of_one_do(values: np.ndarray, pati
 def test_two_calls_of_one_rule_share_no_state() -> None:
     rule, task = Patience(1), SingleLabel()
     one, other = rule.begin(1), rule.begin(1)
-    assert not rule.leaves_alone(one, 0, task, [0.9, 0.1])
-    assert not rule.leaves_alone(other, 0, task, [0.1, 0.9])
-    assert rule.leaves_alone(one, 1, task, [0.8, 0.2])
-    assert not rule.leaves_alone(other, 1, task, [0.8, 0.2])
+    assert not rule.leaves_alone(one, 0, task, [0.9, 0.1], 0)
+    assert not rule.leaves_alone(other, 0, task, [0.1, 0.9], 1)
+    assert rule.leaves_alone(one, 1, task, [0.8, 0.2], 0)
+    assert not rule.leaves_alone(other, 1, task, [0.8, 0.2], 0)
 
 
 @pytest.mark.parametrize("rule", [MaximumProbability((0.4, 0.4, 0.4)), Entropy((0.1, 0.1, 0.1)), Patience(1)])

@@ -29,7 +29,7 @@ def test_probabilities_are_scipys(values: np.ndarray) -> None:
     wide = values.astype(np.float64)
     for task, expected in ((SingleLabel(), expected_softmax(wide, axis=-1)), (MultiLabel(CUTS), expit(wide))):
         np.testing.assert_allclose(task.probabilities(values), expected, atol=1e-12)
-        np.testing.assert_allclose([task.probabilities_of_one(row) for row in values], expected, atol=1e-12)
+        np.testing.assert_allclose([task.probabilities_of_one(row)[0] for row in values], expected, atol=1e-12)
 
 
 @st.composite
@@ -54,14 +54,15 @@ def test_a_row_alone_and_among_others_has_the_same_bits_and_decision(
     task = task_of(several, values.shape[1])
     together = task.probabilities(values)
     alone = [task.probabilities_of_one(row) for row in values]
-    assert [[p.hex() for p in row] for row in alone] == [[p.hex() for p in row] for row in together.tolist()]
+    assert [winner for _, winner in alone] == together.argmax(axis=1).tolist()
+    assert [[p.hex() for p in row] for row, _ in alone] == [[p.hex() for p in row] for row in together.tolist()]
     assert together.tolist() == [task.probabilities(row[None])[0].tolist() for row in values]
     if kind.kind == Entropy.kind and values.shape[1] == 1 and not several:
         return  # no entropy among one class
     for chosen in (threshold, together.max()):
         rule = kind((min(1.0, float(chosen)),))
         leaving = rule.leaving(None, 0, np.arange(len(values)), rule.observed(task, together)).tolist()
-        assert leaving == [rule.leaves_alone(None, 0, task, row) for row in alone]
+        assert leaving == [rule.leaves_alone(None, 0, task, *one) for one in alone]
 
 
 @given(logits)
