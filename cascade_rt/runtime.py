@@ -250,10 +250,7 @@ class CascadeRuntime:
             if index == last or plan.rule.leaves_alone(state, index, plan.task, probabilities, winner):
                 break
             following = {"hidden_states": hidden_states, "attention_mask": batch["attention_mask"]}
-        with FORKS, self._counting:
-            self._exits[index] += 1
-            self._layers += plan.layers[index]
-            self._from_words += encoded.from_words
+        self.count_text(index, plan.layers[index], from_words=encoded.from_words)
         self._traced(1, encoded.seconds, runs)
         return plan.prediction(probabilities, winner, index, encoded.truncated(0))
 
@@ -349,6 +346,13 @@ class CascadeRuntime:
             self._from_words += from_words
             for index, texts in enumerate(exits):
                 self._exits[index] += texts
+
+    def count_text(self, exit: int, layers: int, *, from_words: int = 0) -> None:
+        """Count one text, as `count`; `exit`: the member that answered."""
+        with FORKS, self._counting:
+            self._exits[exit] += 1
+            self._layers += layers
+            self._from_words += from_words
 
     def with_exit_rule(self, rule: ExitRule) -> CascadeRuntime:
         """Return a runtime with another exit rule, of any kind, which shares the sessions.

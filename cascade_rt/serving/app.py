@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .. import __version__
 from ..errors import CascadeError
@@ -24,6 +26,7 @@ from .hugging_face import hugging_face_router
 from .inference_protocol import inference_router
 from .responses import ERRORS, JSON, on_cascade_error, on_disconnect, on_http_error, on_invalid_body
 from .service import Service
+from .shortcut import OnError, Shortcut
 from .tei import tei_router
 
 _BODY_SECONDS = 30.0
@@ -40,7 +43,7 @@ def create_app(
     token: str | None = None,
     cors_origins: tuple[str, ...] = (),
     body_seconds: float = _BODY_SECONDS,
-) -> FastAPI:
+) -> Application:
     """Return the application.
 
     `token`: asked for as `Authorization: Bearer` everywhere but in health checks and for the page. `cors_origins`:
@@ -68,12 +71,8 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,
     )
-    for router in (
-        classify_router(service),
-        hugging_face_router(service),
-        inference_router(service),
-        tei_router(service),
-    ):
+    routers = classify_router(service), hugging_face_router(service), inference_router(service), tei_router(service)
+    for router in routers:
         app.include_router(router)
 
     root_path = service.settings.root_path
@@ -115,12 +114,15 @@ def create_app(
         text, media_type = measured.text(request.headers.get("accept", ""))
         return Response(text, media_type=media_type)
 
-    app.add_exception_handler(CascadeError, on_cascade_error)
-    app.add_exception_handler(RequestValidationError, on_invalid_body)
-    app.add_exception_handler(HTTPException, on_http_error)
-    app.add_exception_handler(ClientDisconnect, on_disconnect)
-    app.add_middleware(
-        Envelope,
+    on_error: dict[type[Exception], OnError] = {
+        CascadeError: on_cascade_error,
+        HTTPException: on_http_error,
+        ClientDisconnect: on_disconnect,
+    }
+    for kind, handle in {**on_error, RequestValidationError: on_invalid_body}.items():
+        app.add_exception_handler(kind, handle)
+    front: ASGIApp = Envelope(
+        Shortcut(app, [route for router in routers for route in router.routes], on_error),
         metrics=service.metrics,
         max_body=service.settings.max_body,
         body_seconds=body_seconds,
@@ -128,10 +130,23 @@ def create_app(
         root_path=root_path,
     )
     if service.tracing is not None:
-        service.tracing.add_to(app)
+        front = service.tracing.around(front)
     if cors_origins:  # outermost: browsers ask without a token whether they may ask
-        app.add_middleware(CORSMiddleware, allow_origins=cors_origins, allow_methods=["*"], allow_headers=["*"])
-    return app
+        front = CORSMiddleware(front, allow_origins=cors_origins, allow_methods=["*"], allow_headers=["*"])
+    return Application(app, front)
+
+
+@dataclass(frozen=True)
+class Application:
+    """FastAPI, behind middleware of our own that a request passes before the framework's."""
+
+    api: FastAPI
+    front: ASGIApp
+    """Answers requests."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or what the server says of itself."""
+        await (self.front if scope["type"] == "http" else self.api)(scope, receive, send)
 
 
 async def _update_gauges(service: Service) -> None:

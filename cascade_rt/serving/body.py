@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from time import perf_counter
 
 from starlette.exceptions import HTTPException
@@ -57,7 +58,7 @@ class Body:
             self._decompressor = _decompressor(self._encodings)
         self._refuse_over(self._announced)
         try:
-            message = await asyncio.wait_for(self._receive(), max(0.001, self._until - perf_counter()))
+            message = await _within(max(0.001, self._until - perf_counter()), self._receive())
         except asyncio.TimeoutError as error:
             self._refused = True
             raise HTTPException(408, "the body did not arrive in time") from error
@@ -81,7 +82,7 @@ class Body:
         until, most = perf_counter() + self._seconds, self._received + _DISCARDED
         while not (self._complete or self._is_awaited or self._received > most):
             try:
-                message = await asyncio.wait_for(self._receive(), max(0.001, min(_PAUSE, until - perf_counter())))
+                message = await _within(max(0.001, min(_PAUSE, until - perf_counter())), self._receive())
             except asyncio.TimeoutError:
                 return
             if not self._counted(message):
@@ -99,6 +100,19 @@ class Body:
         if size > self._most:
             self._refused = True
             raise HTTPException(413, f"the body is over {self._most:,} bytes; send several requests")
+
+
+if sys.version_info >= (3, 11):
+
+    async def _within(seconds: float, received: Awaitable[Message]) -> Message:
+        """Return what is received; raise TimeoutError if it takes longer."""
+        async with asyncio.timeout(seconds):
+            return await received
+
+else:
+
+    async def _within(seconds: float, received: Awaitable[Message]) -> Message:
+        return await asyncio.wait_for(received, seconds)  # by a task, which costs more than what it waits for
 
 
 def _decompressor(encodings: list[bytes]) -> _Decompressor | None:

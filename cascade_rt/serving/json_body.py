@@ -76,7 +76,8 @@ def read_json(headers: Headers, body: bytes) -> Any:
     """
     charset = _charset(headers.get("content-type", ""), "origin" in headers)
     try:
-        return json.loads(body if charset is None else body.decode(charset), parse_constant=_refuse_constant)
+        text = body.decode(charset) if charset else body.decode(json.detect_encoding(body), "surrogatepass")
+        return _DECODER.decode(text)
     except UnicodeDecodeError as error:
         raise HTTPException(400, f"the body is not JSON (found byte {error.start}, which is not UTF-8)") from error
     except (ValueError, RecursionError) as error:
@@ -105,3 +106,6 @@ def _charset(given: str, has_origin: bool) -> str | None:
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"found {name}, expected a number")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)

@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from time import monotonic
 from types import FrameType
 from typing import Any
@@ -20,7 +21,9 @@ from starlette.types import ASGIApp
 
 from ..errors import InputError, InvalidOption, MissingExtraError
 from .app import create_app
+from .envelope import LOGGED, REQUESTS
 from .models import Identify, identity
+from .responses import dumps
 from .service import OpenRuntime, Service, open_runtime
 from .settings import Settings
 from .upgrades import Http11Protocol
@@ -118,10 +121,23 @@ def log_json() -> None:
     """Write log records to standard error, one JSON object a line."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
-        JsonFormatter("{message}{levelname}", style="{", timestamp=True, rename_fields={"levelname": "level"})
+        _Lines("{message}{levelname}", style="{", timestamp=True, rename_fields={"levelname": "level"})
     )
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+
+
+class _Lines(JsonFormatter):
+    """JSON lines; those of requests, which all have the same fields, in a fifth of the time."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return a line."""
+        if record.name != REQUESTS:
+            return super().format(record)
+        time = datetime.fromtimestamp(record.created, timezone.utc).isoformat()
+        row = {"message": record.msg, "level": record.levelname, "timestamp": time}
+        found = record.__dict__
+        return dumps(row | {name: found[name] for name in LOGGED if name in found}).decode()
 
 
 class Server(uvicorn.Server):

@@ -248,6 +248,8 @@ def deadline_of(request: Request, timeout: float) -> float:
 
 async def _finished(request: Request, done: asyncio.Future[None], deadline: float) -> None:
     """Wait until a ticket is finished or its deadline has passed; raise ClientGone if the client hangs up before."""
+    if done.done():
+        return
     remaining = deadline - monotonic()
     await asyncio.wait([done], timeout=min(_UNWATCHED, max(0.0, remaining)))
     if done.done() or remaining <= _UNWATCHED:

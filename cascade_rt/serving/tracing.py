@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from time import monotonic_ns, time_ns
 from typing import Any
 
-from fastapi import FastAPI
 from opentelemetry import trace
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
@@ -18,6 +17,7 @@ from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.util.http import parse_excluded_urls
+from starlette.types import ASGIApp
 
 from .batcher import RequestRun
 
@@ -34,10 +34,10 @@ class Tracing:
         self._provider.add_span_processor(processor or BatchSpanProcessor(OTLPSpanExporter()))
         self._tracer = self._provider.get_tracer("cascade_rt")
 
-    def add_to(self, app: FastAPI) -> None:
-        """Make each request of an application a span, of the caller's trace if it names one."""
-        app.add_middleware(
-            OpenTelemetryMiddleware,
+    def around(self, app: ASGIApp) -> ASGIApp:
+        """Return an application that makes each request a span, of the caller's trace if it names one."""
+        return OpenTelemetryMiddleware(
+            app,
             excluded_urls=parse_excluded_urls(_NOT_TRACED),  # older middleware takes no text
             tracer_provider=self._provider,
             server_request_hook=_name_trace,

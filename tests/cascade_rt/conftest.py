@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from ..toy import write_segments
+from ..toy import Member, cascade_members, encoder_weights, write_bundle, write_segments
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +26,19 @@ def four_segments(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     folder = tmp_path_factory.mktemp("segments") / "four"
     return write_segments(folder, segments=4, layers_each=1, exit_rule={"kind": "patience", "patience": 1})
+
+
+@pytest.fixture(scope="session")
+def with_bag(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bag of words, whose graph has embeddings and a head alone, before the members of the cascade; read only."""
+    bag = Member("bag", encoder_weights(layers=1, hidden=16, seed=4), layers=range(0))
+    folder = tmp_path_factory.mktemp("zero") / "bundle"
+    members = [bag, *cascade_members()]
+    write_bundle(folder, members, thresholds=[0.6, 0.8, 0.8], extra={"format_version": 3})
+    manifest = json.loads((folder / "cascade.json").read_text())
+    manifest["members"][0]["flops"] = [200, 64]
+    (folder / "cascade.json").write_text(json.dumps(manifest))
+    return folder
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -17,10 +17,11 @@ from cascade_rt.engine.cost import flops_speedup, layer_speedup
 from cascade_rt.engine.exit_rules import replay
 from cascade_rt.tuning.operating_points import threshold_for_speedup
 
-from ..toy import WORDS, Member, cascade_members, encoder_weights, write_bundle
+from ..toy import WORDS, Member, encoder_weights, write_bundle
 from .cli.commands import run
 
 FLOPS = [200, 64]
+"""Of the first member of `with_bag`."""
 TEXTS = [" ".join(WORDS[at % len(WORDS)] for at in range(start, start + 1 + start % 9)) for start in range(120)]
 
 
@@ -30,16 +31,6 @@ def described(folder: Path, **changes: Any) -> Path:
     manifest["members"][0] |= changes
     (folder / "cascade.json").write_text(json.dumps(manifest))
     return folder
-
-
-@pytest.fixture(scope="module")
-def with_bag(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bag of words, whose graph has embeddings and a head alone, before the members of the cascade."""
-    bag = Member("bag", encoder_weights(layers=1, hidden=16, seed=4), layers=range(0))
-    folder = tmp_path_factory.mktemp("zero") / "bundle"
-    extra = {"format_version": 3}
-    write_bundle(folder, [bag, *cascade_members()], thresholds=[0.6, 0.8, 0.8], extra=extra)
-    return described(folder, flops=FLOPS)
 
 
 def test_texts_that_leave_there_ran_no_layer(with_bag: Path) -> None:

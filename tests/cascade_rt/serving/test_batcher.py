@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import threading
 from collections.abc import Iterator, Sequence
@@ -355,3 +356,45 @@ def test_every_request_ends_and_leaves_nothing_behind(bundle: Path, seed: int, m
         assert all(ticket.error is not None or None not in ticket.answers for ticket in tickets)
         assert batcher._accepted == 0
         assert batcher.queued() == [0, 0, 0]
+
+
+def start(batcher: Batcher, text: str, **settings: Any) -> Ticket:
+    """Start one text from a coroutine, and wait for its answer."""
+
+    async def started() -> Ticket:
+        ticket, done = batcher.start(batcher.runtime.plan.encode([text]), **settings)
+        await asyncio.wait_for(done, 30)
+        return ticket
+
+    return asyncio.run(started())
+
+
+def test_a_member_without_layers_answers_one_text_in_the_callers_thread(with_bag: Path) -> None:
+    """Texts that go on are answered by the batcher's thread, as if all had been there."""
+    recorder, texts = Recorder(), TEXTS[:80]
+    alone = CascadeRuntime(with_bag, threads=1)
+    expected = [alone.predict([text])[0] for text in texts]
+    with batching(with_bag, observer=recorder) as batcher:
+        tickets = [start(batcher, text) for text in texts]
+        found = [ticket.result()[0] for ticket in tickets]
+        assert [one.prediction for one in found] == expected
+        assert [len(one.steps) for one in found] == [one.exit + 1 for one in expected]
+        assert [len(ticket.runs) for ticket in tickets] == [one.exit + 1 for one in expected]
+        assert batcher.runtime.stats().exits == [sum(one.exit == exit for one in expected) for exit in range(4)]
+        assert batcher.runtime.stats().from_words == len(texts)
+        assert [answer.prediction for answer in recorder.answers] == expected
+        assert sum(stage == 0 for stage, _, _ in recorder.batches) == len(texts)
+        assert start(batcher, texts[1], rule=batcher.runtime.with_thresholds(0.0).exit_rule).result()[0].steps[1:] == ()
+
+
+def test_an_error_of_a_member_without_layers_reaches_its_request(
+    with_bag: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with batching(with_bag) as batcher:
+        with monkeypatch.context() as patch:
+            patch.setattr(Stage, "run", lambda *_: (_ for _ in ()).throw(ValueError("odd")))
+            ticket = start(batcher, "a film")
+        with pytest.raises(InferenceError, match="odd"):
+            ticket.result()
+        assert start(batcher, "a film").result()
+        assert batcher._accepted == 0

@@ -586,6 +586,6 @@ def test_prefixes_that_cannot_be_used(bundle: Path) -> None:
             Settings(root_path=wrong)
         assert raised.value.field == "root_path"
     service = Service({"toy": str(bundle)}, Settings(execution=Execution(threads=1)))
-    own = {path.split("/")[1] for path in create_app(service).openapi()["paths"]} - {""}
+    own = {path.split("/")[1] for path in create_app(service).api.openapi()["paths"]} - {""}
     service.close()
     assert own | {"docs", "openapi.json", "static-offline-docs"} == set(OWN_PATHS)
