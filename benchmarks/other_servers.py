@@ -41,6 +41,48 @@ def fastapi(options: argparse.Namespace) -> None:
     uvicorn.run(app, port=options.port, log_level="error", access_log=False)
 
 
+def plain(options: argparse.Namespace) -> None:
+    """Serve a bundle's first member alone with uvicorn, one route, the tokenizers library and a session: a bound."""
+    import json
+    from pathlib import Path
+
+    import numpy as np
+    import onnxruntime
+    import uvicorn
+    from tokenizers import Tokenizer
+
+    from cascade_rt import read_bundle
+
+    bundle = read_bundle(options.model_dir)
+    folder, member = bundle.folder or Path(), bundle.members[0]
+    tokenizer = Tokenizer.from_file(str(folder / bundle.tokenizer_file))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(bundle.max_length)
+    threads = onnxruntime.SessionOptions()
+    threads.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(folder / member.file), threads, providers=["CPUExecutionProvider"])
+
+    def answer(body: bytes) -> bytes:
+        ids = np.array([tokenizer.encode(json.loads(body)["inputs"]).ids])
+        logits = session.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})[0][0]
+        odds = np.exp(logits - logits.max())
+        scores = (odds / odds.sum()).tolist()
+        order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
+        return json.dumps([{"label": bundle.labels[at], "score": scores[at]} for at in order]).encode()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        body, more = b"", True
+        while more:
+            message = await receive()
+            body, more = body + message.get("body", b""), message.get("more_body", False)
+        answered = answer(body)
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(answered)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": answered})
+
+    uvicorn.run(app, port=options.port, log_level="error", lifespan="off", timeout_keep_alive=600)
+
+
 def optimum_pipeline(member: str) -> Any:
     """Return a text-classification pipeline on ONNX Runtime."""
     from optimum.onnxruntime import ORTModelForSequenceClassification
@@ -54,7 +96,7 @@ def optimum_pipeline(member: str) -> Any:
 def main() -> None:
     """Serve until killed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    servers = {"apart": apart, "fastapi": fastapi}
+    servers = {"apart": apart, "fastapi": fastapi, "plain": plain}
     parser.add_argument("server", choices=servers)
     parser.add_argument("--model-dir")
     parser.add_argument("--member")
