@@ -38,7 +38,8 @@ def memory():
 imports = memory()
 from cascade_rt import CascadeRuntime
 folder, cache, threshold, texts, waits = sys.argv[1:]
-runtime = CascadeRuntime(folder, cache=cache, thresholds=float(threshold), threads=1)
+cache, unpacked, _ = cache.partition("+")
+runtime = CascadeRuntime(folder, cache=cache, thresholds=float(threshold), threads=1, packed=not unpacked)
 text = ("it is getting dark in here",) * 2 if runtime.bundle.pair else "it is getting dark in here"
 exits = [answer.exit for answer in runtime.predict([text] * int(texts))]
 seconds = time.perf_counter() - began
@@ -85,7 +86,8 @@ def main() -> None:
 
 
 def _places(cache: str) -> dict[str, str]:
-    return {"not prepared": OFF, "prepared": cache}
+    """Return the cache of each kind of process; "+" for weights that are not packed."""
+    return {"not prepared": OFF, "prepared": cache, "prepared, not packed": f"{cache}+"}
 
 
 def _runs(options: argparse.Namespace, cache: str) -> dict[tuple[str, int, str], list[dict[str, Any]]]:

@@ -39,6 +39,8 @@ from .parser import CommandParser, expanded
 from .rendering import exits_line, printable
 from .signals import Termination
 
+_FEW = 4  # texts for which weights are not worth packing
+
 SUMMARY = "classify texts"
 _FOR_RAY = {"address": None, "actors": None, "pools": list[str](), "shard_rows": SHARD_ROWS, "shard_format": ENDINGS[0]}
 """Options for clusters alone, and their defaults."""
@@ -121,6 +123,7 @@ def run(options: argparse.Namespace) -> None:
         raise InputError("found --resume alone, expected --input and --output FILE with it")
     if to_file:
         output_format(options.output)  # before the bundle is opened
+    options.packed = bool(options.input) or len(options.text) > _FEW
     runtime = open_runtime(options)
     _report(runtime, options, (_to_file if to_file else _to_stream)(runtime, options))
 

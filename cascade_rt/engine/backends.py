@@ -50,16 +50,17 @@ class CpuBackend:
     def load(self, entry: MemberEntry, path: Path, *, for_bulk: bool, check: Check | None) -> Any:
         """Return a session with all threads, or with one, of the member as prepared for this CPU where that is kept."""
         threads = 1 if for_bulk else self.execution.threads or 1
+        packed = self.execution.packed or entry.precision.startswith("int8")  # whose logits would be others
         exact = saturates(entry)  # slower kernels that do not saturate
         remedy = "export again (this CPU has no VNNI: best in fp32)" if exact else "export again"
 
-        def load_prepared(file: Path, threads: int = 1) -> Any:
-            options = self._options(threads, exact)
+        def load_prepared(file: Path, threads: int = 1, packed: bool = True) -> Any:
+            options = self._options(threads, exact, packed)
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
             return self._session(file, options, remedy)
 
         def load_itself(written_to: Path | None = None) -> Any:
-            options = self._options(threads, exact)
+            options = self._options(threads, exact, packed or written_to is not None)
             if written_to is not None:
                 saving(options, written_to)
             return self._session(path, options, remedy, disabled=_SLOWER)
@@ -68,7 +69,7 @@ class CpuBackend:
         session = None
         if prepared is not None and prepared.ready():
             with suppress(BundleError):  # removed by another process, or damaged
-                session = load_prepared(prepared.file, threads)
+                session = load_prepared(prepared.file, threads, packed)
         if session is None:
             if check is not None:
                 check()
@@ -76,7 +77,7 @@ class CpuBackend:
                 check_exact_kernels(path)
             if prepared is not None and check is not None and prepared.keep(load_itself, load_prepared):
                 with suppress(BundleError):
-                    session = load_prepared(prepared.file, threads)
+                    session = load_prepared(prepared.file, threads, packed)
         session = session or load_itself()
         return _OnnxSession(session, session.run)
 
@@ -84,8 +85,10 @@ class CpuBackend:
         """Return whether sessions have one thread: the caller's."""
         return for_bulk or self.execution.threads == 1
 
-    def _options(self, threads: int, exact: bool = False) -> Any:
+    def _options(self, threads: int, exact: bool = False, packed: bool = True) -> Any:
         options = onnxruntime.SessionOptions()
+        if not packed:
+            options.add_session_config_entry("session.disable_prepacking", "1")
         if exact:
             options.add_session_config_entry("session.x64quantprecision", "1")
         options.intra_op_num_threads = threads

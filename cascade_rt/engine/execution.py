@@ -19,6 +19,7 @@ class Execution:
     cache: str | Path | None = None
     low_memory: bool = False
     word_cache: bool = True
+    packed: bool = True
 
     def arguments(self) -> dict[str, Any]:
         """Return them as keyword arguments of `CascadeRuntime`."""

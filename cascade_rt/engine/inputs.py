@@ -81,6 +81,7 @@ _TYPES: Mapping[str, tuple[Callable[[object], bool], str]] = {
     ),
     "low_memory": _FLAG,
     "word_cache": _FLAG,
+    "packed": _FLAG,
     "verify": _FLAG,
     "expected_sha256": (lambda value: value is None or isinstance(value, str), "64 hexadecimal digits, or None"),
     "trace": (lambda value: value is None or callable(value), "a function, or None"),
