@@ -265,17 +265,13 @@ class TextTokenizer:
         self.pads_left = self._padding["direction"] == "left"
         self._pair = pair
         self._words: WordCache | None = None
-        if word_cache and (words := WordCache.of(self._description, self._encode_words)):
+        with FORKS:
+            words = WordCache.of(self._tokenizer, self._encode_words) if word_cache else None
+        if words is not None:
             frame = _Frame.of(self._encode([("a", "a") if pair else "a"])[0])
             if frame is not None:
                 self._words, self._frame = words, frame
                 self._check_words()
-
-    @cached_property
-    def _description(self) -> str:
-        with FORKS:
-            described: str = self._tokenizer.to_str()
-        return described
 
     def _check_words(self) -> None:
         """Leave all texts to the library where words do not give its tokens after all."""
@@ -408,7 +404,7 @@ class TextTokenizer:
     @cached_property
     def _long_run(self) -> re.Pattern[str] | None:
         """Runs that are too long for a word by their beginning alone; None where another model takes all words."""
-        state: Mapping[str, Any] = json.loads(self._description)
+        state: Mapping[str, Any] = json.loads(self._tokenizer.to_str())
         longest = state["model"].get("max_input_chars_per_word")
         normalizer, pre_tokenizer = state["normalizer"] or {"normalizers": []}, state["pre_tokenizer"] or {}
         if state["model"]["type"] != "WordPiece" or not longest:
@@ -444,7 +440,9 @@ class TextTokenizer:
     @cached_property
     def _splits_at_spaces(self) -> bool:
         """True if words are tokenized on their own, whatever follows them."""
-        pre_tokenizer: Mapping[str, Any] = json.loads(self._description)["pre_tokenizer"] or {"pretokenizers": []}
+        pre_tokenizer: Mapping[str, Any] = json.loads(self._tokenizer.to_str())["pre_tokenizer"] or {
+            "pretokenizers": []
+        }
         parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
         kinds = {part["type"] for part in parts if part.get("use_regex", True) and part.get("split", True)}
         return bool(kinds & _SPLIT_AT_SPACES) and kinds <= _SPLIT_AT_SPACES | _SPLIT_FURTHER

@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from functools import partial
 from sys import getsizeof
 from threading import Lock
 from typing import Any
 
-from tokenizers import Encoding
+from tokenizers import Encoding, Tokenizer
 
 from .forks import FORKS
 
@@ -46,12 +47,14 @@ class WordCache:
     is not taken.
     """
 
-    def __init__(self, described: Mapping[str, Any], tokenize: Tokenize, mark: Mark | None) -> None:
-        """Start without words. `described`: the tokenizer as JSON; `mark`: None where spaces leave no trace."""
-        model = described["model"]
-        unknown = model["vocab"][model["unk_id"]][0] if model.get("unk_id") is not None else model.get("unk_token")
-        self._added = {token["id"]: token["content"] for token in described["added_tokens"]}
-        self._unknown = {number for number, content in self._added.items() if content == unknown}
+    def __init__(self, added: Mapping[int, str], unknown: str | None, tokenize: Tokenize, mark: Mark | None) -> None:
+        """Start without words.
+
+        `added`: the tokenizer's added tokens by their id; `unknown`: that of words that it does not know; `mark`: None
+        where spaces leave no trace.
+        """
+        self._added = added
+        self._unknown = {number for number, content in added.items() if content == unknown}
         self._tokenize = tokenize
         self._mark = mark
         self._known: dict[str, Ids] = {}
@@ -59,24 +62,23 @@ class WordCache:
         self._learning = Lock()
 
     @classmethod
-    def of(cls, described: str, tokenize: Tokenize) -> WordCache | None:
-        """Return a cache for a tokenizer, by its JSON; None where words are not read apart from each other."""
-        state = json.loads(described)
-        if any(_has_single_spaces(token["content"]) for token in state["added_tokens"]) or state["model"].get(
-            "dropout"
-        ):
+    def of(cls, tokenizer: Tokenizer, tokenize: Tokenize) -> WordCache | None:
+        """Return a cache for a tokenizer; None where words are not read apart from each other."""
+        added = {number: token.content for number, token in tokenizer.get_added_tokens_decoder().items()}
+        if any(map(_has_single_spaces, added.values())) or getattr(tokenizer.model, "dropout", None):
             return None
-        pre_tokenizers, normalizers = _parts(state["pre_tokenizer"]), _parts(state["normalizer"])
+        make = partial(cls, added, getattr(tokenizer.model, "unk_token", None), tokenize)
+        pre_tokenizers, normalizers = _parts(tokenizer.pre_tokenizer), _parts(tokenizer.normalizer)
         kinds = {part["type"] for part in pre_tokenizers}
         if kinds & _SPLIT_AT_SPACES and kinds <= _SPLIT_AT_SPACES | _SPLIT_FURTHER:
-            return cls(state, tokenize, None) if {part["type"] for part in normalizers} <= _KEEP_SPACES else None
+            return make(None) if {part["type"] for part in normalizers} <= _KEEP_SPACES else None
         if all(map(_keeps_ascii, normalizers)) and pre_tokenizers:
-            last, others = pre_tokenizers[-1], kinds - {"ByteLevel", "Metaspace"}
+            *others, last = pre_tokenizers
             if last["type"] == "ByteLevel" and last.get("use_regex", True) and not others:
-                return cls(state, tokenize, _all_marked if last["add_prefix_space"] else _all_but_first_marked)
-            if last["type"] == "Metaspace" and last.get("split", True) and others <= {"WhitespaceSplit"}:
+                return make(_all_marked if last["add_prefix_space"] else _all_but_first_marked)
+            if last["type"] == "Metaspace" and last.get("split", True) and kinds <= {"WhitespaceSplit", "Metaspace"}:
                 schemes = {"always"} if others else {"always", "first"}
-                return cls(state, tokenize, list) if last["prepend_scheme"] in schemes else None
+                return make(list) if last["prepend_scheme"] in schemes else None
         return None
 
     def ids_of_one(self, text: str) -> list[int] | None:
@@ -155,12 +157,14 @@ def _all_but_first_marked(words: list[str]) -> list[str]:
     return [*words[:1], *(f" {word}" for word in words[1:])]
 
 
-def _parts(described: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    """Return the normalizers or pre-tokenizers of a sequence, or the only one; none for None."""
-    if described is None:
-        return []
+def _parts(component: Any) -> list[Mapping[str, Any]]:
+    """Return the normalizers or pre-tokenizers of a sequence, or the only one, as JSON; none for None."""
+    return [] if component is None else _unfolded(json.loads(component.__getstate__()))  # the tokenizer's has all words
+
+
+def _unfolded(described: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     inner = described.get("normalizers", described.get("pretokenizers"))
-    return [described] if inner is None else [part for each in inner for part in _parts(each)]
+    return [described] if inner is None else [part for each in inner for part in _unfolded(each)]
 
 
 def _has_single_spaces(content: str) -> bool:

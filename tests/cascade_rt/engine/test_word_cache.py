@@ -124,7 +124,7 @@ def test_tokens_are_equal(kind: Callable[[Path], Tokenizer], pair: bool, truncat
         taken += found.from_words
 
     compare()
-    assert taken > 20
+    assert taken > 10
     plain = [("the cat was happy", "a dull one")] if pair else ["the cat was happy"]
     assert (quick.encode(plain).from_words, slow.encode(plain).from_words) == (1, 0)
 
@@ -171,7 +171,7 @@ def test_threads_share_it(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None
 )
 def test_other_tokenizers_have_none(change: dict[str, object], tmp_path: Path) -> None:
     described = json.loads(_bert(tmp_path).to_str()) | change
-    assert WordCache.of(json.dumps(described), lambda _: []) is None
+    assert WordCache.of(Tokenizer.from_str(json.dumps(described)), lambda _: []) is None
     (tmp_path / "tokenizer.json").write_text(json.dumps(described))
     assert TextTokenizer(tmp_path / "tokenizer.json", 16, False).encode(["a film"]).from_words == 0
 
