@@ -31,7 +31,7 @@ def followed(model_dir: str | Path, execution: Execution) -> Execution:
         found = json.loads((Path(model_dir) / FILE).read_text("utf-8"))
         if found["machine"] != _here() or found["members"] != _members(read_manifest(Path(model_dir))):
             return execution
-        spin_us = found["spin_us"] if execution.spin_us is None else execution.spin_us
+        spin_us = found.get("spin_us") if execution.spin_us is None else execution.spin_us
         return replace(execution, provider=str(found["provider"]), threads=int(found["threads"]), spin_us=spin_us)
     except (OSError, ValueError, KeyError, TypeError, BundleError):  # none, or not one of ours
         return execution

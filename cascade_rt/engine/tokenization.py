@@ -6,6 +6,7 @@ import json
 import re
 from array import array
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property, partial
 from itertools import chain, repeat
 from pathlib import Path
@@ -38,7 +39,7 @@ _SPLIT_FURTHER = {"Digits", "Punctuation"}
 _KEEP_RUNS = {"BertPreTokenizer", "Punctuation", "Whitespace", "WhitespaceSplit"}  # of letters and digits
 _KEEP_LETTERS = {"BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "StripAccents"}
 
-_FRAMES = 512  # lists of types that are kept
+_FRAMES = 512  # lists of types that are kept, and the tokens of the longest
 _PROBES = (
     "The quick brown fox doesn't jump over 13 lazy dogs, does it?",
     'RE: "naive" e-mails from a@b.org (50% off!) cost $9.99 & more',
@@ -221,7 +222,7 @@ class _Frame:
         if (found := self._made.get((first, second))) is None:
             sizes = len(self.before), first, len(self.between), second, len(self.after)
             found = [*chain.from_iterable(map(repeat, self._types, sizes))]
-            if len(self._made) < _FRAMES:
+            if len(self._made) < _FRAMES and len(found) <= _FRAMES:
                 self._made[first, second] = found
         return found
 
@@ -268,19 +269,23 @@ class TextTokenizer:
         with FORKS:
             words = WordCache.of(self._tokenizer, self._encode_words) if word_cache else None
         if words is not None:
-            frame = _Frame.of(self._encode([("a", "a") if pair else "a"])[0])
-            if frame is not None:
-                self._words, self._frame = words, frame
-                self._check_words()
+            self._use(words)
 
-    def _check_words(self) -> None:
-        """Leave all texts to the library where words do not give its tokens after all."""
-        probes: list[Text] = [(text, text[::-1]) for text in _PROBES] if self._pair else list(_PROBES)
-        for row, encoding in zip(self._from_words(probes, None), self._encode(probes), strict=True):
-            if row is None or row.truncated:
-                continue
-            if (row.ids, row.type_ids) != (encoding.ids, encoding.type_ids):
-                self._words = None
+    def _use(self, words: WordCache) -> None:
+        """Put texts together from words, unless some show that this does not give the library's tokens after all."""
+        with suppress(Exception):  # no token for what is unknown: the library raises bare Exceptions
+            frame = _Frame.of(self._encode([("a", "a") if self._pair else "a"])[0])
+            if frame is None:
+                return
+            self._words, self._frame = words, frame
+            for text in _PROBES:  # one by one, which starts no threads: a forked process would not have them
+                probe = (text, text[::-1]) if self._pair else text
+                (row,), (encoding,) = self._from_words([probe], None), self._encode([probe])
+                if row and not row.truncated and (row.ids, row.type_ids) != (encoding.ids, encoding.type_ids):
+                    break
+            else:
+                return
+        self._words = None
 
     def check_stride(self, stride: int) -> None:
         """Raise InvalidOption where windows could not share so many tokens and still move on."""
@@ -355,9 +360,9 @@ class TextTokenizer:
     def _cut(self, ids: list[int], room: int) -> list[int]:
         return ids[len(ids) - room :] if self.cuts_left else ids[:room]
 
-    def _encode_words(self, words: list[str]) -> Sequence[Encoding]:
+    def _encode_words(self, words: list[str], many: bool) -> Sequence[Encoding]:
         with FORKS:
-            if len(words) > 1 and FORKS.own_tokenizers_threads():
+            if many and len(words) > 1 and FORKS.own_tokenizers_threads():
                 encodings: list[Encoding] = self._tokenizer.encode_batch_fast(words, add_special_tokens=False)
                 return encodings
             return [self._tokenizer.encode(word, add_special_tokens=False) for word in words]

@@ -33,8 +33,8 @@ _SPACES = str.maketrans("\t\n\r", "   ")
 
 Ids = tuple[int, ...] | None
 """The ids of a word; None for one that has to be tokenized within its text."""
-Tokenize = Callable[[list[str]], Sequence[Encoding]]
-"""Encodes texts without special tokens."""
+Tokenize = Callable[[list[str], bool], Sequence[Encoding]]
+"""Encodes words without special tokens; the flag says whether they are of several texts."""
 Mark = Callable[[list[str]], list[str]]
 """Gives words the spaces that their tokens tell apart."""
 
@@ -65,14 +65,16 @@ class WordCache:
     def of(cls, tokenizer: Tokenizer, tokenize: Tokenize) -> WordCache | None:
         """Return a cache for a tokenizer; None where words are not read apart from each other."""
         added = {number: token.content for number, token in tokenizer.get_added_tokens_decoder().items()}
-        if any(map(_has_single_spaces, added.values())) or getattr(tokenizer.model, "dropout", None):
+        if getattr(tokenizer.model, "dropout", None):
             return None
+        spaced = [content for content in added.values() if any(map(str.isspace, content))]
+        runs = all(len(content) > 1 and not content.strip(" ") for content in spaced)  # texts with these are not taken
         make = partial(cls, added, getattr(tokenizer.model, "unk_token", None), tokenize)
         pre_tokenizers, normalizers = _parts(tokenizer.pre_tokenizer), _parts(tokenizer.normalizer)
         kinds = {part["type"] for part in pre_tokenizers}
         if kinds & _SPLIT_AT_SPACES and kinds <= _SPLIT_AT_SPACES | _SPLIT_FURTHER:
-            return make(None) if {part["type"] for part in normalizers} <= _KEEP_SPACES else None
-        if all(map(_keeps_ascii, normalizers)) and pre_tokenizers:
+            return make(None) if not spaced and {part["type"] for part in normalizers} <= _KEEP_SPACES else None
+        if runs and all(map(_keeps_ascii, normalizers)) and pre_tokenizers:
             *others, last = pre_tokenizers
             if last["type"] == "ByteLevel" and last.get("use_regex", True) and not others:
                 return make(_all_marked if last["add_prefix_space"] else _all_but_first_marked)
@@ -98,7 +100,7 @@ class WordCache:
                 found += [_joined(known, each) for each in words]
             except KeyError:
                 new = {word for each in words if each is not None for word in each if word not in known}
-                known = ChainMap(self._learned(new), known)
+                known = ChainMap(self._learned(new, len(texts) > 1), known)
                 found += [_joined(known, each) for each in words]
         return found
 
@@ -113,16 +115,18 @@ class WordCache:
         plain = text.isascii() and text.isprintable() and len(words) == text.count(" ") + 1
         return self._mark(words) if plain else None
 
-    def _learned(self, words: Iterable[str]) -> dict[str, Ids]:
-        """Tokenize words, and keep their ids."""
+    def _learned(self, words: Iterable[str], many: bool) -> dict[str, Ids]:
+        """Tokenize words, and keep their ids where there is room; `many`: they are of several texts."""
         learned: dict[str, Ids] = dict.fromkeys(words)
         short = [word for word in learned if len(word) <= _LONGEST_WORD]
-        for word, encoding in zip(short, self._tokenize(short), strict=True):
+        for word, encoding in zip(short, self._tokenize(short, many), strict=True):
             ids = tuple(encoding.ids)
             found = [number for number in ids if number in self._added]
             if all(number in self._unknown and self._added[number] not in word for number in found):
                 learned[word] = ids
         size = sum(_size(word, ids) for word, ids in learned.items())
+        if size > MOST_BYTES:
+            return learned
         with FORKS, self._learning:
             if self._bytes + size > MOST_BYTES:
                 self._known, self._bytes = {}, 0
@@ -167,13 +171,10 @@ def _unfolded(described: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [described] if inner is None else [part for each in inner for part in _unfolded(each)]
 
 
-def _has_single_spaces(content: str) -> bool:
-    return content == " " or " " in content.strip(" ") or content.strip(" ") != content.strip()
-
-
 def _keeps_ascii(normalizer: Mapping[str, Any]) -> bool:
     """Return whether a normalizer treats words of ASCII between single spaces each on its own."""
     if normalizer["type"] == "Replace":
-        pattern = normalizer["pattern"]
-        return pattern.get("Regex") == " {2,}" or " " not in pattern.get("String", " ")
+        pattern, content = normalizer["pattern"], normalizer["content"]
+        keeps = bool(content) and not any(map(str.isspace, content)) and " " not in pattern.get("String", " ")
+        return keeps or pattern.get("Regex") == " {2,}"
     return normalizer["type"] in _KEEP_SPACES | _KEEP_ASCII

@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
+from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -133,7 +134,7 @@ def create_app(
         front = service.tracing.around(front)
     if cors_origins:  # outermost: browsers ask without a token whether they may ask
         front = CORSMiddleware(front, allow_origins=cors_origins, allow_methods=["*"], allow_headers=["*"])
-    return Application(app, front)
+    return Application(app, ServerErrorMiddleware(front))
 
 
 @dataclass(frozen=True)

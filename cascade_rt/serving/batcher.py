@@ -22,6 +22,7 @@ from ..bundle.manifest import HIDDEN_STATES, TOKENS
 from ..engine.batching import by_length, micro_batches
 from ..engine.exit_rules import ExitRule
 from ..engine.hidden_states import HiddenStates
+from ..engine.providers import CPU, provider_name
 from ..engine.step import Call, step
 from ..engine.tokenization import Encoded
 from ..errors import CascadeError, InferenceError
@@ -205,7 +206,12 @@ class Batcher:
         self._seconds_per_token = [0.0] * len(self._queues)
         self._draining = False
         first, *others = self._plan.bundle.members
-        self._first_is_quick = not first.layers and all(member.reads == TOKENS for member in others[:1])
+        execution = self._plan.opened.execution
+        on_cpu = (
+            provider_name(execution.provider) == CPU and not execution.low_memory
+        )  # which promises one micro-batch at a time
+        self._first_is_quick = on_cpu and not first.layers and all(member.reads == TOKENS for member in others[:1])
+        self._started = 0  # texts that other threads run through the first member now
         self._wake = Condition()
         self._thread = Thread(target=self._work, name="cascade-batcher", daemon=True)
         self._thread.start()
@@ -266,7 +272,7 @@ class Batcher:
                 done.set_result(None)
 
         on_done = partial(loop.call_soon_threadsafe, finish)
-        if len(encoded) == 1 and encoded.counts is None and self._first_is_quick:
+        if len(encoded) == 1 and encoded.counts is None and self._first_is_quick and deadline > monotonic():
             ticket = self._started_here(encoded, rule, deadline, on_done)
             if ticket.finished:
                 finish()
@@ -281,35 +287,45 @@ class Batcher:
         `on_done` is called only if the text goes on to the next member.
         """
         ticket = self._ticket([1], encoded, rule, deadline, on_done)
-        stage, task, now = self._plan.stages[0], self._plan.task, monotonic()
+        now = monotonic()
         text = Waiting(ticket, 0, now, now, max(1, int(encoded.lengths[0])), encoded.truncated(0), {})
         text.inputs[TOKENS] = encoded, 0
         with self._wake:
             self._check_room(1)
             self._accepted += 1
+            self._started += 1
         try:
-            batch = stage.batch(encoded, _FIRST)
-            run = stage.run(batch)
+            answer, leaves, seconds = self._first_answer(text, encoded)
         except Exception as error:
             with self._wake:
                 self._abandon(ticket, error if isinstance(error, CascadeError) else InferenceError(str(error)))
-            return ticket
+        else:
+            with self._wake:
+                ticket.runs.append(RequestRun(0, now, now, seconds, 1, 1))
+                if leaves:
+                    self._settle(ticket, 0, answer)
+                else:
+                    ticket.note(0, answer)
+                    text.queued = monotonic()
+                    insort(self._queues[1], text, key=_by_arrival)
+        finally:
+            with self._wake:
+                self._started -= 1
+                self._wake.notify()
+        return ticket
+
+    def _first_answer(self, text: Waiting, encoded: Encoded) -> tuple[Answer, bool, float]:
+        """Return the first member's answer to one text, whether it leaves, and the seconds of the run."""
+        stage, task, ticket = self._plan.stages[0], self._plan.task, text.ticket
+        batch = stage.batch(encoded, _FIRST)
+        run = stage.run(batch)
         probabilities, winner = task.probabilities_of_one(run.logits[0])
         last = len(self._queues) == 1
         leaves = last or ticket.rule.leaves_alone(ticket.state, 0, task, probabilities, winner)
         answer = self._answer(0, text, run.logits[0].tolist(), probabilities)
         if self._observer is not None:
             self._observer.batch(0, [0.0], batch["input_ids"].size, run.seconds)
-        with self._wake:
-            ticket.runs.append(RequestRun(0, now, now, run.seconds, 1, 1))
-            if leaves:
-                self._settle(ticket, 0, answer)
-            else:
-                ticket.note(0, answer)
-                text.queued = monotonic()
-                insort(self._queues[1], text, key=_by_arrival)
-                self._wake.notify()
-        return ticket
+        return answer, leaves, run.seconds
 
     def _ticket(
         self,
@@ -414,7 +430,7 @@ class Batcher:
         while True:
             with self._wake:
                 while not any(self._queues):
-                    if self._draining:
+                    if self._draining and not self._started:
                         return
                     self._wake.wait()
                 stage = self._next_stage(monotonic())

@@ -201,6 +201,7 @@ async def _lines(service: Service, body: ClassifyRequest, request: Request) -> A
                 if not start:
                     raise
             await asyncio.sleep(_PAUSE)
+        await asyncio.sleep(0)  # a member without layers has answered in this thread: others get their turn
         for row in _described(model, answers, bool(body.steps)):
             yield dumps(row | {"model": model.name, "version": model.version}) + b"\n"
         start += len(some)

@@ -51,7 +51,9 @@ OpenRuntime = Callable[[str, Execution], CascadeRuntime]
 
 def open_runtime(source: str, execution: Execution) -> CascadeRuntime:
     """Open the bundle of a folder, or of "hf:org/name", with the settings that were measured here, if any."""
-    return CascadeRuntime(source, **followed(source, execution).arguments())
+    found = followed(source, replace(execution, spin_us=None))
+    spin_us = execution.spin_us if found.spin_us is None else found.spin_us
+    return CascadeRuntime(source, **replace(found, spin_us=spin_us).arguments())
 
 
 class Service:

@@ -39,7 +39,7 @@ def test_the_fastest_settings_are_followed_here_and_nowhere_else(
     assert adapted.followed(copied, Execution(cache="off", spin_us=5)) == Execution("cpu", 2, spin_us=5, cache="off")
     for given in (Execution(threads=3), Execution("openvino"), Execution(low_memory=True)):
         assert adapted.followed(copied, given) == given
-    assert open_runtime(str(copied), Execution()).plan.opened.execution.threads == 2
+    assert open_runtime(str(copied), Execution(spin_us=50)).plan.opened.execution == Execution("cpu", 2, spin_us=0)
     assert CascadeRuntime(copied).plan.opened.execution.threads is None, "the Python interface has its arguments alone"
     monkeypatch.setattr(adapted, "machine", lambda: ("another",))
     assert adapted.followed(copied, Execution()) == Execution()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from cascade_rt import CascadeRuntime
 from cascade_rt.engine import word_cache
@@ -158,6 +161,9 @@ def test_threads_share_it(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert [rows(each) for each in found[:90]] == [rows(slow.encode(call)) for call in calls[:90]]
 
 
+METASPACE = {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}}
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -167,20 +173,50 @@ def test_threads_share_it(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None
         {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}},
         {"normalizer": {"type": "Prepend", "prepend": "x"}},
         {"normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": " "}},
+        METASPACE | {"normalizer": {"type": "Replace", "pattern": {"String": "-"}, "content": " "}},
+        METASPACE | {"normalizer": {"type": "Replace", "pattern": {"String": "*"}, "content": ""}},
     ],
 )
 def test_other_tokenizers_have_none(change: dict[str, object], tmp_path: Path) -> None:
     described = json.loads(_bert(tmp_path).to_str()) | change
-    assert WordCache.of(Tokenizer.from_str(json.dumps(described)), lambda _: []) is None
+    assert WordCache.of(Tokenizer.from_str(json.dumps(described)), lambda *_: []) is None
     (tmp_path / "tokenizer.json").write_text(json.dumps(described))
     assert TextTokenizer(tmp_path / "tokenizer.json", 16, False).encode(["a film"]).from_words == 0
 
 
-def test_an_added_token_of_two_words_turns_it_off(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ["two words", " film", "film ", "a\nfilm", "  "])
+def test_an_added_token_with_spaces_turns_it_off(content: str, tmp_path: Path) -> None:
     tokenizer = _bert(tmp_path)
-    tokenizer.add_tokens(["two words"])
+    tokenizer.add_tokens([content])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     assert TextTokenizer(tmp_path / "tokenizer.json", 16, False).encode(["a film"]).from_words == 0
+
+
+def test_a_vocabulary_without_an_unknown_token_is_no_obstacle(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"one": 0, "two": 1}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert rows(TextTokenizer(tmp_path / "tokenizer.json", 16, False).encode(["one two"])) == [([0, 1], [0, 0], False)]
+
+
+def test_many_words_at_once_are_not_kept(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(word_cache, "MOST_BYTES", 2000)
+    quick, slow = (TextTokenizer(bundle / "tokenizer.json", 64, False, word_cache=on) for on in (True, False))
+    some = [" ".join(f"{text}film{at}" for at in range(20)) for text in range(30)]
+    assert rows(quick.encode(some)) == rows(slow.encode(some))
+    assert quick._words is not None
+    assert quick._words._bytes <= 2000
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks here")
+def test_opening_a_bundle_and_single_texts_start_no_threads(bundle: Path) -> None:
+    """A forked process would not have them: see `Forks.own_tokenizers_threads`."""
+    code = (
+        "import sys; from cascade_rt import CascadeRuntime; from cascade_rt.engine.forks import FORKS\n"
+        "CascadeRuntime(sys.argv[1]).predict(['several words that it has never seen, 1 2 3']); print(FORKS._tokenizing)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(bundle)], stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout == "None\n"
 
 
 def test_the_runtime_counts_texts_from_words(bundle: Path) -> None:

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 import pytest
 
-from cascade_rt import CascadeError, CascadeRuntime, InferenceError, Prediction
+from cascade_rt import CascadeError, CascadeRuntime, InferenceError, MaximumProbability, Prediction
 from cascade_rt.engine.stage import Stage
 from cascade_rt.serving.batcher import Answer, Batcher, DeadlineExceeded, Draining, Overloaded, Ticket
 from cascade_rt.types import Text
@@ -398,3 +398,35 @@ def test_an_error_of_a_member_without_layers_reaches_its_request(
             ticket.result()
         assert start(batcher, "a film").result()
         assert batcher._accepted == 0
+
+
+def test_a_text_that_goes_on_while_the_batcher_closes_is_answered(with_bag: Path, gate: Gate) -> None:
+    """Its first member runs in the caller's thread, so for the batcher's nothing is there."""
+    alone = CascadeRuntime(with_bag, threads=1, thresholds=1.0)
+    batcher = Batcher(alone.with_thresholds(1.0), max_queue=10)
+    expected = alone.predict(["a film"])[0]
+    gate.close()
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.submit(start, batcher, "a film")
+        gate.wait_for_run()
+        closing = pool.submit(batcher.close)
+        while not batcher._draining:
+            sleep(0.001)
+        gate.opened.set()
+        assert found.result(30).result()[0].prediction == expected
+        closing.result(30)
+
+
+def test_a_rule_that_fails_leaves_no_text_behind(with_bag: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with batching(with_bag) as batcher:
+        with monkeypatch.context() as patch:
+            patch.setattr(MaximumProbability, "leaves_alone", lambda *_: 1 / 0)
+            ticket = start(batcher, "a film")
+        with pytest.raises(InferenceError, match="division by zero"):
+            ticket.result()
+        assert (batcher._accepted, batcher._started) == (0, 0)
+
+
+def test_after_its_deadline_no_text_is_run(with_bag: Path) -> None:
+    with batching(with_bag) as batcher, pytest.raises(DeadlineExceeded):
+        start(batcher, "a film", deadline=monotonic() - 1).result()
