@@ -207,10 +207,10 @@ class Batcher:
         self._draining = False
         first, *others = self._plan.bundle.members
         execution = self._plan.opened.execution
-        on_cpu = (
-            provider_name(execution.provider) == CPU and not execution.low_memory
-        )  # which promises one micro-batch at a time
-        self._first_is_quick = on_cpu and not first.layers and all(member.reads == TOKENS for member in others[:1])
+        one_at_a_time = execution.low_memory or provider_name(execution.provider) != CPU  # micro-batches
+        self._first_is_quick = not (one_at_a_time or first.layers) and all(
+            member.reads == TOKENS for member in others[:1]
+        )
         self._started = 0  # texts that other threads run through the first member now
         self._wake = Condition()
         self._thread = Thread(target=self._work, name="cascade-batcher", daemon=True)
