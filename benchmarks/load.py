@@ -1,4 +1,4 @@
-"""What do servers answer under load? By wrk, an independent generator, at 1 and at 16 connections, in turn.
+"""Servers under load: by wrk, an independent generator, at 1 and at 16 connections, in turn.
 
 python benchmarks/load.py --model-dir BUNDLE --data FILE [--member DIR] [--tree before=CHECKOUT] [--output FILE]
 

@@ -1,4 +1,4 @@
-"""What do the ids of words seen before save? `TextTokenizer` with and without its word cache, in turn.
+"""Tokenization with and without the ids of words seen before: `TextTokenizer` both ways, in turn.
 
 python benchmarks/tokenization.py --model-dir BUNDLE --data FILE [--label-column NAME]
 

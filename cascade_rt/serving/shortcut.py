@@ -29,7 +29,7 @@ class _Way(NamedTuple):
     route: APIRoute
     pattern: re.Pattern[str]
     schema: TypeAdapter[Any]
-    """Of the body."""
+    """The schema of the body."""
 
 
 class Shortcut:

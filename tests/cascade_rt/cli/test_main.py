@@ -330,7 +330,7 @@ def test_output_is_utf8_whatever_the_terminal(bundle: Path, monkeypatch: pytest.
         (Question, "tune", set()),
         (Workload, "benchmark", {"reading"}),
         (Reading, "evaluate", {"columns", "skip_malformed"}),
-        (Execution, "predict", {"spin_us"}),
+        (Execution, "predict", {"spin_us", "packed"}),
         (Settings, "serve", {"execution", "max_body"}),
         (Scaling, "serve", set()),
     ],
