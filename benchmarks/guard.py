@@ -57,7 +57,7 @@ def main() -> int:
     for name, count in counted.items():
         change = count / baseline["instructions"][name] - 1
         slower |= change > TOLERANCE
-        print(f"{name:10} {count:>12,} instructions, {100 * change:+.1f}%{'  SLOWER' if change > TOLERANCE else ''}")
+        print(f"{name:12} {count:>12,} instructions, {100 * change:+.1f}%{'  SLOWER' if change > TOLERANCE else ''}")
     return int(slower)
 
 
@@ -124,7 +124,7 @@ def _calls() -> dict[str, Callable[[], Any]]:
         connection.getresponse().read()
 
     return {
-        "tokenize": lambda: runtime.plan.encode([leaves]),
+        "tokens of 32": lambda: [runtime.plan.encode([text]) for text in islice(cycle(texts), 32)],
         "one text": lambda: runtime.predict([leaves]),
         "256 texts": lambda: runtime.predict(many),
         "request": request,
