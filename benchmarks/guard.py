@@ -1,11 +1,11 @@
-"""Did a change make the runtime slower? Instructions of fixed calls, counted by valgrind, beside those of a baseline.
+"""Instructions of fixed calls, counted by valgrind and compared with a baseline, so that a slow-down shows.
 
 python benchmarks/guard.py            compare with benchmarks/results/guard.json
 python benchmarks/guard.py --write    replace the baseline
 
 Instructions do not depend on what else the machine does, and valgrind shows programs the same CPU features wherever it
-runs, so a difference of some percent is a change of the code or of a library. They are not times: memory that is far
-away and branches that are guessed wrong do not show. The bundle is `examples/smart-home`, with one thread.
+runs, so a difference of a few percent is a change of the code or of a library. They are not times: cache misses and
+mispredicted branches do not show. The bundle is `examples/smart-home`, with one thread.
 """
 
 from __future__ import annotations

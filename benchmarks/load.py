@@ -13,20 +13,17 @@ import argparse
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from common import RESULTS, named_folders, run_command
+from serving import started
 
 from cascade_rt import InputError
 from cascade_rt.benchmark.machine import describe
@@ -36,7 +33,6 @@ from cascade_rt.io.writers import write_json
 
 HERE = Path(__file__).parent
 CONNECTIONS = (1, 16)
-_JSON = {"Content-Type": "application/json"}
 _SECONDS, _ROUNDS, _PORT = 4, 5, 9300
 _SCRIPT = """
 local bodies, at = {}, 0
@@ -82,7 +78,7 @@ def main() -> None:
         script.write_text(_SCRIPT.replace("BODIES", str(bodies)))
         ports = {name: _PORT + at for at, name in enumerate(servers)}
         for name, (command, tree) in servers.items():
-            stack.enter_context(_running(command, ports[name], tree))
+            stack.enter_context(_started(command, ports[name], tree))
         for _ in range(_ROUNDS):
             for connections in CONNECTIONS:
                 for name in servers:
@@ -109,51 +105,21 @@ def main() -> None:
     print(f"written: {output}")
 
 
-@contextmanager
-def _running(command: Sequence[str], port: int, tree: Path) -> Iterator[None]:
-    """Run a server until it answers, and to the end of the block; `tree`: the checkout that it runs from."""
+def _started(command: Sequence[str], port: int, tree: Path) -> AbstractContextManager[object]:
+    """Return a server that runs to the end of the block; `tree`: the checkout that it runs from."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(map(str, (tree, tree / "export", HERE))),
         "OMP_NUM_THREADS": "1",
         "ORT_DISABLE_TELEMETRY": "1",
     }
-    process = subprocess.Popen(
-        [*([] if "--workers" in command else _pinned(1)), sys.executable, *command, "--port", str(port)],
-        env=environment,
-        cwd=tree,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        for _ in range(600):
-            if process.poll() is not None:
-                raise InputError(f"a server ended with status {process.returncode}: {' '.join(command)}")
-            try:
-                asked = urllib.request.Request(f"http://127.0.0.1:{port}/predict", b'{"inputs": "a"}', _JSON)
-                urllib.request.urlopen(asked, timeout=30).read()
-                break
-            except (urllib.error.URLError, ConnectionError):
-                time.sleep(0.2)
-        yield
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)  # LitServe leaves its workers behind
-        process.wait()
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+    cores = [] if "--workers" in command else _pinned(1)
+    whole = [*cores, sys.executable, *command, "--port", str(port)]
+    return started(whole, f"http://127.0.0.1:{port}", env=environment, cwd=tree)
 
 
 def _loaded(port: int, script: Path, connections: int) -> dict[str, float]:
-    command = [
-        "wrk",
-        "-t1",
-        f"-c{connections}",
-        f"-d{_SECONDS}s",
-        "-s",
-        str(script),
-        f"http://127.0.0.1:{port}/predict",
-    ]
+    url = f"http://127.0.0.1:{port}/predict"
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{_SECONDS}s", "-s", str(script), url]
     done = subprocess.run([*_pinned(0), *command], stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout[done.stdout.rindex("{") :])
     return found

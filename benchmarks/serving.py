@@ -107,15 +107,18 @@ def running(name: str, options: argparse.Namespace) -> Iterator[Running]:
         FASTAPI: [str(HERE / "other_servers.py"), "fastapi", *theirs],
         LITSERVE: [str(HERE / "litserve_server.py"), *theirs],
     }[name]
-    with subprocess.Popen(
-        [sys.executable, *arguments, "--port", str(options.port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    ) as process:
+    with started([sys.executable, *arguments, "--port", str(options.port)], url) as process:
+        yield Running(url, process.pid)
+
+
+@contextmanager
+def started(command: Sequence[str], url: str, **settings: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a server's process, wait until it answers, and yield it; it is killed afterwards. `settings`: of Popen."""
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen(command, stdout=quiet, stderr=quiet, start_new_session=True, **settings) as process:
         try:
             asyncio.run(ready(url, process))
-            yield Running(url, process.pid)
+            yield process
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # with its workers

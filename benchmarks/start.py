@@ -92,7 +92,7 @@ def _places(cache: str) -> dict[str, str]:
 
 def _runs(options: argparse.Namespace, cache: str) -> dict[tuple[str, int, str], list[dict[str, Any]]]:
     """Return what each kind of process measured, the kinds in turn."""
-    kinds = [(reached, texts) for reached in ("first member", "all members") for texts in (1, 500)]
+    kinds = [(reached, texts) for reached in ("first member", "all members") for texts in options.texts]
     runs: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
     for _ in range(options.rounds):
         for reached, texts in kinds:
@@ -175,6 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model-dir", type=Path, required=True, metavar="BUNDLE")
     add("--rounds", type=int, default=7, help="processes of each kind; default: 7")
+    add("--texts", type=int, nargs="+", default=[1, 500], help="texts that a process answers; default: 1 500")
     add("--limits", type=int, nargs="*", default=[256, 128, 80], metavar="MB", help="control groups to try")
     add("--output", type=Path, help="default: results/start-BUNDLE.json beside this script")
     return parser

@@ -32,14 +32,12 @@ from .engine.inputs import check_types, iterated, listed, unwrapped
 from .engine.plan import OpenBundle, Plan
 from .engine.providers import on_exact_kernels
 from .engine.stage import Stage
-from .engine.step import Journey, run_texts, shape
+from .engine.step import FIRST, Journey, run_texts, shape, step_alone
 from .engine.task import Task
 from .engine.tokenization import Encoded
 from .engine.windows import Windows
 from .errors import BundleError, CascadeError, InputError, InvalidOption, TextError
 from .types import Prediction, StageRun, Stats, Text, Trace
-
-_FIRST = np.zeros(1, dtype=np.intp)
 
 
 class _LeftOut:
@@ -105,8 +103,7 @@ class CascadeRuntime:
             word_cache: Put texts together from the token ids of words that were tokenized before, where that gives the
                 tokenizer's ids exactly; up to 24 MB of words are kept.
             packed: Pack the weights for the CPU's kernels when a member is loaded. False is for a process that answers
-                a few texts: fp32 and fp16 start in a fraction of the time and take half as much memory, and a text
-                takes twice as long.
+                a few texts: fp32 and fp16 start sooner and hold less memory, and a text takes about twice as long.
             verify: Check the sha256 of the files, those of a member when it is first loaded; False is for huge models
                 on a trusted disk, and keeps nothing in `cache`.
             expected_sha256: The bundle's, as `cascade-rt info` prints it; another bundle is refused.
@@ -246,16 +243,14 @@ class CascadeRuntime:
         state = plan.rule.begin(1)
         runs: list[StageRun] = []
         following: Any = None  # what a segment reads
-        last = len(plan.stages) - 1
         for index, stage in enumerate(plan.stages):
-            batch = stage.batch(encoded, _FIRST) if stage.reads == TOKENS else following
-            logits, hidden_states, seconds = stage.run(batch)
+            batch = stage.batch(encoded, FIRST) if stage.reads == TOKENS else following
+            output, probabilities, winner, leaves = step_alone(plan, index, batch, plan.rule, state)
             if plan.trace is not None:
-                runs.append(StageRun(index, stage.entry.name, *shape(batch), seconds))
-            probabilities, winner = plan.task.probabilities_of_one(logits[0])
-            if index == last or plan.rule.leaves_alone(state, index, plan.task, probabilities, winner):
+                runs.append(StageRun(index, stage.entry.name, *shape(batch), output.seconds))
+            if leaves:
                 break
-            following = {"hidden_states": hidden_states, "attention_mask": batch["attention_mask"]}
+            following = {"hidden_states": output.hidden_states, "attention_mask": batch["attention_mask"]}
         self.count_text(index, plan.layers[index], from_words=encoded.from_words)
         self._traced(1, encoded.seconds, runs)
         return plan.prediction(probabilities, winner, index, encoded.truncated(0))

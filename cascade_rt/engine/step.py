@@ -18,9 +18,12 @@ from .batching import bulk_batches, by_length
 from .exit_rules import ExitRule
 from .hidden_states import HiddenStates
 from .plan import Plan
-from .stage import Batch, Stage
+from .stage import Batch, RunOutput, Stage
 from .tokenization import Encoded
 from .windows import aggregated, rows_of
+
+FIRST = np.zeros(1, dtype=np.intp)
+"""The row of the only text of a call."""
 
 
 def shape(batch: Batch) -> tuple[int, int]:
@@ -77,6 +80,28 @@ def step(
         observed = call.rule.observed(plan.task, probabilities[call.places])
         leaving[call.places] = call.rule.leaving(call.state, index, call.rows, observed)
     return Step(logits, probabilities, leaving, hidden_states, runs)
+
+
+class StepAlone(NamedTuple):
+    """A stage's answer to one text of one row."""
+
+    output: RunOutput
+    probabilities: list[float]
+    winner: int
+    """Its most probable class."""
+    leaves: bool
+
+
+def step_alone(plan: Plan, index: int, batch: Batch, rule: ExitRule, state: Any) -> StepAlone:
+    """Run a stage on one text of one row, and decide whether it leaves: `step`, with nothing to order or to regroup.
+
+    `batch`: the text for that stage. `rule` and `state`: those of the text's call.
+    """
+    output = plan.stages[index].run(batch)
+    probabilities, winner = plan.task.probabilities_of_one(output.logits[0])
+    last = index + 1 == len(plan.stages)
+    leaves = last or rule.leaves_alone(state, index, plan.task, probabilities, winner)
+    return StepAlone(output, probabilities, winner, leaves)
 
 
 def run_texts(

@@ -275,17 +275,20 @@ class TextTokenizer:
         """Put texts together from words, unless some show that this does not give the library's tokens after all."""
         with suppress(Exception):  # no token for what is unknown: the library raises bare Exceptions
             frame = _Frame.of(self._encode([("a", "a") if self._pair else "a"])[0])
-            if frame is None:
-                return
-            self._words, self._frame = words, frame
-            for text in _PROBES:  # one by one, which starts no threads: a forked process would not have them
-                probe = (text, text[::-1]) if self._pair else text
-                (row,), (encoding,) = self._from_words([probe], None), self._encode([probe])
-                if row and not row.truncated and (row.ids, row.type_ids) != (encoding.ids, encoding.type_ids):
-                    break
-            else:
-                return
+            if frame is not None:
+                self._words, self._frame = words, frame
+                if all(map(self._agrees, _PROBES)):
+                    return
         self._words = None
+
+    def _agrees(self, text: str) -> bool:
+        """Return whether words give the library's tokens of a text, or leave it to the library.
+
+        Texts are compared one by one, which starts no threads: a forked process would not have them.
+        """
+        probe = (text, text[::-1]) if self._pair else text
+        (row,), (encoding,) = self._from_words([probe], None), self._encode([probe])
+        return row is None or row.truncated or (row.ids, row.type_ids) == (encoding.ids, encoding.type_ids)
 
     def check_stride(self, stride: int) -> None:
         """Raise InvalidOption where windows could not share so many tokens and still move on."""
@@ -333,12 +336,12 @@ class TextTokenizer:
 
     def _from_words(self, texts: Sequence[Text], stride: int | None) -> list[_Tokens | None]:
         """Put together the tokens of texts from those of words; None for a text that the library has to tokenize."""
-        words, nothing = self._words, list[int]()
+        words = self._words
         if words is None:
             return [None] * len(texts)
         if not self._pair:
             found = [words.ids_of_one(texts[0])] if len(texts) == 1 else words.ids_of(texts)  # type: ignore[arg-type]
-            return [None if ids is None else self._framed(ids, nothing, stride) for ids in found]
+            return [None if ids is None else self._framed(ids, [], stride) for ids in found]
         sides = words.ids_of([side for text in texts for side in text])
         pairs = zip(sides[::2], sides[1::2], strict=True)
         return [

@@ -1,8 +1,8 @@
 """Token ids of words that were tokenized before, for texts that can be put together from words between spaces.
 
-Most texts of a domain are made of some thousand words. Where a tokenizer reads each word apart from the others, the ids
-of a text are those of its words, one after another, and looking them up takes a tenth of the library's time. The
-library tokenizes each word once, and every text of which this is not exactly true.
+Most texts of a domain are made of a few thousand words. Where a tokenizer reads each word on its own, the ids of a text
+are those of its words, one after another, and looking them up is faster than tokenizing. The library tokenizes each
+word once, and every text for which this would not be exact.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ Ids = tuple[int, ...] | None
 Tokenize = Callable[[list[str], bool], Sequence[Encoding]]
 """Encodes words without special tokens; the flag says whether they are of several texts."""
 Mark = Callable[[list[str]], list[str]]
-"""Gives words the spaces that their tokens tell apart."""
+"""Adds to words the spaces that their tokens include."""
 
 
 class WordCache:
     """The ids of words, filled as texts come; safe to use from several threads and after forks.
 
-    It takes printable texts, in which whitespace is spaces, tabs and line ends; of tokenizers whose tokens tell spaces
-    (byte-level and Metaspace), ASCII with single spaces between words. A text with an added token in it, as "[MASK]",
-    is not taken.
+    It takes printable texts whose whitespace is spaces, tabs and line ends. Where tokens include the space before a
+    word (byte-level and Metaspace), it takes ASCII with single spaces only. It does not take texts with added tokens,
+    such as "[MASK]".
     """
 
     def __init__(self, added: Mapping[int, str], unknown: str | None, tokenize: Tokenize, mark: Mark | None) -> None:
         """Start without words.
 
         `added`: the tokenizer's added tokens by their id; `unknown`: that of words that it does not know; `mark`: None
-        where spaces leave no trace.
+        where tokens include no spaces.
         """
         self._added = added
         self._unknown = {number for number, content in added.items() if content == unknown}

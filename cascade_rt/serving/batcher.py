@@ -23,13 +23,12 @@ from ..engine.batching import by_length, micro_batches
 from ..engine.exit_rules import ExitRule
 from ..engine.hidden_states import HiddenStates
 from ..engine.providers import CPU, provider_name
-from ..engine.step import Call, step
+from ..engine.step import FIRST, Call, step, step_alone
 from ..engine.tokenization import Encoded
 from ..errors import CascadeError, InferenceError
 from ..runtime import CascadeRuntime
 from ..types import Prediction
 
-_FIRST = np.zeros(1, dtype=np.intp)
 _WINDOW = 256  # waiting texts among which those of similar length are looked for
 _SMOOTHING = 0.1  # of the measured seconds per token
 
@@ -298,7 +297,7 @@ class Batcher:
             answer, leaves, seconds = self._first_answer(text, encoded)
         except Exception as error:
             with self._wake:
-                self._abandon(ticket, error if isinstance(error, CascadeError) else InferenceError(str(error)))
+                self._abandon(ticket, error)
         else:
             with self._wake:
                 ticket.runs.append(RequestRun(0, now, now, seconds, 1, 1))
@@ -316,16 +315,12 @@ class Batcher:
 
     def _first_answer(self, text: Waiting, encoded: Encoded) -> tuple[Answer, bool, float]:
         """Return the first member's answer to one text, whether it leaves, and the seconds of the run."""
-        stage, task, ticket = self._plan.stages[0], self._plan.task, text.ticket
-        batch = stage.batch(encoded, _FIRST)
-        run = stage.run(batch)
-        probabilities, winner = task.probabilities_of_one(run.logits[0])
-        last = len(self._queues) == 1
-        leaves = last or ticket.rule.leaves_alone(ticket.state, 0, task, probabilities, winner)
-        answer = self._answer(0, text, run.logits[0].tolist(), probabilities)
+        batch = self._plan.stages[0].batch(encoded, FIRST)
+        done = step_alone(self._plan, 0, batch, text.ticket.rule, text.ticket.state)
+        answer = self._answer(0, text, done.output.logits[0].tolist(), done.probabilities)
         if self._observer is not None:
-            self._observer.batch(0, [0.0], batch["input_ids"].size, run.seconds)
-        return answer, leaves, run.seconds
+            self._observer.batch(0, [0.0], batch["input_ids"].size, done.output.seconds)
+        return answer, done.leaves, done.output.seconds
 
     def _ticket(
         self,
@@ -418,7 +413,7 @@ class Batcher:
             self._observer.answered(answer)
 
     def _abandon(self, ticket: Ticket, error: Exception) -> None:
-        ticket.fail(error)
+        ticket.fail(error if isinstance(error, CascadeError) else InferenceError(str(error)))
         self._accepted -= ticket.rows_left
         self._dequeue(ticket)
 
@@ -524,5 +519,5 @@ class Batcher:
         with self._wake:
             if ticket.finished:
                 return
-            self._abandon(ticket, error if isinstance(error, CascadeError) else InferenceError(str(error)))
+            self._abandon(ticket, error)
         ticket.on_done()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -76,15 +77,14 @@ def export_bundle(
         (vocabulary or first).backend.save(str(folder / TOKENIZER_FILE))
         tokenizer = TextTokenizer(folder / TOKENIZER_FILE, first.max_length, first.pair)
         if check.choose_cuts:
-            checkpoints = [with_chosen_cuts(one, tokenizer, check) for one in checkpoints]
+            for at, checkpoint in enumerate(checkpoints):
+                with _running(checkpoint):
+                    checkpoints[at] = with_chosen_cuts(checkpoint, tokenizer, check)
         checkpoints, own_cuts = with_shared_cuts(checkpoints)
         members = []
         for checkpoint in tqdm(checkpoints, desc="exporting", unit=" members", disable=None):
             data = load_check_data(check.data, checkpoint, check.reading)
-            with (
-                guarded(checkpoint.source, "cannot be exported", "expected a fine-tuned classifier that can run"),
-                TemporaryDirectory(prefix="cascade-export-") as work,
-            ):
+            with _running(checkpoint), TemporaryDirectory(prefix="cascade-export-") as work:
                 files = _files(checkpoint, tokenizer, data, Path(work), check, vocabulary)
                 member = MemberExport(checkpoint, files, tokenizer, folder, check, data)
                 entry = member.export(wanted[checkpoint.name])
@@ -101,6 +101,11 @@ def export_bundle(
             bundle = replace(bundle, provenance={**bundle.provenance, "vocabulary": vocabulary.facts})
         write_manifest(folder, bundle)
     return bundle
+
+
+def _running(checkpoint: Checkpoint) -> AbstractContextManager[None]:
+    """Turn what goes wrong while a checkpoint is run into an InputError that names it."""
+    return guarded(checkpoint.source, "cannot be exported", "expected a fine-tuned classifier that can run")
 
 
 def _cost(one: Checkpoint) -> tuple[float, int]:
