@@ -134,7 +134,8 @@ def _bundle(network: Path, others: Sequence[str], folder: Path, first: Path) -> 
     with TemporaryDirectory(prefix="zero-layers-") as work, write_bundle(folder) as target:
         alone = export_bundle([str(network)], Path(work) / "alone", precision="int8", check=check)
         shutil.copytree(first, target, dirs_exist_ok=True)
-        shutil.copyfile(Path(work) / "alone" / alone.members[0].file, target / alone.members[0].file)
+        for file in alone.members[0].files(Path(work) / "alone" / alone.members[0].file):
+            shutil.copyfile(file, target / file.name)
         bundle = read_bundle(first)
         entry = replace(alone.members[0], threshold=bundle.members[0].threshold)
         write_manifest(target, replace(bundle, members=(entry, *bundle.members[1:])))

@@ -36,6 +36,7 @@ def add_arguments(parser: CommandParser) -> None:
     parser.reads("model", paths=lambda entry: [entry.partition("=")[2]])
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
     add("--port", type=int, default=8000, help="0 for any that is free")
+    add("--grpc-port", type=int, metavar="PORT", help="speak the Open Inference Protocol over gRPC too, on this port")
     add(
         "--max-wait-ms",
         type=float,
@@ -105,6 +106,7 @@ def run(options: argparse.Namespace) -> None:
         _token(options.token_file),
         tuple(options.cors_origin),
         options.traces,
+        options.grpc_port,
     )
     with suppress(KeyboardInterrupt, Termination):  # the signal that ended it, after all was answered
         if options.engine == RAY:
@@ -115,12 +117,15 @@ def run(options: argparse.Namespace) -> None:
             serve_with_workers(setup, options.workers)
             return
         with listen(setup.host, setup.port) as listener:
+            setup = setup.with_grpc_port()
             service = setup.open()
             announce(described(service), setup, listener.getsockname()[1])
             serve(service, listener, setup)
 
 
 def _serve_on_cluster(setup: Setup, options: argparse.Namespace) -> None:
+    if options.grpc_port is not None:
+        raise InvalidOption("grpc_port", options.grpc_port, "none with --engine ray, which serves HTTP alone")
     try:
         from ..serving.ray_serve import serve_on_cluster  # noqa: PLC0415
     except ImportError as error:

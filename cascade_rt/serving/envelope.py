@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import re
@@ -93,18 +94,24 @@ class Envelope:
                 await response(inner, body.receive, sending)
                 return
             await self._app(inner, body.receive, sending)
+        except asyncio.CancelledError:  # by a gRPC client, or by the end of the server
+            status, log["reason"] = 499, "cancelled"
+            raise
         finally:
-            seconds = (ended or perf_counter()) - started
-            route = getattr(inner.get("route"), "path", "other")
-            if (route, method) == ("/", "POST"):
-                route = "/predict"
-            self._metrics.request(route, status, seconds)
-            if status >= 400:
-                self._metrics.rejected.labels(log.get("reason", str(status))).inc()
-            if _log.isEnabledFor(logging.INFO):  # `info` looks for its caller, which takes longer than the rest
-                record = logging.makeLogRecord({"name": REQUESTS, "levelno": logging.INFO, "levelname": "INFO"})
-                record.__dict__.update(log, msg="request", status=status, ms=round(1000 * seconds, 2))
-                _log.handle(record)
+            self._count(inner, log, status, (ended or perf_counter()) - started)
+
+    def _count(self, scope: Scope, log: dict[str, str], status: int, seconds: float) -> None:
+        """Put a request into the metrics and the log."""
+        route = getattr(scope.get("route"), "path", "other")
+        if (route, log["method"]) == ("/", "POST"):
+            route = "/predict"
+        self._metrics.request(route, status, seconds)
+        if status >= 400:
+            self._metrics.rejected.labels(log.get("reason", str(status))).inc()
+        if _log.isEnabledFor(logging.INFO):  # `info` looks for its caller, which takes longer than the rest
+            record = logging.makeLogRecord({"name": REQUESTS, "levelno": logging.INFO, "levelname": "INFO"})
+            record.__dict__.update(log, msg="request", status=status, ms=round(1000 * seconds, 2))
+            _log.handle(record)
 
     def _path(self, path: str) -> str:
         """Return a path without the prefix, where the proxy left it, and without a slash at its end."""

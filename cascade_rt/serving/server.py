@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 import signal
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from time import monotonic
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import uvicorn
@@ -27,6 +28,9 @@ from .responses import dumps
 from .service import OpenRuntime, Service, open_runtime
 from .settings import Settings
 from .upgrades import Http11Protocol
+
+if TYPE_CHECKING:  # of an extra
+    from .inference_grpc import GRPCServer
 
 _BACKLOG = 2048
 KEEP_ALIVE = 65  # seconds: longer than the 60 of common load balancers, which else reuse closed connections
@@ -51,6 +55,27 @@ class Setup:
     cors_origins: tuple[str, ...] = ()
     traces: bool = False
     """True to trace requests: see `tracing`."""
+    grpc_port: int | None = None
+    """Where the Open Inference Protocol is spoken over gRPC too; 0 for any that is free, None for nowhere."""
+
+    def with_grpc_port(self) -> Setup:
+        """Return the setup with a free port for gRPC; raise InputError for one that is taken, MissingExtraError."""
+        if self.grpc_port is None:
+            return self
+        try:
+            from . import inference_grpc  # noqa: F401, PLC0415
+        except ImportError as error:
+            raise MissingExtraError("--grpc-port", "grpc", error) from error
+        with listen(self.host, self.grpc_port, option="grpc_port") as free:
+            return replace(self, grpc_port=free.getsockname()[1])
+
+    def grpc_server(self, app: ASGIApp) -> GRPCServer | None:
+        """Return what serves an application over gRPC, if that is wanted."""
+        if self.grpc_port is None:
+            return None
+        from .inference_grpc import GRPCServer  # noqa: PLC0415
+
+        return GRPCServer(app, self.host, self.grpc_port, max_body=self.settings.max_body, grace=self.grace)
 
     def open(self, open_runtime: OpenRuntime = open_runtime, identify: Identify = identity) -> Service:
         """Open the bundles; raise MissingExtraError where traces need packages that are not installed.
@@ -66,13 +91,13 @@ class Setup:
         return Service(self.sources, self.settings, Tracing(), open_runtime, identify)
 
 
-def listen(host: str, port: int, *, shared: bool = False) -> socket.socket:
+def listen(host: str, port: int, *, shared: bool = False, option: str = "port") -> socket.socket:
     """Return a socket that listens; raise InputError where it cannot. `port` 0: any that is free.
 
-    `shared`: other sockets may listen there too, if they are shared and of the same user.
+    `shared`: other sockets may listen there too, if they are shared and of the same user. `option`: what chose the port.
     """
     if not 0 <= port <= _LAST_PORT:
-        raise InvalidOption("port", port, f"a number from 0 to {_LAST_PORT}")
+        raise InvalidOption(option, port, f"a number from 0 to {_LAST_PORT}")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=_BACKLOG, reuse_port=shared)
@@ -88,6 +113,8 @@ def described(service: Service) -> list[str]:
 def announce(lines: Sequence[str], setup: Setup, port: int) -> None:
     """Say on standard error what is served, and where."""
     where = f"serving on http://{setup.host}:{port}, interfaces at {setup.settings.root_path}/docs"
+    if setup.grpc_port is not None:
+        where += f", gRPC on {setup.host}:{setup.grpc_port}"
     print(*lines, where, sep="\n", file=sys.stderr, flush=True)
 
 
@@ -97,7 +124,7 @@ def serve(service: Service, listener: socket.socket, setup: Setup) -> None:
     app = create_app(service, token=setup.token, cors_origins=setup.cors_origins)
     config = configured(app, timeout_graceful_shutdown=round(setup.grace))
     gc.freeze()  # what is loaded by now stays, so it is not looked through again and again
-    server = Server(config, service)
+    server = Server(config, service, grpc=setup.grpc_server(app))
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         signal.signal(signal.SIGHUP, server.handle_exit)  # uvicorn handles SIGTERM and SIGINT alone
     server.run(sockets=[listener])
@@ -143,10 +170,21 @@ class _Lines(JsonFormatter):
 class Server(uvicorn.Server):
     """Uvicorn's server, which also closes idle connections, and is not ready as soon as it begins to stop."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, idle_seconds: float = _IDLE_SECONDS) -> None:
-        """`idle_seconds`: how long a connection may have no request under way, also while headers trickle in."""
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        service: Service,
+        *,
+        idle_seconds: float = _IDLE_SECONDS,
+        grpc: GRPCServer | None = None,
+    ) -> None:
+        """`idle_seconds`: how long a connection may have no request under way, also while headers trickle in.
+
+        `grpc`: a server that starts and ends with this one.
+        """
         super().__init__(config)
         self._service = service
+        self._grpc = grpc
         self._idle_seconds = idle_seconds
         self._idle_since: WeakKeyDictionary[Any, tuple[Any, float]] = WeakKeyDictionary()
 
@@ -154,6 +192,19 @@ class Server(uvicorn.Server):
         """Begin to stop: probes then take the server out of use."""
         self._service.draining = True
         super().handle_exit(sig, frame)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Do what uvicorn does, then serve gRPC too."""
+        await super().startup(sockets)
+        if self._grpc is not None and not self.should_exit:
+            await self._grpc.start()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let open requests and calls end, side by side."""
+        if self._grpc is None:
+            await super().shutdown(sockets)
+        else:
+            await asyncio.gather(self._grpc.stop(), super().shutdown(sockets))
 
     async def on_tick(self, counter: int) -> bool:
         """Do what uvicorn does ten times a second, and once a second close idle connections."""

@@ -56,18 +56,24 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
 
 
 @contextmanager
-def listening(service: Service, **settings: Any) -> Iterator[str]:
-    """Serve behind a socket, in a thread, and yield the address."""
-    config = configured(create_app(service, **settings), port=0, timeout_graceful_shutdown=5)
-    server = Server(config, service, idle_seconds=2.0)
+def listening(service: Service, *, grpc: bool = False, **settings: Any) -> Iterator[str]:
+    """Serve behind a socket, in a thread, and yield the address: with `grpc` that of gRPC too, after a space."""
+    app = create_app(service, **settings)
+    config = configured(app, port=0, timeout_graceful_shutdown=5)
+    rpc = None
+    if grpc:
+        from cascade_rt.serving.inference_grpc import GRPCServer
+
+        rpc = GRPCServer(app, "127.0.0.1", 0, max_body=service.settings.max_body, grace=5)
+    server = Server(config, service, idle_seconds=2.0, grpc=rpc)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        while not server.started:
+        while not (server.started and (rpc is None or rpc.port)):
             assert thread.is_alive()
             time.sleep(0.01)
         host, port = server.servers[0].sockets[0].getsockname()
-        yield f"{host}:{port}"
+        yield f"{host}:{port}" + (f" {host}:{rpc.port}" if rpc else "")
     finally:
         server.should_exit = True
         thread.join()

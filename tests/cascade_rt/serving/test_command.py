@@ -108,6 +108,7 @@ def test_a_token_file_and_a_second_bundle(bundle: Path, pair_bundle: Path, tmp_p
         ),
         (["--model-dir", "BUNDLE", "--root-path", "/v2"], "--root-path: found '/v2', expected another one than /v2"),
         (["--model-dir", "BUNDLE", "--port", "99999"], "--port: found 99999, expected a number from 0 to 65535"),
+        (["--model-dir", "BUNDLE", "--grpc-port", "-1"], "--grpc-port: found -1, expected a number from 0 to 65535"),
     ],
 )
 def test_what_cannot_be_served(

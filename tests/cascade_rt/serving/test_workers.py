@@ -13,15 +13,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from cascade_rt import CascadeRuntime
 from cascade_rt.engine.cpus import usable_cpus
 
 from ...toy import WORDS
-from .test_command import serving
+from .test_command import free_port, serving
 
 TEXTS = [" ".join(WORDS[at : at + 6]) for at in range(20)]
 pytestmark = pytest.mark.skipif(
@@ -43,6 +45,15 @@ def eventually(what: str, holds: Callable[[], bool], seconds: float = 30) -> Non
     while not holds():
         assert time.monotonic() < until, f"not within {seconds} s: {what}"
         time.sleep(0.05)
+
+
+def is_live(client: Any) -> bool:
+    """True if a server answers gRPC, which starts after HTTP."""
+    from tritonclient.utils import InferenceServerException
+
+    with suppress(InferenceServerException):
+        return bool(client.is_server_live())
+    return False
 
 
 def workers_of(pid: int) -> list[int]:
@@ -109,6 +120,20 @@ def test_a_worker_that_dies_is_replaced_and_all_end_with_their_supervisor(
     process.kill()
     process.wait()
     eventually("all workers end", lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+
+
+def test_workers_share_a_grpc_port(bundle: Path) -> None:
+    triton = pytest.importorskip("tritonclient.grpc")
+    port = free_port()
+    with serving("--model-dir", str(bundle), "--workers", "2", "--grpc-port", str(port)) as (_, address):
+        eventually("two that serve", lambda: served_by_both(address))
+        text = triton.InferInput("text", (1,), "BYTES")
+        text.set_data_from_numpy(np.array([TEXTS[0].encode()], dtype=object))
+        for _ in range(8):  # each connection goes to either
+            with triton.InferenceServerClient(f"127.0.0.1:{port}") as client:
+                eventually("gRPC", lambda client=client: is_live(client))  # type: ignore[misc]
+                assert client.infer("default", [text]).as_numpy("label").shape == (1,)
+        assert counted(address) == 8
 
 
 def test_workers_that_cannot_start(bundle: Path, tmp_path: Path) -> None:
