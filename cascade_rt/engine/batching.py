@@ -29,7 +29,13 @@ DEVICE_TOKEN_BUDGET = 16_384
 # Against cutting by the budget alone: 15-17% faster for a few dozen survivors of mixed lengths, 3-6% for hundreds.
 _ALIKE = 0.9
 _WORTH_A_CALL = 1 / 4  # of the budget
-_WORTH_A_THREAD = 1 / 2  # of the budget; with smaller micro-batches, one per thread was no faster
+_WORTH_A_THREAD = 1 / 2  # of the budget; with smaller micro-batches, one per thread was no faster in fp32
+_WORTH_A_THREAD_IN_INT8 = 1_000_000_000
+"""FLOPs of a micro-batch in int8 that is worth a thread of its own: ONNX Runtime divides small products badly.
+
+On 2 cores with AVX-512 VNNI, halves of 56 to 224 tokens took two threads 1.17 to 1.24 times less than the whole took both
+together with 12 layers of 384, and 1.04 to 1.08 times less with 12 of 768. Those of less work, as with 2 layers, took longer.
+"""
 _EVEN = 1.1  # longest time of a thread over the mean; two threads on the same micro-batch lose about as much
 
 
@@ -39,6 +45,15 @@ def token_budget(usual: int, flops: float) -> int:
     `usual`: those of the backend, for members that have enough to do with them.
     """
     return max(usual, int(min(_MOST_TOKENS, _WORTH_FLOPS / max(1.0, flops))))
+
+
+def worth_a_thread(budget: int, flops: float, precision: str) -> int:
+    """Return the padded tokens that a micro-batch needs to be worth a thread of its own.
+
+    `budget`: of the member, and `flops`: what it needs for a token.
+    """
+    usual = int(_WORTH_A_THREAD * budget)
+    return min(usual, int(_WORTH_A_THREAD_IN_INT8 / max(1.0, flops))) if precision == "int8" else usual
 
 
 def by_length(lengths: NDArray[np.intp]) -> NDArray[np.intp]:
@@ -64,15 +79,16 @@ def micro_batches(rows: NDArray[np.intp], lengths: NDArray[np.intp], budget: int
 
 
 def bulk_batches(
-    rows: NDArray[np.intp], lengths: NDArray[np.intp], budget: int, threads: int
+    rows: NDArray[np.intp], lengths: NDArray[np.intp], budget: int, threads: int, least: int
 ) -> tuple[list[NDArray[np.intp]], bool]:
     """Cut `rows` as `micro_batches` does, and say whether each thread should run a micro-batch of its own.
 
-    It should where that keeps all threads busy for about the same time; for that, few texts are cut smaller.
+    It should where that keeps all threads busy for about the same time; for that, few texts are cut smaller, down to
+    `least` padded tokens.
     """
     if threads > 1 and len(rows):
         share = -int(-lengths[rows].sum() // threads)
-        smaller = list(micro_batches(rows, lengths, min(budget, max(1, share, int(_WORTH_A_THREAD * budget)))))
+        smaller = list(micro_batches(rows, lengths, min(budget, max(1, share, least))))
         busy = [0] * threads
         for some in smaller:  # each goes to the thread that is free first
             heapreplace(busy, busy[0] + len(some) * max(1, int(lengths[some[0]])))

@@ -23,7 +23,7 @@ from ..bundle.files import FileIdentity, file_identity
 from ..bundle.manifest import HIDDEN_STATES, TOKENS, TYPICAL_TOKENS
 from ..errors import BundleError, InferenceError, first_line
 from .backends import Check, backend_for, out_of_memory
-from .batching import token_budget
+from .batching import token_budget, worth_a_thread
 from .execution import Execution
 from .forks import FORKS, never_destroy
 from .hidden_states import HiddenStates
@@ -87,8 +87,11 @@ class Stage:
         default = _SEGMENT_SPIN_MICROSECONDS if segment else _SPIN_MICROSECONDS
         spin = default if execution.spin_us is None else execution.spin_us
         self._backend = backend_for(replace(execution, spin_us=spin))
-        self.budget = token_budget(self._backend.budget, float(entry.cost(TYPICAL_TOKENS)) / TYPICAL_TOKENS)
+        flops = float(entry.cost(TYPICAL_TOKENS)) / TYPICAL_TOKENS
+        self.budget = token_budget(self._backend.budget, flops)
         """Padded tokens per micro-batch."""
+        self.least = worth_a_thread(self.budget, flops, entry.precision)
+        """Padded tokens of a micro-batch that is worth a thread of its own."""
         self._leaves_hidden_states = leaves_hidden_states
         self._check = check
         self._sessions: dict[bool, Any] = {}  # by whether it is that for bulk work

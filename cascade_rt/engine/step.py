@@ -116,7 +116,7 @@ def run_texts(
     if counts is not None:
         order = by_length(inputs.lengths[rows])
         rows = rows[order]
-    groups, share_threads = bulk_batches(rows, inputs.lengths, stage.budget, at_once)
+    groups, share_threads = bulk_batches(rows, inputs.lengths, stage.budget, at_once, stage.least)
     logits = np.empty((len(rows), stage.labels), dtype=np.float32)
     left = HiddenStates(inputs.lengths, counts)
     runs: list[StageRun] = []

@@ -94,7 +94,8 @@ class Setup:
 def listen(host: str, port: int, *, shared: bool = False, option: str = "port") -> socket.socket:
     """Return a socket that listens; raise InputError where it cannot. `port` 0: any that is free.
 
-    `shared`: other sockets may listen there too, if they are shared and of the same user. `option`: what chose the port.
+    `shared`: other sockets may listen there too, if they are shared and of the same user.
+    `option`: name of the port in errors.
     """
     if not 0 <= port <= _LAST_PORT:
         raise InvalidOption(option, port, f"a number from 0 to {_LAST_PORT}")

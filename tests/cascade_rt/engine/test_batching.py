@@ -13,6 +13,7 @@ from cascade_rt.engine.batching import (
     by_length,
     micro_batches,
     token_budget,
+    worth_a_thread,
 )
 
 lengths_of_texts = st.lists(st.integers(0, 60), min_size=1, max_size=50).map(lambda some: np.array(some, dtype=np.intp))
@@ -25,13 +26,13 @@ def test_micro_batches_hold_every_row_once_within_the_budget(lengths: np.ndarray
     assert all(len(batch) == 1 or len(batch) * lengths[batch].max() <= budget for batch in batches)
 
 
-@given(lengths_of_texts, st.integers(1, 200), st.integers(1, 5), st.data())
+@given(lengths_of_texts, st.integers(1, 200), st.integers(1, 5), st.integers(0, 200), st.data())
 def test_bulk_batches_keep_all_threads_busy_or_leave_them_to_one_batch(
-    lengths: np.ndarray, budget: int, threads: int, data: st.DataObject
+    lengths: np.ndarray, budget: int, threads: int, least: int, data: st.DataObject
 ) -> None:
     waiting = by_length(lengths)
     waiting = waiting[sorted(data.draw(st.sets(st.integers(0, len(waiting) - 1), min_size=1)))]  # the others have left
-    batches, share_threads = bulk_batches(waiting, lengths, budget, threads)
+    batches, share_threads = bulk_batches(waiting, lengths, budget, threads, least)
     assert np.concatenate(batches).tolist() == waiting.tolist()
     if not share_threads:
         expected = micro_batches(waiting, lengths, budget)
@@ -49,11 +50,21 @@ def test_bulk_batches_keep_all_threads_busy_or_leave_them_to_one_batch(
 
 def test_equal_texts_are_shared_and_a_long_one_beside_short_ones_is_not() -> None:
     equal = np.full(64, 16, dtype=np.intp)
-    batches, share_threads = bulk_batches(by_length(equal), equal, 512, 2)
+    batches, share_threads = bulk_batches(by_length(equal), equal, 512, 2, 256)
     assert share_threads
     assert [len(batch) for batch in batches] == [32, 32]
     uneven = np.array([400, 20, 20, 20], dtype=np.intp)
-    assert not bulk_batches(by_length(uneven), uneven, 512, 2)[1]
+    assert not bulk_batches(by_length(uneven), uneven, 512, 2, 256)[1]
+
+
+def test_few_texts_are_shared_where_they_are_work_enough() -> None:
+    few = np.full(8, 16, dtype=np.intp)
+    of_384, of_768 = 43_000_000.0, 170_000_000.0  # FLOPs of 12 layers for a token
+    assert not bulk_batches(by_length(few), few, 512, 2, worth_a_thread(512, of_768, "fp32"))[1]
+    for flops in (of_384, of_768):
+        batches, share_threads = bulk_batches(by_length(few), few, 512, 2, worth_a_thread(512, flops, "int8"))
+        assert (share_threads, [len(batch) for batch in batches]) == (True, [4, 4])
+    assert not bulk_batches(by_length(few), few, 512, 2, worth_a_thread(512, of_384 / 6, "int8"))[1], "2 layers"
 
 
 @given(st.floats(0, 1e12), st.sampled_from([TOKEN_BUDGET, DEVICE_TOKEN_BUDGET]))
