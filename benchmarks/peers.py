@@ -2,10 +2,12 @@
 
     python benchmarks/peers.py --random 2x768 --random 12x768
     python benchmarks/peers.py --member members/2L --member members/6L --data dev.tsv
+    python benchmarks/peers.py --member members/12L --tuned bundle/ --data reported.jsonl
 
 Contestants: the transformers pipeline (PyTorch), Optimum's ONNX Runtime pipeline, OpenVINO (fp32, bf16, int8 by
 NNCF), every member alone, and the cascade at 2x, 3x and 4x: on ONNX Runtime in fp32 and int8, and on OpenVINO in bf16
-and int8. They take turns block by block. Needs the extra bench.
+and int8. With --tuned, a bundle of these members: its members alone and its cascade, with the thresholds that it has.
+They take turns block by block. Needs the extra bench.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
+from timeit import timeit
 from typing import Any
 
 import numpy as np
@@ -43,6 +47,7 @@ from cascade_rt.engine.batching import TOKEN_BUDGET, by_length, micro_batches
 from cascade_rt.engine.cpus import usable_threads
 from cascade_rt.engine.openvino import load_openvino
 from cascade_rt.engine.tokenization import TextTokenizer
+from cascade_rt.errors import InputError
 from cascade_rt.io.readers import read_examples
 from cascade_rt.io.writers import write_json
 from cascade_rt.tuning.evaluation import label_ids
@@ -61,26 +66,57 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     torch.set_num_threads(usable_threads(options.threads))
-    work: Path = options.work
-    bundle = work / "bundle"
     sources = options.member or write_random_members(
-        [parse_shape(shape) for shape in options.random], work / "members", tokenizer=options.tokenizer
+        [parse_shape(shape) for shape in options.random], options.work / "members", tokenizer=options.tokenizer
     )
-    by_token, static = work / "bundle-int8", work / "bundle-int8-static"
-    for folder, precision in ((bundle, "fp32"), (by_token, "int8"), (static, "int8-static")):
-        export_bundle(
-            sources,
-            folder,
-            max_length=options.max_length,
-            precision=precision,
-            check=Check(max_accuracy_drop=100),
-            overwrite=folder.exists(),
-        )
+    bundle = options.tuned or options.work / "bundle"
+    if not options.tuned:
+        _export(sources, bundle, "fp32", options)
     cascade = CascadeRuntime(bundle, threads=options.threads, preload=True)
     members = cascade.bundle.members
     texts = texts_for(cascade.bundle, options.data, options.words, options.texts)
-    biggest = next(source for source in sources if Path(source).name == members[-1].name)
-    contestants = dict(_peers(Path(biggest), bundle, work, texts, options.threads))
+    biggest = next((source for source in sources if Path(source).name == members[-1].name), None)
+    if biggest is None:
+        raise InputError(f"found no --member {members[-1].name}, the folder of the biggest member of {bundle}")
+    contestants = dict(_peers(Path(biggest), bundle, options.work, texts, options.threads))
+    if options.tuned:
+        taus: dict[str, Any] = {"cascade-rt, cascade as tuned": cascade.thresholds}
+        contestants |= _members_alone("cascade-rt", cascade)
+        contestants["cascade-rt, cascade as tuned"] = _ours(cascade)
+    else:
+        taus = _at_speedups(contestants, sources, texts, options)
+    report: dict[str, Any] = {
+        "machine": describe(),
+        "members": [f"{member.layers}L-{member.hidden_size} {member.precision}" for member in members],
+        "threads": usable_threads(options.threads),
+        "texts": {"count": len(texts), "from": options.data.name if options.data else f"made up, {options.words}"},
+        "rounds": options.rounds,
+        "taus": taus,
+        "contestants": _measured(contestants, texts, options.rounds),
+    }
+    report["cold_start"] = _cold_starts(str(biggest), bundle, texts[0], options.starts)
+    if options.data:
+        _add_accuracy(report["contestants"], contestants, options, cascade)
+    output = options.output or RESULTS / f"peers-{'-'.join(f'{member.layers}' for member in members)}.json"
+    write_json(output, report)
+    _show(report)
+    print(f"written: {output}")
+
+
+def _export(sources: list[str], folder: Path, precision: str, options: argparse.Namespace) -> None:
+    check = Check(max_accuracy_drop=100)
+    length, overwrite = options.max_length, folder.exists()
+    export_bundle(sources, folder, max_length=length, precision=precision, check=check, overwrite=overwrite)
+
+
+def _at_speedups(
+    contestants: dict[str, Answer], sources: list[str], texts: list[Text], options: argparse.Namespace
+) -> dict[str, Any]:
+    """Add members alone and cascades at --speedup, in fp32 and int8, on both engines; return the thresholds of each."""
+    bundle: Path = options.work / "bundle"
+    by_token, static = options.work / "bundle-int8", options.work / "bundle-int8-static"
+    _export(sources, by_token, "int8", options)
+    _export(sources, static, "int8-static", options)
     taus = {}
     for name, folder, provider, properties in (
         ("cascade-rt", bundle, "cpu", {}),
@@ -91,29 +127,19 @@ def main() -> None:
         runtime = CascadeRuntime(
             folder, provider=provider, provider_options=properties, threads=options.threads, preload=True
         )
-        for member in members:
-            contestants[f"{name}, {member.name} alone"] = _ours(runtime.with_members([member.name]))
+        contestants |= _members_alone(name, runtime)
         logits, _ = runtime.member_logits(texts)
-        taus[name] = taus_for(runtime, logits, reachable(runtime.bundle, options.speedup))
-        for speedup, tau in taus[name].items():
+        chosen = taus_for(runtime, logits, reachable(runtime.bundle, options.speedup))
+        taus[name] = {str(speedup): tau for speedup, tau in chosen.items()}
+        for speedup, tau in chosen.items():
             contestants[f"{name}, cascade {speedup:g}x"] = _ours(runtime.with_thresholds(tau))
-    report: dict[str, Any] = {
-        "machine": describe(),
-        "members": [f"{member.layers}L-{member.hidden_size} {member.precision}" for member in members],
-        "threads": usable_threads(options.threads),
-        "texts": {"count": len(texts), "from": options.data.name if options.data else f"made up, {options.words}"},
-        "rounds": options.rounds,
-        "taus": {name: {str(speedup): tau for speedup, tau in chosen.items()} for name, chosen in taus.items()},
-        "contestants": _measured(contestants, texts, options.rounds),
+    return taus
+
+
+def _members_alone(name: str, runtime: CascadeRuntime) -> dict[str, Answer]:
+    return {
+        f"{name}, {member.name} alone": _ours(runtime.with_members([member.name])) for member in runtime.bundle.members
     }
-    report["cold_start"] = _cold_starts(str(biggest), bundle, texts[0], options.starts)
-    if options.data:
-        _add_accuracy(report["contestants"], contestants, options, cascade)
-    output = options.output or RESULTS / f"peers-{'-'.join(f'{member.layers}' for member in members)}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(output, report)
-    _show(report)
-    print(f"written: {output}")
 
 
 def _ours(runtime: CascadeRuntime) -> Answer:
@@ -222,8 +248,11 @@ def _openvino(graph: Any, precision: str, reader: TextTokenizer, labels: list[st
 def _measured(contestants: dict[str, Answer], texts: list[Text], rounds: int) -> dict[str, Any]:
     """Time all in turn, block by block; a smaller call before each wakes the contestant's threads."""
 
-    def one_by_one(answer: Answer) -> Callable[[list[Text]], object]:
-        return lambda block: [answer([text]) for text in block]
+    def one_by_one(answer: Answer) -> Callable[[list[Text]], list[float]]:
+        def seconds(block: list[Text]) -> list[float]:
+            return [timeit(partial(answer, [text]), number=1) for text in block]
+
+        return seconds
 
     blocks = [texts[start : start + BLOCK] for start in range(0, len(texts), BLOCK)]
     with tqdm(total=2 * (rounds + 1), unit=" rounds", file=sys.stderr) as progress:
@@ -240,7 +269,7 @@ def _measured(contestants: dict[str, Answer], texts: list[Text], rounds: int) ->
         kind: {name: own.seconds.sum(axis=1) for name, own in timed.items()}
         for kind, timed in (("single", single), ("bulk", bulk))
     }
-    return {
+    rows: dict[str, Any] = {
         name: {
             kind: {
                 "ms_per_text": spread(1e3 * own[name] / len(texts)),
@@ -250,6 +279,11 @@ def _measured(contestants: dict[str, Answer], texts: list[Text], rounds: int) ->
         }
         for name in contestants
     }
+    for name, row in rows.items():  # of the last round
+        row["single"]["p50_ms"], row["single"]["p95_ms"] = np.percentile(
+            1e3 * np.hstack(single[name].answers), (50, 95)
+        )
+    return rows
 
 
 def _add_accuracy(
@@ -284,14 +318,14 @@ def _cold_starts(checkpoint: str, bundle: Path, text: Text, runs: int) -> dict[s
 
 def _show(report: dict[str, Any]) -> None:
     print(f"{report['members']}, {report['threads']} threads, {report['texts']['count']} texts; ms per text, median")
-    print(f"{'':42} {'single':>8} {'':>8} {'bulk':>8} {'':>8}  accuracy")
+    print(f"{'':42} {'single':>8} {'':>8} {'p50':>8} {'bulk':>8} {'':>8}  accuracy")
     for name, row in report["contestants"].items():
-        cells = " ".join(
-            f"{row[kind]['ms_per_text']['median']:8.2f} {row[kind]['times_faster_than_transformers']['median']:7.1f}x"
+        single, bulk = (
+            f"{row[kind]['ms_per_text']['median']:8.3f} {row[kind]['times_faster_than_transformers']['median']:7.1f}x"
             for kind in ("single", "bulk")
         )
         accuracy = f"{100 * row['accuracy']:.2f} %" if "accuracy" in row else ""
-        print(f"{name:42} {cells}  {accuracy}")
+        print(f"{name:42} {single} {row['single']['p50_ms']:8.3f} {bulk}  {accuracy}")
     cold = report["cold_start"]
     seconds = {name: cold[name]["seconds"]["median"] for name in ("transformers pipeline", "cascade-rt predict")}
     print(f"process start to answer, s: {seconds}, {cold['times_faster']['median']:.1f}x faster")
@@ -303,6 +337,7 @@ def _parser() -> argparse.ArgumentParser:
     models.add_argument("--member", action="append", metavar="DIR", help="a fine-tuned member's folder; one per member")
     models.add_argument("--random", action="append", metavar="LAYERSxHIDDEN", help="random members instead")
     add = parser.add_argument
+    add("--tuned", type=Path, metavar="BUNDLE", help="time this bundle as it is; --member: at least its biggest member")
     add("--tokenizer", help="with --random: whose vocabulary to use; default: a made-up one")
     add("--data", type=Path, metavar="FILE", help="labelled texts; default: made up from the vocabulary")
     add("--label-column", default="label")

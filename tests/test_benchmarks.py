@@ -100,6 +100,11 @@ def test_peers_meet_in_one_run(member_folders: list[Path], tmp_path: Path) -> No
     ours = [name for name in contestants if name.startswith("cascade-rt") and name.endswith(", big alone")]
     assert len(ours) == 4, "on both engines, each in two precisions"
     assert report["cold_start"]["times_faster"]["median"] > 0
+    tuned = run("peers.py", *members[-2:], "--data", "data.csv", *small, "--tuned", "runs/peers/bundle-int8")
+    rows = tuned["contestants"]
+    alone = {f"cascade-rt, {folder.name} alone" for folder in member_folders[1:]}
+    assert {name for name in rows if name.startswith("cascade-rt")} == {*alone, "cascade-rt, cascade as tuned"}
+    assert all(0 < row["single"]["p50_ms"] <= row["single"]["p95_ms"] for row in rows.values())
 
 
 def test_operators_have_shares_of_the_time(bundle: Path, tmp_path: Path) -> None:
