@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
 from cascade_rt.types import Text
+from cascade_train.progress import Bar
 from cascade_train.tasks import Examples
 
 _BATCH = 64
@@ -97,12 +98,15 @@ def _outputs(
     model.eval()
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]))
     collate = collator(tokenizer)
+    progress = Bar("answers", len(order), "texts", passing=True)
     for start in range(0, len(order), _BATCH):
         some = order[start : start + _BATCH]
         batch = {name: values.to(model.device) for name, values in collate([rows[row] for row in some]).items()}
         batch.pop("labels")
         with torch.inference_mode():
             yield some, model(**batch, **wanted)
+        progress.update(len(some))
+    progress.close()
 
 
 def text_logits(

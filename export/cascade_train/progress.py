@@ -1,51 +1,108 @@
-"""Training progress: a bar with loss, validation and time left on a terminal, one line per validation elsewhere."""
+"""Progress of long work on standard error: a bar on a terminal, lines elsewhere, one at least every 30 seconds."""
 
 from __future__ import annotations
 
 import sys
+from time import monotonic
 from typing import Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+_SILENCE = 30.0  # seconds
 
-class Progress(TrainerCallback):  # type: ignore[misc]  # the library has no types
-    """Shows the progress of one training run on standard error."""
 
-    def __init__(self, name: str, *metrics: str) -> None:
-        """`name`: of what is trained; `metrics`: the validation metrics to show."""
-        self._name = name
-        self._metrics = metrics
+class Bar:
+    """A bar of steps; where standard error is no terminal, a line after every half a minute."""
+
+    def __init__(self, what: str, total: int, unit: str, *, done: int = 0, passing: bool = False) -> None:
+        """`what`: the work, as lines begin; `unit`: a plural. `done`: steps that an earlier run has made.
+
+        `passing`: a bar that is not shown for short work, and not left on the terminal.
+        """
+        self._what = what
+        self._unit = unit
+        self._first, self._started = done, monotonic()
+        self._spoke = self._started
         self._shown: dict[str, float] = {}
-
-    def on_train_begin(self, arguments: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start the bar; a resumed run starts where it was."""
         self._bar = tqdm(
-            desc=f"training {self._name}",
-            total=state.max_steps,
-            initial=state.global_step,
-            unit=" steps",
+            desc=what,
+            total=total,
+            initial=done,
+            unit=f" {unit}",
             file=sys.stderr,
             disable=None,
+            delay=_SILENCE if passing else 0,
+            leave=not passing,
         )
+        self._done = done
+
+    def update(self, steps: int) -> None:
+        """Count steps that are done."""
+        self._bar.update(steps)
+        self._done += steps
+        self.breathe()
+
+    def breathe(self, doing: str = "") -> None:
+        """Say that work goes on, if nothing was said for a while; `doing`: what, beside the steps."""
+        if self._bar.disable and monotonic() - self._spoke > _SILENCE:
+            self._say(doing or self._left())
+
+    def show(self, speak: bool, **values: float) -> None:
+        """Show values beside the steps from now on; `speak`: say them at once where there is no bar."""
+        self._shown |= values
+        self._bar.set_postfix(self._shown)
+        if speak and self._bar.disable:
+            self._say("")
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self._bar.close()
+
+    def _say(self, more: str) -> None:
+        self._spoke = monotonic()
+        values = [f"{name} {value:.4f}" for name, value in self._shown.items()]
+        text = ", ".join([f"{self._unit[:-1]} {self._done} of {self._bar.total}", *values, *([more] if more else [])])
+        print(f"{self._what}: {text}", file=sys.stderr, flush=True)
+
+    def _left(self) -> str:
+        made = self._done - self._first
+        seconds = (monotonic() - self._started) / max(1, made) * (self._bar.total - self._done)
+        return f"about {seconds / 60:.0f} min left" if seconds > 90 else f"about {seconds:.0f} s left"
+
+
+class Progress(TrainerCallback):  # type: ignore[misc]  # the library has no types
+    """Shows the progress of one training run."""
+
+    def __init__(self, name: str, texts: int, *metrics: str) -> None:
+        """`name`: of what is trained; `texts`: how many it learns from; `metrics`: the validation metrics to show."""
+        self._name = name
+        self._texts = texts
+        self._metrics = metrics
+
+    def on_train_begin(self, arguments: Any, state: Any, control: Any, **_: Any) -> None:
+        """Say what will be done; a resumed run starts where it was."""
+        epochs = f"{arguments.num_train_epochs:g} epoch{'s' * (arguments.num_train_epochs != 1)}"
+        what = f"{self._texts} texts, {epochs}, {state.max_steps} steps of {arguments.train_batch_size}"
+        print(f"training {self._name}: {what}", file=sys.stderr, flush=True)
+        self._bar = Bar(f"training {self._name}", state.max_steps, "steps", done=state.global_step)
 
     def on_step_end(self, arguments: Any, state: Any, control: Any, **_: Any) -> None:
         """Advance the bar."""
         self._bar.update(1)
 
+    def on_prediction_step(self, arguments: Any, state: Any, control: Any, **_: Any) -> None:
+        """Say that validation goes on."""
+        self._bar.breathe("validating")
+
     def on_log(self, arguments: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         """Show the training loss."""
         if "loss" in logs:
-            self._shown["loss"] = logs["loss"]
-            self._bar.set_postfix(self._shown)
+            self._bar.show(speak=False, loss=logs["loss"])
 
     def on_evaluate(self, arguments: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
-        """Show the validation metrics; print a line where there is no bar."""
-        self._shown |= {metric: metrics[f"eval_{metric}"] for metric in self._metrics}
-        self._bar.set_postfix(self._shown)
-        if self._bar.disable:
-            values = ", ".join(f"{name} {value:.4f}" for name, value in self._shown.items())
-            print(f"training {self._name}: step {state.global_step} of {state.max_steps}, {values}", file=sys.stderr)
+        """Show the validation metrics."""
+        self._bar.show(speak=True, **{metric: metrics[f"eval_{metric}"] for metric in self._metrics})
 
     def on_train_end(self, arguments: Any, state: Any, control: Any, **_: Any) -> None:
         """Finish the bar."""

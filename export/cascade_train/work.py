@@ -59,7 +59,7 @@ def last_whole_checkpoint(work: Path) -> Path | None:
 def trained(trainer: Trainer, output: Path, *metrics: str) -> dict[str, Any]:
     """Train from the last whole checkpoint on, with a progress bar of these metrics; return facts for the record."""
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Progress(output.name, *metrics))
+    trainer.add_callback(Progress(output.name, len(trainer.train_dataset), *metrics))
     resume = last_whole_checkpoint(Path(trainer.args.output_dir))
     with quiet():
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
