@@ -27,7 +27,7 @@ from .rendering import printable
 from .signals import Termination, termination
 from .streams import forget_closed_output, standard_streams
 
-BUILT_IN = ("predict", "serve", "info", "evaluate", "tune", "benchmark", "adapt", "push")
+BUILT_IN = ("predict", "serve", "info", "evaluate", "tune", "benchmark", "adapt", "push", "doctor")
 GROUP = "cascade_rt.commands"
 _HOME = "set the environment variables HOME, to a folder that can be written, and USER"
 _ENVIRONMENT = {

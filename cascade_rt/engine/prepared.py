@@ -63,7 +63,7 @@ class Prepared:
         `path`: its ONNX file. `cache`: the folder, OFF, or None for the user's. `settings`: of the session, which
         change what is made.
         """
-        root = _root(cache)
+        root = members_folder(cache)
         if root is None or entry.reads != TOKENS or installed_version() < _SINCE:
             return None
         try:
@@ -146,7 +146,8 @@ def saving(options: Any, file: Path) -> Any:
     return options
 
 
-def _root(cache: str | Path | None) -> Path | None:
+def members_folder(cache: str | Path | None) -> Path | None:
+    """Return where members are kept as prepared; None for nowhere. `cache`: as of `Execution`."""
     chosen = cache or os.environ.get(FOLDER)
     if chosen is None:
         usual = cache_folder()

@@ -49,7 +49,7 @@ def test_help_has_a_summary_and_an_example_of_every_command(
     lines = shown.out.splitlines()
     for name in COMMANDS:
         (at,) = [index for index, line in enumerate(lines) if re.match(rf"  {name} +\S", line)]
-        assert lines[at + 1].strip().startswith(f"cascade-rt {name} "), "its example follows"
+        assert lines[at + 1].strip().startswith(f"cascade-rt {name}"), "its example follows"
     assert sum(line.strip().startswith("cascade-rt ") for line in lines[1:-1]) == len(COMMANDS)
     assert {"predict", "info", "evaluate", "tune", "benchmark", "push", "train", "export"} <= set(COMMANDS)
 
@@ -103,7 +103,7 @@ def test_every_option_of_a_command_is_explained(name: str) -> None:
     assert unexplained == []
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "doctor"])  # which needs none
 def test_a_command_without_arguments_is_one_clear_line(capsys: pytest.CaptureFixture[str], name: str) -> None:
     status, _, error = run(capsys, name)
     assert (status, error.count("\n")) == (2, 1)

@@ -143,7 +143,7 @@ def test_small_members_are_not_kept(bundle: Path, tmp_path: Path) -> None:
 def test_the_user_s_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv(prepared.FOLDER)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert prepared._root(None) == tmp_path / "cascade-rt" / "members"
+    assert prepared.members_folder(None) == tmp_path / "cascade-rt" / "members"
     monkeypatch.delenv("XDG_CACHE_HOME")
 
     def no_home() -> Path:
@@ -151,4 +151,4 @@ def test_the_user_s_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 
     monkeypatch.setattr(Path, "home", no_home)
     assert cache_folder() is None
-    assert prepared._root(None) is None
+    assert prepared.members_folder(None) is None
