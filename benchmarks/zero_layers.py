@@ -59,7 +59,7 @@ def main() -> None:
     options = _parser().parse_args()
     transformers.logging.set_verbosity_error()
     if options.augment and not options.distill_weight:
-        raise InputError("found --augment, expected --distill-weight with it: variants have no labels")
+        raise InputError("--augment requires --distill-weight: variants have no labels")
     parts = read_parts(options.task, options.data)
     work: Path = options.work or Path("runs") / "zero-layers" / options.task
     work.mkdir(parents=True, exist_ok=True)

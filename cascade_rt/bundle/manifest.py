@@ -315,7 +315,7 @@ def _load(folder: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path}: not valid JSON ({error}); export or copy the bundle again") from error
     if not isinstance(manifest, dict):
-        raise BundleError(f"{path}: found a {type(manifest).__name__}, expected a JSON object; export the bundle again")
+        raise BundleError(f"{path}: found {type(manifest).__name__}, expected a JSON object; export the bundle again")
     if manifest.get(_SEAL, found := _digest(manifest)) != found:
         raise BundleError(
             f"{path}: altered (found sha256 {found[:12]}..., expected {str(manifest[_SEAL])[:12]}...); export or copy "
@@ -389,7 +389,7 @@ def _parse(manifest: dict[str, Any]) -> Bundle:
 def _parse_exit_rule(entry: Any) -> dict[str, Any]:
     where = f"{MANIFEST}: exit_rule"
     if not isinstance(entry, dict):
-        raise BundleError(f"{where}: found a {type(entry).__name__}, expected an object; export the bundle again")
+        raise BundleError(f"{where}: found {type(entry).__name__}, expected an object; export the bundle again")
     fields = ManifestFields(entry, where)
     kind = fields.take("kind", str)
     if kind not in EXIT_RULES:
@@ -415,7 +415,7 @@ def _parse_task(top: ManifestFields, labels: int) -> tuple[str, tuple[float, ...
 
 def _parse_member(entry: Any, where: str, version: int, with_threshold: bool) -> MemberEntry:
     if not isinstance(entry, dict):
-        raise BundleError(f"{where}: found a {type(entry).__name__}, expected an object; export the bundle again")
+        raise BundleError(f"{where}: found {type(entry).__name__}, expected an object; export the bundle again")
     fields = ManifestFields(entry, where)
     threshold = fields.take("threshold", float, type(None))
     if (threshold is not None) != with_threshold:
@@ -453,7 +453,7 @@ def _parse_member(entry: Any, where: str, version: int, with_threshold: bool) ->
 
 def _parse_data(entry: Any, where: str) -> WeightFile:
     if not isinstance(entry, dict):
-        raise BundleError(f"{where}: data: found a {type(entry).__name__}, expected an object; export the bundle again")
+        raise BundleError(f"{where}: data: found {type(entry).__name__}, expected an object; export the bundle again")
     fields = ManifestFields(entry, f"{where}: data")
     return WeightFile(checked_relative(fields.take("file", str), MANIFEST), fields.take("sha256", str))
 
@@ -464,7 +464,7 @@ def _check_tuning(tuning: Any, members: Sequence[MemberEntry]) -> None:
         return
     where = f"{MANIFEST}: {TUNING}"
     if not isinstance(tuning, dict):
-        raise BundleError(f"{where}: found a {type(tuning).__name__}, expected an object; tune the bundle again")
+        raise BundleError(f"{where}: found {type(tuning).__name__}, expected an object; tune the bundle again")
     fields = ManifestFields(tuning, where)
     names, taus, counts = (fields.take(key, list) for key in ("members", "thresholds", "exits"))
     chosen = [member for member in members if member.name in names]

@@ -227,7 +227,7 @@ def reading(options: argparse.Namespace) -> Reading:
     """Return how to read files; with options of `add_reading`, and of `add_label_column` where labels are read."""
     pair_column = getattr(options, "pair_column", None)
     if pair_column and not options.text_column:
-        raise InputError(f"found --pair-column {pair_column} alone, expected --text-column with it")
+        raise InputError(f"--pair-column {pair_column} requires --text-column")
     columns = tuple(column for column in (options.text_column, pair_column) if column) or None
     return of_options(Reading, options, columns=columns, delimiter=_SPELLED.get(options.delimiter, options.delimiter))
 

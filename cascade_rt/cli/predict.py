@@ -113,14 +113,14 @@ def run(options: argparse.Namespace) -> None:
             "(a text that is a file's name can be read by --input -)"
         )
     if options.rejects and options.on_error == STOP:
-        raise InputError("found --rejects alone, expected --on-error skip or null with it")
+        raise InputError("--rejects requires --on-error skip or null")
     if options.engine == RAY:
         _on_cluster(options)
         return
     refuse_without_ray(options, _FOR_RAY)
     to_file = not is_stream(options.output)
     if options.resume and not (to_file and options.input):
-        raise InputError("found --resume alone, expected --input and --output FILE with it")
+        raise InputError("--resume requires --input and --output FILE")
     if to_file:
         output_format(options.output)  # before the bundle is opened
     options.packed = bool(options.input) or len(options.text) > _FEW
@@ -156,7 +156,7 @@ def _report(runtime: CascadeRuntime, options: argparse.Namespace, counts: Counts
 def _on_cluster(options: argparse.Namespace) -> None:
     """Write the answers to a folder, by a Ray cluster."""
     if options.input in (None, "-") or options.output == "-":
-        raise InputError("found --engine ray alone, expected --input with files and --output with a folder")
+        raise InputError("--engine ray requires --input with files and --output with a folder")
     if options.pools and options.actors is not None:
         raise InputError("found --actors and --pool, expected one of them")
     from ..jobs.ray_job import JobSettings, predict_on_cluster  # noqa: PLC0415 - not needed elsewhere

@@ -103,7 +103,7 @@ def run(options: argparse.Namespace) -> None:
     """Collect, tune, print and write."""
     question = of_options(Question, options)
     if options.fall_back and question.confidence is None:
-        raise InputError("found --fall-back alone, expected --confidence with it")
+        raise InputError("--fall-back requires --confidence")
     folder = local_folder(options.model_dir) if question.asks and not options.dry_run else None
     if options.output:
         pyplot()  # fails before the work, not after

@@ -23,7 +23,7 @@ def iterated(texts: Iterable[Text]) -> Iterator[Text]:
         raise InputError(f"found one {type(texts).__name__}, expected a list of texts; wrap it: [text]")
     is_scalar = not isinstance(texts, Iterable) or (isinstance(texts, np.ndarray) and texts.ndim == 0)
     if is_scalar or isinstance(texts, set | frozenset) or type(texts).__name__ == "DataFrame":
-        raise InputError(f"found a {type(texts).__name__}, expected a list of texts, or one column of a table")
+        raise InputError(f"found {type(texts).__name__}, expected a list of texts, or one column of a table")
     return iter(texts)
 
 
@@ -37,7 +37,7 @@ def listed(inputs: Any) -> list[Any] | None:
     if isinstance(inputs, str | dict | tuple):
         return None
     raise InputError(
-        f"found a {type(inputs).__name__}, expected a text, a pair, a dict, a list of them, a pandas Series or a "
+        f"found {type(inputs).__name__}, expected a text, a pair, a dict, a list of them, a pandas Series or a "
         "one-dimensional numpy array of str; for other iterables use predict_iter"
     )
 

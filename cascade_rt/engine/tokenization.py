@@ -565,4 +565,4 @@ def _kind(text: object) -> str:
         return "a single text"
     if isinstance(text, tuple | list):
         return f"a {type(text).__name__} of {len(text)}"
-    return f"a {type(text).__name__}"
+    return type(text).__name__

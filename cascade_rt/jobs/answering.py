@@ -41,7 +41,7 @@ class Counts:
 
     @property
     def records(self) -> int:
-        """Both."""
+        """Answered plus rejected."""
         return self.answered + self.rejected
 
 

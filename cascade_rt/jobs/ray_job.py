@@ -95,7 +95,7 @@ _Work = list[Record] | _Begun | Receipt | _Failure
 
 
 class _Part(NamedTuple):
-    """A part on its way: its work is what is left to do, at last a receipt."""
+    """A part in progress; it ends as a receipt."""
 
     name: str
     digest: str

@@ -122,7 +122,7 @@ class Ticket:
         return None if noted is None else replace(noted, degraded=True)
 
     def settle(self, row: int, answer: Answer) -> None:
-        """Answer a text for good."""
+        """Answer a text, as its last answer."""
         self.answers[row] = answer
         self.left -= 1
 

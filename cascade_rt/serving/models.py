@@ -82,7 +82,7 @@ class Models:
         return self._models[name]
 
     async def watch(self, seconds: float) -> None:
-        """Look for replaced bundles every so many seconds, for good."""
+        """Look for replaced bundles every `seconds`, until cancelled."""
         refused: dict[str, object] = {}  # identity of the last bundle that could not be used
         again, pause = dict.fromkeys(self._sources, 0.0), dict.fromkeys(self._sources, seconds)
         while True:

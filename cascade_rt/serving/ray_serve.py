@@ -88,7 +88,7 @@ class Replica:
         return self._app
 
     async def drain(self, seconds: float) -> None:
-        """Take no more requests, and wait for those that are open, at most so many seconds."""
+        """Take no more requests, and wait for those that are open, at most `seconds`."""
         self._service.draining = True
         until = monotonic() + seconds
         while self._app.open and monotonic() < until:

@@ -76,5 +76,5 @@ def _of_torch(checkpoint: Checkpoint) -> TorchCheckpoint:
     from cascade_export.torch_checkpoint import TorchCheckpoint  # noqa: PLC0415 - loads torch, ONNX files need none
 
     if not isinstance(checkpoint, TorchCheckpoint):
-        raise TypeError(f"found a {type(checkpoint).__name__}, expected a TorchCheckpoint")
+        raise TypeError(f"found {type(checkpoint).__name__}, expected a TorchCheckpoint")
     return checkpoint

@@ -52,7 +52,7 @@ def trimmed(backend: Tokenizer, texts: Sequence[Text], most: float = 0.005) -> V
     described = json.loads(backend.to_str())
     if described["model"]["type"] not in _KINDS:
         raise InputError(
-            f"found a {described['model']['type']} tokenizer, expected one of {', '.join(_KINDS)}; keep its vocabulary"
+            f"found tokenizer {described['model']['type']}, expected one of {', '.join(_KINDS)}; keep its vocabulary"
         )
     if len(texts) < _FEWEST:
         raise InputError(f"found {len(texts)} texts to trim the vocabulary by, expected at least {_FEWEST}")

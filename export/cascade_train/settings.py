@@ -289,7 +289,7 @@ def _parsed(source: str, file: Path, kind: type) -> Any:
     with guarded(source, f"cannot read {file.name}", remedy):
         found = json.loads(file.read_text("utf-8"))
     if not isinstance(found, kind):
-        raise InputError(f"{source}: cannot read {file.name} (found a {type(found).__name__}); {remedy}")
+        raise InputError(f"{source}: cannot read {file.name} (found {type(found).__name__}); {remedy}")
     return found
 
 

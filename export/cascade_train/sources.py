@@ -117,7 +117,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
     tokenizer = pretrained(AutoTokenizer, source)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InputError(
-            f"{source}: has no fast tokenizer (found a {type(tokenizer).__name__}, expected tokenizer.json); use a "
+            f"{source}: has no fast tokenizer (found {type(tokenizer).__name__}, expected tokenizer.json); use a "
             "model that has one"
         )
     return tokenizer

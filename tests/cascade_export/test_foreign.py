@@ -119,7 +119,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no architecture": (config(model_type=REMOVED), "cannot be opened .*model_type"),
     "no config.json": (without("config.json"), "has no config.json"),
     "a config.json that is not JSON": (write("config.json", b"{"), "cannot read config.json .*expected a JSON object"),
-    "a config.json that is a list": (write("config.json", b"[]"), "cannot read config.json .found a list.*JSON object"),
+    "a config.json that is a list": (write("config.json", b"[]"), "cannot read config.json .found list.*JSON object"),
     "a config.json that is a folder": (a_folder("config.json"), "cannot read config.json .*Is a directory"),
     "a tokenizer_config.json that is not JSON": (write("tokenizer_config.json", b"{"), "cannot read tokenizer_config"),
     "no weights": (without("model.safetensors"), "has no weights; expected model.safetensors"),

@@ -43,8 +43,8 @@ INSTANCES: list[CascadeError] = [
     InputError("a message"),
     InvalidOption("max_drop", 2.5, "a share from 0 to below 1"),
     InvalidOption("columns", ["a", "b"], "one name"),
-    TextError(7, "found a int, expected a text"),
-    TextError(7, "found a int, expected a text", "in.csv:9"),
+    TextError(7, "found int, expected a text"),
+    TextError(7, "found int, expected a text", "in.csv:9"),
     InferenceError("a message"),
     MissingExtraError("reading parquet", "parquet", ImportError("No module named 'pyarrow'", name="pyarrow")),
 ]
@@ -243,7 +243,7 @@ def test_a_missing_package_names_its_extra_and_keeps_the_cause(
 def test_a_worker_raises_its_error_in_the_parent(bundle: Path) -> None:
     """With its fields, through the pickles of concurrent.futures."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        with pytest.raises(TextError, match="text 1: found a int") as text:
+        with pytest.raises(TextError, match="text 1: found int") as text:
             pool.submit(CascadeRuntime(bundle).predict, ["fine", 1]).result()  # type: ignore[list-item]
         assert text.value.index == 1
         with pytest.raises(InvalidOption) as option:

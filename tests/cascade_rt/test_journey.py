@@ -76,5 +76,5 @@ def test_truncation_survives_pickling(bundle: Path) -> None:
 
 
 def test_what_is_not_a_text_is_refused_at_the_beginning(bundle: Path) -> None:
-    with pytest.raises(TextError, match="text 1: found a int"):
+    with pytest.raises(TextError, match="text 1: found int"):
         CascadeRuntime(bundle).begin(["a", 3])  # type: ignore[list-item]

@@ -114,7 +114,7 @@ def test_predict_iter_refuses_one_text_and_names_the_place_of_a_bad_one(runtime:
         runtime.predict_iter("lights")
     with pytest.raises(InputError, match="`chunk_size`: found 0, expected a whole number from 1"):
         runtime.predict_iter([], chunk_size=0)
-    with pytest.raises(InputError, match="text 5: found a int"):
+    with pytest.raises(InputError, match="text 5: found int"):
         list(runtime.predict_iter(["fine"] * 5 + [1], chunk_size=2))  # type: ignore[list-item]
 
 
@@ -170,8 +170,8 @@ def test_member_logits_are_those_of_every_member_on_every_text(
     ("wrong", "says"),
     [
         (["fine", ("a", "pair")], "text 1: found a tuple of 2, expected a text"),
-        (["fine", None], "text 1: found a NoneType"),
-        (["fine", b"bytes"], "text 1: found a bytes"),
+        (["fine", None], "text 1: found NoneType"),
+        (["fine", b"bytes"], "text 1: found bytes"),
         (["fine", "half \ud83d a pair"], "text 1: found half a surrogate pair at character 5"),
         ("one text", r"found one str, expected a list.*\[text\]"),
     ],

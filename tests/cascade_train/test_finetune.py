@@ -240,7 +240,7 @@ def test_the_command_trains_on_a_pair_file(base: str, tmp_path: Path, capsys: py
     [
         ("--base x --output y", "found neither --task nor --train-file"),
         ("--base x --output y --task rte --train-file z.csv", "found --task and --train-file"),
-        ("--base x --output y --train-file z.csv --pair-column b", "--text-column with it"),
+        ("--base x --output y --train-file z.csv --pair-column b", "requires --text-column"),
         ("--base x --output y --task cola", "invalid choice: 'cola'"),
         ("--task rte", "--base"),
     ],

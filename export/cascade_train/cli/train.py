@@ -70,11 +70,11 @@ def run(options: argparse.Namespace) -> None:
 
     data, recipe = data_from(options), recipe_from(options)
     if options.dar_grid and not options.difficulty:
-        raise InputError("found --dar-grid alone, expected --difficulty FOLDER with it")
+        raise InputError("--dar-grid requires --difficulty FOLDER")
     if options.patient and not options.teacher:
-        raise InputError("found --patient alone, expected --teacher DIR with it")
+        raise InputError("--patient requires --teacher DIR")
     if options.module_replacing and not options.layers:
-        raise InputError("found --module-replacing alone, expected --layers K with it")
+        raise InputError("--module-replacing requires --layers K")
     with redirect_stdout(sys.stderr):
         check_export(options, data.labels, layers=options.layers, tokenizer=options.tokenizer, pair=data.pair)
     objective = of_options(

@@ -196,7 +196,7 @@ def test_unknown_keys_of_version_2_are_kept(two_segments: Path, tmp_path: Path) 
             "exit_rule: found the kind 'margin', this cascade-rt knows maximum_probability, entropy, patience.*; in",
         ),
         (set_to("exit_rule", "kind", to=3), "exit_rule: kind: found '3', expected str"),
-        (set_to("exit_rule", to="patience"), "exit_rule: found a str, expected an object"),
+        (set_to("exit_rule", to="patience"), "exit_rule: found str, expected an object"),
         (set_to("exit_rule", to={}), "exit_rule: has no 'kind'"),
         (delete("exit_rule", "patience"), "exit_rule: has no 'patience'"),
         (set_to("exit_rule", "patience", to=0), "patience: found '0', expected int of at least 1"),

@@ -171,7 +171,7 @@ def test_a_command_of_another_distribution_is_found_and_run(
         ("predict --model-dir BUNDLE --input gone/", "gone/: no such file; check the path"),
         ("predict --model-dir BUNDLE --input pairs.csv --text-column a --pair-column b", "texts here are single"),
         ("predict --model-dir BUNDLE --input pairs.csv --text-column c", "no column 'c'; found 'a', 'b'"),
-        ("predict --model-dir BUNDLE --input pairs.csv --pair-column b", "--text-column with it"),
+        ("predict --model-dir BUNDLE --input pairs.csv --pair-column b", "requires --text-column"),
         ("predict --model-dir BUNDLE --input two.jsonl", "found pairs ('text' and 'text_pair'), expected single texts"),
         ("predict --model-dir BUNDLE --input two.txt", "two.txt:1: found a pair"),
         ("evaluate --model-dir BUNDLE --input many.csv", "many.csv:1032: found the label 'bogus'"),
@@ -247,7 +247,7 @@ def test_bad_input_is_one_clear_line_and_status_2(
             "found ['big=1'], expected none without --engine ray",
         ),
         ("predict --model-dir BUNDLE --actors 0 text", "--actors", "found 0, expected none without --engine ray"),
-        ("predict --model-dir BUNDLE --engine ray text", "--engine", "expected --input with files and --output with a"),
+        ("predict --model-dir BUNDLE --engine ray text", "--engine", "requires --input with files and --output with a"),
         (
             "predict --model-dir BUNDLE --engine ray --input two.csv --output out --pool big",
             "--pool",

@@ -276,7 +276,7 @@ def test_a_pair_of_megabytes_is_cut_in_bounded_memory(pair_bundle: Path) -> None
 
 
 def test_a_text_that_cannot_be_used_is_named_by_its_position(bundle: Path) -> None:
-    with pytest.raises(TextError, match="text 1: found a int") as caught:
+    with pytest.raises(TextError, match="text 1: found int") as caught:
         TextTokenizer(bundle / "tokenizer.json", 32, pair=False).encode(["fine", 1])  # type: ignore[list-item]
     assert caught.value.index == 1
 

@@ -325,7 +325,7 @@ def test_a_text_that_cannot_be_used_is_named_by_its_line(
         (("--max-drop", "nan"), "--max-drop: found nan, expected a share"),
         (("--speedup", 0), "--speedup: found 0, expected a number above 0"),
         (("--max-drop", 0.1, "--seed", -1), "--seed: found -1, expected a whole number from 0"),
-        (("--max-drop", 0.1, "--fall-back"), "expected --confidence with it"),
+        (("--max-drop", 0.1, "--fall-back"), "--fall-back requires --confidence"),
         (("--speedup", 9), "expected at most 4.00"),
         (("--budget-ms", 1e-6), "expected at least"),
         (("--confidence", 0.95), "expected a maximum drop with it"),
