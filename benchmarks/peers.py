@@ -51,6 +51,7 @@ from cascade_rt.errors import InputError
 from cascade_rt.io.readers import read_examples
 from cascade_rt.io.writers import write_json
 from cascade_rt.tuning.evaluation import label_ids
+from cascade_rt.tuning.plot import pyplot
 from cascade_rt.types import Text
 
 BLOCK = 16  # single calls in a row by the same contestant
@@ -80,7 +81,7 @@ def main() -> None:
         raise InputError(f"found no --member {members[-1].name}, the folder of the biggest member of {bundle}")
     contestants = dict(_peers(Path(biggest), bundle, options.work, texts, options.threads))
     if options.tuned:
-        taus: dict[str, Any] = {"cascade-rt, cascade as tuned": cascade.thresholds}
+        taus: dict[str, Any] = {"cascade-rt": {"as tuned": cascade.thresholds}}
         contestants |= _members_alone("cascade-rt", cascade)
         contestants["cascade-rt, cascade as tuned"] = _ours(cascade)
     else:
@@ -97,8 +98,13 @@ def main() -> None:
     report["cold_start"] = _cold_starts(str(biggest), bundle, texts[0], options.starts)
     if options.data:
         _add_accuracy(report["contestants"], contestants, options, cascade)
-    output = options.output or RESULTS / f"peers-{'-'.join(f'{member.layers}' for member in members)}.json"
+    output = (
+        options.output
+        or RESULTS / f"peers-{'-'.join(f'{member.layers}' for member in members)}{'-tuned' * bool(options.tuned)}.json"
+    )
     write_json(output, report)
+    if options.data:
+        _draw(report["contestants"], output.with_suffix(".svg"))
     _show(report)
     print(f"written: {output}")
 
@@ -316,6 +322,34 @@ def _cold_starts(checkpoint: str, bundle: Path, text: Text, runs: int) -> dict[s
     } | {"times_faster": spread(theirs / ours)}
 
 
+_INK, _OURS, _CHOSEN = "#808080", "#1f77b4", "#d62728"  # seen on light and on dark pages
+
+
+def _draw(rows: dict[str, Any], path: Path) -> None:
+    """Draw accuracy over the time of single texts and of bulk work, all contestants."""
+    plotting = pyplot()
+    plotting.rcParams["svg.fonttype"] = "none"
+    figure, axes = plotting.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
+    for axis, kind, title in zip(axes, ("single", "bulk"), ("one text at a time", "in bulk"), strict=True):
+        for at, (name, row) in enumerate(sorted(rows.items(), key=lambda pair: pair[1]["accuracy"])):
+            colour = _CHOSEN if "cascade as tuned" in name else _OURS if name.startswith("cascade-rt") else _INK
+            place = row[kind]["ms_per_text"]["median"], 100 * row["accuracy"]
+            axis.plot(
+                *place, "*" if colour == _CHOSEN else "o", color=colour, markersize=14 if colour == _CHOSEN else 6
+            )
+            text = name.removeprefix("cascade-rt, ")
+            axis.annotate(text, place, (6, (-10, 4)[at % 2]), textcoords="offset points", fontsize=7, color=colour)
+        axis.set_xscale("log")
+        axis.margins(x=0.25)
+        axis.set_title(title, color=_INK)
+        axis.set_xlabel("ms per text (logarithmic)", color=_INK)
+        axis.tick_params(colors=_INK, which="both")
+        axis.spines[:].set_color(_INK)
+    axes[0].set_ylabel("accuracy, %", color=_INK)
+    figure.savefig(path, transparent=True)
+    plotting.close(figure)
+
+
 def _show(report: dict[str, Any]) -> None:
     print(f"{report['members']}, {report['threads']} threads, {report['texts']['count']} texts; ms per text, median")
     print(f"{'':42} {'single':>8} {'':>8} {'p50':>8} {'bulk':>8} {'':>8}  accuracy")
@@ -337,7 +371,12 @@ def _parser() -> argparse.ArgumentParser:
     models.add_argument("--member", action="append", metavar="DIR", help="a fine-tuned member's folder; one per member")
     models.add_argument("--random", action="append", metavar="LAYERSxHIDDEN", help="random members instead")
     add = parser.add_argument
-    add("--tuned", type=Path, metavar="BUNDLE", help="time this bundle as it is; --member: at least its biggest member")
+    add(
+        "--tuned",
+        type=Path,
+        metavar="BUNDLE",
+        help="time this bundle as it is, with its --max-length; --member: its biggest",
+    )
     add("--tokenizer", help="with --random: whose vocabulary to use; default: a made-up one")
     add("--data", type=Path, metavar="FILE", help="labelled texts; default: made up from the vocabulary")
     add("--label-column", default="label")

@@ -1,4 +1,4 @@
-"""Show what a bundle would run on here: versions, CPU, threads, memory, providers, and what is slow and why."""
+"""Show this machine's hardware and software, and what slows cascades down on it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .rendering import printable
 
 _LITTLE_MEMORY = 500  # MB
 
-SUMMARY = "show what this machine has, and what is slow on it"
+SUMMARY = "show this machine's hardware and what slows it down"
 EXAMPLE = "cascade-rt doctor"
 
 
@@ -44,14 +44,14 @@ def run(options: argparse.Namespace) -> None:
         "processor": found["processor"],
         "int8": "exact, fast kernels" if found["int8_kernels"] else "no VNNI: other kernels",
         "threads": f"{found['threads']} of {found['cpus']} CPUs",
-        "memory": "unknown" if there is None else f"{there:,} MB may be taken",
+        "memory": "unknown" if there is None else f"{there:,} MB available",
         "providers": ", ".join(found["providers"]),
-        "kept members": found["kept_members"] or "none",
+        "member cache": found["kept_members"] or "none",
         "telemetry": "off" if found["telemetry_off"] else "may be on",
     }
     print(printable("\n".join(f"{name:13} {value}" for name, value in lines.items())))
     print()
-    print(printable("\n".join(f"- {line}" for line in advice) or "nothing found that would be slow here"))
+    print(printable("\n".join(f"- {line}" for line in advice) or "found nothing that slows this machine down"))
 
 
 def _found() -> dict[str, Any]:
@@ -83,14 +83,15 @@ def _advice(found: dict[str, Any]) -> Iterator[str]:
         )
     if found["quota"] is not None and found["quota"] < found["usable_cpus"]:
         yield f"threads: a control group allows {found['quota']:g} CPUs of {found['usable_cpus']}"
-    if not found["kept_members_writable"]:
+    if found["kept_members"] is not None and not found["kept_members_writable"]:
         yield (
-            "start: members as prepared for this CPU are not kept, so each process prepares them again; "
-            "set CASCADE_RT_CACHE to a folder that can be written"
+            f"start: {found['kept_members']} cannot be written, so each process prepares members for this CPU again; "
+            "set CASCADE_RT_CACHE to a folder that can"
         )
     if (there := found["memory_available_mb"]) is not None and there < _LITTLE_MEMORY:
         yield f"memory: {there} MB; cascade-rt info says what a bundle needs, and int8 members need a quarter of fp32"
-    if "torch" in found["packages"] and "bf16" not in found["processor"] and "amx" not in found["processor"]:
+    flags = found["processor"].partition("(")[2]
+    if flags and "torch" in found["packages"] and not {"bf16", "avx512_bf16", "amx_int8"} & set(flags[:-1].split()):
         yield "training: cascade-rt train --bf16 would be emulated on this CPU, several times slower than fp32"
     if not found["telemetry_off"]:
-        yield "telemetry: onnxruntime was imported before cascade_rt; set ORT_DISABLE_TELEMETRY=1"
+        yield "telemetry: ORT_DISABLE_TELEMETRY has another value than 1, so ONNX Runtime's may be on"

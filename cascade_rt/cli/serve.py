@@ -116,8 +116,7 @@ def run(options: argparse.Namespace) -> None:
         if options.workers != 1:
             serve_with_workers(setup, options.workers)
             return
-        with listen(setup.host, setup.port) as listener:
-            setup = setup.with_grpc_port()
+        with listen(setup.host, setup.port) as listener, setup.with_grpc_port() as setup:
             service = setup.open()
             announce(described(service), setup, listener.getsockname()[1])
             serve(service, listener, setup)
@@ -125,7 +124,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _serve_on_cluster(setup: Setup, options: argparse.Namespace) -> None:
     if options.grpc_port is not None:
-        raise InvalidOption("grpc_port", options.grpc_port, "none with --engine ray, which serves HTTP alone")
+        raise InvalidOption("grpc_port", options.grpc_port, "none with --engine ray, which serves only HTTP")
     try:
         from ..serving.ray_serve import serve_on_cluster  # noqa: PLC0415
     except ImportError as error:

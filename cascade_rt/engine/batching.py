@@ -31,7 +31,7 @@ _ALIKE = 0.9
 _WORTH_A_CALL = 1 / 4  # of the budget
 _WORTH_A_THREAD = 1 / 2  # of the budget; with smaller micro-batches, one per thread was no faster in fp32
 _WORTH_A_THREAD_IN_INT8 = 1_000_000_000
-"""FLOPs of a micro-batch in int8 that is worth a thread of its own: ONNX Runtime divides small products badly.
+"""FLOPs of a micro-batch in int8 that is worth a thread of its own: ONNX Runtime parallelizes small products poorly.
 
 On 2 cores with VNNI, two threads with a half of 56 to 224 tokens each were 1.17 to 1.24 times as fast as both together
 on the whole with 12 layers of 384, and 1.04 to 1.08 times with 12 of 768; with less work, as of 2 layers, slower.

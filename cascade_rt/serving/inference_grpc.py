@@ -8,15 +8,17 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import grpc
 from starlette.types import ASGIApp, Message
 
-from .inference_messages import MESSAGES, SERVICE
+from ..errors import InputError
+from .inference_messages import HEALTH, MESSAGES, SERVICE
 
 _PASSED = {"authorization", "baggage", "traceparent", "tracestate", "x-deadline-ms", "x-request-id"}
 """Metadata of a call that become headers."""
@@ -24,7 +26,12 @@ _RETURNED = ("retry-after", "x-request-id")
 """Headers that become trailing metadata."""
 _LENGTH = "inference-header-content-length"
 _ROOM = 64 * 2**10  # bytes of a message beside its texts
+_LARGEST = 2**31 - 1  # that gRPC knows
 _LONGEST_DEADLINE = 86_400_000  # milliseconds
+_ON_THE_WAY = 0.05, 0.005  # share of a call's time, and at least seconds, that an answer needs to arrive in time
+_LONGEST_MESSAGE = 4000  # characters of an error, which clients limit together with other metadata
+_CONNECTION_AGE = 300_000  # milliseconds, after which a client connects again, maybe to another process
+_SERVING, _NOT_SERVING = 1, 2
 _CODES = {
     401: grpc.StatusCode.UNAUTHENTICATED,
     404: grpc.StatusCode.NOT_FOUND,
@@ -47,18 +54,24 @@ class _Response(NamedTuple):
 class GRPCServer:
     """Answers calls by an application that speaks the protocol over HTTP."""
 
-    def __init__(self, app: ASGIApp, host: str, port: int, *, max_body: int, grace: float) -> None:
-        """`port`: 0 for any that is free. `max_body`: bytes of a request. `grace`: seconds for calls when it stops."""
+    def __init__(self, app: ASGIApp, host: str, port: int, *, max_body: int) -> None:
+        """`port`: 0 for any that is free, or one that others share. `max_body`: bytes of a request."""
         self._app = app
         self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        self._options = (("grpc.max_receive_message_length", max_body + _ROOM), ("grpc.max_send_message_length", -1))
-        self._grace = grace
+        self._options = (
+            ("grpc.max_receive_message_length", min(max_body + _ROOM, _LARGEST)),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.max_connection_age_ms", _CONNECTION_AGE),
+        )
+        self._server: Any = None
+        self.tasks: set[Any] = set()
+        """Tasks of open calls."""
         self.port: int | None = None
         """Where it listens, once it does."""
 
     async def start(self) -> None:
-        """Listen, in this event loop; raise RuntimeError where it cannot."""
-        self._server = grpc.aio.server(options=self._options)
+        """Listen, in this event loop; raise InputError where it cannot."""
+        server = grpc.aio.server(options=self._options)
         methods = {
             "ServerLive": self._server_live,
             "ServerReady": self._server_ready,
@@ -67,22 +80,31 @@ class GRPCServer:
             "ModelMetadata": self._model_metadata,
             "ModelInfer": self._model_infer,
         }
-        handlers = {
-            name: grpc.unary_unary_rpc_method_handler(
-                method,
-                request_deserializer=MESSAGES[f"{name}Request"].FromString,
-                response_serializer=MESSAGES[f"{name}Response"].SerializeToString,
+        server.add_generic_rpc_handlers(
+            (
+                grpc.method_handlers_generic_handler(
+                    SERVICE, {name: _handler(name, methods[name]) for name in methods}
+                ),
+                grpc.method_handlers_generic_handler(HEALTH, {"Check": _handler("HealthCheck", self._health)}),
             )
-            for name, method in methods.items()
-        }
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
-        port = self._server.add_insecure_port(self._address)
-        await self._server.start()
-        self.port = port
+        )
+        try:
+            port = server.add_insecure_port(self._address)
+        except RuntimeError as error:
+            raise InputError(f"cannot listen on {self._address} for gRPC; choose another port") from error
+        await server.start()
+        self._server, self.port = server, port
 
-    async def stop(self) -> None:
-        """Take no more calls, and wait for those that are open."""
-        await self._server.stop(self._grace)
+    async def stop(self, grace: float | None) -> None:
+        """Take no more calls, and wait `grace` seconds for those that are open; a second call may shorten that."""
+        if self._server is not None:
+            await self._server.stop(grace)
+
+    async def _health(self, request: Any, context: Any) -> Any:
+        if request.service not in ("", SERVICE):
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"found no service {request.service[:80]!r}")
+        ready = await self._holds("/v2/health/ready", context)
+        return MESSAGES["HealthCheckResponse"](status=_SERVING if ready else _NOT_SERVING)
 
     async def _server_live(self, request: Any, context: Any) -> Any:
         return MESSAGES["ServerLiveResponse"](live=await self._holds("/v2/health/live", context))
@@ -103,9 +125,6 @@ class GRPCServer:
         return MESSAGES["ModelMetadataResponse"](**json.loads(found.body))
 
     async def _model_infer(self, request: Any, context: Any) -> Any:
-        tensors, parts = len(request.inputs), len(request.raw_input_contents)
-        if parts not in (0, tensors):
-            await context.abort(_code(422), f"raw_input_contents: found {parts}, expected {tensors}, as inputs")
         head, contents = _body(request)
         path = _path(request.model_name, request.model_version)
         found = await self._answered(context, "POST", f"{path}/infer", head + contents, {_LENGTH: str(len(head))})
@@ -115,7 +134,7 @@ class GRPCServer:
     async def _holds(self, path: str, context: Any) -> bool:
         """Return whether the application says yes; end the call where it says neither yes nor no."""
         response = await self._asked(context, "GET", path)
-        if response.status not in (404, 503):
+        if response.status not in (404, 422, 503):
             await _end_if_error(context, response)
         return response.status == 200
 
@@ -129,6 +148,9 @@ class GRPCServer:
         self, context: Any, method: str, path: str, body: bytes = b"", more: Mapping[str, str] | None = None
     ) -> _Response:
         """Return the application's answer to a request. A cancelled call cancels it."""
+        if (task := asyncio.current_task()) is not None:
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
         given = {name: value for name, value in context.invocation_metadata() if name in _PASSED}
         headers = {"content-length": str(len(body)), **_deadline(context), **given, **(more or {})}
         scope = {
@@ -141,7 +163,7 @@ class GRPCServer:
             "raw_path": path.encode(),
             "root_path": "",
             "query_string": b"",
-            "headers": [(name.encode(), value.encode("latin-1")) for name, value in headers.items()],
+            "headers": [(name.encode(), value.encode("utf-8", "replace")) for name, value in headers.items()],
         }
         status, found, parts = 500, dict[str, str](), list[bytes]()
         unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
@@ -166,22 +188,35 @@ class GRPCServer:
         return _Response(status, found, b"".join(parts))
 
 
-def _code(status: int) -> grpc.StatusCode:
-    return _CODES.get(status, grpc.StatusCode.INVALID_ARGUMENT)
+def _handler(name: str, method: Any) -> Any:
+    return grpc.unary_unary_rpc_method_handler(
+        method,
+        request_deserializer=MESSAGES[f"{name}Request"].FromString,
+        response_serializer=MESSAGES[f"{name}Response"].SerializeToString,
+    )
 
 
 async def _end_if_error(context: Any, response: _Response) -> None:
     context.set_trailing_metadata([(name, response.headers[name]) for name in _RETURNED if name in response.headers])
     if response.status != 200:
-        await context.abort(_code(response.status), json.loads(response.body)["error"])
+        code = _CODES.get(response.status, grpc.StatusCode.INVALID_ARGUMENT)
+        await context.abort(code, _message(response)[:_LONGEST_MESSAGE])
+
+
+def _message(response: _Response) -> str:
+    """Return what an error says; a failure that the application did not expect has a body of its own kind, or none."""
+    with suppress(ValueError, KeyError, TypeError):
+        return str(json.loads(response.body)["error"])
+    return f"the server failed with status {response.status}; its log says why"
 
 
 def _deadline(context: Any) -> dict[str, str]:
-    """Return the header that tells the application the deadline of a call, if it has one."""
+    """Return the header that tells the application when to answer, so that a call with a deadline gets it in time."""
     seconds: float | None = context.time_remaining()
     if seconds is None:
         return {}
-    return {"x-deadline-ms": str(min(max(1, math.ceil(1000 * seconds)), _LONGEST_DEADLINE))}
+    share, least = _ON_THE_WAY
+    return {"x-deadline-ms": str(min(max(1, int(1000 * (seconds - max(least, share * seconds)))), _LONGEST_DEADLINE))}
 
 
 def _path(model: str, version: str) -> str:
@@ -190,23 +225,19 @@ def _path(model: str, version: str) -> str:
 
 
 def _body(request: Any) -> tuple[bytes, bytes]:
-    """Return the JSON part of a request's body, and its binary tensors."""
-    contents = request.raw_input_contents or [_packed(tensor.contents.bytes_contents) for tensor in request.inputs]
+    """Return the JSON part of a request's body, and its binary tensors; the application finds what is wrong."""
+    contents = list(request.raw_input_contents) or [_packed(one.contents.bytes_contents) for one in request.inputs]
+    sizes = [{"binary_data_size": len(content)} for content in contents]
     inputs = [
-        {
-            "name": tensor.name,
-            "datatype": tensor.datatype,
-            "shape": list(tensor.shape),
-            "parameters": {"binary_data_size": len(content)},
-        }
-        for tensor, content in zip(request.inputs, contents, strict=True)
+        {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape), "parameters": size}
+        for tensor, size in zip_longest(request.inputs, sizes[: len(request.inputs)])
     ]
     outputs = [{"name": output.name} for output in request.outputs]
     head = {"id": request.id, "inputs": inputs, "outputs": outputs, "parameters": {"binary_data_output": True}}
     return json.dumps(head).encode(), b"".join(contents)
 
 
-def _packed(texts: Iterator[bytes]) -> bytes:
+def _packed(texts: Iterable[bytes]) -> bytes:
     return b"".join(struct.pack("<I", len(text)) + text for text in texts)
 
 

@@ -1,4 +1,4 @@
-"""The messages of the Open Inference Protocol over gRPC, with the fields that the server reads or writes.
+"""The messages of the Open Inference Protocol over gRPC, and of gRPC's health checks, with the fields that are used.
 
 Others, such as parameters of tensors, are skipped by protobuf. The messages are in a pool of their own: generated
 classes of the same names, as tritonclient's, can be in the same process.
@@ -14,7 +14,7 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message_factory import GetMessageClass
 
 SERVICE = "inference.GRPCInferenceService"
-_PACKAGE = "inference"
+HEALTH = "grpc.health.v1.Health"
 _TENSOR = {"name": (1, "string"), "datatype": (2, "string"), "shape": (3, "int64 *")}
 _VERSION = {"name": (1, "string"), "version": (2, "string")}
 _MESSAGES: Mapping[str, Mapping[str, tuple[int, str]]] = {
@@ -56,33 +56,31 @@ _MESSAGES: Mapping[str, Mapping[str, tuple[int, str]]] = {
     "InferTensorContents": {"bytes_contents": (8, "bytes *")},
 }
 """Fields by message: number and type, which a star makes repeated."""
-METHODS = ("ServerLive", "ServerReady", "ServerMetadata", "ModelReady", "ModelMetadata", "ModelInfer")
-"""Methods of the service; each takes its name's Request and returns its Response."""
+_HEALTH_MESSAGES: Mapping[str, Mapping[str, tuple[int, str]]] = {
+    "HealthCheckRequest": {"service": (1, "string")},
+    "HealthCheckResponse": {"status": (1, "int32")},  # an enum, which is the same on the wire
+}
 
 
-def _classes() -> dict[str, Any]:
-    file = FileDescriptorProto(name="open_inference.proto", package=_PACKAGE, syntax="proto3")
+def _classes(package: str, messages: Mapping[str, Mapping[str, tuple[int, str]]]) -> dict[str, Any]:
+    file = FileDescriptorProto(name=f"{package}.proto", package=package, syntax="proto3")
     described: dict[str, DescriptorProto] = {}
-    for path, fields in _MESSAGES.items():
+    for path, fields in messages.items():
         outer, _, name = path.rpartition(".")
         message = described[outer].nested_type.add(name=name) if outer else file.message_type.add(name=name)
         described[path] = message
-        for field, (number, kind) in fields.items():
-            _add_field(message, field, number, kind)
+        for field_name, (number, written) in fields.items():
+            kind, _, repeated = written.partition(" ")
+            label = FieldDescriptorProto.LABEL_REPEATED if repeated else FieldDescriptorProto.LABEL_OPTIONAL
+            field = message.field.add(name=field_name, number=number, label=label)
+            if kind in messages:
+                field.type, field.type_name = FieldDescriptorProto.TYPE_MESSAGE, f".{package}.{kind}"
+            else:
+                field.type = FieldDescriptorProto.Type.Value(f"TYPE_{kind.upper()}")
     pool = DescriptorPool()
     pool.AddSerializedFile(file.SerializeToString())
-    return {name: GetMessageClass(pool.FindMessageTypeByName(f"{_PACKAGE}.{name}")) for name in _MESSAGES}
+    return {name: GetMessageClass(pool.FindMessageTypeByName(f"{package}.{name}")) for name in messages}
 
 
-def _add_field(message: DescriptorProto, name: str, number: int, kind: str) -> None:
-    kind, _, repeated = kind.partition(" ")
-    label = FieldDescriptorProto.LABEL_REPEATED if repeated else FieldDescriptorProto.LABEL_OPTIONAL
-    field = message.field.add(name=name, number=number, label=label)
-    if kind in _MESSAGES:
-        field.type, field.type_name = FieldDescriptorProto.TYPE_MESSAGE, f".{_PACKAGE}.{kind}"
-    else:
-        field.type = FieldDescriptorProto.Type.Value(f"TYPE_{kind.upper()}")
-
-
-MESSAGES = _classes()
+MESSAGES = _classes(SERVICE.rpartition(".")[0], _MESSAGES) | _classes(HEALTH.rpartition(".")[0], _HEALTH_MESSAGES)
 """Classes by name."""

@@ -206,6 +206,8 @@ def _texts(wanted: InferRequest, binary: bytes) -> list[Text]:
         if not _fits(tensor.shape, len(found)):
             raise BadField(f"inputs.{at}.shape", tensor.shape, f"[{len(found)}] or [{len(found)}, 1], as its data")
         columns[tensor.name] = found
+    if binary:
+        raise BadField("inputs", len(binary), "no bytes after those of the last tensor")
     if "text" not in columns:
         raise BadField("inputs", list(columns), "an input named text")
     if "text_pair" not in columns:

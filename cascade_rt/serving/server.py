@@ -8,7 +8,8 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from time import monotonic
@@ -58,16 +59,23 @@ class Setup:
     grpc_port: int | None = None
     """Where the Open Inference Protocol is spoken over gRPC too; 0 for any that is free, None for nowhere."""
 
-    def with_grpc_port(self) -> Setup:
-        """Return the setup with a free port for gRPC; raise InputError for one that is taken, MissingExtraError."""
+    @contextmanager
+    def with_grpc_port(self) -> Iterator[Setup]:
+        """Yield the setup with a port for gRPC that no other server takes; raise InputError, or MissingExtraError."""
         if self.grpc_port is None:
-            return self
+            yield self
+            return
         try:
             from . import inference_grpc  # noqa: F401, PLC0415
         except ImportError as error:
             raise MissingExtraError("--grpc-port", "grpc", error) from error
         with listen(self.host, self.grpc_port, option="grpc_port") as free:
-            return replace(self, grpc_port=free.getsockname()[1])
+            port, family = free.getsockname()[1], free.family
+        with socket.socket(family) as held:  # bound and not listening, beside those of gRPC
+            if hasattr(socket, "SO_REUSEPORT"):
+                held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                held.bind((self.host, port))
+            yield replace(self, grpc_port=port)
 
     def grpc_server(self, app: ASGIApp) -> GRPCServer | None:
         """Return what serves an application over gRPC, if that is wanted."""
@@ -75,7 +83,7 @@ class Setup:
             return None
         from .inference_grpc import GRPCServer  # noqa: PLC0415
 
-        return GRPCServer(app, self.host, self.grpc_port, max_body=self.settings.max_body, grace=self.grace)
+        return GRPCServer(app, self.host, self.grpc_port, max_body=self.settings.max_body)
 
     def open(self, open_runtime: OpenRuntime = open_runtime, identify: Identify = identity) -> Service:
         """Open the bundles; raise MissingExtraError where traces need packages that are not installed.
@@ -195,17 +203,21 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Do what uvicorn does, then serve gRPC too."""
-        await super().startup(sockets)
-        if self._grpc is not None and not self.should_exit:
+        """Serve gRPC too."""
+        if self._grpc is not None:
+            self._grpc.tasks = self.server_state.tasks  # uvicorn waits for them
             await self._grpc.start()
+        await super().startup(sockets)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Let open requests and calls end, side by side."""
+        """Take no more requests and calls, and let those that are open end."""
         if self._grpc is None:
             await super().shutdown(sockets)
-        else:
-            await asyncio.gather(self._grpc.stop(), super().shutdown(sockets))
+            return
+        stopping = asyncio.create_task(self._grpc.stop(self.config.timeout_graceful_shutdown))
+        await super().shutdown(sockets)
+        await self._grpc.stop(None)
+        await stopping
 
     async def on_tick(self, counter: int) -> bool:
         """Do what uvicorn does ten times a second, and once a second close idle connections."""

@@ -41,8 +41,8 @@ def serve_with_workers(setup: Setup, count: int) -> None:
     threads = execution.threads or usable_cpus() // count
     setup = replace(setup, settings=replace(setup.settings, execution=replace(execution, threads=threads)))
     with listen(setup.host, setup.port) as free:  # raises the error of a port that is taken
-        setup = replace(setup, port=free.getsockname()[1]).with_grpc_port()
-    with TemporaryDirectory(prefix="cascade-metrics-") as folder:
+        setup = replace(setup, port=free.getsockname()[1])
+    with setup.with_grpc_port() as setup, TemporaryDirectory(prefix="cascade-metrics-") as folder:
         os.environ[FOLDER] = folder
         log_json()
         workers = [_Worker(setup, share) for share in shares]

@@ -99,14 +99,16 @@ def _outputs(
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]))
     collate = collator(tokenizer)
     progress = Bar("answers", len(order), "texts", passing=True)
-    for start in range(0, len(order), _BATCH):
-        some = order[start : start + _BATCH]
-        batch = {name: values.to(model.device) for name, values in collate([rows[row] for row in some]).items()}
-        batch.pop("labels")
-        with torch.inference_mode():
-            yield some, model(**batch, **wanted)
-        progress.update(len(some))
-    progress.close()
+    try:
+        for start in range(0, len(order), _BATCH):
+            some = order[start : start + _BATCH]
+            batch = {name: values.to(model.device) for name, values in collate([rows[row] for row in some]).items()}
+            batch.pop("labels")
+            with torch.inference_mode():
+                yield some, model(**batch, **wanted)
+            progress.update(len(some))
+    finally:
+        progress.close()
 
 
 def text_logits(

@@ -13,7 +13,7 @@ _SILENCE = 30.0  # seconds
 
 
 class Bar:
-    """A bar of steps; where standard error is no terminal, a line after every half a minute."""
+    """A bar of steps; where standard error is no terminal, a line every 30 seconds."""
 
     def __init__(self, what: str, total: int, unit: str, *, done: int = 0, passing: bool = False) -> None:
         """`what`: the work, as lines begin; `unit`: a plural. `done`: steps that an earlier run has made.
@@ -23,7 +23,7 @@ class Bar:
         self._what = what
         self._unit = unit
         self._first, self._started = done, monotonic()
-        self._spoke = self._started
+        self._last_output = self._started
         self._shown: dict[str, float] = {}
         self._bar = tqdm(
             desc=what,
@@ -41,18 +41,18 @@ class Bar:
         """Count steps that are done."""
         self._bar.update(steps)
         self._done += steps
-        self.breathe()
+        self.heartbeat()
 
-    def breathe(self, doing: str = "") -> None:
-        """Say that work goes on, if nothing was said for a while; `doing`: what, beside the steps."""
-        if self._bar.disable and monotonic() - self._spoke > _SILENCE:
+    def heartbeat(self, doing: str = "") -> None:
+        """Print a line if nothing was printed for a while; `doing`: what goes on, beside the steps."""
+        if self._bar.disable and monotonic() - self._last_output > _SILENCE:
             self._say(doing or self._left())
 
-    def show(self, speak: bool, **values: float) -> None:
-        """Show values beside the steps from now on; `speak`: say them at once where there is no bar."""
+    def show(self, at_once: bool, **values: float) -> None:
+        """Show values beside the steps from now on; `at_once`: print them where there is no bar."""
         self._shown |= values
         self._bar.set_postfix(self._shown)
-        if speak and self._bar.disable:
+        if at_once and self._bar.disable:
             self._say("")
 
     def close(self) -> None:
@@ -60,7 +60,7 @@ class Bar:
         self._bar.close()
 
     def _say(self, more: str) -> None:
-        self._spoke = monotonic()
+        self._last_output = monotonic()
         values = [f"{name} {value:.4f}" for name, value in self._shown.items()]
         text = ", ".join([f"{self._unit[:-1]} {self._done} of {self._bar.total}", *values, *([more] if more else [])])
         print(f"{self._what}: {text}", file=sys.stderr, flush=True)
@@ -82,8 +82,8 @@ class Progress(TrainerCallback):  # type: ignore[misc]  # the library has no typ
 
     def on_train_begin(self, arguments: Any, state: Any, control: Any, **_: Any) -> None:
         """Say what will be done; a resumed run starts where it was."""
-        epochs = f"{arguments.num_train_epochs:g} epoch{'s' * (arguments.num_train_epochs != 1)}"
-        what = f"{self._texts} texts, {epochs}, {state.max_steps} steps of {arguments.train_batch_size}"
+        epochs = state.max_steps * arguments.train_batch_size / self._texts
+        what = f"{self._texts} texts, {state.max_steps} steps of {arguments.train_batch_size}, {epochs:.2g} epochs"
         print(f"training {self._name}: {what}", file=sys.stderr, flush=True)
         self._bar = Bar(f"training {self._name}", state.max_steps, "steps", done=state.global_step)
 
@@ -93,16 +93,16 @@ class Progress(TrainerCallback):  # type: ignore[misc]  # the library has no typ
 
     def on_prediction_step(self, arguments: Any, state: Any, control: Any, **_: Any) -> None:
         """Say that validation goes on."""
-        self._bar.breathe("validating")
+        self._bar.heartbeat("validating")
 
     def on_log(self, arguments: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         """Show the training loss."""
         if "loss" in logs:
-            self._bar.show(speak=False, loss=logs["loss"])
+            self._bar.show(at_once=False, loss=logs["loss"])
 
     def on_evaluate(self, arguments: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
         """Show the validation metrics."""
-        self._bar.show(speak=True, **{metric: metrics[f"eval_{metric}"] for metric in self._metrics})
+        self._bar.show(at_once=True, **{metric: metrics[f"eval_{metric}"] for metric in self._metrics})
 
     def on_train_end(self, arguments: Any, state: Any, control: Any, **_: Any) -> None:
         """Finish the bar."""

@@ -13,7 +13,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return found
 
 
-def test_a_line_after_every_half_a_minute(clock: SimpleNamespace, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_line_every_thirty_seconds(clock: SimpleNamespace, capfd: pytest.CaptureFixture[str]) -> None:
     bar = progress.Bar("training 2L", 100, "steps", done=40)
     for _ in range(20):
         clock.now += 4
@@ -23,10 +23,10 @@ def test_a_line_after_every_half_a_minute(clock: SimpleNamespace, capfd: pytest.
         "training 2L: step 48 of 100, about 3 min left",  # 32 s for 8 steps: 208 s for 52
         "training 2L: step 56 of 100, about 3 min left",
     ]
-    bar.show(speak=True, accuracy=0.5)
+    bar.show(at_once=True, accuracy=0.5)
     clock.now += 31
-    bar.breathe("validating")
-    bar.breathe("validating")
+    bar.heartbeat("validating")
+    bar.heartbeat("validating")
     assert capfd.readouterr().err.splitlines() == [
         "training 2L: step 60 of 100, accuracy 0.5000",
         "training 2L: step 60 of 100, accuracy 0.5000, validating",
@@ -36,10 +36,10 @@ def test_a_line_after_every_half_a_minute(clock: SimpleNamespace, capfd: pytest.
 
 def test_what_will_be_done_is_said_first(clock: SimpleNamespace, capfd: pytest.CaptureFixture[str]) -> None:
     told = progress.Progress("2L", 640, "accuracy")
-    arguments = SimpleNamespace(num_train_epochs=2.0, train_batch_size=32)
+    arguments = SimpleNamespace(train_batch_size=32)
     state = SimpleNamespace(max_steps=40, global_step=0)
     told.on_train_begin(arguments, state, None)
-    assert capfd.readouterr().err == "training 2L: 640 texts, 2 epochs, 40 steps of 32\n"
+    assert capfd.readouterr().err == "training 2L: 640 texts, 40 steps of 32, 2 epochs\n"
     told.on_log(arguments, state, None, {"loss": 0.25})
     told.on_evaluate(arguments, state, None, {"eval_accuracy": 0.5})
     assert capfd.readouterr().err == "training 2L: step 0 of 40, loss 0.2500, accuracy 0.5000\n"

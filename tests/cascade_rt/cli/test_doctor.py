@@ -33,15 +33,27 @@ def test_it_shows_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
         ("int8_saturates", lambda: True, "int8: without VNNI"),
         ("cgroup_quota", lambda: 0.5, "threads: a control group allows 0.5 CPUs"),
         ("available_memory", lambda: 200 * 10**6, "memory: 200 MB"),
-        ("members_folder", lambda cache: None, "start: members as prepared"),
-        ("_writable", lambda folder: False, "start: members as prepared"),
+        ("_writable", lambda folder: False, "start: "),
     ],
 )
 def test_what_is_slow_is_named(
     what: str, value: Any, advice: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(doctor, "members_folder", lambda cache: Path("members"))
     monkeypatch.setattr(doctor, what, value)
     assert any(line.startswith(advice) for line in found(capsys)["advice"])
+
+
+@pytest.mark.parametrize(
+    ("processor", "emulated"),
+    [("old (avx2)", True), ("new (avx2 avx512_bf16)", False), ("arm (asimddp bf16)", False), ("unknown", False)],
+)
+def test_bfloat16_is_emulated_where_the_cpu_has_none(
+    processor: str, emulated: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    described = {"processor": processor, "packages": {"torch": "2"}, "usable_cpus": 1, "system": ""}
+    monkeypatch.setattr(doctor, "describe", lambda: described)
+    assert any("--bf16" in line for line in found(capsys)["advice"]) == emulated
 
 
 def test_nothing_is_said_of_a_machine_without_faults(
@@ -57,4 +69,4 @@ def test_nothing_is_said_of_a_machine_without_faults(
     monkeypatch.setattr(doctor, "describe", lambda: {"processor": "", "packages": {}, "usable_cpus": 1, "system": ""})
     assert found(capsys)["advice"] == []
     assert main(["doctor"]) == 0
-    assert "nothing found" in capsys.readouterr().out
+    assert "found nothing" in capsys.readouterr().out

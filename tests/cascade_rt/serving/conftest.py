@@ -27,6 +27,8 @@ class Gate:
         self.opened = threading.Event()
         self.opened.set()
         self.entered = threading.Semaphore(0)
+        self.held: set[str] = set()
+        self.released = threading.Event()
         self.runs: list[tuple[str, int]] = []
         """Member and number of texts of each run, in order."""
 
@@ -35,6 +37,11 @@ class Gate:
         self.runs.clear()
         self.entered = threading.Semaphore(0)
         self.opened.clear()
+
+    def hold(self, member: str) -> None:
+        """Let runs go on, but for those of a member, from now on."""
+        self.held.add(member)
+        self.opened.set()
 
     def wait_for_run(self) -> None:
         assert self.entered.acquire(timeout=10)
@@ -48,11 +55,14 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
         found.runs.append((stage.entry.name, len(batch["attention_mask"])))
         found.entered.release()
         assert found.opened.wait(timeout=10)
+        if stage.entry.name in found.held:
+            found.released.wait(timeout=3)
         return run(stage, batch)
 
     monkeypatch.setattr(Stage, "run", gated)
     yield found
     found.opened.set()
+    found.released.set()
 
 
 @contextmanager
@@ -64,7 +74,7 @@ def listening(service: Service, *, grpc: bool = False, **settings: Any) -> Itera
     if grpc:
         from cascade_rt.serving.inference_grpc import GRPCServer
 
-        rpc = GRPCServer(app, "127.0.0.1", 0, max_body=service.settings.max_body, grace=5)
+        rpc = GRPCServer(app, "127.0.0.1", 0, max_body=service.settings.max_body)
     server = Server(config, service, idle_seconds=2.0, grpc=rpc)
     thread = threading.Thread(target=server.run)
     thread.start()
