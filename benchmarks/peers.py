@@ -50,12 +50,14 @@ from cascade_rt.engine.tokenization import TextTokenizer
 from cascade_rt.errors import InputError
 from cascade_rt.io.readers import read_examples
 from cascade_rt.io.writers import write_json
+from cascade_rt.tuning.collect import open_whole
 from cascade_rt.tuning.evaluation import label_ids
 from cascade_rt.tuning.plot import pyplot
 from cascade_rt.types import Text
 
 BLOCK = 16  # single calls in a row by the same contestant
 BULK_BATCH = 32
+CASCADE = "cascade"  # and the name of a tuned bundle's folder
 
 Answer = Callable[[list[Text]], list[str]]
 """Labels of texts: one text is a single call, many are bulk work."""
@@ -70,7 +72,7 @@ def main() -> None:
     sources = options.member or write_random_members(
         [parse_shape(shape) for shape in options.random], options.work / "members", tokenizer=options.tokenizer
     )
-    bundle = options.tuned or options.work / "bundle"
+    bundle = options.tuned[0] if options.tuned else options.work / "bundle"
     if not options.tuned:
         _export(sources, bundle, "fp32", options)
     cascade = CascadeRuntime(bundle, threads=options.threads, preload=True)
@@ -81,9 +83,13 @@ def main() -> None:
         raise InputError(f"found no --member {members[-1].name}, the folder of the biggest member of {bundle}")
     contestants = dict(_peers(Path(biggest), bundle, options.work, texts, options.threads))
     if options.tuned:
-        taus: dict[str, Any] = {"cascade-rt": {"as tuned": cascade.thresholds}}
-        contestants |= _members_alone("cascade-rt", cascade)
-        contestants["cascade-rt, cascade as tuned"] = _ours(cascade)
+        taus: dict[str, Any] = {}
+        contestants |= _members_alone("cascade-rt", open_whole(bundle, threads=options.threads, preload=True))
+        for folder in options.tuned:
+            tuned = CascadeRuntime(folder, threads=options.threads, preload=True)
+            chain = " + ".join(member.name for member in tuned.bundle.members)
+            taus[folder.name] = {chain: tuned.thresholds}
+            contestants[f"cascade-rt, {CASCADE} {folder.name}: {chain}"] = _ours(tuned)
     else:
         taus = _at_speedups(contestants, sources, texts, options)
     report: dict[str, Any] = {
@@ -164,7 +170,10 @@ def _peers(
         "transformers pipeline, PyTorch fp32",
         _pipeline(transformers.pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu")),
     )
-    yield "Optimum pipeline, ONNX Runtime fp32 (O2)", _pipeline(_optimum_pipeline(checkpoint, work / "optimum"))
+    yield (
+        "Optimum pipeline, ONNX Runtime fp32 (O2)",
+        _pipeline(_optimum_pipeline(checkpoint, work / "optimum", tokenizer)),
+    )
     reader = TextTokenizer(
         bundle / "tokenizer.json", CascadeRuntime(bundle).bundle.max_length, isinstance(texts[0], tuple)
     )
@@ -175,7 +184,9 @@ def _peers(
     try:
         import nncf  # noqa: PLC0415 - optional
 
-        calibration = [reader.encode([text]).batch(np.zeros(1, dtype=np.intp)) for text in texts[:128]]
+        names = {node.get_any_name() for node in graph.inputs}
+        batches = [reader.encode([text]).batch(np.zeros(1, dtype=np.intp)) for text in texts[:128]]
+        calibration = [{name: batch[name] for name in names} for batch in batches]
         with redirect_stdout(sys.stderr):
             small = nncf.quantize(graph, nncf.Dataset(calibration), model_type=nncf.ModelType.TRANSFORMER)
         yield "OpenVINO int8 (NNCF)", _openvino(small, "f32", reader, labels, threads)
@@ -203,7 +214,7 @@ def _pipeline(pipe: Any) -> Answer:
     return answer
 
 
-def _optimum_pipeline(checkpoint: Path, work: Path) -> Any:
+def _optimum_pipeline(checkpoint: Path, work: Path, tokenizer: Any) -> Any:
     from optimum.onnxruntime import (  # noqa: PLC0415
         AutoOptimizationConfig,
         ORTModelForSequenceClassification,
@@ -211,7 +222,6 @@ def _optimum_pipeline(checkpoint: Path, work: Path) -> Any:
     )
     from optimum.pipelines import pipeline  # noqa: PLC0415
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
     plain = ORTModelForSequenceClassification.from_pretrained(checkpoint, export=True, trust_remote_code=False)
     plain.save_pretrained(work / "plain")
     ORTOptimizer.from_pretrained(plain).optimize(AutoOptimizationConfig.O2(), save_dir=work / "o2")
@@ -332,7 +342,7 @@ def _draw(rows: dict[str, Any], path: Path) -> None:
     figure, axes = plotting.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
     for axis, kind, title in zip(axes, ("single", "bulk"), ("one text at a time", "in bulk"), strict=True):
         for at, (name, row) in enumerate(sorted(rows.items(), key=lambda pair: pair[1]["accuracy"])):
-            colour = _CHOSEN if "cascade as tuned" in name else _OURS if name.startswith("cascade-rt") else _INK
+            colour = _CHOSEN if f" {CASCADE} " in name else _OURS if name.startswith("cascade-rt") else _INK
             place = row[kind]["ms_per_text"]["median"], 100 * row["accuracy"]
             axis.plot(
                 *place, "*" if colour == _CHOSEN else "o", color=colour, markersize=14 if colour == _CHOSEN else 6
@@ -374,8 +384,10 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--tuned",
         type=Path,
+        action="append",
+        default=[],
         metavar="BUNDLE",
-        help="time this bundle as it is, with its --max-length; --member: its biggest",
+        help="time this bundle as it is, with its --max-length; --member: its biggest; repeat for other thresholds",
     )
     add("--tokenizer", help="with --random: whose vocabulary to use; default: a made-up one")
     add("--data", type=Path, metavar="FILE", help="labelled texts; default: made up from the vocabulary")

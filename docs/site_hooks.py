@@ -16,10 +16,11 @@ from cascade_rt.cli.parser import CommandParser
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("benchmarks/results", "deploy", "examples")
+OF_THE_PROJECT = ("CHANGELOG", "CONTRIBUTING", "SECURITY")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the files of the folders `COPIED`, found under `../FOLDER` from the pages."""
+    """Add the files of the folders `COPIED`, found under `../FOLDER` from the pages, and the project's own pages."""
     for folder in COPIED:
         for path in sorted((ROOT / folder).rglob("*")):
             if path.is_file() and path.suffix not in (".md", ".pyc"):
@@ -27,6 +28,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
                 file = File.generated(config, f"../{name}", abs_src_path=str(path), inclusion=InclusionLevel.INCLUDED)
                 file.dest_uri = name
                 files.append(file)
+    for name in OF_THE_PROJECT:
+        text = (ROOT / f"{name}.md").read_text("utf-8").replace("(docs/", "(../")
+        for other in OF_THE_PROJECT:
+            text = text.replace(f"({other}.md)", f"({other.lower()}.md)")
+        files.append(File.generated(config, f"project/{name.lower()}.md", content=text))
     return files
 
 

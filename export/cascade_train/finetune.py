@@ -6,6 +6,7 @@ The training loop is transformers' `Trainer`. This module gives it the recipe an
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -403,7 +404,15 @@ def load_base(
     )
     _check_encoder(base, model, loading)
     check_tokens(base, own, model)
-    return (own, model) if target is None else (target, align(model, own, target).model)
+    return (own, model) if target is None else (_of_model(target, model), align(model, own, target).model)
+
+
+def _of_model(tokenizer: PreTrainedTokenizerFast, model: Any) -> PreTrainedTokenizerFast:
+    """Have another model's tokenizer return what this one takes: MPNet has no token types, and BERT's has."""
+    taken = inspect.signature(model.forward).parameters
+    names = [name for name in tokenizer.model_input_names if name in taken]
+    tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
+    return tokenizer
 
 
 def _check_encoder(base: str, model: Any, loading: Mapping[str, Any]) -> None:

@@ -33,6 +33,7 @@ from transformers import (
     BertTokenizerFast,
     MPNetTokenizerFast,
     PreTrainedTokenizerFast,
+    pipeline,
 )
 
 from cascade_rt import CascadeRuntime
@@ -334,6 +335,8 @@ def test_a_member_fine_tuned_under_the_bundles_tokenizer_needs_no_alignment(
 ) -> None:
     still = Recipe(epochs=1, learning_rate=0.0, batch_size=8, max_length=LENGTH)
     record = finetune(str(big), pairs, tmp_path / "trained", tokenizer=str(small), recipe=still)
+    answers = pipeline("text-classification", str(tmp_path / "trained"), device="cpu")("a film")
+    assert len(answers) == 1, "its tokenizer returns what its model takes"
     assert record == json.loads((tmp_path / "trained" / RECORD).read_text("utf-8"))
     assert record["tokenizer"] == str(small)
     original = open_torch(str(big))
