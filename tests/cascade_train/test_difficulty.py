@@ -160,7 +160,7 @@ def test_the_commands_label_and_train(base: str, tmp_path: Path, capsys: pytest.
     assert sorted(path.name for path in tmp_path.iterdir()) == ["big", "labels", "small", "toy.jsonl"]
     capsys.readouterr()
     for arguments, says in (
-        (["--dar-grid"], "found --dar-grid alone"),
+        (["--dar-grid"], "--dar-grid requires"),
         (["--difficulty", "big"], "big: no difficulty labels"),
         (["--difficulty", "labels", "--dar-margin", "2"], "--dar-margin: found 2, expected a number from 0 to 1"),
         (["--difficulty", "labels", "--holdout", "0.5"], "labels of 21 other training examples than these 12"),

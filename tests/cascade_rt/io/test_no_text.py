@@ -61,7 +61,7 @@ def test_python(bundle: Path, pair_bundle: Path) -> None:
         assert len(runtime.predict([*BLANK, "a"])) == 4
         assert runtime.predict([]) == []
         for missing in (None, float("nan"), 1, b"a"):
-            with pytest.raises(TextError, match="text 1: found a .*, expected a text"):
+            with pytest.raises(TextError, match="text 1: found .*, expected a text"):
                 runtime.predict(["a", missing])  # type: ignore[list-item]
     with CascadeRuntime(pair_bundle, threads=1) as runtime:
         assert len(runtime.predict([("", ""), ("a", " ")])) == 2
