@@ -57,7 +57,6 @@ from cascade_rt.types import Text
 
 BLOCK = 16  # single calls in a row by the same contestant
 BULK_BATCH = 32
-CASCADE = "cascade"  # and the name of a tuned bundle's folder
 
 Answer = Callable[[list[Text]], list[str]]
 """Labels of texts: one text is a single call, many are bulk work."""
@@ -75,7 +74,7 @@ def main() -> None:
     bundle = options.tuned[0] if options.tuned else options.work / "bundle"
     if not options.tuned:
         _export(sources, bundle, "fp32", options)
-    cascade = CascadeRuntime(bundle, threads=options.threads, preload=True)
+    cascade = open_whole(bundle, threads=options.threads, preload=True)
     members = cascade.bundle.members
     texts = texts_for(cascade.bundle, options.data, options.words, options.texts)
     biggest = next((source for source in sources if Path(source).name == members[-1].name), None)
@@ -84,12 +83,12 @@ def main() -> None:
     contestants = dict(_peers(Path(biggest), bundle, options.work, texts, options.threads))
     if options.tuned:
         taus: dict[str, Any] = {}
-        contestants |= _members_alone("cascade-rt", open_whole(bundle, threads=options.threads, preload=True))
+        contestants |= _members_alone("cascade-rt", cascade)
         for folder in options.tuned:
             tuned = CascadeRuntime(folder, threads=options.threads, preload=True)
             chain = " + ".join(member.name for member in tuned.bundle.members)
             taus[folder.name] = {chain: tuned.thresholds}
-            contestants[f"cascade-rt, {CASCADE} {folder.name}: {chain}"] = _ours(tuned)
+            contestants[f"cascade-rt, cascade {folder.name}: {chain}"] = _ours(tuned)
     else:
         taus = _at_speedups(contestants, sources, texts, options)
     report: dict[str, Any] = {
@@ -342,7 +341,7 @@ def _draw(rows: dict[str, Any], path: Path) -> None:
     figure, axes = plotting.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
     for axis, kind, title in zip(axes, ("single", "bulk"), ("one text at a time", "in bulk"), strict=True):
         for at, (name, row) in enumerate(sorted(rows.items(), key=lambda pair: pair[1]["accuracy"])):
-            colour = _CHOSEN if f" {CASCADE} " in name else _OURS if name.startswith("cascade-rt") else _INK
+            colour = _CHOSEN if ", cascade " in name else _OURS if name.startswith("cascade-rt") else _INK
             place = row[kind]["ms_per_text"]["median"], 100 * row["accuracy"]
             axis.plot(
                 *place, "*" if colour == _CHOSEN else "o", color=colour, markersize=14 if colour == _CHOSEN else 6

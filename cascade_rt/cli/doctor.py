@@ -90,8 +90,8 @@ def _advice(found: dict[str, Any]) -> Iterator[str]:
         )
     if (there := found["memory_available_mb"]) is not None and there < _LITTLE_MEMORY:
         yield f"memory: {there} MB; cascade-rt info says what a bundle needs, and int8 members need a quarter of fp32"
-    flags = found["processor"].partition("(")[2]
-    if flags and "torch" in found["packages"] and not {"bf16", "avx512_bf16", "amx_int8"} & set(flags[:-1].split()):
+    _, known, flags = found["processor"].rpartition(" (")
+    if known and "torch" in found["packages"] and not {"bf16", "avx512_bf16", "amx_int8"} & set(flags[:-1].split()):
         yield "training: cascade-rt train --bf16 would be emulated on this CPU, several times slower than fp32"
     if not found["telemetry_off"]:
         yield "telemetry: ORT_DISABLE_TELEMETRY has another value than 1, so ONNX Runtime's may be on"

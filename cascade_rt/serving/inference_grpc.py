@@ -8,8 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from itertools import zip_longest
 from typing import Any, NamedTuple
@@ -19,15 +18,15 @@ from starlette.types import ASGIApp, Message
 
 from ..errors import InputError
 from .inference_messages import HEALTH, MESSAGES, SERVICE
+from .inference_protocol import HEADER_LENGTH, packed_strings
+from .service import LONGEST_DEADLINE
 
 _PASSED = {"authorization", "baggage", "traceparent", "tracestate", "x-deadline-ms", "x-request-id"}
 """Metadata of a call that become headers."""
 _RETURNED = ("retry-after", "x-request-id")
 """Headers that become trailing metadata."""
-_LENGTH = "inference-header-content-length"
 _ROOM = 64 * 2**10  # bytes of a message beside its texts
 _LARGEST = 2**31 - 1  # that gRPC knows
-_LONGEST_DEADLINE = 86_400_000  # milliseconds
 _ON_THE_WAY = 0.05, 0.005  # share of a call's time, and at least seconds, that an answer needs to arrive in time
 _LONGEST_MESSAGE = 4000  # characters of an error, which clients limit together with other metadata
 _CONNECTION_AGE = 300_000  # milliseconds, after which a client connects again, maybe to another process
@@ -127,8 +126,8 @@ class GRPCServer:
     async def _model_infer(self, request: Any, context: Any) -> Any:
         head, contents = _body(request)
         path = _path(request.model_name, request.model_version)
-        found = await self._answered(context, "POST", f"{path}/infer", head + contents, {_LENGTH: str(len(head))})
-        length = int(found.headers[_LENGTH])
+        found = await self._answered(context, "POST", f"{path}/infer", head + contents, {HEADER_LENGTH: str(len(head))})
+        length = int(found.headers[HEADER_LENGTH])
         return _inferred(json.loads(found.body[:length]), found.body[length:])
 
     async def _holds(self, path: str, context: Any) -> bool:
@@ -216,7 +215,7 @@ def _deadline(context: Any) -> dict[str, str]:
     if seconds is None:
         return {}
     share, least = _ON_THE_WAY
-    return {"x-deadline-ms": str(min(max(1, int(1000 * (seconds - max(least, share * seconds)))), _LONGEST_DEADLINE))}
+    return {"x-deadline-ms": str(min(max(1, int(1000 * (seconds - max(least, share * seconds)))), LONGEST_DEADLINE))}
 
 
 def _path(model: str, version: str) -> str:
@@ -226,7 +225,9 @@ def _path(model: str, version: str) -> str:
 
 def _body(request: Any) -> tuple[bytes, bytes]:
     """Return the JSON part of a request's body, and its binary tensors; the application finds what is wrong."""
-    contents = list(request.raw_input_contents) or [_packed(one.contents.bytes_contents) for one in request.inputs]
+    contents = list(request.raw_input_contents) or [
+        packed_strings(one.contents.bytes_contents) for one in request.inputs
+    ]
     sizes = [{"binary_data_size": len(content)} for content in contents]
     inputs = [
         {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape), "parameters": size}
@@ -235,10 +236,6 @@ def _body(request: Any) -> tuple[bytes, bytes]:
     outputs = [{"name": output.name} for output in request.outputs]
     head = {"id": request.id, "inputs": inputs, "outputs": outputs, "parameters": {"binary_data_output": True}}
     return json.dumps(head).encode(), b"".join(contents)
-
-
-def _packed(texts: Iterable[bytes]) -> bytes:
-    return b"".join(struct.pack("<I", len(text)) + text for text in texts)
 
 
 def _inferred(head: Mapping[str, Any], contents: bytes) -> Any:

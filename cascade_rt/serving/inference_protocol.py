@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from .models import Model
 from .responses import ERRORS, JSON, dumps
 from .service import BadField, Service, whole_number
 
-_HEADER_LENGTH = "inference-header-content-length"
+HEADER_LENGTH = "inference-header-content-length"
 _INPUTS = ("text", "text_pair")
 _OUTPUTS: Mapping[str, tuple[str, Callable[[Answer], Any]]] = {
     "label": ("BYTES", lambda answer: answer.prediction.label),
@@ -177,7 +177,7 @@ def _model(service: Service, name: str, version: str | None) -> Model:
 
 def _read(headers: Headers, body: bytes) -> tuple[InferRequest, bytes]:
     """Return the JSON part of a body, and the binary tensors that follow it."""
-    header_length = headers.get(_HEADER_LENGTH)
+    header_length = headers.get(HEADER_LENGTH)
     if header_length is None:
         return InferRequest.model_validate(read_json(headers, body)), b""
     if not whole_number(header_length) or int(header_length) > len(body):
@@ -286,7 +286,11 @@ def _written(model: Model, answers: Sequence[Answer], wanted: InferRequest, name
 
 def _packed(values: Sequence[Any], kind: str) -> bytes:
     if kind == "BYTES":
-        encoded = [value.encode() for value in values]
-        return b"".join(struct.pack("<I", len(value)) + value for value in encoded)
+        return packed_strings(value.encode() for value in values)
     array: NDArray[Any] = np.array(values, dtype=_TYPES[kind])
     return array.tobytes()
+
+
+def packed_strings(strings: Iterable[bytes]) -> bytes:
+    """Return a BYTES tensor: each string after its length, 4 bytes."""
+    return b"".join(struct.pack("<I", len(string)) + string for string in strings)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # of an extra
 _INLINE = 20_000  # characters that are tokenized without another thread, which takes longer than they do
 _SPIN_US = 50  # with the default, an idle member keeps a core for half a millisecond that the response needs
 _DRIFT_SECONDS = 5.0
-_LONGEST_DEADLINE = 86_400_000  # milliseconds
+LONGEST_DEADLINE = 86_400_000  # milliseconds
 _UNWATCHED = 0.05  # seconds before the server looks whether a client is still there
 _log = logging.getLogger(__name__)
 
@@ -243,7 +243,7 @@ def deadline_of(request: Request, timeout: float) -> float:
     header = request.headers.get("x-deadline-ms")
     if header is None:
         return monotonic() + timeout
-    if not whole_number(header) or not 0 < int(header) <= _LONGEST_DEADLINE:
+    if not whole_number(header) or not 0 < int(header) <= LONGEST_DEADLINE:
         raise BadField("X-Deadline-Ms", header, "milliseconds, a whole number from 1 to 86400000")
     return monotonic() + int(header) / 1000
 

@@ -46,7 +46,13 @@ def test_what_is_slow_is_named(
 
 @pytest.mark.parametrize(
     ("processor", "emulated"),
-    [("old (avx2)", True), ("new (avx2 avx512_bf16)", False), ("arm (asimddp bf16)", False), ("unknown", False)],
+    [
+        ("old (avx2)", True),
+        ("new (avx2 avx512_bf16)", False),
+        ("arm (asimddp bf16)", False),
+        ("unknown", False),
+        ("Intel(R) Core(TM) i7", False),
+    ],
 )
 def test_bfloat16_is_emulated_where_the_cpu_has_none(
     processor: str, emulated: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
