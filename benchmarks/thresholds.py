@@ -3,9 +3,10 @@
     python benchmarks/thresholds.py --task sst-2 --data DATA/sst2 --model-dir runs/results/sst-2/bundle-fp32
 
 Takes a bundle that results.py left, and for several random halves of the reported texts tunes on one half, freely, with
-a guarantee, and with all members kept, at one tau or one each. The other half measures the drop of accuracy and the
-speed-up. Without a guarantee, all that training held out helps to tune; a guarantee takes the untouched half alone.
-Choices of the first split are also timed.
+a guarantee, with all members kept, at one tau or one each, and by labels alone, as if the last member's probabilities
+were not known. The other half measures the drop of accuracy and the speed-up. Without a guarantee, all that training
+held out helps to tune; a guarantee takes the untouched half alone. With --held-out the halves are of what training held
+out, and no reported text is used. Choices of the first split are also timed.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,8 @@ def main() -> None:
     reported = parts.reported
     held_out = joined(joined(parts.data.validation, parts.tuning), parts.certification or Examples([], []))
     runtime = open_whole(options.model_dir, threads=options.threads, preload=True)
+    if options.held_out:
+        held_out, reported = Examples([], []), held_out
     texts, labels = (list(values) for values in vars(joined(held_out, reported)).values())
     seen = collect(runtime, texts, np.array(labels, dtype=np.intp), cache=cache_folder())
     held = len(held_out)
@@ -51,7 +55,7 @@ def main() -> None:
         "machine": describe(),
         "task": options.task,
         "rows": {"held out of training": held, "reported": len(reported)},
-        "reported_on": parts.reported_on,
+        "reported_on": "held out of training" if options.held_out else parts.reported_on,
         "splits": options.splits,
         "threads": options.threads,
         "confidence": CONFIDENCE,
@@ -66,19 +70,24 @@ def main() -> None:
         rows = held + np.random.default_rng(split).permutation(len(reported))
         halves.append((np.append(np.arange(held), rows[: len(rows) // 2]), rows[len(rows) // 2 :]))
     choices: list[tuple[tuple[str, ...], tuple[float, ...]]] = []
-    for question in _questions(options.cost):
+    by_labels = replace(seen, answers={kind: replace(one, expected=None) for kind, one in seen.answers.items()})
+    free = [Question(max_drop=drop, cost=options.cost) for drop in DROPS]
+    asks = [(seen, question) for question in _questions(options.cost)] + [(by_labels, question) for question in free]
+    for known, question in asks:
         splits = [
-            _tuned(runtime.bundle, seen, question, tuned_on[held if question.confidence else 0 :], test)
+            _tuned(runtime.bundle, known, question, tuned_on[held if question.confidence else 0 :], test)
             for tuned_on, test in halves
         ]
         asked = {key: getattr(question, key) for key in ("max_drop", "confidence", "subsets", "shared")}
+        asked["by_labels_alone"] = known is by_labels
         report["questions"].append(asked | _summary(splits, question) | {"splits": splits})
         choices.append((tuple(splits[0]["members"]), tuple(splits[0]["thresholds"])))
     front = tune(runtime.bundle, seen.take(halves[0][0]), Question(cost=options.cost))
     report["tuned_on"], report["tested_on"] = (len(half) for half in halves[0])
-    report["timed"] = _timed(
-        options.model_dir, runtime.bundle.members[-1].name, choices, [texts[row] for row in halves[0][1]], options
-    )
+    report["timed"] = []
+    if options.timed:
+        others = [texts[row] for row in halves[0][1]]
+        report["timed"] = _timed(options.model_dir, runtime.bundle.members[-1].name, choices, others, options)
     output: Path = options.output or RESULTS / f"thresholds-{options.task}.json"
     write_json(output, report)
     draw_front(front, output.with_suffix(".png"))
@@ -106,24 +115,25 @@ def _tuned(
     members = tuple(names.index(name) for name in chosen.members)
     rule = MaximumProbability(tuple(chosen.thresholds))
     other = seen.take(test)
-    found = {kind: other.answers[kind].measure(members, rule) for kind in COSTS}
-    whole = {kind: other.answers[kind].alone(len(names) - 1) for kind in COSTS}
+    kinds = [kind for kind in COSTS if kind != "layers" or all(member.layers for member in bundle.members)]
+    found = {kind: other.answers[kind].measure(members, rule) for kind in kinds}
+    whole = {kind: other.answers[kind].alone(len(names) - 1) for kind in kinds}
     return {
         "members": chosen.members,
         "thresholds": chosen.thresholds,
         "certified": report.chosen is not None if question.confidence else None,
         "tuned_drop": chosen.drop,
         "bound": report.guarantee.bound if report.guarantee else None,
-        "measured_drop": whole["layers"].accuracy - found["layers"].accuracy,
-        "measured_risk": found["layers"].risk,
-        **{f"{kind}_speedup": whole[kind].cost / found[kind].cost for kind in COSTS},
+        "measured_drop": whole["flops"].accuracy - found["flops"].accuracy,
+        "measured_risk": found["flops"].risk,
+        **{f"{kind}_speedup": whole[kind].cost / found[kind].cost for kind in kinds},
         "verdict": report.verdict,
     }
 
 
 def _summary(splits: list[dict[str, Any]], question: Question) -> dict[str, Any]:
     """Return means over the splits, and how often the drop exceeded what was allowed on the test half."""
-    keys = ("tuned_drop", "measured_drop", "measured_risk", *(f"{kind}_speedup" for kind in COSTS))
+    keys = [key for key in splits[0] if key.endswith(("_drop", "_risk", "_speedup"))]
     allowed = question.max_drop or 0.0
     return {
         "mean": {key: float(np.mean([split[key] for split in splits])) for key in keys},
@@ -159,11 +169,11 @@ def _show(report: dict[str, Any]) -> None:
     for row in report["questions"]:
         mean = row["mean"]
         kind = "free" if row["subsets"] else "all members, one tau" if row["shared"] else "all members"
-        kind += ", guaranteed" if row["confidence"] else ""
+        kind += ", guaranteed" if row["confidence"] else ", labels alone" if row["by_labels_alone"] else ""
         print(
             f"{kind:24} max drop {100 * row['max_drop']:.1f}: tuned {100 * mean['tuned_drop']:+.2f}, measured "
             f"{100 * mean['measured_drop']:+.2f} +- {100 * row['spread']['measured_drop']:.2f}, broken "
-            f"{row['drop_broken']}, {mean['layers_speedup']:.2f}x layers, {mean['latency_speedup']:.2f}x latency, "
+            f"{row['drop_broken']}, {mean['flops_speedup']:.2f}x FLOPs, {mean['latency_speedup']:.2f}x latency, "
             f"certified {row['certified']}, {row['chosen']}"
         )
     for row in report["timed"]:
@@ -180,9 +190,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--model-dir", type=Path, required=True, help="bundle of this task, by results.py")
     add("--cost", choices=COSTS, default="layers")
     add("--splits", type=int, default=10)
+    add("--held-out", action="store_true", help="halve what training held out, not the reported texts")
     add("--threads", type=int, default=1)
     add("--rounds", type=int, default=5)
-    add("--timed", type=int, default=200, help="texts timed one by one")
+    add("--timed", type=int, default=200, help="texts timed one by one; 0: none")
     add("--output", type=Path, help="default: results/thresholds-TASK.json beside this script")
     return parser
 

@@ -90,6 +90,11 @@ class SingleLabel:
         same: NDArray[np.bool_] = answers == others
         return same
 
+    def probability_of(self, answers: NDArray[Any], probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return how probable answers, int (members, texts), are under probabilities (texts, labels)."""
+        found: NDArray[np.float64] = probabilities[np.arange(len(probabilities)), answers]
+        return found
+
     def indicators(self, answers: NDArray[Any], labels: int) -> NDArray[np.bool_]:
         """Return one True for each text, bool (..., labels)."""
         found: NDArray[np.bool_] = answers[..., None] == np.arange(labels)
@@ -162,6 +167,11 @@ class MultiLabel:
         """Return where two sets of labels are the same."""
         same: NDArray[np.bool_] = (answers == others).all(axis=-1)
         return same
+
+    def probability_of(self, answers: NDArray[Any], probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return how probable sets of labels, bool (members, texts, labels), are if labels are independent."""
+        found: NDArray[np.float64] = np.where(answers, probabilities, 1.0 - probabilities).prod(axis=-1)
+        return found
 
     def indicators(self, answers: NDArray[Any], labels: int) -> NDArray[np.bool_]:
         """Return the answers as they are, bool (..., labels)."""

@@ -101,6 +101,7 @@ def collect(
         costs=layers,
         overhead=np.zeros(len(texts)),
         chains=None if complete else runtime.bundle.chains,
+        expected=None if labels is None else task.probability_of(answers, probabilities[-1]),
     )
     flops = np.stack([text_flops(member, lengths, window) for member in members])
     return Collected(

@@ -91,7 +91,12 @@ class Choice:
     drop: float
     """Accuracy of the last member minus this one's."""
     drop_error: float
-    """Standard error of `drop`, text by text. A point that was chosen for its drop does worse on other texts."""
+    """Standard error of `drop`, text by text."""
+    estimated_drop: float
+    """`drop`, or what it is with the last member's probabilities beside the labels, where that is larger.
+
+    Objectives go by it.
+    """
     risk: float
     """Share of texts answered wrongly here and rightly by the last member."""
     exits: list[int]

@@ -43,7 +43,7 @@ def tune(bundle: Bundle, data: Collected, question: Question, *, held_out: Colle
         test = None if held_out is None else held_out.answers[question.cost]
         point, guarantee = _guaranteed(answers, test, question)
     elif question.max_drop is not None:
-        point = fastest(points, whole.accuracy - question.max_drop)
+        point = fastest(points, question.max_drop)
     elif question.speedup is not None:
         if whole.cost / question.speedup < (least := min(point.cost for point in points)):
             highest = f"at most {whole.cost / least:.2f}: the fastest member's"
@@ -101,6 +101,7 @@ def choice(bundle: Bundle, data: Collected, members: tuple[int, ...], rule: Exit
         accuracy=point.accuracy,
         drop=whole.accuracy - point.accuracy,
         drop_error=float(np.std(lost) / math.sqrt(len(lost))),
+        estimated_drop=point.drop,
         risk=point.risk,
         exits=[counts.get(index, 0) for index in running],
         **speedups,

@@ -104,3 +104,19 @@ def test_answers_are_equal_where_all_labels_are() -> None:
     sets = np.array([[True, False], [True, True]])
     assert several.equal(sets, np.array([[True, False], [False, True]])).tolist() == [True, False]
     assert SingleLabel().equal(np.array([1, 2]), np.array([1, 0])).tolist() == [True, False]
+
+
+@given(logits, st.integers(0, 2**32 - 1))
+def test_the_probability_of_an_answer_is_that_of_all_its_decisions(values: np.ndarray, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    one, several = SingleLabel(), MultiLabel(CUTS)
+    classes, sets = generator.integers(0, 4, (2, 3)), generator.random((2, 3, 4)) < 0.5
+    of_classes = one.probability_of(classes, one.probabilities(values))
+    of_sets = several.probability_of(sets, several.probabilities(values))
+    for member in range(2):
+        for text in range(3):
+            p = expit(values[text].astype(np.float64))
+            decisions = [p[label] if sets[member, text, label] else 1 - p[label] for label in range(4)]
+            assert of_sets[member, text] == pytest.approx(np.prod(decisions), abs=1e-12)
+            softmax = expected_softmax(values[text].astype(np.float64))
+            assert of_classes[member, text] == pytest.approx(softmax[classes[member, text]], abs=1e-12)

@@ -16,6 +16,7 @@ def choice(members: str, ms: float, accuracy: float, threshold: float = 0.9) -> 
         accuracy=accuracy,
         drop=0.92 - accuracy,
         drop_error=0.003,
+        estimated_drop=0.0,
         risk=0.0,
         exits=[1] * len(names),
         layers_speedup=None,
