@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -432,3 +433,12 @@ def test_phrases_are_found_as_whole_words_across_lines() -> None:
     assert phrases_in("Within silence it travels on.") == []
     assert phrases_in("it travels\nin\n    silence") == ["in silence"]
     assert phrases_in("Exit status: 0, or 2 for what you can mend.") == ["what you can mend"]
+
+
+def test_the_version_is_the_same_wherever_it_is_written() -> None:
+    in_pyproject = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text("utf-8"), re.MULTILINE)
+    in_citation = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text("utf-8"), re.MULTILINE)
+    assert in_pyproject
+    assert in_citation
+    in_package = json.loads((ROOT / "js" / "package.json").read_text("utf-8"))["version"]
+    assert {in_citation[1], in_package} == {in_pyproject[1]}

@@ -1,0 +1,45 @@
+// The package as npm packs it: its files, and that it works in a project of its own.
+
+import assert from "node:assert/strict";
+import { execFile } from "node:child_process";
+import { mkdir, mkdtemp, rm, symlink } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { test } from "node:test";
+import { fileURLToPath } from "node:url";
+import { promisify } from "node:util";
+
+const run = promisify(execFile);
+const root = fileURLToPath(new URL("..", import.meta.url));
+
+test("the packed package has what a project needs, and nothing else", async () => {
+  const project = await mkdtemp(join(tmpdir(), "cascade-rt-"));
+  try {
+    const { stdout } = await run("npm", ["pack", "--json", "--ignore-scripts", "--pack-destination", project], { cwd: root });
+    const [{ filename, files }] = JSON.parse(stdout);
+    const paths = files.map(({ path }) => path);
+    const others = paths.filter((path) => !/^dist\/\w+\.(js|d\.ts)$/.test(path));
+    assert.deepEqual(others.sort(), ["LICENSE", "README.md", "package.json"]);
+    assert.ok(paths.includes("dist/index.js") && paths.includes("dist/index.d.ts"));
+
+    const modules = join(project, "node_modules");
+    await mkdir(join(modules, "cascade-rt"), { recursive: true });
+    await run("tar", ["-xzf", join(project, filename), "-C", join(modules, "cascade-rt"), "--strip-components=1"]);
+    for (const name of ["@huggingface", "onnxruntime-node", "onnxruntime-common"])
+      await symlink(join(root, "node_modules", name), join(modules, name));
+    const program = `
+      import { readFile } from "node:fs/promises";
+      import ort from "onnxruntime-node";
+      import { Cascade } from "cascade-rt";
+      const [folder] = process.argv.slice(1);
+      const read = (name) => readFile(folder + name);
+      const cascade = await Cascade.load({ model: await read("cascade.onnx"), tokenizer: await read("tokenizer.json"), ort });
+      const { texts } = JSON.parse(await read("answers.json"));
+      console.log((await cascade.classify(texts)).length === texts.length);`;
+    const fixture = fileURLToPath(new URL("./fixture/texts/", import.meta.url));
+    const answer = await run("node", ["--input-type=module", "--eval", program, fixture], { cwd: project });
+    assert.equal(answer.stdout.trim(), "true");
+  } finally {
+    await rm(project, { recursive: true });
+  }
+});
