@@ -21,6 +21,7 @@ from cascade_rt.types import Text
 
 TASKS = ("sst-2", "rte", "mrpc", "sick", "banking77", "clinc150")
 RESULTS = Path(__file__).parent / "results"
+INK = "#808080"  # of lines and words in pictures: seen on light and on dark pages
 
 Way = TypeVar("Way", bound=Hashable)
 
@@ -155,6 +156,14 @@ def training_parser(description: str | None, report: str) -> argparse.ArgumentPa
     add("--work", type=Path, help=f"members, logits and bundles (default: runs/{report}/TASK)")
     add("--output", type=Path, help=f"default: results/{report}-TASK.json beside this script")
     return parser
+
+
+def inked(axis: Any) -> None:
+    """Draw the lines and words of a picture's axis in ink that is seen on light and on dark pages."""
+    axis.tick_params(colors=INK, which="both")
+    axis.spines[:].set_color(INK)
+    axis.xaxis.label.set_color(INK)
+    axis.yaxis.label.set_color(INK)
 
 
 def run_command(main: Callable[[], None]) -> None:

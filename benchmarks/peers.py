@@ -28,7 +28,7 @@ import transformers
 from cascade_export.check import Check
 from cascade_export.export import export_bundle
 from cascade_export.random_weights import parse_shape, write_random_members
-from common import RESULTS, run_command
+from common import INK, RESULTS, inked, run_command
 from tqdm import tqdm
 
 from cascade_rt import CascadeRuntime
@@ -331,7 +331,7 @@ def _cold_starts(checkpoint: str, bundle: Path, text: Text, runs: int) -> dict[s
     } | {"times_faster": spread(theirs / ours)}
 
 
-_INK, _OURS, _CHOSEN = "#808080", "#1f77b4", "#d62728"  # seen on light and on dark pages
+_OURS, _CHOSEN = "#1f77b4", "#d62728"  # seen on light and on dark pages
 
 
 def _draw(rows: dict[str, Any], path: Path) -> None:
@@ -341,7 +341,7 @@ def _draw(rows: dict[str, Any], path: Path) -> None:
     figure, axes = plotting.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
     for axis, kind, title in zip(axes, ("single", "bulk"), ("one text at a time", "in bulk"), strict=True):
         for at, (name, row) in enumerate(sorted(rows.items(), key=lambda pair: pair[1]["accuracy"])):
-            colour = _CHOSEN if ", cascade " in name else _OURS if name.startswith("cascade-rt") else _INK
+            colour = _CHOSEN if ", cascade " in name else _OURS if name.startswith("cascade-rt") else INK
             place = row[kind]["ms_per_text"]["median"], 100 * row["accuracy"]
             axis.plot(
                 *place, "*" if colour == _CHOSEN else "o", color=colour, markersize=14 if colour == _CHOSEN else 6
@@ -350,11 +350,10 @@ def _draw(rows: dict[str, Any], path: Path) -> None:
             axis.annotate(text, place, (6, (-10, 4)[at % 2]), textcoords="offset points", fontsize=7, color=colour)
         axis.set_xscale("log")
         axis.margins(x=0.25)
-        axis.set_title(title, color=_INK)
-        axis.set_xlabel("ms per text (logarithmic)", color=_INK)
-        axis.tick_params(colors=_INK, which="both")
-        axis.spines[:].set_color(_INK)
-    axes[0].set_ylabel("accuracy, %", color=_INK)
+        axis.set_title(title, color=INK)
+        axis.set_xlabel("ms per text (logarithmic)")
+        inked(axis)
+    axes[0].set_ylabel("accuracy, %")
     figure.savefig(path, transparent=True)
     plotting.close(figure)
 
