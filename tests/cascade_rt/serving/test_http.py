@@ -24,6 +24,7 @@ from cascade_rt.serving import body as bodies
 from cascade_rt.serving.app import create_app
 from cascade_rt.serving.body import Body
 from cascade_rt.serving.json_body import read_json
+from cascade_rt.serving.metrics import Metrics
 from cascade_rt.serving.service import Service
 from cascade_rt.serving.settings import OWN_PATHS, Settings
 
@@ -589,3 +590,13 @@ def test_prefixes_that_cannot_be_used(bundle: Path) -> None:
     own = {path.split("/")[1] for path in create_app(service).api.openapi()["paths"]} - {""}
     service.close()
     assert own | {"docs", "openapi.json", "static-offline-docs"} == set(OWN_PATHS)
+
+
+def test_every_metric_has_a_row_in_the_reference() -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "reference" / "http.md").read_text("utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| `cascade_")]
+    for metric in Metrics().measured().metrics:
+        if metric.name.startswith("cascade_"):
+            name = metric.name + ("_total" if metric.type == "counter" else "")
+            short = "`" + name.removeprefix("cascade") + "`"
+            assert any(f"`{name}`" in row or short in row for row in rows), name
