@@ -17,6 +17,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from timeit import timeit
@@ -46,19 +47,23 @@ from cascade_rt.benchmark.workload import (
 from cascade_rt.engine.batching import TOKEN_BUDGET, by_length, micro_batches
 from cascade_rt.engine.cpus import usable_threads
 from cascade_rt.engine.openvino import load_openvino
+from cascade_rt.engine.task import Task
 from cascade_rt.engine.tokenization import TextTokenizer
 from cascade_rt.errors import InputError
-from cascade_rt.io.readers import read_examples
+from cascade_rt.io.readers import Reading, read_examples
 from cascade_rt.io.writers import write_json
 from cascade_rt.tuning.collect import open_whole
-from cascade_rt.tuning.evaluation import label_ids
+from cascade_rt.tuning.evaluation import true_answers
+from cascade_rt.tuning.metrics import f1_of_sets
 from cascade_rt.tuning.plot import pyplot
 from cascade_rt.types import Text
 
 BLOCK = 16  # single calls in a row by the same contestant
 BULK_BATCH = 32
 
-Answer = Callable[[list[Text]], list[str]]
+Labels = tuple[str, ...]
+"""Of a text: one, or with several labels per text any number."""
+Answer = Callable[[list[Text]], list[Labels]]
 """Labels of texts: one text is a single call, many are bulk work."""
 
 
@@ -80,7 +85,7 @@ def main() -> None:
     biggest = next((source for source in sources if Path(source).name == members[-1].name), None)
     if biggest is None:
         raise InputError(f"found no --member {members[-1].name}, the folder of the biggest member of {bundle}")
-    contestants = dict(_peers(Path(biggest), bundle, options.work, texts, options.threads))
+    contestants = dict(_peers(Path(biggest), cascade, options.work, texts, options.threads))
     if options.tuned:
         taus: dict[str, Any] = {}
         contestants |= _members_alone("cascade-rt", cascade)
@@ -154,32 +159,53 @@ def _members_alone(name: str, runtime: CascadeRuntime) -> dict[str, Answer]:
 
 
 def _ours(runtime: CascadeRuntime) -> Answer:
-    def answer(texts: list[Text]) -> list[str]:
-        return [prediction.label for prediction in runtime.predict(texts)]
+    def answer(texts: list[Text]) -> list[Labels]:
+        return [prediction.labels for prediction in runtime.predict(texts)]
 
     return answer
 
 
+@dataclass(frozen=True)
+class Decision:
+    """A bundle's way from a text's logits or scores to its labels, which the other libraries get too."""
+
+    names: Labels
+    task: Task
+
+    def from_logits(self, logits: np.ndarray) -> Labels:
+        """Return the labels of one text, from logits (labels,)."""
+        probabilities, winner = self.task.probabilities_of_one(logits)
+        return self.task.labels(self.names, probabilities, winner)
+
+    def from_scores(self, scores: list[dict[str, Any]]) -> Labels:
+        """Return the labels of one text, from what a pipeline answers."""
+        if not self.task.several:
+            return (scores[0]["label"],)
+        found = {row["label"]: row["score"] for row in scores}
+        return self.task.labels(self.names, [found[name] for name in self.names], 0)
+
+
 def _peers(
-    checkpoint: Path, bundle: Path, work: Path, texts: list[Text], threads: int | None
+    checkpoint: Path, cascade: CascadeRuntime, work: Path, texts: list[Text], threads: int | None
 ) -> Iterator[tuple[str, Answer]]:
+    decision = Decision(tuple(cascade.bundle.labels), cascade.task)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(checkpoint, trust_remote_code=False).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
     yield (
         "transformers pipeline, PyTorch fp32",
-        _pipeline(transformers.pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu")),
+        _pipeline(
+            transformers.pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu"), decision
+        ),
     )
     yield (
         "Optimum pipeline, ONNX Runtime fp32 (O2)",
-        _pipeline(_optimum_pipeline(checkpoint, work / "optimum", tokenizer)),
+        _pipeline(_optimum_pipeline(checkpoint, work / "optimum", tokenizer), decision),
     )
-    reader = TextTokenizer(
-        bundle / "tokenizer.json", CascadeRuntime(bundle).bundle.max_length, isinstance(texts[0], tuple)
-    )
-    labels = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    bundle = cascade.bundle
+    reader = TextTokenizer((bundle.folder or Path()) / "tokenizer.json", bundle.max_length, isinstance(texts[0], tuple))
     graph = load_openvino().Core().read_model(work / "optimum" / "plain" / "model.onnx")
     for name, precision in (("fp32", "f32"), ("bf16", "bf16")):
-        yield f"OpenVINO {name}", _openvino(graph, precision, reader, labels, threads)
+        yield f"OpenVINO {name}", _openvino(graph, precision, reader, decision, threads)
     try:
         import nncf  # noqa: PLC0415 - optional
 
@@ -188,26 +214,28 @@ def _peers(
         calibration = [{name: batch[name] for name in names} for batch in batches]
         with redirect_stdout(sys.stderr):
             small = nncf.quantize(graph, nncf.Dataset(calibration), model_type=nncf.ModelType.TRANSFORMER)
-        yield "OpenVINO int8 (NNCF)", _openvino(small, "f32", reader, labels, threads)
+        yield "OpenVINO int8 (NNCF)", _openvino(small, "f32", reader, decision, threads)
     except Exception as error:  # whatever stops it, the others still compare
         print(f"OpenVINO int8 left out: {type(error).__name__}: {error}", file=sys.stderr)
 
 
-def _pipeline(pipe: Any) -> Answer:
+def _pipeline(pipe: Any, decision: Decision) -> Answer:
     """Single calls as they come; bulk in batches of texts of like length, the pipeline's documented way to speed."""
+    options: dict[str, Any] = {"truncation": True}
+    if decision.task.several:
+        options |= {"top_k": None, "function_to_apply": "sigmoid"}
 
-    def answer(texts: list[Text]) -> list[str]:
+    def answer(texts: list[Text]) -> list[Labels]:
         inputs = [text if isinstance(text, str) else {"text": text[0], "text_pair": text[1]} for text in texts]
         with torch.inference_mode():
             if len(texts) == 1:
-                got = pipe(inputs[0], truncation=True)
-                return [(got[0] if isinstance(got, list) else got)["label"]]
+                got = pipe(inputs[0], **options)
+                return [decision.from_scores(got if isinstance(got, list) else [got])]
             order = sorted(range(len(inputs)), key=lambda row: len(str(inputs[row])))
-            outcome = [""] * len(inputs)
-            for row, got in zip(
-                order, pipe([inputs[row] for row in order], batch_size=BULK_BATCH, truncation=True), strict=True
-            ):
-                outcome[row] = got["label"]
+            outcome: list[Labels] = [()] * len(inputs)
+            answers = pipe([inputs[row] for row in order], batch_size=BULK_BATCH, **options)
+            for row, got in zip(order, answers, strict=True):
+                outcome[row] = decision.from_scores(got if isinstance(got, list) else [got])
         return outcome
 
     return answer
@@ -228,7 +256,7 @@ def _optimum_pipeline(checkpoint: Path, work: Path, tokenizer: Any) -> Any:
     return pipeline("text-classification", model=model, tokenizer=tokenizer, accelerator="ort")
 
 
-def _openvino(graph: Any, precision: str, reader: TextTokenizer, labels: list[str], threads: int | None) -> Answer:
+def _openvino(graph: Any, precision: str, reader: TextTokenizer, decision: Decision, threads: int | None) -> Answer:
     """OpenVINO with the hints of its documentation: latency for single calls, throughput and a queue for bulk.
 
     It gets cascade-rt's tokenization and micro-batches, the strongest form in which one would use it.
@@ -239,23 +267,23 @@ def _openvino(graph: Any, precision: str, reader: TextTokenizer, labels: list[st
     single = core.compile_model(graph, "CPU", settings | {"PERFORMANCE_HINT": "LATENCY"})
     queue = openvino.AsyncInferQueue(core.compile_model(graph, "CPU", settings | {"PERFORMANCE_HINT": "THROUGHPUT"}))
     names = [node.get_any_name() for node in single.inputs]
-    winners: dict[int, int] = {}
+    found: dict[int, Labels] = {}
 
     def collect(request: Any, rows: np.ndarray) -> None:
-        winners.update(zip(rows.tolist(), request.get_output_tensor(0).data.argmax(-1).tolist(), strict=True))
+        found.update(zip(rows.tolist(), map(decision.from_logits, request.get_output_tensor(0).data), strict=True))
 
     queue.set_callback(collect)
 
-    def answer(texts: list[Text]) -> list[str]:
+    def answer(texts: list[Text]) -> list[Labels]:
         encoded = reader.encode(texts)
         if len(texts) == 1:
             batch = encoded.batch(np.zeros(1, dtype=np.intp))
-            return [labels[int(single({name: batch[name] for name in names})[0].argmax())]]
+            return [decision.from_logits(single({name: batch[name] for name in names})[0][0])]
         for rows in micro_batches(by_length(encoded.lengths), encoded.lengths, TOKEN_BUDGET):
             batch = encoded.batch(rows)
             queue.start_async({name: batch[name] for name in names}, rows)
         queue.wait_all()
-        return [labels[winners[row]] for row in range(len(texts))]
+        return [found[row] for row in range(len(texts))]
 
     return answer
 
@@ -304,12 +332,18 @@ def _measured(contestants: dict[str, Answer], texts: list[Text], rounds: int) ->
 def _add_accuracy(
     rows: dict[str, Any], contestants: dict[str, Answer], options: argparse.Namespace, cascade: CascadeRuntime
 ) -> None:
-    examples = list(read_examples(options.data, pair=cascade.bundle.pair))
-    labels = cascade.bundle.labels
-    truth = label_ids([(row.field(options.label_column), row.where) for row in examples], labels)
+    """Add the share of texts whose labels are all right, and with several labels per text F1, the mean over labels."""
+    task, labels = cascade.task, cascade.bundle.labels
+    how = Reading(label_column=options.label_column)
+    examples = list(read_examples(options.data, how, pair=cascade.bundle.pair))
+    truth = task.indicators(true_answers(task, examples, how, labels), len(labels))
     for name, answer in contestants.items():
-        predicted = [labels.index(label) for label in answer([row.text for row in examples])]
-        rows[name]["accuracy"] = float(np.mean(truth == np.array(predicted)))
+        predicted = np.zeros_like(truth)
+        for row, found in enumerate(answer([row.text for row in examples])):
+            predicted[row, [labels.index(label) for label in found]] = True
+        rows[name]["accuracy"] = float(np.mean((truth == predicted).all(axis=1)))
+        if task.several:
+            rows[name]["f1"] = f1_of_sets(truth, predicted)
 
 
 def _cold_starts(checkpoint: str, bundle: Path, text: Text, runs: int) -> dict[str, Any]:
@@ -340,9 +374,9 @@ def _draw(rows: dict[str, Any], path: Path) -> None:
     plotting.rcParams["svg.fonttype"] = "none"
     figure, axes = plotting.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
     for axis, kind, title in zip(axes, ("single", "bulk"), ("one text at a time", "in bulk"), strict=True):
-        for at, (name, row) in enumerate(sorted(rows.items(), key=lambda pair: pair[1]["accuracy"])):
+        for at, (name, row) in enumerate(sorted(rows.items(), key=lambda pair: float(_quality(pair[1])))):
             colour = _CHOSEN if ", cascade " in name else _OURS if name.startswith("cascade-rt") else INK
-            place = row[kind]["ms_per_text"]["median"], 100 * row["accuracy"]
+            place = row[kind]["ms_per_text"]["median"], 100 * _quality(row)
             axis.plot(
                 *place, "*" if colour == _CHOSEN else "o", color=colour, markersize=14 if colour == _CHOSEN else 6
             )
@@ -353,9 +387,14 @@ def _draw(rows: dict[str, Any], path: Path) -> None:
         axis.set_title(title, color=INK)
         axis.set_xlabel("ms per text (logarithmic)")
         inked(axis)
-    axes[0].set_ylabel("accuracy, %")
+    axes[0].set_ylabel("F1, mean over labels, %" if "f1" in next(iter(rows.values())) else "accuracy, %")
     figure.savefig(path, transparent=True)
     plotting.close(figure)
+
+
+def _quality(row: dict[str, Any]) -> float:
+    quality: float = row["f1" if "f1" in row else "accuracy"]
+    return quality
 
 
 def _show(report: dict[str, Any]) -> None:
@@ -367,6 +406,7 @@ def _show(report: dict[str, Any]) -> None:
             for kind in ("single", "bulk")
         )
         accuracy = f"{100 * row['accuracy']:.2f} %" if "accuracy" in row else ""
+        accuracy += f", F1 {100 * row['f1']:.2f} %" if "f1" in row else ""
         print(f"{name:42} {single} {row['single']['p50_ms']:8.3f} {bulk}  {accuracy}")
     cold = report["cold_start"]
     seconds = {name: cold[name]["seconds"]["median"] for name in ("transformers pipeline", "cascade-rt predict")}
@@ -389,7 +429,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--tokenizer", help="with --random: whose vocabulary to use; default: a made-up one")
     add("--data", type=Path, metavar="FILE", help="labelled texts; default: made up from the vocabulary")
-    add("--label-column", default="label")
+    add("--label-column", help="default: label, or labels")
     add("--words", default="16:8", metavar="MEAN:SD", help="words per made-up text; default: 16:8")
     add("--texts", type=int, default=128, help="how many; default: 128")
     add("--max-length", type=int, default=128, help="tokens; default: 128")
