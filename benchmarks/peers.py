@@ -62,7 +62,7 @@ BLOCK = 16  # single calls in a row by the same contestant
 BULK_BATCH = 32
 
 Labels = tuple[str, ...]
-"""Of a text: one, or with several labels per text any number."""
+"""The labels of a text: one, or any number."""
 Answer = Callable[[list[Text]], list[Labels]]
 """Labels of texts: one text is a single call, many are bulk work."""
 

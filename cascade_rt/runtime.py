@@ -103,7 +103,7 @@ class CascadeRuntime:
             word_cache: Put texts together from the token ids of words that were tokenized before, where that gives the
                 tokenizer's ids exactly; up to 24 MB of words are kept.
             packed: Pack the weights for the CPU's kernels when a member is loaded. False is for a process that answers
-                a few texts: fp32 and fp16 start sooner and hold less memory, and a text takes about twice as long.
+                a few texts: fp32 and fp16 start sooner and hold less memory, and a text takes more than twice as long.
             verify: Check the sha256 of the files, those of a member when it is first loaded; False is for huge models
                 on a trusted disk, and keeps nothing in `cache`.
             expected_sha256: The bundle's, as `cascade-rt info` prints it; another bundle is refused.
