@@ -125,8 +125,8 @@ docs: .venv/dev-ready
 
 # Every command of README and docs that is not marked as a recipe (after `make demo`).
 docs-test: .venv/dev-ready
-	$(BIN)/python docs/run_blocks.py README.md docs/index.md docs/tutorials/first-bundle.md docs/tutorials/own-csv.md $(addprefix docs/guide/,predict.md serving.md ray.md ray-serving.md build.md make-a-cascade.md \
-		zero-layers.md several-labels.md precision.md memory.md confidence.md thresholds.md early-exits.md onnx-models.md single-file.md providers.md families.md share.md bundle-format.md \
+	$(BIN)/python docs/run_blocks.py README.md docs/index.md docs/tutorials/first-bundle.md docs/tutorials/own-csv.md $(addprefix docs/guide/,predict.md python.md long-texts.md serving.md ray.md ray-serving.md build.md make-a-cascade.md \
+		zero-layers.md several-labels.md precision.md memory.md confidence.md thresholds.md early-exits.md onnx-models.md single-file.md providers.md families.md suites.md trim-vocabulary.md share.md bundle-format.md \
 		benchmarks.md) examples/README.md CONTRIBUTING.md
 
 # A cascade of the first 2 and all 6 layers of MiniLM on SST-2, from training to figures (about an hour on 2 cores).

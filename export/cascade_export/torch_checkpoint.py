@@ -54,7 +54,7 @@ def open_torch(source: str, *, pair: bool | None = None, max_length: int | None 
 
     `pair` and `max_length` override what training recorded; for a checkpoint without a record the defaults are
     single texts, and as many tokens as the model takes. Raises InputError, which names the source, where it cannot be
-    opened or has settings that would change its answers (docs/guide/families.md).
+    opened or has settings that would change its answers (docs/reference/checkpoints.md).
     """
     settings = classifier_settings(source)
     settings.labels  # noqa: B018 - fails before the weights are loaded

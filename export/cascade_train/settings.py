@@ -1,7 +1,7 @@
 """The JSON files of a checkpoint, and the settings there that cascade-rt does not follow, each refused by name.
 
 The files are read without torch and transformers, before either sees the folder: nothing in it has run then.
-docs/guide/families.md lists all settings that change answers, those that are followed included.
+docs/reference/checkpoints.md lists all settings that change answers, those that are followed included.
 """
 
 from __future__ import annotations

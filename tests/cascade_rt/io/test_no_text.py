@@ -1,4 +1,4 @@
-"""Empty texts are texts, missing ones are not, in every format: the table in docs/guide/predict.md."""
+"""Empty texts are texts, missing ones are not, in every format: the table in docs/reference/files.md."""
 
 from __future__ import annotations
 
