@@ -174,6 +174,8 @@ class Decision:
 
     def from_logits(self, logits: np.ndarray) -> Labels:
         """Return the labels of one text, from logits (labels,)."""
+        if not self.task.several:
+            return (self.names[int(logits.argmax())],)
         probabilities, winner = self.task.probabilities_of_one(logits)
         return self.task.labels(self.names, probabilities, winner)
 
@@ -202,7 +204,8 @@ def _peers(
         _pipeline(_optimum_pipeline(checkpoint, work / "optimum", tokenizer), decision),
     )
     bundle = cascade.bundle
-    reader = TextTokenizer((bundle.folder or Path()) / "tokenizer.json", bundle.max_length, isinstance(texts[0], tuple))
+    assert bundle.folder is not None, "read from a folder"
+    reader = TextTokenizer(bundle.folder / "tokenizer.json", bundle.max_length, isinstance(texts[0], tuple))
     graph = load_openvino().Core().read_model(work / "optimum" / "plain" / "model.onnx")
     for name, precision in (("fp32", "f32"), ("bf16", "bf16")):
         yield f"OpenVINO {name}", _openvino(graph, precision, reader, decision, threads)

@@ -23,6 +23,7 @@ from common import INK, RESULTS, inked, run_command
 
 from cascade_rt import CascadeRuntime
 from cascade_rt.benchmark.machine import describe
+from cascade_rt.errors import InputError
 from cascade_rt.io.readers import read_examples
 from cascade_rt.io.writers import write_json
 from cascade_rt.tuning.plot import pyplot
@@ -44,6 +45,8 @@ def main() -> None:
     output: Path = options.output
     output.parent.mkdir(parents=True, exist_ok=True)
     if options.picture == "time":
+        if options.input is None:
+            raise InputError("time requires --input")
         report = _time(options)
         write_json(output.with_suffix(".json"), report)
         _draw_time(report, output)

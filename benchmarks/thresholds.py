@@ -123,6 +123,7 @@ def _tuned(
         "thresholds": chosen.thresholds,
         "certified": report.chosen is not None if question.confidence else None,
         "tuned_drop": chosen.drop,
+        "estimated_drop": chosen.estimated_drop,
         "bound": report.guarantee.bound if report.guarantee else None,
         "measured_drop": whole["flops"].accuracy - found["flops"].accuracy,
         "measured_risk": found["flops"].risk,

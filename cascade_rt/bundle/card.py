@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from .manifest import MULTI_LABEL, Bundle, MemberEntry
+from .manifest import MULTI_LABEL, TUNING, Bundle, MemberEntry
 
 _SHOWN_LABELS = 12
+_TRADE_OFFS = "trade_offs"
 
 
 def model_card(bundle: Bundle, name: str) -> str:
@@ -49,10 +50,17 @@ def model_card(bundle: Bundle, name: str) -> str:
         )
     if trained := _trained(bundle):
         sections.append("## Data and training\n\n" + trained)
-    if bundle.other:
+    tuning = bundle.other.get(TUNING)
+    if isinstance(tuning, dict) and (rows := _trade_offs(tuning)):
         sections.append(
-            "## Tuning\n\n```json\n" + json.dumps(dict(bundle.other), indent=1, ensure_ascii=False) + "\n```"
+            "## Trade-offs\n\nOn the texts that chose the thresholds; speed-ups are over the last member alone, by the "
+            "time of single texts where they were tuned.\n\n" + _table(["members", "accuracy", "speed-up"], rows)
         )
+    if bundle.other:
+        written = dict(bundle.other)
+        if isinstance(tuning, dict):
+            written[TUNING] = {key: value for key, value in tuning.items() if key != _TRADE_OFFS}
+        sections.append("## Tuning\n\n```json\n" + json.dumps(written, indent=1, ensure_ascii=False) + "\n```")
     return "\n\n".join(sections) + "\n"
 
 
@@ -82,6 +90,21 @@ def _checked(member: MemberEntry) -> list[str] | None:
         return f"{100 * value:.2f}%" if isinstance(value, int | float) and 0 <= value <= 1 else "-"
 
     return [member.name, str(check.get("texts", "-")), percent("accuracy"), percent("ece"), percent("labels_agree")]
+
+
+def _trade_offs(tuning: dict[str, Any]) -> list[list[str]]:
+    """Return the rows of the front and of each member alone, by speed, the tuned choice in bold; none if not known."""
+    known = tuning.get(_TRADE_OFFS)
+    points = [tuning, *known] if isinstance(known, list) else []
+    try:
+        rows = {(" + ".join(point["members"]), point["accuracy"], point["latency_speedup"]) for point in points}
+        chosen = (" + ".join(tuning["members"]), tuning["accuracy"], tuning["latency_speedup"])
+        return [
+            [f"**{cell}**" if row == chosen else cell for cell in (row[0], f"{100 * row[1]:.2f}%", f"{row[2]:.2f}x")]
+            for row in sorted(rows, key=lambda row: -row[2])
+        ]
+    except (KeyError, TypeError, ValueError):  # other writers may leave keys out
+        return []
 
 
 def _trained(bundle: Bundle) -> str:

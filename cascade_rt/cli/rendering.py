@@ -18,9 +18,9 @@ if TYPE_CHECKING:  # `predict` renders without loading what it does not run
     from ..tuning.evaluation import Evaluation
     from ..tuning.report import Choice, Guarantee, TuningReport
 
-_FRONT_ROWS = 12  # of the table; the JSON has the whole front
 _COSTS = {"layers": "layers", "flops": "FLOPs", "latency": "latency"}  # as columns
-_TUNED = ("accuracy", "drop", "layers_speedup", "latency_speedup")
+_QUALITY = ("accuracy", "drop", "estimated", "risk")  # as columns
+_TUNED = ("accuracy", "drop", "estimated_drop", "layers_speedup", "latency_speedup")
 
 
 def printable(text: str, keep: str = "\n") -> str:
@@ -186,15 +186,26 @@ def _label_table(report: Evaluation) -> str:
 
 def tuning_summary(report: TuningReport) -> str:
     """Return the front, each member alone, the chosen point, the guarantee and the verdict."""
-    step = max(1, -(-len(report.front) // _FRONT_ROWS))
-    rows = [("", choice) for choice in report.front[::step]] + [("alone", choice) for choice in report.alone]
+    rows = [("", choice) for choice in report.trade_offs()] + [("alone", choice) for choice in report.alone]
     rows += [("chosen", report.chosen)] if report.chosen else []
     lines = [
         table(
-            ["", "members", "thresholds", "accuracy", "drop", "risk", *_COSTS.values(), "mean ms", "p95 ms"],
+            [
+                "",
+                "members",
+                "thresholds",
+                "accuracy",
+                "drop",
+                "estimated",
+                "risk",
+                *_COSTS.values(),
+                "mean ms",
+                "p95 ms",
+            ],
             [[name, *_choice_cells(choice)] for name, choice in rows],
         ),
-        f"{report.data.texts} texts, compared with {report.compared_with}; accuracy, drop and risk in %",
+        f"{report.data.texts} texts, compared with {report.compared_with}; accuracy, drop and risk in %; "
+        "estimated: the drop expected on other texts, which objectives go by",
     ]
     if report.guarantee:
         lines.append(_guarantee(report.guarantee))
@@ -239,7 +250,7 @@ def _choice_cells(choice: Choice) -> list[str]:
         " ".join(f"{tau:.4f}" for tau in choice.thresholds)
         or (not choice.alone and _settings(choice.exit_rule))
         or "-",
-        *map(percent, (choice.accuracy, choice.drop, choice.risk)),
+        *map(percent, (choice.accuracy, choice.drop, choice.estimated_drop, choice.risk)),
         *(times(choice.speedup(cost)) for cost in _COSTS),
         f"{choice.latency_ms:.2f}",
         f"{choice.latency_p95_ms:.2f}",

@@ -12,6 +12,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from ..bundle import Bundle
+from ..bundle.manifest import MULTI_LABEL
 from ..errors import InputError
 from ..io.caches import cache_folder
 from ..io.writers import output_folder, write_json
@@ -38,6 +40,10 @@ from .rendering import printable, tuning_summary
 
 SUMMARY = "choose members and thresholds"
 REPORT, PICTURE = "tuning.json", "front.png"
+_NOT_CALIBRATED = (
+    "note: the probabilities of {name} are not calibrated; if they are too high, the drop is overestimated and the "
+    "choice slower than it could be (cascade-rt export --calibrate)"
+)
 EXAMPLE = "cascade-rt tune --model-dir bundle/ --input labelled.tsv --max-drop 0.005"
 
 
@@ -59,7 +65,7 @@ def add_arguments(parser: CommandParser) -> None:
         "--max-drop",
         type=float,
         metavar="SHARE",
-        help="the fastest that loses at most this share of accuracy; 0.005 is half a point",
+        help="the fastest that loses at most this share of accuracy, estimated for other texts; 0.005 is half a point",
     )
     asked.add_argument(
         "--speedup", type=float, metavar="X", help="the most accurate that is X times as fast, by --cost"
@@ -120,6 +126,8 @@ def run(options: argparse.Namespace) -> None:
     report = tune(bundle, data, question)
     if report.guarantee and report.chosen is None and options.fall_back:
         report = replace(report, chosen=report.alone[-1])
+    if question.asks and labels is not None and not _calibrated(bundle):
+        print(_NOT_CALIBRATED.format(name=printable(bundle.members[-1].name)), file=sys.stderr)
     if options.output:
         write_json(options.output / REPORT, report.to_json())
         draw_front(report, options.output / PICTURE)
@@ -131,3 +139,8 @@ def run(options: argparse.Namespace) -> None:
         raise InputError(
             "nothing can be guaranteed on these texts; nothing was written (--fall-back writes the last member alone)"
         )
+
+
+def _calibrated(bundle: Bundle) -> bool:
+    """Return True if the last member has a temperature, or if none can be fitted: to several labels."""
+    return bundle.task == MULTI_LABEL or "temperature" in bundle.members[-1].other

@@ -5,10 +5,11 @@ paper's case, one threshold for all members, is `shared`. Of a cascade, members 
 chain of segments, those before the last exit do.
 
 The best of thousands of points on some texts loses more on others: a text that a small member answers rightly by chance
-counts as a gain. So a point's drop is estimated twice: from the labels, and from the probabilities that the last member
-gives to the answers, which know nothing of chance. The probabilities count like 2,000 more texts, which is much beside
-hundreds of labelled texts and little beside tens of thousands. Choices go by both, or by the labels where their drop is
-the larger one.
+counts as a gain. So the drop of a point is estimated from two sources: the labels, and the probabilities that the last
+member gives to the answers, which no selection has made better than they are. The probabilities have a pseudo-count of
+2,000 texts: much beside hundreds of labelled texts, little beside tens of thousands. Where the labels' drop is larger,
+it is the estimate. All this is conservative: the last member's probabilities give no credit for what a smaller member
+knows and the last does not, and one that is too sure of itself overstates what is lost.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from ..errors import InvalidOption
 _POINTS = 1_000  # tried for each number of members, and again in each round of refinement
 _LARGEST = 4  # members of a subset
 _FRONT = 200  # points that a round refines, about
-_PRIOR = 2_000  # texts that the last member's probabilities count like
+_PSEUDO_COUNT = 2_000  # texts, of the last member's probabilities
 _SHARES = 0.1 * 0.5 ** np.arange(6)  # of the texts that leave elsewhere, round by round
 
 
@@ -94,20 +95,20 @@ class Recorded:
         rows = np.arange(len(self.overhead))
         observed, right, last = self.observed[list(members)], self.right[list(members)], self.right[-1]
         expected = self.right if self.expected is None else self.expected
-        best, known, chosen = last.mean(), expected[-1].mean(), expected[list(members)]
+        chosen, right_last, expected_last = expected[list(members)], last.mean(), expected[-1].mean()
         paths = self.paths(members)
-        weight = _PRIOR / (_PRIOR + len(rows))
+        weight = _PSEUDO_COUNT / (_PSEUDO_COUNT + len(rows))
         quantile = (95 * len(rows)) // 100
         for rule in rules:
             place = replay(rule, observed)
             answered, costs = right[place, rows], paths[place, rows]
             accuracy = answered.mean()
-            lost, less = best - accuracy, known - chosen[place, rows].mean()
+            by_labels, expected_drop = right_last - accuracy, expected_last - chosen[place, rows].mean()
             yield OperatingPoint(
                 members,
                 rule,
                 float(accuracy),
-                float(max(lost, (1 - weight) * lost + weight * less)),
+                float(max(by_labels, (1 - weight) * by_labels + weight * expected_drop)),
                 float((last & ~answered).mean()),
                 float(costs.mean()),
                 self.noise * float(np.partition(costs, quantile)[quantile]),
@@ -118,22 +119,27 @@ class Recorded:
 class OperatingPoint:
     """A way to run a bundle, measured on some texts.
 
-    `members`: ascending indices of the bundle's members that may answer; the last of them always answers. `drop`: of
-    accuracy against the bundle's last member, estimated as above and at least the one on these texts. `risk`: share of
-    texts that the point answers wrongly and the last member rightly.
+    `members`: ascending indices of the bundle's members that may answer; the last of them always answers.
+    `estimated_drop`: of accuracy against the bundle's last member, estimated as above and at least the one on these
+    texts. `risk`: share of texts that the point answers wrongly and the last member rightly.
     """
 
     members: tuple[int, ...]
     rule: ExitRule
     accuracy: float
-    drop: float
+    estimated_drop: float
     risk: float
     cost: float
     cost_p95: float
 
 
 def operating_points(
-    recorded: Recorded, *, shared: bool = False, subsets: bool = True, quality: str = "drop", cost: str = "cost"
+    recorded: Recorded,
+    *,
+    shared: bool = False,
+    subsets: bool = True,
+    quality: str = "estimated_drop",
+    cost: str = "cost",
 ) -> list[OperatingPoint]:
     """Measure the ways to run the bundle that are worth trying, each member alone among them.
 
@@ -172,28 +178,28 @@ def operating_points(
 
 
 def fastest(points: Iterable[OperatingPoint], max_drop: float) -> OperatingPoint:
-    """Return the cheapest point with at most this drop; of equals, the smallest drop, then the fewest members."""
+    """Return the cheapest point with at most this estimated drop; of equals, the one with the smallest drop."""
     return min(
-        (point for point in points if point.drop <= max_drop + 1e-12),
-        key=lambda point: (point.cost, point.drop, len(point.members)),
+        (point for point in points if point.estimated_drop <= max_drop + 1e-12),
+        key=lambda point: (point.cost, point.estimated_drop, len(point.members)),
     )
 
 
 def most_accurate(points: Iterable[OperatingPoint], cost: float, *, p95: bool = False) -> OperatingPoint | None:
-    """Return the smallest drop at most this cost, its mean or its 95th percentile; of equals, the cheapest.
+    """Return the point with the smallest estimated drop within a cost, the mean or the 95th percentile.
 
-    None where all cost more.
+    Of equals, the cheapest; None where all cost more.
     """
     within = (point for point in points if (point.cost_p95 if p95 else point.cost) <= cost + 1e-12)
-    return min(within, key=lambda point: (point.drop, point.cost, len(point.members)), default=None)
+    return min(within, key=lambda point: (point.estimated_drop, point.cost, len(point.members)), default=None)
 
 
 def pareto_front(
-    points: Iterable[OperatingPoint], *, quality: str = "drop", cost: str = "cost"
+    points: Iterable[OperatingPoint], *, quality: str = "estimated_drop", cost: str = "cost"
 ) -> list[OperatingPoint]:
     """Return the points that no other beats in both of two fields, the most expensive first.
 
-    `quality`: "drop" or "risk"; `cost`: "cost" or "cost_p95".
+    `quality`: "estimated_drop" or "risk"; `cost`: "cost" or "cost_p95".
     """
     of_quality, of_cost = attrgetter(quality), attrgetter(cost)
     front: list[OperatingPoint] = []

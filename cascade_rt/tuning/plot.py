@@ -22,7 +22,7 @@ def pyplot() -> Any:
 
 
 def draw_front(report: TuningReport, path: Path) -> None:
-    """Draw the front, each member alone and the chosen point, as accuracy over speed-up."""
+    """Draw the front, each member alone and the chosen point, as accuracy on the tuning texts over speed-up."""
     plotting = pyplot()
     figure, axis = plotting.subplots(figsize=(6, 4), layout="constrained")
 
@@ -30,7 +30,7 @@ def draw_front(report: TuningReport, path: Path) -> None:
         speedups = [choice.speedup(report.question.cost) for choice in choices]
         axis.plot(speedups, [100 * choice.accuracy for choice in choices], style, label=label, markersize=size)
 
-    draw(report.front, ".-", "front", 4)
+    draw(report.front, ".", "front", 4)  # of estimated drops: accuracy may go up and down along it
     draw(report.alone, "ks", "one member alone", 5)
     if report.chosen:
         draw([report.chosen], "r*", "chosen", 13)

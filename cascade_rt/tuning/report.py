@@ -13,6 +13,7 @@ from .certify import Certificate
 
 LATENCY, AUTO = "latency", "auto"
 COSTS = ("layers", "flops", LATENCY)
+_TRADE_OFFS = 12
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,11 @@ class Question:
     """
 
     max_drop: float | None = None
-    """The fastest point that loses at most this share of accuracy against the last member."""
+    """The fastest point with at most this estimated drop, a share of accuracy lost against the last member."""
     speedup: float | None = None
-    """The most accurate point that is at least this many times as fast as the last member."""
+    """The point with the smallest estimated drop that is at least this many times as fast as the last member."""
     budget_ms: float | None = None
-    """The most accurate point that takes at most this many milliseconds per text."""
+    """The point with the smallest estimated drop that takes at most this many milliseconds per text."""
     p95: bool = False
     """True if the budget is for the 95th percentile; else for the mean."""
     confidence: float | None = None
@@ -93,9 +94,9 @@ class Choice:
     drop_error: float
     """Standard error of `drop`, text by text."""
     estimated_drop: float
-    """`drop`, or what it is with the last member's probabilities beside the labels, where that is larger.
+    """`drop`, or the estimate from labels and the last member's probabilities, where that is larger.
 
-    Objectives go by it.
+    Objectives go by it; a guarantee goes by `risk`.
     """
     risk: float
     """Share of texts answered wrongly here and rightly by the last member."""
@@ -162,9 +163,13 @@ class TuningReport:
     """The chosen point on texts that were used for no choice; None where there are none."""
     guarantee: Guarantee | None
     front: list[Choice]
-    """The points that no other beats in both cost and accuracy."""
+    """The points that no other beats in both cost and estimated drop."""
     verdict: str
     """From the held-out texts where there are some, else from the tuning texts."""
+
+    def trade_offs(self) -> list[Choice]:
+        """Return the front, or of a long one every nth point: at most a dozen, for a table."""
+        return self.front[:: max(1, -(-len(self.front) // _TRADE_OFFS))]
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain values for JSON; `stride` and `aggregate` only where long texts were read in windows."""
@@ -192,7 +197,7 @@ def _of_cascade(chosen: Choice, alone: list[Choice], found: str, tune_again: str
     """Return the verdict on several members: against the most accurate member alone that is as fast as they are."""
     as_fast = [member for member in alone if member.latency_ms <= chosen.latency_ms]
     rival = max(as_fast, key=lambda member: (member.accuracy, -member.latency_ms), default=None)
-    if rival is not None and rival.accuracy >= chosen.accuracy:
+    if rival and rival.accuracy >= chosen.accuracy and rival.estimated_drop <= chosen.estimated_drop:
         return (
             f"do not cascade: {_name(rival)} alone is as accurate ({100 * rival.accuracy:.2f}%) and as fast here "
             f"({rival.latency_ms:.2f} ms against {chosen.latency_ms:.2f}){tune_again}"

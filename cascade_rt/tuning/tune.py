@@ -101,7 +101,7 @@ def choice(bundle: Bundle, data: Collected, members: tuple[int, ...], rule: Exit
         accuracy=point.accuracy,
         drop=whole.accuracy - point.accuracy,
         drop_error=float(np.std(lost) / math.sqrt(len(lost))),
-        estimated_drop=point.drop,
+        estimated_drop=point.estimated_drop,
         risk=point.risk,
         exits=[counts.get(index, 0) for index in running],
         **speedups,
@@ -139,6 +139,10 @@ def write_tuning(folder: Path, bundle: Bundle, report: TuningReport) -> None:
     written = report.to_json()
     tuning: dict[str, Any] = asdict(report.chosen) | {"last_alone": {"accuracy": report.alone[-1].accuracy}}
     tuning |= {key: written[key] for key in ("question", "data", "compared_with", "guarantee", "verdict")}
+    tuning["trade_offs"] = [
+        {key: getattr(point, key) for key in ("members", "accuracy", "estimated_drop", "latency_speedup")}
+        for point in (*report.trade_offs(), *report.alone)
+    ]
     write_manifest(folder, replace(bundle, members=members, exit_rule=rule, other={**bundle.other, TUNING: tuning}))
 
 

@@ -53,7 +53,7 @@ def test_a_point_measures_what_a_loop_over_the_texts_counts(
         losses += bool(answers.right[-1, text] and not answers.right[member, text])
     found = answers.measure(members, MaximumProbability(tuple(taus)))
     assert (found.accuracy, found.risk) == (rights / 40, losses / 40)
-    assert found.drop == pytest.approx(answers.right[-1].mean() - rights / 40)
+    assert found.estimated_drop == pytest.approx(answers.right[-1].mean() - rights / 40)
     assert found.cost == pytest.approx(np.mean(costs))
     assert found.cost_p95 == pytest.approx(sorted(costs)[38])
 
@@ -68,13 +68,16 @@ def test_a_drop_is_estimated_from_labels_and_from_the_last_members_probabilities
         member = 0 if answers.observed[0, text] > tau else 1
         lost += (float(answers.right[1, text]) - float(answers.right[member, text])) / 60
         less += (answers.expected[1, text] - answers.expected[member, text]) / 60
-    assert found.drop == pytest.approx(max(lost, (60 * lost + 2_000 * less) / 2_060))
-    assert answers.alone(1).drop == 0
+    assert found.estimated_drop == pytest.approx(max(lost, (60 * lost + 2_000 * less) / 2_060))
+    assert answers.alone(1).estimated_drop == 0
     rows = np.arange(0, 60, 3)
     some = replace(
         answers, **{name: getattr(answers, name)[:, rows] for name in ("observed", "right", "costs", "expected")}
     )
-    assert answers.take(rows).alone(0).drop == replace(some, overhead=answers.overhead[rows]).alone(0).drop
+    assert (
+        answers.take(rows).alone(0).estimated_drop
+        == replace(some, overhead=answers.overhead[rows]).alone(0).estimated_drop
+    )
 
 
 def test_on_other_texts_a_choice_loses_what_was_allowed() -> None:
@@ -173,7 +176,7 @@ def test_the_search_finds_what_a_plain_grid_finds(seed: int) -> None:
 
 @pytest.mark.parametrize("front", [{"quality": "risk"}, {"cost": "cost_p95"}])
 def test_the_front_that_is_asked_for_is_refined(front: dict[str, Any]) -> None:
-    quality, cost = ({"quality": "drop", "cost": "cost"} | front).values()
+    quality, cost = ({"quality": "estimated_drop", "cost": "cost"} | front).values()
     better = 0
     for answers in (drawn(seed, 200, members=4) for seed in range(4)):
         asked, other = (

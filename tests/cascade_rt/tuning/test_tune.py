@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.special import softmax
 
 from cascade_rt import BundleError, CascadeRuntime, InputError, read_bundle
 from cascade_rt.bundle import MANIFEST, write_manifest
@@ -71,7 +72,7 @@ def test_the_chosen_thresholds_are_written_and_followed(
     assert status == 0
     assert chosen["drop"] <= 0.06
     assert len(chosen["members"]) > 1, "a cascade is worth it here"
-    assert chosen["layers_speedup"] >= max(p["layers_speedup"] for p in report["front"] if p["drop"] <= 0.06)
+    assert chosen["layers_speedup"] >= max(p["layers_speedup"] for p in report["front"] if p["estimated_drop"] <= 0.06)
     runtime = CascadeRuntime(copied)
     assert [member.name for member in runtime.bundle.members] == chosen["members"]
     assert runtime.thresholds == chosen["thresholds"]
@@ -92,8 +93,28 @@ def test_the_chosen_thresholds_are_written_and_followed(
     assert (found.exits, found.distance, found.p_value) == (chosen["exits"], 0.0, 1.0)
     assert main(["info", "--model-dir", str(copied)]) == 0
     assert "tuned       " + " + ".join(chosen["members"]) in capsys.readouterr().out
+    assert main(["push", "--model-dir", str(copied), "--dry-run", "team/commands"]) == 0
+    card = capsys.readouterr().out
+    shown = [f"{100 * chosen['accuracy']:.2f}%", f"{chosen['latency_speedup']:.2f}x"]
+    assert f"| **{' + '.join(chosen['members'])}** | " + " | ".join(f"**{cell}**" for cell in shown) in card
+    assert f"| big | {100 * last['accuracy']:.2f}% | 1.00x |" in card, "the last member alone is among the trade-offs"
     manifest = json.loads((copied / MANIFEST).read_text())["tuning"]
     assert manifest["data"] == {"texts": 240, "sha256": report["data"]["sha256"]}
+
+
+def test_what_is_expected_comes_from_the_last_member(bundle: Path) -> None:
+    runtime = CascadeRuntime(bundle, members=["tiny", "small", "big"])
+    labels = np.arange(len(TEXTS)) % len(LABELS)
+    logits = runtime.member_logits(TEXTS)[0].astype(float)
+    answers, last = logits.argmax(axis=-1), softmax(logits[-1], axis=-1)
+    expected = [[last[row, answer] for row, answer in enumerate(member)] for member in answers]
+    for kind in ("layers", "flops", "latency"):
+        found = collect(runtime, TEXTS, labels, cache=None).answers[kind].expected
+        assert found is not None
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert collect(runtime, TEXTS, None, cache=None).answers["layers"].expected is None, (
+        "answers are compared with its own"
+    )
 
 
 def test_what_the_user_sets_comes_before_what_was_tuned(tune: Tune, copied: Path) -> None:

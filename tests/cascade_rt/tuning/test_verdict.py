@@ -8,7 +8,7 @@ from cascade_rt.bundle import MemberEntry
 from cascade_rt.tuning.report import Choice, Question, verdict
 
 
-def choice(members: str, ms: float, accuracy: float, threshold: float = 0.9) -> Choice:
+def choice(members: str, ms: float, accuracy: float, threshold: float = 0.9, estimated: float = 0.0) -> Choice:
     names = members.split("+")
     return Choice(
         members=names,
@@ -16,7 +16,7 @@ def choice(members: str, ms: float, accuracy: float, threshold: float = 0.9) -> 
         accuracy=accuracy,
         drop=0.92 - accuracy,
         drop_error=0.003,
-        estimated_drop=0.0,
+        estimated_drop=estimated or max(0.0, 0.92 - accuracy),
         risk=0.0,
         exits=[1] * len(names),
         layers_speedup=None,
@@ -67,6 +67,15 @@ def test_the_verdict_names_members_and_the_strongest_rival(chosen: Choice, says:
     assert found == says
     by_latency = verdict(Question(max_drop=0.1, cost="latency"), chosen, ALONE, None)
     assert by_latency == says.replace("; tune by measured latency", ""), "no advice that was followed already"
+
+
+def test_a_member_that_the_objective_rejects_is_no_rival() -> None:
+    lucky = choice("dan", 0.1, 0.92, estimated=0.03)
+    found = verdict(Question(max_drop=0.01, cost="latency"), choice("dan+12L", 0.8, 0.92), [lucky, *ALONE[1:]], None)
+    assert found.startswith("cascade dan + 12L (without 3L): 5.00x as fast")
+    as_good = choice("dan", 0.1, 0.92)
+    found = verdict(Question(max_drop=0.01, cost="latency"), choice("dan+12L", 0.8, 0.92), [as_good, *ALONE[1:]], None)
+    assert found.startswith("do not cascade: dan alone is as accurate")
 
 
 def test_speed_is_measured_by_layers_where_all_members_have_some() -> None:
