@@ -5,7 +5,7 @@
     python benchmarks/several_labels.py --data DATA/goemotions --member DAN=DIR --member 3L=DIR --member 12L=DIR \\
         --cascade 3L+12L --cascade DAN+3L+12L --output report.json
 
-The first call writes the parts: for training, for choosing checkpoints and cuts, and for thresholds. The last one
+The first call writes the parts: for training, for checkpoints and cuts, for thresholds, and for figures. The last one
 exports the members in int8 and compares confidences. At each speed-up, by the time that each member takes for a text
 alone, thresholds are those with the best F1 on the part for thresholds. Figures are of dev, which is used for nothing
 else. The cascades with the confidence of the runtime are then timed, in turn with the biggest member.
@@ -73,16 +73,17 @@ def main() -> None:
     """Write the parts, or export, measure, print and write the report."""
     options = _parser().parse_args()
     data, tuning = _parts(options.data)
+    dev = load_file(options.data / "train.tsv", validation=options.data / "dev.tsv", reading=LABELS).validation
     if options.parts:
         options.parts.mkdir(parents=True, exist_ok=True)
-        for name, part in (("train", data.train), ("validation", data.validation), ("tuning", tuning)):
+        parts = {"train": data.train, "validation": data.validation, "tuning": tuning, "reported": dev}
+        for name, part in parts.items():
             write_examples(options.parts / f"{name}.jsonl", part, data.labels)
         print(f"written: {options.parts}")
         return
     members = dict(named_folders("member", options.member))
     if unknown := {name for cascade in options.cascade for name in cascade.split("+")} - members.keys():
         raise InputError(f"found a cascade of {', '.join(sorted(unknown))}, expected names of members")
-    dev = load_file(options.data / "train.tsv", validation=options.data / "dev.tsv", reading=LABELS).validation
     bundle: Path = options.work / "bundle"
     if not bundle.exists():
         check = Check(data=options.parts_of / "validation.jsonl" if options.parts_of else None, max_accuracy_drop=2.0)
