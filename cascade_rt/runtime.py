@@ -156,7 +156,7 @@ class CascadeRuntime:
 
     @property
     def plan(self) -> Plan:
-        """The members, their stages, the tokenizer and the exit rule, for what drives them otherwise than `predict`.
+        """The members, their stages, the tokenizer and the exit rule, for programs that run them without `predict`.
 
         Raises CascadeError if the runtime is closed.
         """
@@ -336,7 +336,7 @@ class CascadeRuntime:
         return {} if self._plan.windows is None else asdict(self._plan.windows)
 
     def count(self, exits: Sequence[int], layers: int | None = None, *, from_words: int = 0) -> None:
-        """Count texts that were answered otherwise than by `predict`, one number for each member, for `stats`.
+        """Count texts that were answered without `predict`, one number for each member, for `stats`.
 
         `layers`: executed for them in all; None for texts of one row. `from_words`: see `Stats`.
         """

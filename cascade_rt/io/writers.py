@@ -67,7 +67,7 @@ def output_path(target: str | Path) -> Path:
 
 
 def check_ending(target: str | Path, ending: str) -> None:
-    """Raise InputError for a file name that ends otherwise than its format does; no ending is fine."""
+    """Raise InputError for a file name whose ending is that of another format; no ending is fine."""
     if (found := Path(target).suffix).lower() not in ("", ending):
         raise InputError(f"cannot write {target}: found a name that ends in {found}, expected {ending}")
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from cascade_export.member import AUTO
 from cascade_train import RECORD
 from cascade_train.averaging_training import train_averaging
 from cascade_train.finetune import LABELS_ALONE, Objective, finetune, logits_of
+from cascade_train.progress import alive
 from cascade_train.tasks import Examples, TaskData, write_examples
 from cascade_train.unlabelled import with_answers, with_unlabelled
 from numpy.typing import NDArray
@@ -49,10 +50,13 @@ def work_folder(output: Path) -> Path:
     return output.with_name(output.name + ".build")
 
 
-def build(plan: Plan, output: Path, *, overwrite: bool = False) -> BuildReport:
+def build(
+    plan: Plan, output: Path, *, overwrite: bool = False, announce: Callable[[Plan], object] = lambda _: None
+) -> BuildReport:
     """Build a bundle by a plan; return the report, which lies as a page in `work_folder(output)`.
 
-    Steps whose settings have changed since an earlier call are repeated. Raises CascadeError if `output` exists and is
+    Steps whose settings have changed since an earlier call are repeated. `announce` gets the plan when all checks are
+    passed, unless an earlier call began the work. Raises CascadeError if `output` exists and is
     not to be replaced, if the work folder belongs to other data, or if a step fails; finished steps stay for the next
     call.
     """
@@ -63,6 +67,8 @@ def build(plan: Plan, output: Path, *, overwrite: bool = False) -> BuildReport:
     _claim(work, plan.data_settings())
     journal = Journal(work / "steps.json")
     plan = _as_begun(plan, journal)
+    if not journal.seconds:
+        announce(plan)
     parts, data = plan.parts, plan.parts.data
     for name, part in (("tuning", parts.tuning), ("certification", parts.certification)):
         write_examples(work / f"{name}.jsonl", part, data.labels)
@@ -79,13 +85,13 @@ def build(plan: Plan, output: Path, *, overwrite: bool = False) -> BuildReport:
     if len(every) > 1:
         _train_small(plan, work, folders, journal)
     bundle = work / "bundle"
-    with journal.step("export", bundle, {"members": settings, "precision": plan.precision}) as todo:
+    with journal.step("export", bundle, {"members": settings, "precision": plan.precision}) as todo, alive("export"):
         if todo:
             sources = [str(folder) for folder in folders.values()]
             calibrate = not data.several  # whose cuts are of the probabilities that training ended with
             check = Check(max_accuracy_drop=plan.max_accuracy_drop, calibrate=calibrate)
             export_bundle(sources, bundle, precision=plan.precision, check=check)
-    with journal.step("tune", None, None):
+    with journal.step("tune", None, None), alive("tune"):
         runtime = open_whole(bundle, preload=True)
         found, measured = _tuned(runtime, plan)
         write_tuning(bundle, runtime.bundle, found)
@@ -147,7 +153,7 @@ def _try_export(plan: Plan, work: Path, journal: Journal) -> None:
     precision = "fp32" if plan.precision == AUTO else plan.precision  # `auto` has to measure, and takes fp32 at worst
     settings = {"members": [vars(start) for start in starts], "precision": precision}
     done = work / "export-tried.json"
-    with journal.step("try the export", done, settings) as todo:
+    with journal.step("try the export", done, settings) as todo, alive("try the export"):
         if todo:
             data, length = plan.parts.data, plan.members[0].recipe.max_length
             try_export(starts, data.labels, pair=data.pair, max_length=length, precision=precision)

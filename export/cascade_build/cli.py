@@ -138,7 +138,7 @@ def run(options: argparse.Namespace) -> None:
     from cascade_train.hardware import bf16_pays  # noqa: PLC0415
 
     if not (options.small or options.dan):
-        raise InputError("found --no-dan and no --small, expected at least one small member: --small BASE")
+        raise InputError("--no-dan requires --small BASE: a cascade has at least two members")
     max_drop = 0.01 if options.max_drop is None and options.speedup is None else options.max_drop
     question = Question(max_drop=max_drop, speedup=options.speedup, confidence=options.confidence, cost=options.cost)
     data = data_from(options)
@@ -172,7 +172,12 @@ def run(options: argparse.Namespace) -> None:
             print(_plan(plan, found))
         return
     with redirect_stdout(sys.stderr):  # whatever libraries print is not the answer
-        report = build(plan, options.output, overwrite=options.overwrite)
+        report = build(
+            plan,
+            options.output,
+            overwrite=options.overwrite,
+            announce=lambda begun: print(_plan(begun, steps(begun)), file=sys.stderr, flush=True),
+        )
     if options.json:
         print(json.dumps(report.to_json()))
     else:

@@ -151,7 +151,9 @@ def run(options: argparse.Namespace) -> None:
             bundle = _segments(members, options, check)
         else:
             if options.exit_rule:
-                raise InputError(f"found --exit-rule {options.exit_rule}, expected it with a multi-exit model alone")
+                raise InputError(
+                    f"--exit-rule {options.exit_rule} requires a multi-exit model (cascade-rt train-exits)"
+                )
             bundle = export_bundle(
                 members,
                 options.output,

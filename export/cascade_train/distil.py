@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -43,6 +44,7 @@ from cascade_train.finetune import (
 from cascade_train.hardware import bf16_pays
 from cascade_train.layers import embeddings_name, keep_layers, layer_lists
 from cascade_train.losses import hidden_state_error, mean_vector_cosine, relation_divergence
+from cascade_train.progress import alive
 from cascade_train.ranges import check_ranges
 from cascade_train.sources import check_tokens, load_tokenizer, pretrained
 from cascade_train.work import claim, finish, last_whole_checkpoint, trained, work_folder
@@ -118,7 +120,9 @@ def distil(
     student = make_student(teacher, picked, base)
     if recipe.relations:
         projections(teacher, base)  # fails before the texts are read
-    tokenized = Tokenized.read(tokenizer, texts, recipe.max_length, reading)
+    print(f"distilling {layers} of {deep} layers of {base}: reading the texts", file=sys.stderr, flush=True)
+    with alive("reading the texts"):
+        tokenized = Tokenized.read(tokenizer, texts, recipe.max_length, reading)
     train, validation = tokenized.split(recipe.seed)
     run = {
         "base": str(base),

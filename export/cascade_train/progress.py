@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Event, Thread
 from time import monotonic
 from typing import Any
 
@@ -10,10 +13,29 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 _SILENCE = 30.0  # seconds
+_FIRST = 5.0  # seconds of work after which the time that is left can be estimated
+
+
+@contextmanager
+def alive(what: str) -> Iterator[None]:
+    """Print a line every 30 seconds while work without steps goes on, unless standard error is a terminal."""
+    done, started = Event(), monotonic()
+
+    def speak() -> None:
+        while not done.wait(_SILENCE):
+            print(f"{what}: {monotonic() - started:.0f} s so far", file=sys.stderr, flush=True)
+
+    speaker = Thread(target=speak, daemon=True)
+    if not sys.stderr.isatty():
+        speaker.start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 class Bar:
-    """A bar of steps; where standard error is no terminal, a line every 30 seconds."""
+    """A bar of steps; where standard error is no terminal, a line after 5 seconds and then every 30."""
 
     def __init__(self, what: str, total: int, unit: str, *, done: int = 0, passing: bool = False) -> None:
         """`what`: the work, as lines begin; `unit`: a plural. `done`: steps that an earlier run has made.
@@ -23,7 +45,7 @@ class Bar:
         self._what = what
         self._unit = unit
         self._first, self._started = done, monotonic()
-        self._last_output = self._started
+        self._last_output = self._started - (0 if passing else _SILENCE - _FIRST)
         self._shown: dict[str, float] = {}
         self._bar = tqdm(
             desc=what,

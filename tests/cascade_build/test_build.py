@@ -219,7 +219,9 @@ def test_a_killed_build_goes_on_where_it_was(
         for folder in (work / "members").iterdir():
             stamp = folder.stat().st_mtime_ns
             assert times.setdefault(folder, stamp) == stamp, "no member is trained twice"
-    capsys.readouterr()
+    said = capsys.readouterr().err
+    assert "2 labels; " in said
+    assert said.count("together about") == 1, "the plan is said when the work begins"
     assert main(arguments) == 0
     shown = capsys.readouterr()
     assert shown.err.count("done before") == 6

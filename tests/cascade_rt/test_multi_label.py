@@ -43,7 +43,7 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def probabilities(several: Path) -> NDArray[np.float64]:
-    """Of each member, (members, texts, labels)."""
+    """Return those of each member, (members, texts, labels)."""
     return np.array(expit(CascadeRuntime(several).member_logits(TEXTS)[0].astype(np.float64)))
 
 

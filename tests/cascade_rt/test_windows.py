@@ -234,7 +234,7 @@ def together(logits: Array, aggregate: str, several: bool) -> Array:
 
 
 def exit_of(runtime: CascadeRuntime, probabilities: Array) -> int:
-    """Where a text leaves, by the rules of the toys as plain loops."""
+    """Return the exit of a text, by the rules of the toys as plain loops."""
     if not runtime.thresholds:  # patience 1: two in a row agree
         answers = probabilities.argmax(axis=-1)
         return next((at for at in range(1, len(answers) - 1) if answers[at] == answers[at - 1]), len(answers) - 1)

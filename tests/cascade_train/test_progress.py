@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from time import sleep
 from types import SimpleNamespace
 
 import pytest
@@ -20,8 +21,9 @@ def test_a_line_every_thirty_seconds(clock: SimpleNamespace, capfd: pytest.Captu
         bar.update(1)
     lines = capfd.readouterr().err.splitlines()
     assert lines == [
-        "training 2L: step 48 of 100, about 3 min left",  # 32 s for 8 steps: 208 s for 52
-        "training 2L: step 56 of 100, about 3 min left",
+        "training 2L: step 42 of 100, about 4 min left",  # the first after 5 s: 8 s for 2 steps, 232 s for 58
+        "training 2L: step 50 of 100, about 3 min left",
+        "training 2L: step 58 of 100, about 3 min left",
     ]
     bar.show(at_once=True, accuracy=0.5)
     clock.now += 31
@@ -44,3 +46,15 @@ def test_what_will_be_done_is_said_first(clock: SimpleNamespace, capfd: pytest.C
     told.on_evaluate(arguments, state, None, {"eval_accuracy": 0.5})
     assert capfd.readouterr().err == "training 2L: step 0 of 40, loss 0.2500, accuracy 0.5000\n"
     told.on_train_end(arguments, state, None)
+
+
+def test_work_without_steps_is_heard_of_too(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(progress, "_SILENCE", 0.01)
+    said = ""
+    with progress.alive("export"):
+        for _ in range(1_000):
+            if said.count("\n") < 2:
+                sleep(0.01)
+                said += capfd.readouterr().err
+    assert said.count("\n") >= 2
+    assert set(said.splitlines()) == {"export: 0 s so far"}

@@ -138,6 +138,16 @@ def data_from(options: argparse.Namespace) -> TaskData:
     return data
 
 
+def announce(data: TaskData) -> None:
+    """Say on standard error what a training has to learn from."""
+    print(
+        f"{data.name}: {len(data.train)} texts to train on, {len(data.validation)} to validate on, "
+        f"{len(data.labels)} labels",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
 def unlabelled_from(options: argparse.Namespace, pair: bool) -> list[Text]:
     """Read the texts without labels of the options; blank ones are left out."""
     how = reading(options)

@@ -15,7 +15,7 @@ from typing import Any
 from cascade_rt.cli.options import of_options
 from cascade_rt.cli.parser import CommandParser
 from cascade_rt.errors import InputError
-from cascade_train.cli.options import add_training, data_from, need_training, recipe_from, with_work
+from cascade_train.cli.options import add_training, announce, data_from, need_training, recipe_from, with_work
 from cascade_train.cli.trial import add_export_check, check_export
 
 SUMMARY = "fine-tune one member (extra: export)"
@@ -77,6 +77,7 @@ def run(options: argparse.Namespace) -> None:
         raise InputError("--module-replacing requires --layers K")
     with redirect_stdout(sys.stderr):
         check_export(options, data.labels, layers=options.layers, tokenizer=options.tokenizer, pair=data.pair)
+    announce(data)
     objective = of_options(
         Objective,
         options,

@@ -14,7 +14,7 @@ from pathlib import Path
 from cascade_rt.cli.options import of_options
 from cascade_rt.cli.parser import CommandParser
 from cascade_rt.errors import InputError
-from cascade_train.cli.options import add_data, data_from, need_training, unlabelled_from, with_work
+from cascade_train.cli.options import add_data, announce, data_from, need_training, unlabelled_from, with_work
 
 SUMMARY = "train a deep averaging network, a member without layers (extra: export)"
 EXAMPLE = "cascade-rt train-dan --train-file labelled.csv --teacher members/12L --output members/DAN"
@@ -82,6 +82,7 @@ def run(options: argparse.Namespace) -> None:
     unigrams = options.unigrams or options.teacher
     work_folder(options.output, "train")
     untrained(data, tokenizer, unigrams, network, recipe)  # fails before the teacher's answers, not after
+    announce(data)
     labelled, teacher = len(data.train), None
     with redirect_stdout(sys.stderr):  # whatever libraries print is not the answer
         if options.teacher:

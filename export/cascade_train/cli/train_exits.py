@@ -12,7 +12,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 from cascade_rt.cli.parser import CommandParser
-from cascade_train.cli.options import add_data, add_recipe, data_from, need_training, recipe_from, with_work
+from cascade_train.cli.options import add_data, add_recipe, announce, data_from, need_training, recipe_from, with_work
 from cascade_train.cli.trial import add_export_check, check_export
 
 SUMMARY = "train a model with a classifier after each layer (extra: export)"
@@ -54,6 +54,7 @@ def run(options: argparse.Namespace) -> None:
     data, recipe = data_from(options), recipe_from(options)
     with redirect_stdout(sys.stderr):  # whatever libraries print is not the answer
         check_export(options, data.labels, pair=data.pair, exits=options.kind)
+        announce(data)
         record = train_exits(options.base, data, options.output, kind=options.kind, every=options.every, recipe=recipe)
     if options.json:
         print(json.dumps(record))
