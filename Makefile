@@ -75,8 +75,8 @@ test: .venv/dev-ready
 # What depends on the versions of transformers and huggingface_hub, with the newest.
 test-transformers-5: .venv5/ready
 	OMP_NUM_THREADS=1 .venv5/bin/python -m pytest -n auto --dist worksteal -m 'not real_data and not cluster and not slow' \
-		$(addprefix tests/cascade_export/test_,exporters.py export.py families.py foreign.py rounding.py segments_torch.py) \
-		$(addprefix tests/cascade_train/test_,compression.py finetune.py) \
+		$(addprefix tests/cascade_export/test_,exits.py exporters.py export.py families.py foreign.py kinds.py rounding.py segments_torch.py suites.py) \
+		$(addprefix tests/cascade_train/test_,compression.py difficulty.py finetune.py several_labels.py) \
 		tests/cascade_build/test_trial.py tests/cascade_rt/bundle
 
 # Most of the runtime's tests with the lowest versions that pyproject.toml allows, on Python 3.10 and 3.13 where installed.

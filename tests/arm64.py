@@ -25,7 +25,7 @@ from cascade_rt.benchmark.machine import describe
 from cascade_rt.cli import main as cascade_rt
 
 BOUNDS = {"fp32": 1e-5, "int8": 0.03}
-"""Largest difference of a probability from x86's. In int8, a difference in the last digit can round to another integer."""
+"""Largest difference of a probability from x86's. In int8, a last digit can round to another integer."""
 _SHAPES = [(2, 384), (4, 384)]
 _TEXTS = {"all": {"fp32": 52, "int8": 208}, "quick": {"fp32": 4, "int8": 12}}
 """So many are compared: without the CPU's own units, a text takes seconds in fp32."""

@@ -11,6 +11,7 @@ another signal that ended it.
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -72,8 +73,7 @@ def _main(argv: Sequence[str]) -> int:
         _leave_output()
         return 1
     except OSError as error:
-        where = "standard output" if _leave_output() else error.filename or _nameless()
-        return _complain(f"{where}: {error.strerror or error}")
+        return _complain(_reason(error))
     except (RuntimeError, KeyError) as error:
         remedy = next((remedy for words, remedy in _ENVIRONMENT.items() if words in str(error)), None)
         if remedy is None:
@@ -120,6 +120,15 @@ def _leave_output() -> bool:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
     return False
+
+
+def _reason(error: OSError) -> str:
+    """Return what failed, and why."""
+    if error.errno == errno.ENOMEM:
+        where = f" for {error.filename}" if error.filename else ""
+        return f"out of memory{where}; free memory, raise this process's limit, or run fewer processes"
+    where = "standard output" if _leave_output() else error.filename or _nameless()
+    return f"{where}: {error.strerror or error}"
 
 
 def _nameless() -> str:

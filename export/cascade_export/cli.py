@@ -151,9 +151,7 @@ def run(options: argparse.Namespace) -> None:
             bundle = _segments(members, options, check)
         else:
             if options.exit_rule:
-                raise InputError(
-                    f"--exit-rule {options.exit_rule} requires a multi-exit model (cascade-rt train-exits)"
-                )
+                raise InputError(f"--exit-rule {options.exit_rule} requires a multi-exit model (see train-exits)")
             bundle = export_bundle(
                 members,
                 options.output,

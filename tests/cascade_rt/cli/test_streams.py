@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -94,6 +95,20 @@ def test_a_command_that_writes_files_needs_no_standard_output(
     assert main(["write", "--output", str(tmp_path / "made")]) == 0
     assert (tmp_path / "made").read_text() == "done"
     assert capsys.readouterr().err == ""
+
+
+def test_a_file_that_cannot_be_mapped_for_lack_of_memory_is_one_line(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr("mmap.mmap", full)
+    assert main(["predict", "--model-dir", str(bundle), "good"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("cascade-rt: error: ")
+    assert "out of memory" in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full device on this system")
