@@ -26,6 +26,7 @@ def test_a_line_every_thirty_seconds(clock: SimpleNamespace, capfd: pytest.Captu
         "training 2L: step 58 of 100, about 3 min left",
     ]
     bar.show(at_once=True, accuracy=0.5)
+    bar.show(at_once=True, accuracy=0.5)
     clock.now += 31
     bar.heartbeat("validating")
     bar.heartbeat("validating")
