@@ -71,7 +71,7 @@ class Bar:
             self._say(doing or self._left())
 
     def show(self, at_once: bool, **values: float) -> None:
-        """Show values beside the steps from now on; `at_once`: print them where there is no bar, every 5 seconds at most."""
+        """Show values beside the steps from now on; `at_once`: print them off a terminal, every 5 s at most."""
         self._shown |= values
         self._bar.set_postfix(self._shown)
         if at_once and self._bar.disable and monotonic() - self._last_output > _FIRST:
