@@ -190,18 +190,7 @@ def tuning_summary(report: TuningReport) -> str:
     rows += [("chosen", report.chosen)] if report.chosen else []
     lines = [
         table(
-            [
-                "",
-                "members",
-                "thresholds",
-                "accuracy",
-                "drop",
-                "estimated",
-                "risk",
-                *_COSTS.values(),
-                "mean ms",
-                "p95 ms",
-            ],
+            ["", "members", "thresholds", *_QUALITY, *_COSTS.values(), "mean ms", "p95 ms"],
             [[name, *_choice_cells(choice)] for name, choice in rows],
         ),
         f"{report.data.texts} texts, compared with {report.compared_with}; accuracy, drop and risk in %; "

@@ -26,7 +26,7 @@ def alive(what: str) -> Iterator[None]:
             print(f"{what}: {monotonic() - started:.0f} s so far", file=sys.stderr, flush=True)
 
     speaker = Thread(target=speak, daemon=True)
-    if not sys.stderr.isatty():
+    if sys.stderr is not None and not sys.stderr.isatty():
         speaker.start()
     try:
         yield
