@@ -74,7 +74,8 @@ class Bar:
         """Show values beside the steps from now on; `at_once`: print them off a terminal, every 5 s at most."""
         self._shown |= values
         self._bar.set_postfix(self._shown)
-        if at_once and self._bar.disable and monotonic() - self._last_output > _FIRST:
+        last = self._done >= self._bar.total
+        if at_once and self._bar.disable and (last or monotonic() - self._last_output > _FIRST):
             self._say("")
 
     def close(self) -> None:
