@@ -17,7 +17,7 @@ from cascade_rt.benchmark.machine import describe
 from cascade_rt.benchmark.turns import batch_by_batch, in_turns
 from cascade_rt.benchmark.workload import Spread, spread
 from cascade_rt.io.readers import Reading, read_examples
-from cascade_rt.types import Text
+from cascade_rt.types import Text, Trace
 
 TASKS = ("sst-2", "rte", "mrpc", "sick", "banking77", "clinc150")
 RESULTS = Path(__file__).parent / "results"
@@ -156,6 +156,14 @@ def training_parser(description: str | None, report: str) -> argparse.ArgumentPa
     add("--work", type=Path, help=f"members, logits and bundles (default: runs/{report}/TASK)")
     add("--output", type=Path, help=f"default: results/{report}-TASK.json beside this script")
     return parser
+
+
+def seconds_by_part(trace: Trace, members: Sequence[str]) -> list[float]:
+    """Return the seconds of tokenization, then those of each member."""
+    return [
+        trace.tokenization_seconds,
+        *(sum(run.seconds for run in trace.runs if run.name == name) for name in members),
+    ]
 
 
 def inked(axis: Any) -> None:

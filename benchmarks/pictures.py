@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from cascade_train import smart_home
-from common import INK, RESULTS, inked, run_command
+from common import INK, RESULTS, inked, run_command, seconds_by_part
 
 from cascade_rt import CascadeRuntime
 from cascade_rt.benchmark.machine import describe
@@ -69,8 +69,7 @@ def _time(options: argparse.Namespace) -> dict[str, Any]:
         runtime.predict([text])
         whole = perf_counter() - started
         trace = traces.pop()
-        members = [sum(run.seconds for run in trace.runs if run.name == name) for name in names]
-        return [trace.tokenization_seconds, *members, whole - trace.seconds]
+        return [*seconds_by_part(trace, names), whole - trace.seconds]
 
     rounds = [[parts(text) for text in texts] for _ in range(1 + _ROUNDS)][1:]  # the first warms up
     seconds = np.median(rounds, axis=0)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import RESULTS, run_command
+from common import RESULTS, run_command, seconds_by_part
 
 from cascade_rt import CascadeRuntime
 from cascade_rt.benchmark.machine import describe
@@ -56,7 +56,7 @@ def main() -> None:
         counted = traces[name][len(traces[name]) // (1 + _ROUNDS) :]  # not those of the round that warmed up
         report["ways"][name] = {
             "texts_per_second": spread(len(texts) / seconds),
-            "us_per_text": _parts(counted, float(seconds.mean()), len(texts)),
+            "us_per_text": _parts(runtime, counted, float(seconds.mean()), len(texts)),
             "exits": runtime.stats().exits,
         }
         print(f"{name}: {np.median(len(texts) / seconds):.0f} texts per second; {report['ways'][name]['us_per_text']}")
@@ -64,13 +64,15 @@ def main() -> None:
     print(f"written: {options.output}")
 
 
-def _parts(traces: list[Trace], seconds: float, texts: int) -> dict[str, float]:
+def _parts(runtime: CascadeRuntime, traces: list[Trace], seconds: float, texts: int) -> dict[str, float]:
     """Return microseconds per text, means over all rounds; the rest is the difference from the time of a round."""
+    names = [member.name for member in runtime.bundle.members]
+    parts = np.sum([seconds_by_part(trace, names) for trace in traces], axis=0)
     answered = sum(trace.texts for trace in traces)
-    parts = {"tokenization": sum(trace.tokenization_seconds for trace in traces)}
-    for run in (run for trace in traces for run in trace.runs):
-        parts[run.name] = parts.get(run.name, 0.0) + run.seconds
-    each = {name: round(1e6 * part / answered, 2) for name, part in parts.items()}
+    each = {
+        name: round(1e6 * part / answered, 2)
+        for name, part in zip(["tokenization", *names], parts.tolist(), strict=True)
+    }
     return each | {"everything else": round(1e6 * seconds / texts - sum(each.values()), 2)}
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from .manifest import MULTI_LABEL, TUNING, Bundle, MemberEntry
+from .manifest import MULTI_LABEL, TRADE_OFFS, TUNING, Bundle, MemberEntry
 
 _SHOWN_LABELS = 12
-_TRADE_OFFS = "trade_offs"
 
 
 def model_card(bundle: Bundle, name: str) -> str:
@@ -59,7 +58,7 @@ def model_card(bundle: Bundle, name: str) -> str:
     if bundle.other:
         written = dict(bundle.other)
         if isinstance(tuning, dict):
-            written[TUNING] = {key: value for key, value in tuning.items() if key != _TRADE_OFFS}
+            written[TUNING] = {key: value for key, value in tuning.items() if key != TRADE_OFFS}
         sections.append("## Tuning\n\n```json\n" + json.dumps(written, indent=1, ensure_ascii=False) + "\n```")
     return "\n\n".join(sections) + "\n"
 
@@ -94,7 +93,7 @@ def _checked(member: MemberEntry) -> list[str] | None:
 
 def _trade_offs(tuning: dict[str, Any]) -> list[list[str]]:
     """Return the rows of the front and of each member alone, by speed, the tuned choice in bold; none if not known."""
-    known = tuning.get(_TRADE_OFFS)
+    known = tuning.get(TRADE_OFFS)
     points = [tuning, *known] if isinstance(known, list) else []
     try:
         rows = {(" + ".join(point["members"]), point["accuracy"], point["latency_speedup"]) for point in points}

@@ -26,6 +26,7 @@ from .precisions import known_precision
 
 MANIFEST = "cascade.json"
 TUNING = "tuning"
+TRADE_OFFS = "trade_offs"  # among what tuning writes
 """The manifest's key for what `cascade-rt tune` found."""
 
 BATCH_TOLERANCE = 1e-4

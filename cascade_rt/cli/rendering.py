@@ -194,7 +194,7 @@ def tuning_summary(report: TuningReport) -> str:
             [[name, *_choice_cells(choice)] for name, choice in rows],
         ),
         f"{report.data.texts} texts, compared with {report.compared_with}; accuracy, drop and risk in %; "
-        "estimated: the drop expected on other texts, which objectives go by",
+        "estimated: the drop expected on other texts, which objectives use",
     ]
     if report.guarantee:
         lines.append(_guarantee(report.guarantee))

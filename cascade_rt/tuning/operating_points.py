@@ -6,7 +6,7 @@ chain of segments, those before the last exit do.
 
 The best of thousands of points on some texts loses more on others: a text that a small member answers rightly by chance
 counts as a gain. So the drop of a point is estimated from two sources: the labels, and the probabilities that the last
-member gives to the answers, which no selection has made better than they are. The probabilities have a pseudo-count of
+member gives to the answers, which selection does not bias. The probabilities have a pseudo-count of
 2,000 texts: much beside hundreds of labelled texts, little beside tens of thousands. Where the labels' drop is larger,
 it is the estimate. All this is conservative: the last member's probabilities give no credit for what a smaller member
 knows and the last does not, and one that is too sure of itself overstates what is lost.

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..bundle import MANIFEST, TUNING, Bundle, write_manifest
 from ..bundle.files import file_identity
+from ..bundle.manifest import TRADE_OFFS
 from ..engine.cost import ratio
 from ..engine.exit_rules import ExitRule
 from ..errors import BundleError, InputError, InvalidOption
@@ -139,7 +140,7 @@ def write_tuning(folder: Path, bundle: Bundle, report: TuningReport) -> None:
     written = report.to_json()
     tuning: dict[str, Any] = asdict(report.chosen) | {"last_alone": {"accuracy": report.alone[-1].accuracy}}
     tuning |= {key: written[key] for key in ("question", "data", "compared_with", "guarantee", "verdict")}
-    tuning["trade_offs"] = [
+    tuning[TRADE_OFFS] = [
         {key: getattr(point, key) for key in ("members", "accuracy", "estimated_drop", "latency_speedup")}
         for point in (*report.trade_offs(), *report.alone)
     ]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -120,7 +119,6 @@ def distil(
     student = make_student(teacher, picked, base)
     if recipe.relations:
         projections(teacher, base)  # fails before the texts are read
-    print(f"distilling {layers} of {deep} layers of {base}: reading the texts", file=sys.stderr, flush=True)
     with alive("reading the texts"):
         tokenized = Tokenized.read(tokenizer, texts, recipe.max_length, reading)
     train, validation = tokenized.split(recipe.seed)

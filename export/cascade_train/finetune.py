@@ -353,9 +353,13 @@ def load_member(
 
     `several`: a text has any number of the labels.
     """
+    check_member(source, labels, option, several=several)
+    return load_tokenizer(source), load_classifier(source, attn_implementation=attention)
+
+
+def check_member(source: str, labels: tuple[str, ...], option: str, *, several: bool = False) -> None:
+    """Raise InputError for what is no member, and InvalidOption for one of another task; weights are not loaded."""
     settings = classifier_settings(source)
-    tokenizer = load_tokenizer(source)
-    model = load_classifier(source, attn_implementation=attention)
     if settings.labels != labels:
         raise InvalidOption(
             option, source, f"a member with the labels {', '.join(labels[:6])}, not {', '.join(settings.labels[:6])}"
@@ -363,7 +367,6 @@ def load_member(
     if settings.several != several:
         kinds = {True: "several labels per text", False: "one label per text"}
         raise InvalidOption(option, source, f"a member that gives {kinds[several]}, as the data have")
-    return tokenizer, model
 
 
 def device() -> str:

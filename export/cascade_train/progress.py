@@ -18,7 +18,7 @@ _FIRST = 5.0  # seconds of work after which the time that is left can be estimat
 
 @contextmanager
 def alive(what: str) -> Iterator[None]:
-    """Print a line every 30 seconds while work without steps goes on, unless standard error is a terminal."""
+    """Print a line every 30 seconds during work that has no steps, unless standard error is a terminal."""
     done, started = Event(), monotonic()
 
     def speak() -> None:

@@ -21,7 +21,7 @@ from ..toy import WORDS, Member, encoder_weights, write_bundle
 from .cli.commands import run
 
 FLOPS = [200, 64]
-"""Settings of the first member of `with_bag`."""
+"""FLOPs of the first member of `with_bag`, as the manifest has them."""
 TEXTS = [" ".join(WORDS[at % len(WORDS)] for at in range(start, start + 1 + start % 9)) for start in range(120)]
 
 

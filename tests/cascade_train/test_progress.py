@@ -49,7 +49,7 @@ def test_what_will_be_done_is_said_first(clock: SimpleNamespace, capfd: pytest.C
     told.on_train_end(arguments, state, None)
 
 
-def test_work_without_steps_is_heard_of_too(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_work_without_steps_prints_lines(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(progress, "_SILENCE", 0.01)
     said = ""
     with progress.alive("export"):

@@ -139,7 +139,7 @@ def data_from(options: argparse.Namespace) -> TaskData:
 
 
 def announce(data: TaskData) -> None:
-    """Say on standard error what a training has to learn from."""
+    """Print the sizes of the training data on standard error."""
     print(
         f"{data.name}: {len(data.train)} texts to train on, {len(data.validation)} to validate on, "
         f"{len(data.labels)} labels",

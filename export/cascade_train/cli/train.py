@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
     """Fine-tune, and print where the member is."""
     need_training("train")
     from cascade_train.difficulty import read_difficulty  # noqa: PLC0415 - loads torch
-    from cascade_train.finetune import Objective, finetune, search_margin, teacher_logits  # noqa: PLC0415
+    from cascade_train.finetune import Objective, check_member, finetune, search_margin, teacher_logits  # noqa: PLC0415
 
     data, recipe = data_from(options), recipe_from(options)
     if options.dar_grid and not options.difficulty:
@@ -77,6 +77,8 @@ def run(options: argparse.Namespace) -> None:
         raise InputError("--module-replacing requires --layers K")
     with redirect_stdout(sys.stderr):
         check_export(options, data.labels, layers=options.layers, tokenizer=options.tokenizer, pair=data.pair)
+    if options.teacher:
+        check_member(options.teacher, data.labels, "teacher", several=data.several)
     announce(data)
     objective = of_options(
         Objective,

@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> None:
     need_training("train-dan")
     from cascade_train.averaging import Network  # noqa: PLC0415 - loads torch
     from cascade_train.averaging_training import AveragingRecipe, train_averaging, untrained  # noqa: PLC0415
-    from cascade_train.finetune import Objective, teacher_logits  # noqa: PLC0415
+    from cascade_train.finetune import Objective, check_member, teacher_logits  # noqa: PLC0415
     from cascade_train.unlabelled import variants, with_answers, with_unlabelled  # noqa: PLC0415
     from cascade_train.work import work_folder  # noqa: PLC0415
 
@@ -82,13 +82,15 @@ def run(options: argparse.Namespace) -> None:
     unigrams = options.unigrams or options.teacher
     work_folder(options.output, "train")
     untrained(data, tokenizer, unigrams, network, recipe)  # fails before the teacher's answers, not after
+    unlabelled = unlabelled_from(options, data.pair)
+    if options.teacher:
+        check_member(options.teacher, data.labels, "teacher", several=data.several)
     announce(data)
     labelled, teacher = len(data.train), None
     with redirect_stdout(sys.stderr):  # whatever libraries print is not the answer
         if options.teacher:
-            made = variants(data.train.texts, options.augment, recipe.seed)
             known = {*data.train.texts, *data.validation.texts}
-            more = dict.fromkeys([*unlabelled_from(options, data.pair), *made])
+            more = dict.fromkeys([*unlabelled, *variants(data.train.texts, options.augment, recipe.seed)])
             data = with_unlabelled(data, [text for text in more if text not in known])
             teacher = teacher_logits(options.teacher, data, recipe)
             data = with_answers(data, teacher, labelled)
